@@ -1,0 +1,104 @@
+"""Parameter groups: which leaf of the parameters belongs to which group, and what it is called."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntkdp._types import Params
+
+#: A pytree prefix of labels, a callable from key path to label, or None for the default groups.
+GroupSpec = Any
+
+
+class Groups(NamedTuple):
+    """Names of the groups, and the index of the group of each leaf, in the order of the leaves."""
+
+    names: tuple[str, ...]
+    leaf_to_group: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many groups there are."""
+        return len(self.names)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+    """Direct children as (key, subtree), or None for a leaf."""
+    if jax.tree_util.all_leaves([tree]):
+        return None
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is not tree)
+    return [(path[0], child) for path, child in flat]
+
+
+def _default_labels(params: Params) -> list[str]:
+    prefix: tuple[Any, ...] = ()
+    node = params
+    while True:
+        children = _children(node)
+        if children is None:
+            return [_name(prefix) or "params"]
+        filled = [(key, child) for key, child in children if jax.tree.leaves(child)]
+        if len(filled) == 1:
+            key, child = filled[0]
+            grandchildren = _children(child) or []
+            if any(_children(sub) is not None for _, sub in grandchildren):
+                prefix, node = (*prefix, key), child
+                continue
+        return [_name((*prefix, key)) for key, child in filled for _ in jax.tree.leaves(child)]
+
+
+def resolve(params: Params, groups: GroupSpec = None) -> Groups:
+    """Groups of ``params``.
+
+    By default descend from the root while a node has exactly one non-empty child and that child has
+    container children; each non-empty child there is a group, named by its key path.
+
+    Raises
+    ------
+    ValueError
+        If a prefix does not fit the parameters, or the parameters are empty.
+    TypeError
+        If a leaf is not a real floating-point array, or a label is not hashable.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array, got an empty pytree")
+    for path, leaf in leaves:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be a floating-point array, got {kind}; "
+                "close over what is not trained"
+            )
+    if groups is None:
+        labels: list[Hashable] = list(_default_labels(params))
+    elif callable(groups):
+        labels = [groups(_name(path)) for path, _ in leaves]
+    else:
+        labels = _prefix_labels(params, groups)
+    for label in labels:
+        if not isinstance(label, Hashable):
+            raise TypeError(f"group labels must be hashable, got {label!r}")
+    unique = list(dict.fromkeys(labels))
+    index = {label: i for i, label in enumerate(unique)}
+    return Groups(tuple(str(u) for u in unique), tuple(index[label] for label in labels))
+
+
+def _prefix_labels(params: Params, groups: Any) -> list[Hashable]:
+    labels: list[Hashable] = []
+    try:
+        jax.tree.map(
+            lambda label, part: labels.extend([label] * len(jax.tree.leaves(part))), groups, params
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"groups must be a pytree prefix of params, whose structure is "
+            f"{jax.tree.structure(params)}; got {groups!r}"
+        ) from error
+    return labels

@@ -1,0 +1,83 @@
+"""The class of all models, and the check that their outputs are matrices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias, final
+
+import jax
+
+from ntkdp._types import ApplyFn, Array, Outputs, Params, PRNGKeyArray
+
+InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
+#: ``kernel_fn(x1, x2=None, get=None)``, as in neural-tangents: ``get`` is ``"ntk"`` or ``"nngp"``.
+KernelFn: TypeAlias = Callable[..., Any]
+#: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
+LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as pure functions of its parameters.
+
+    Attributes
+    ----------
+    init
+        ``init(key, x) -> params``; of the example batch ``x`` (n, ...) only the shape is used.
+    apply
+        ``apply(params, x) -> outputs``, (n, K). Hashable, so a static argument of ``jit``.
+    kernel_fn
+        ``kernel_fn(x1, x2, get)``, the infinite-width kernel in neural-tangents' sense, (n1, n2)
+        meaning Theta (x) I_K, or None for a model without one.
+    layer_kernel_fn
+        ``layer_kernel_fn(x1, x2) -> {name: term}``, the infinite-width neural tangent kernel as a
+        sum over the layers that have parameters; each term (n1, n2), named as the default groups of
+        the parameters are. None for a model whose layers are not known.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from ntkdp.models import mlp
+    >>> model = mlp([32, 32], 3)
+    >>> x = jnp.ones((5, 8))
+    >>> params = model.init(jax.random.key(0), x)
+    >>> model.apply(params, x).shape
+    (5, 3)
+    >>> model.kernel_fn(x, None, "ntk").shape
+    (5, 5)
+    >>> list(model.layer_kernel_fn(x))
+    ['0', '2', '4']
+    """
+
+    init: InitFn
+    apply: ApplyFn
+    kernel_fn: KernelFn | None = None
+    layer_kernel_fn: LayerKernelFn | None = None
+
+
+def checked_model(
+    init: InitFn,
+    apply: ApplyFn,
+    kernel_fn: KernelFn | None = None,
+    layer_kernel_fn: LayerKernelFn | None = None,
+) -> Model:
+    """A `Model` whose outputs are checked to be (n, K), already on ``init``."""
+
+    def checked_apply(params: Params, x: Array) -> Outputs:
+        outputs = apply(params, x)
+        shape = outputs.shape if isinstance(outputs, jax.Array) else type(outputs)
+        if shape == (x.shape[0],):
+            return outputs[:, None]
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the outputs of a model must be of shape (n, K) or (n,) with n = {x.shape[0]} "
+                f"samples, got {shape} for inputs of shape {x.shape}"
+            )
+        return outputs
+
+    def checked_init(key: PRNGKeyArray, x: Array) -> Params:
+        params = init(key, x)
+        jax.eval_shape(checked_apply, params, x)
+        return params
+
+    return Model(checked_init, checked_apply, kernel_fn, layer_kernel_fn)

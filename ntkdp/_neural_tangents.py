@@ -1,0 +1,149 @@
+"""neural-tangents 0.6.5 on today's JAX, without TensorFlow.
+
+Importing this module is cheap: it only installs a finder for the name ``neural_tangents``, so that
+``import neural_tangents`` works afterwards, for users too. JAX itself is left as it is. Each module
+of neural-tangents is run with an ``__import__`` of its own, which hands out views of the few JAX
+modules whose names have moved; everything else is forwarded to the real module. Its
+``experimental`` package, the only part that needs TensorFlow, is replaced by an explanation.
+
+Use it as ``_neural_tangents.stax``: the first attribute access imports neural-tangents.
+"""
+
+import builtins
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = "neural_tangents"
+_EXPERIMENTAL = "neural_tangents.experimental"
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PACKAGE), name)
+
+
+class _View(ModuleType):
+    """A module seen with some names replaced, and others looked up in newer homes first."""
+
+    def __init__(
+        self, name: str, replaced: Mapping[str, Any], homes: Sequence[ModuleType] = ()
+    ) -> None:
+        super().__init__(name)
+        self.__dict__.update(replaced)
+        self.__dict__["_homes"] = tuple(homes)
+
+    def __getattr__(self, name: str) -> Any:
+        for home in self.__dict__["_homes"]:
+            try:
+                return getattr(home, name)
+            except AttributeError:
+                continue
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def _safe_zip(*iterables: Iterable[Any]) -> list[tuple[Any, ...]]:
+    return list(zip(*iterables, strict=True))
+
+
+def _safe_map(function: Callable[..., Any], *iterables: Iterable[Any]) -> list[Any]:
+    return [function(*arguments) for arguments in _safe_zip(*iterables)]
+
+
+@functools.cache
+def _views() -> dict[str, ModuleType]:
+    """JAX and SciPy modules as neural-tangents expects them, by name."""
+    import jax
+    import jax.extend.core
+    import jax.interpreters.ad
+    import scipy.linalg
+
+    def eigvalsh(matrix: Any, eigvals: tuple[int, int]) -> Any:
+        return scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)
+
+    util = _View("jax.util", {"safe_map": _safe_map, "safe_zip": _safe_zip})
+    # Evaluate now unless an operand is traced: what `eval_context` meant up to JAX 0.4.35.
+    evaluation = {"eval_context": jax.ensure_compile_time_eval}
+    core = _View("jax.core", evaluation, [jax.extend.core, jax.core])
+    # Only a key to file a rule under: newer JAX no longer emits this primitive.
+    zeros_like = {"zeros_like_p": jax.extend.core.Primitive("zeros_like")}
+    ad = _View("jax.interpreters.ad", zeros_like, [jax.interpreters.ad])
+    interpreters = _View("jax.interpreters", {"ad": ad}, [jax.interpreters])
+    top = _View("jax", {"core": core, "util": util, "interpreters": interpreters}, [jax])
+    linalg = _View("scipy.linalg", {"eigvalsh": eigvalsh}, [scipy.linalg])
+    scipy_top = _View("scipy", {"linalg": linalg}, [scipy])
+    views = (top, core, util, interpreters, ad, linalg, scipy_top)
+    return {view.__name__: view for view in views}
+
+
+def _import(
+    name: str,
+    globals: Mapping[str, Any] | None = None,
+    locals: Mapping[str, Any] | None = None,
+    fromlist: Sequence[str] | None = (),
+    level: int = 0,
+) -> ModuleType:
+    """``__import__`` with the views in place of the modules they show."""
+    top = name.partition(".")[0]
+    if level == 0 and top in ("jax", "scipy"):
+        view = _views().get(name if fromlist else top)
+        if view is not None:
+            if name not in _views():
+                importlib.import_module(name)
+            return view
+    return builtins.__import__(name, globals, locals, fromlist or (), level)
+
+
+class _Mended(SourceFileLoader):
+    """Runs a module of neural-tangents with the mended ``__import__``."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", SyntaxWarning)
+            super().exec_module(module)
+
+
+class _Unavailable(Loader):
+    """Stands in for ``neural_tangents.experimental``, so that TensorFlow is never imported."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        def explain(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(f"module {_EXPERIMENTAL!r} has no attribute {name!r}")
+            raise ImportError(
+                f"{_EXPERIMENTAL}.{name} is not available: it converts TensorFlow models, and "
+                "ntkdp loads neural-tangents without TensorFlow. Use a JAX model, for instance "
+                "ntkdp.models.from_flax, or import neural_tangents in a process without ntkdp"
+            )
+
+        module.__dict__["__getattr__"] = explain
+
+
+class _Finder(MetaPathFinder):
+    """Finds neural-tangents as usual, and has it loaded by the loaders above."""
+
+    # `path` may be a namespace package's own kind of iterable.
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != _PACKAGE:
+            return None
+        if fullname == _EXPERIMENTAL:
+            return spec_from_loader(fullname, _Unavailable())
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Mended(spec.loader.name, spec.loader.path)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,267 @@
+"""Integrating a flow: adaptively in time, or by its own discrete steps."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import _progress, _validate
+from ntkdp._types import Array, PyTree
+from ntkdp.gradient_flow import Flow, KernelFlow
+from ntkdp.trajectory import (
+    Measurement,
+    Outcome,
+    Trajectory,
+    check_learning_rate,
+    from_measurements,
+    recorded_steps,
+    times_of_steps,
+)
+
+_DEFAULT_MAX_STEPS = 100_000
+
+
+class _Meter(diffrax.AbstractProgressMeter):
+    """Passes the solver's progress on, a hundred times in all."""
+
+    def init(self) -> Array:
+        return jnp.zeros(())
+
+    def step(self, state: Array, progress: Any) -> Array:
+        due = jnp.any(progress - state >= 0.01)
+        lax.cond(due, lambda: _progress.report(jnp.max(progress)), lambda: None)
+        return jnp.where(due, progress, state)
+
+    def close(self, state: Array) -> None:
+        del state
+
+
+class _Velocity(eqx.Module):
+    flow: Flow
+
+    def __call__(self, t: Any, state: PyTree, args: Any) -> PyTree:
+        return self.flow.velocity(state)
+
+
+def solve(
+    flow: Flow,
+    initial: PyTree,
+    times: Any,
+    *,
+    solver: diffrax.AbstractSolver | None = None,
+    rtol: float = 1e-6,
+    atol: float = 1e-9,
+    max_steps: int = _DEFAULT_MAX_STEPS,
+    outputs: bool = False,
+    progress: Any = False,
+) -> Trajectory:
+    """Integrate a flow and measure it at the given times.
+
+    Parameters
+    ----------
+    flow : KernelFlow, WeightFlow or HeavyBallFlow
+        What to integrate.
+    initial : pytree
+        Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow. A
+        given network is predicted from its own initial outputs.
+    times : array
+        Increasing; the first is the start. In units of learning rate times steps.
+    solver : diffrax solver, optional
+        ``diffrax.Tsit5()`` by default; for stiff kernels ``diffrax.Kvaerno5()``.
+    rtol, atol : float
+        Tolerances of the adaptive step, relative and in units of the state.
+    max_steps : int
+        Steps after which to give up.
+    outputs : bool
+        Record the outputs too.
+    progress : bool or callable
+        True for a bar on a terminal; a function is called with the fraction done.
+
+    Returns
+    -------
+    Trajectory
+        ``successful`` and ``message`` say what went wrong, if anything did; what was not reached is
+        NaN then.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Times that do not increase, initial states that do not fit, tolerances not positive.
+
+    Notes
+    -----
+    By diffrax; a rule with kinks costs a few rejected steps where samples leave the clipped zone.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(4.0 * jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(1.0), reduction="sum")
+    >>> path = ntkdp.solve(flow, jnp.array([[5.0]]), [0.0, 3.0], outputs=True)
+    >>> round(path.outputs[-1, 0, 0].item(), 4)
+    0.0249
+    """
+    _check_flow(flow)
+    times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
+    rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
+    max_steps = _validate.count(max_steps=max_steps)
+    state = flow.init(initial)
+    solver = diffrax.Tsit5() if solver is None else solver
+    with _progress.listening(progress, "solving the flow") as shown:
+        measured, outcome = _integrate(
+            flow, state, times, solver, (rtol, atol), max_steps, outputs, shown
+        )
+        return from_measurements(times, measured, outcome=outcome)
+
+
+@eqx.filter_jit
+def _integrate(
+    flow: Flow,
+    state: PyTree,
+    times: Array,
+    solver: diffrax.AbstractSolver,
+    tolerances: tuple[Any, Any],
+    max_steps: int,
+    outputs: bool,
+    shown: bool,
+) -> tuple[Measurement, Array]:
+    rtol, atol = tolerances
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(_Velocity(flow)),
+        solver,
+        t0=times[0],
+        t1=times[-1],
+        dt0=None,
+        y0=state,
+        saveat=diffrax.SaveAt(ts=times, fn=lambda t, y, args: flow.measure(y, outputs)),
+        stepsize_controller=diffrax.PIDController(
+            rtol=rtol, atol=atol, dtmin=4 * jnp.finfo(times.dtype).eps * times[-1]
+        ),
+        max_steps=max_steps,
+        throw=False,
+        progress_meter=_Meter() if shown else diffrax.NoProgressMeter(),
+    )
+    results = diffrax.RESULTS
+    ended = solution.result
+    outcome = jnp.select(
+        [
+            ended == results.successful,
+            ended == results.max_steps_reached,
+            ended == results.dt_min_reached,
+        ],
+        [int(Outcome.SUCCESS), int(Outcome.MAX_STEPS), int(Outcome.STEP_TOO_SMALL)],
+        int(Outcome.SOLVER_FAILED),
+    )
+    # Times that were not reached are filled with infinity by the solver.
+    measured = jax.tree.map(lambda v: jnp.where(jnp.isinf(v), jnp.nan, v), solution.ys)
+    return measured, outcome
+
+
+def recursion(
+    flow: KernelFlow,
+    initial: PyTree,
+    *,
+    learning_rate: Any,
+    steps: int,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+) -> Trajectory:
+    r"""Discrete steps of a frozen kernel, :math:`f_{k+1} = f_k - \tfrac\eta n \sum_r H_r C_r a`.
+
+    Exact for the linearised model at any step size, divergence included.
+
+    Parameters
+    ----------
+    flow : KernelFlow
+        Kernel, targets, loss and clipping.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair.
+    learning_rate : float or optax schedule
+        :math:`\eta`; a schedule maps the step number to it.
+    steps : int
+        At least 1.
+    record_every : int
+        Record every so many steps, and the last.
+    outputs : bool
+        Record the outputs too.
+    progress : bool or callable
+        As for :func:`solve`.
+
+    Returns
+    -------
+    Trajectory
+        Times are the running sum of the learning rate.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Learning rate not positive, steps below 1, a flow that is not a KernelFlow.
+
+    Notes
+    -----
+    *Derived*: a clipped gradient step of a model that is linear in its parameters.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(4.0 * jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.NoClipping(), reduction="sum")
+    >>> path = ntkdp.recursion(flow, jnp.array([[1.0]]), learning_rate=0.1, steps=2, outputs=True)
+    >>> [round(f, 12) for f in path.outputs[:, 0, 0].tolist()]
+    [1.0, 0.6, 0.36]
+    """
+    if not isinstance(flow, KernelFlow):
+        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}; use solve")
+    steps = _validate.count(steps=steps)
+    record_every = _validate.count(record_every=record_every)
+    learning_rate = check_learning_rate(learning_rate, steps)
+    if not callable(learning_rate):
+        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
+    recorded = recorded_steps(steps, record_every)
+    state = flow.init(initial)
+    with _progress.listening(progress, "stepping the kernel") as shown:
+        measured = _recur(flow, state, learning_rate, steps, record_every, outputs, shown)
+        times = times_of_steps(learning_rate, recorded)
+        return from_measurements(times, measured, steps=jnp.asarray(recorded))
+
+
+@eqx.filter_jit
+def _recur(
+    flow: KernelFlow,
+    state: PyTree,
+    learning_rate: Any,
+    steps: int,
+    record_every: int,
+    outputs: bool,
+    shown: bool,
+) -> Measurement:
+    def step(k: Any, state: PyTree) -> PyTree:
+        rate = learning_rate(k) if callable(learning_rate) else learning_rate
+        return jax.tree.map(
+            lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, flow.velocity(state)
+        )
+
+    def record(state: PyTree, start: Array) -> tuple[PyTree, Measurement]:
+        if shown:
+            due = start % max(record_every, steps // 100) < record_every
+            lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
+        measured = flow.measure(state, outputs)
+        end = jnp.minimum(start + record_every, steps)
+        return lax.fori_loop(start, end, step, state), measured
+
+    starts = jnp.asarray(np.arange(0, steps, record_every))
+    state, measured = lax.scan(record, state, starts)
+    last = flow.measure(state, outputs)
+    return jax.tree.map(lambda all_, one: jnp.append(all_, one[None], axis=0), measured, last)
+
+
+def _check_flow(flow: Any) -> None:
+    if not isinstance(flow, Flow):
+        raise TypeError(
+            f"flow must be a KernelFlow, WeightFlow or HeavyBallFlow, got {type(flow).__name__}"
+        )

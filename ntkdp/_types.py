@@ -1,0 +1,43 @@
+"""Array aliases and the protocols that the layers above agree on."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped
+
+#: Parameters of a network: any pytree of floating-point arrays.
+Params: TypeAlias = PyTree
+#: ``apply_fn(params, x) -> outputs`` with ``x`` of shape ``(n, ...)`` and outputs ``(n, K)``.
+ApplyFn: TypeAlias = Callable[[Any, Array], Array]
+#: Called with the fraction of the work done, in [0, 1].
+ProgressCallback: TypeAlias = Callable[[float], None]
+
+Scalar: TypeAlias = Float[Array, ""] | float | int
+Outputs: TypeAlias = Float[Array, "n K"]
+Targets: TypeAlias = Num[Array, "n *K"]
+
+
+def is_traced(value: Any) -> bool:
+    """Whether any leaf of ``value`` is only known inside a JAX transformation."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+__all__ = [
+    "ApplyFn",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "Num",
+    "Outputs",
+    "PRNGKeyArray",
+    "Params",
+    "ProgressCallback",
+    "PyTree",
+    "Scalar",
+    "Shaped",
+    "Targets",
+    "is_traced",
+]

@@ -1,0 +1,139 @@
+"""Checks that name the argument, its value and the way out.
+
+Every check takes exactly one keyword argument, ``positive(clip_norm=R)``, and returns its value.
+What is known before a program runs raises ``ValueError`` or ``TypeError``; a value that exists only
+inside a JAX transformation is wrapped in :func:`equinox.error_if`, so use what the check returns.
+"""
+
+import difflib
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp._types import is_traced
+
+
+def _single(named: dict[str, Any]) -> tuple[str, Any]:
+    ((name, value),) = named.items()
+    return name, value
+
+
+def _numeric(name: str, value: Any) -> Any:
+    if isinstance(value, bool | str) or value is None:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if is_traced(value):
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or an array, got {value!r}") from error
+    if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a real number or array, got {value!r}")
+    return value
+
+
+def _require(
+    name: str, value: Any, holds: Callable[[Any], Any], requirement: str, way_out: str = ""
+) -> Any:
+    value = _numeric(name, value)
+    message = f"{name} must be {requirement}"
+    if is_traced(value):
+        return eqx.error_if(value, ~jnp.all(holds(jnp.asarray(value))), message + way_out)
+    if not bool(np.all(holds(np.asarray(value)))):
+        raise ValueError(f"{message}, got {value!r}{way_out}")
+    return value
+
+
+def positive(**named: Any) -> Any:
+    """A finite number above zero, or an array of them."""
+    name, value = _single(named)
+    return _require(name, value, lambda v: (v > 0) & (v < np.inf), "positive and finite")
+
+
+def non_negative(**named: Any) -> Any:
+    """A finite number of at least zero, or an array of them."""
+    name, value = _single(named)
+    return _require(name, value, lambda v: (v >= 0) & (v < np.inf), "at least 0 and finite")
+
+
+def fraction(**named: Any) -> Any:
+    """A number in (0, 1]."""
+    name, value = _single(named)
+    return _require(name, value, lambda v: (v > 0) & (v <= 1), "in (0, 1]")
+
+
+def count(**named: Any) -> int:
+    """A whole number of at least one, known before the program runs."""
+    name, value = _single(named)
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return number
+
+
+def finite(**named: Any) -> Any:
+    """A pytree of real arrays without NaN or inf; says which leaf and how many entries."""
+    name, value = _single(named)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if is_traced(leaf):
+            continue
+        array = np.asarray(leaf)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            continue
+        bad = int(np.size(array) - np.sum(np.isfinite(array.astype(np.float64))))
+        if bad:
+            where = name + jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{where} must be finite, got {bad} NaN or infinite of {array.size} entries; "
+                "remove or impute them first"
+            )
+    return value
+
+
+def increasing(**named: Any) -> Any:
+    """A one-dimensional array of at least two finite numbers, each above the one before."""
+    name, value = _single(named)
+    shape = np.shape(value)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"{name} must be a one-dimensional array of two or more, got {shape=}")
+    if is_traced(value):
+        return _require(name, value, lambda v: jnp.diff(v) > 0, "strictly increasing")
+    array = np.asarray(value)
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    fails = np.flatnonzero(np.diff(array) <= 0)
+    if fails.size:
+        k = int(fails[0])
+        raise ValueError(
+            f"{name} must be strictly increasing, got {name}[{k}] = {array[k]} "
+            f"before {name}[{k + 1}] = {array[k + 1]}"
+        )
+    return value
+
+
+def choice(options: Iterable[str], /, **named: Any) -> Any:
+    """One of ``options``; the error names the nearest."""
+    name, value = _single(named)
+    known = list(options)
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
+    return value
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The tail of an error message: the nearest known name, then all of them."""
+    names = [str(option) for option in known]
+    lowered = {option.lower(): option for option in names}
+    near = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.5)
+    hint = f"; did you mean {lowered[near[0]]!r}?" if near else ";"
+    return f"{hint} known: {', '.join(names)}"

@@ -1,0 +1,359 @@
+r"""Per-sample clipping: rules that map gradient norms to factors.
+
+The **rule** is the factor :math:`C = w(s)` as a function of a norm :math:`s`; the **scope** says of
+what: ``"flat"``, one norm over all parameters, or ``"layerwise"``, one a parameter group (a layer,
+or the user's groups). A rule never sees a gradient, so one object serves the kernel flow and the
+discrete run.
+
+===============  ==============================  ===========  ====================================
+rule             factor w(s)                     sensitivity  source
+===============  ==============================  ===========  ====================================
+`NoClipping`     1                               unbounded
+`Abadi`          min(1, R/s)                     R            Abadi et al. 2016
+`Global`         1[s <= R]; (R/Z) 1[s <= Z]      R            Bu et al. 2023 (v3)
+`Automatic`      R/(s + gamma)                   R            Bu et al. 2206.07136
+`PSAC`           R / (s + r/(s + r))             R            2212.00328
+`Batch`          min(1, R/||sum_i g_i||), one    unbounded    Bu et al. 2023, Table 1
+`Custom`         any w with s w(s) <= R          R
+===============  ==============================  ===========  ====================================
+
+Layerwise, the sensitivity is :math:`\sqrt{\sum_r R_r^2}`.
+
+Edge cases, the same for every rule: a norm of **zero** gives the limit of w at zero (1 for
+`NoClipping`, `Abadi` and `Batch`, R/Z or 1 for `Global`, R/gamma for `Automatic`, or 0 if gamma is
+0, R for `PSAC`); an **infinite** norm gives 0, except for `NoClipping`; a **NaN** norm gives NaN, so
+that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from ntkdp import _validate
+from ntkdp._types import Array, Float, is_traced
+
+Scope = Literal["flat", "layerwise"]
+SCOPES = ("flat", "layerwise")
+ClipNorm = Shaped[np.ndarray, "*groups"] | Float[Array, "*groups"]
+
+
+def _as_constant(value: Any) -> Any:
+    """A number as a NumPy array: traced by JIT, so a new clipping norm compiles nothing."""
+    if is_traced(value) or eqx.is_array(value):
+        return value
+    return np.asarray(value, dtype=np.float64)
+
+
+def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Square roots, zero for what rounding left below zero, with derivative zero at zero."""
+    is_positive = squares > 0
+    # NaN compares false, and must stay NaN.
+    safe = jnp.where(is_positive | jnp.isnan(squares), squares, 1.0)
+    return jnp.where(is_positive | jnp.isnan(squares), jnp.sqrt(safe), 0.0)
+
+
+def clip_fraction(factors: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """Share of factors below one: of samples, or layerwise of samples and groups."""
+    return jnp.mean(factors < 1, dtype=factors.dtype)
+
+
+class ClippingRule(eqx.Module):
+    r"""A clipping rule: norms in, factors out.
+
+    Parameters
+    ----------
+    R : float or array
+        Clipping norm, positive, in units of a per-sample gradient's norm. With
+        ``scope="layerwise"`` one number (R in every group) or one a group.
+    scope : {"flat", "layerwise"}
+
+    Raises
+    ------
+    ValueError
+        R not positive and finite, an unknown scope, or several R with flat scope.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.Abadi(1.0).factors(jnp.array([0.5, 2.0])).tolist()
+    [1.0, 0.5]
+    >>> round(ntkdp.clipping.Abadi(1.0, scope="layerwise").sensitivity(4), 12)
+    2.0
+    """
+
+    R: eqx.AbstractVar[Any]  # a field, or a property where it means nothing
+    scope: eqx.AbstractVar[Any]
+    #: Whether the factors bound each sample's part, i.e. whether noise can make the sum private.
+    bounds_each_sample: eqx.AbstractClassVar[bool]
+    #: Whether ``factors`` needs ``total_norm``.
+    needs_total_norm: eqx.AbstractClassVar[bool]
+
+    @abstractmethod
+    def _weight(self, s: Array, R: Array) -> Array:
+        """w(s) elementwise, R of a shape that broadcasts against s."""
+
+    def __check_init__(self) -> None:
+        _validate.choice(SCOPES, scope=self.scope)
+        _validate.positive(R=self.R)
+        if np.ndim(self.R) > (1 if self.scope == "layerwise" else 0):
+            raise ValueError(
+                f"R must be one number with scope={self.scope!r}, got shape {np.shape(self.R)}"
+                + ("" if self.scope == "layerwise" else "; several R need scope='layerwise'")
+            )
+
+    def factors(
+        self,
+        norms: Float[Array, "*groups n"],
+        total_norm: Float[Array, "*groups"] | None = None,
+    ) -> Float[Array, "*groups n"]:
+        r"""Clipping factors :math:`C_i` (flat) or :math:`C_{ir}` (layerwise).
+
+        Parameters
+        ----------
+        norms : array
+            Per-sample gradient norms, ``(n,)`` flat or ``(R, n)`` layerwise.
+        total_norm : array, optional
+            :math:`\|\sum_i g_i\|`, a scalar flat or ``(R,)`` layerwise; needed by `Batch` only.
+        """
+        expected = 1 if self.scope == "flat" else 2
+        if norms.ndim != expected:
+            shape = "(n,)" if self.scope == "flat" else "(groups, n)"
+            raise ValueError(
+                f"norms must have shape {shape} with scope={self.scope!r}, got {norms.shape}"
+            )
+        if self.scope == "layerwise":
+            self.check_groups(norms.shape[0])
+        if self.needs_total_norm:
+            if total_norm is None:
+                raise ValueError(
+                    f"{type(self).__name__} needs total_norm, the norm of the summed gradient"
+                )
+            s = jnp.broadcast_to(jnp.asarray(total_norm)[..., None], norms.shape)
+        else:
+            s = norms
+        R = jnp.asarray(self.R, dtype=s.dtype)
+        R = R[:, None] if R.ndim == 1 else R
+        return self._weight(s, jnp.broadcast_to(R, s.shape))
+
+    def sensitivity(self, n_groups: int = 1) -> Any:
+        r"""Largest norm of a clipped gradient: R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise.
+
+        It is how far the clipped sum moves when one sample is added or removed; replacing one
+        moves it by at most twice that. Infinite for rules that bound no single sample.
+        """
+        if not self.bounds_each_sample:
+            return float("inf")
+        if self.scope == "flat":
+            return self.R if is_traced(self.R) else float(self.R)
+        R = self.group_norms(n_groups)
+        return jnp.sqrt(jnp.sum(R**2)) if is_traced(R) else float(np.sqrt(np.sum(np.square(R))))
+
+    def group_norms(self, n_groups: int) -> Any:
+        """R of each group, shape ``(n_groups,)``."""
+        self.check_groups(n_groups)
+        if is_traced(self.R):
+            return jnp.broadcast_to(self.R, (n_groups,))
+        return np.broadcast_to(np.asarray(self.R), (n_groups,))
+
+    def check_groups(self, n_groups: int) -> None:
+        """Raise unless R fits ``n_groups`` groups."""
+        if np.ndim(self.R) == 1 and np.shape(self.R)[0] != n_groups:
+            raise ValueError(
+                f"R has {np.shape(self.R)[0]} entries for {n_groups} parameter groups; "
+                "give one number, or one a group"
+            )
+
+
+class NoClipping(ClippingRule):
+    """Every factor is 1: plain gradient descent, unbounded sensitivity, no privacy."""
+
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = False
+    needs_total_norm: ClassVar[bool] = False
+
+    @property  # type: ignore[misc]
+    def R(self) -> Any:
+        """Not used; one, so that every rule has a clipping norm."""
+        return np.asarray(1.0)
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        return jnp.where(jnp.isnan(s), s, 1.0)
+
+
+class Abadi(ClippingRule):
+    """min(1, R/s): gradients longer than R are shortened to R (Abadi et al. 2016)."""
+
+    R: Any = eqx.field(converter=_as_constant)
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = True
+    needs_total_norm: ClassVar[bool] = False
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        return R / jnp.maximum(s, R)
+
+
+class Global(ClippingRule):
+    """The 0/1 rule of Bu et al. (2023): samples with s > Z are dropped, the others scaled by R/Z.
+
+    Without ``Z`` the cut is at R and nothing is scaled.
+    """
+
+    R: Any = eqx.field(converter=_as_constant)
+    Z: Any = eqx.field(default=None, converter=lambda Z: None if Z is None else _as_constant(Z))
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = True
+    needs_total_norm: ClassVar[bool] = False
+
+    def __check_init__(self) -> None:
+        if self.Z is not None:
+            _validate.positive(Z=self.Z)
+            if np.ndim(self.Z) > 0 and np.shape(self.Z) != np.shape(self.R):
+                raise ValueError(
+                    f"Z must be one number or have the shape of R, got {np.shape(self.Z)} "
+                    f"for R of shape {np.shape(self.R)}"
+                )
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        if self.Z is None:
+            factor = (s <= R).astype(s.dtype)
+        else:
+            Z = jnp.asarray(self.Z, dtype=s.dtype)
+            Z = jnp.broadcast_to(Z[:, None] if Z.ndim == 1 else Z, s.shape)
+            factor = jnp.where(s <= Z, R / Z, 0.0)
+        return jnp.where(jnp.isnan(s), s, factor)
+
+
+class Automatic(ClippingRule):
+    """R/(s + gamma): every gradient is normalised (Bu et al. 2206.07136).
+
+    ``gamma = 0`` is AUTO-V (with factor 0 at s = 0), ``gamma > 0`` AUTO-S.
+    """
+
+    R: Any = eqx.field(converter=_as_constant)
+    gamma: Any = eqx.field(default=0.01, converter=_as_constant)
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = True
+    needs_total_norm: ClassVar[bool] = False
+
+    def __check_init__(self) -> None:
+        _validate.non_negative(gamma=self.gamma)
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        denominator = s + jnp.asarray(self.gamma, dtype=s.dtype)
+        is_zero = denominator == 0
+        return jnp.where(is_zero, 0.0, R / jnp.where(is_zero, 1.0, denominator))
+
+
+class PSAC(ClippingRule):
+    """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328)."""
+
+    R: Any = eqx.field(converter=_as_constant)
+    r: Any = eqx.field(default=0.1, converter=_as_constant)
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = True
+    needs_total_norm: ClassVar[bool] = False
+
+    def __check_init__(self) -> None:
+        _validate.positive(r=self.r)
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        r = jnp.asarray(self.r, dtype=s.dtype)
+        return R / (s + r / (s + r))
+
+
+class Batch(ClippingRule):
+    """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison."""
+
+    R: Any = eqx.field(converter=_as_constant)
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = False
+    needs_total_norm: ClassVar[bool] = True
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        return R / jnp.maximum(s, R)
+
+
+class Custom(ClippingRule):
+    r"""Any factor ``function(s)`` with :math:`|s\,w(s)| \le R`.
+
+    The bound is checked on norms from 1e-6 R to 1e6 R when the rule is made, and enforced at every
+    norm afterwards by capping the factor at R/s, so the sensitivity holds whatever the function
+    does between.
+
+    Parameters
+    ----------
+    function : callable
+        Norms to factors, elementwise, in JAX.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> rule = ntkdp.clipping.Custom(lambda s: 1 / (1 + s), 1.0)
+    >>> rule.factors(jnp.array([0.0, 1.0])).tolist()
+    [1.0, 0.5]
+    """
+
+    function: Callable[[Array], Array] = eqx.field(static=True)  # type: ignore[misc]
+    R: Any = eqx.field(converter=_as_constant)
+    scope: Scope = eqx.field(default="flat", static=True)
+    bounds_each_sample: ClassVar[bool] = True
+    needs_total_norm: ClassVar[bool] = False
+
+    def __check_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must map norms to factors, got {self.function!r}")
+        if is_traced(self.R):
+            return
+        smallest = float(np.min(self.R))
+        s = jnp.asarray(smallest * np.logspace(-6, 6, 1201))
+        clipped = np.asarray(s * self.function(s))
+        worst = int(np.argmax(np.where(np.isnan(clipped), np.inf, np.abs(clipped))))
+        tolerance = 100 * float(jnp.finfo(s.dtype).eps)
+        if not abs(clipped[worst]) <= smallest * (1 + tolerance):
+            raise ValueError(
+                f"a custom rule must keep |s w(s)| <= R = {smallest}, "
+                f"got s w(s) = {clipped[worst]} at s = {float(s[worst])}"
+            )
+
+    def _weight(self, s: Array, R: Array) -> Array:
+        cap = jnp.where(s > 0, R / jnp.where(s > 0, s, 1.0), jnp.inf)
+        factor = jnp.clip(self.function(s), -cap, cap)
+        return jnp.where(jnp.isinf(s), 0.0, jnp.where(jnp.isnan(s), s, factor))
+
+
+_BY_NAME: dict[str, type[ClippingRule]] = {
+    "none": NoClipping,
+    "abadi": Abadi,
+    "global": Global,
+    "automatic": Automatic,
+    "psac": PSAC,
+    "batch": Batch,
+}
+
+
+def from_name(rule: str, **options: Any) -> ClippingRule:
+    """The rule called ``rule``: none, abadi, global, automatic, psac or batch.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not known; the message gives the nearest one.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> type(ntkdp.clipping.from_name("abadi", R=1.0)).__name__
+    'Abadi'
+    """
+    return _BY_NAME[_validate.choice(_BY_NAME, rule=rule)](**options)
+
+
+def name_of(rule: ClippingRule) -> str:
+    """The name that :func:`from_name` knows a rule by, or the class's own."""
+    names = {kind: name for name, kind in _BY_NAME.items()}
+    return names.get(type(rule), type(rule).__name__.lower())

@@ -1,0 +1,318 @@
+r"""Per-sample losses :math:`\ell_i(f_i, y_i)` and their output gradients :math:`a_i`.
+
+A loss maps outputs ``(n, K)`` and targets to one value a sample, ``(n,)``; it never averages. The
+reduction over samples belongs to the flow and to the run (``reduction="mean"`` or ``"sum"``).
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntkdp import _validate
+from ntkdp._types import Array, Float, is_traced
+
+
+class Loss(eqx.Module):
+    r"""A per-sample loss with its gradient in the outputs.
+
+    Subclasses are final and give ``__call__``, ``check`` and, where it means something,
+    ``accuracy``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> loss = ntkdp.losses.SquaredError()
+    >>> loss(jnp.array([[2.0]]), jnp.array([[0.0]])).tolist()
+    [2.0]
+    >>> loss.output_gradient(jnp.array([[2.0]]), jnp.array([[0.0]])).tolist()
+    [[2.0]]
+    """
+
+    @abstractmethod
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        r"""Loss of each sample, :math:`\ell_i`, shape ``(n,)``."""
+
+    @abstractmethod
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        """Return ``targets`` as an array that fits ``(n_samples, n_outputs)`` outputs, or raise."""
+
+    @abstractmethod
+    def n_outputs(self, targets: Array) -> int | None:
+        """K if the targets alone tell it, else ``None``."""
+
+    @abstractmethod
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"] | None:
+        """One where the prediction is right, zero where not, ``None`` for regression."""
+
+    def output_gradient(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, "n K"]:
+        r""":math:`a_i = \partial \ell_i / \partial f_i`, shape ``(n, K)``, by autodiff."""
+        return jax.grad(lambda f: jnp.sum(self(f, targets)))(outputs)
+
+
+def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> Array:
+    """Real targets of shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)`` when K is 1."""
+    targets = jnp.asarray(targets)
+    if targets.shape == (n_samples,) and n_outputs == 1:
+        targets = targets[:, None]
+    if targets.shape != (n_samples, n_outputs):
+        raise ValueError(
+            f"{name} must have the shape of the outputs, ({n_samples}, {n_outputs}), "
+            f"got {targets.shape}"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+        targets = targets.astype(jnp.result_type(float))
+    return _validate.finite(**{name: targets})
+
+
+def _columns(targets: Array) -> int:
+    return 1 if targets.ndim == 1 else targets.shape[-1]
+
+
+class SquaredError(Loss):
+    r"""Half the squared distance, :math:`\ell = \tfrac12 \|f - y\|^2`, so :math:`a = f - y`.
+
+    Targets are real, shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)``.
+    """
+
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
+
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        return _vector_targets(targets, n_samples, n_outputs, name)
+
+    def n_outputs(self, targets: Array) -> int:
+        return _columns(targets)
+
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> None:
+        return None
+
+
+class Huber(Loss):
+    r"""Huber's loss of the residual's norm: quadratic up to ``delta``, linear beyond.
+
+    :math:`\ell = \tfrac12 s^2` for :math:`s = \|f - y\| \le \delta`, else
+    :math:`\delta (s - \tfrac12 \delta)`. So :math:`\|a\| \le \delta`, and for one output it is the
+    usual elementwise loss. Targets as for :class:`SquaredError`.
+
+    Parameters
+    ----------
+    delta : float
+        Where the loss turns linear, in units of the targets; positive.
+    """
+
+    delta: Float[Array, ""] | float = 1.0
+
+    def __check_init__(self) -> None:
+        _validate.positive(delta=self.delta)
+
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        squared = jnp.sum((outputs - targets) ** 2, axis=-1)
+        # The root is taken of a safe value: its derivative at zero is infinite.
+        outside = squared > self.delta**2
+        distance = jnp.sqrt(jnp.where(outside, squared, 1.0))
+        return jnp.where(outside, self.delta * (distance - 0.5 * self.delta), 0.5 * squared)
+
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        return _vector_targets(targets, n_samples, n_outputs, name)
+
+    def n_outputs(self, targets: Array) -> int:
+        return _columns(targets)
+
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> None:
+        return None
+
+
+class SoftmaxCrossEntropy(Loss):
+    r"""Cross-entropy of the softmax, :math:`\ell = -\sum_k y_k \log p_k`, so :math:`a = p - y`.
+
+    Targets are integer labels ``(n,)`` in ``0 .. K-1``, or one-hot or soft labels ``(n, K)`` whose
+    rows are non-negative and sum to one.
+    """
+
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        if targets.ndim == 1:
+            return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        return optax.softmax_cross_entropy(outputs, targets)
+
+    def output_gradient(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, "n K"]:
+        if targets.ndim == 1:
+            targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
+        total = jnp.sum(targets, axis=-1, keepdims=True)
+        return jax.nn.softmax(outputs) * total - targets
+
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        if n_outputs < 2:
+            raise ValueError(
+                f"softmax cross-entropy needs at least 2 outputs, got {n_outputs}; "
+                "for one output use Logistic"
+            )
+        targets = jnp.asarray(targets)
+        if targets.ndim == 2:
+            return self._check_soft(targets, n_samples, n_outputs, name)
+        if targets.shape != (n_samples,):
+            raise ValueError(
+                f"{name} must be labels of shape ({n_samples},) or ({n_samples}, {n_outputs}), "
+                f"got {targets.shape}"
+            )
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integer labels, got dtype {targets.dtype}")
+        if not is_traced(targets):
+            labels = np.asarray(targets)
+            if labels.min() < 0 or labels.max() >= n_outputs:
+                raise ValueError(
+                    f"{name} must be labels in 0..{n_outputs - 1} for {n_outputs} outputs, "
+                    f"got values from {labels.min()} to {labels.max()}"
+                )
+        return targets
+
+    def n_outputs(self, targets: Array) -> int | None:
+        return None if targets.ndim == 1 else _columns(targets)
+
+    @staticmethod
+    def _check_soft(targets: Array, n_samples: int, n_outputs: int, name: str) -> Array:
+        targets = _vector_targets(targets, n_samples, n_outputs, name)
+        if not is_traced(targets):
+            rows = np.asarray(targets)
+            tolerance = 100 * float(jnp.finfo(targets.dtype).eps)
+            if rows.min() < 0 or np.max(np.abs(rows.sum(axis=-1) - 1)) > max(tolerance, 1e-5):
+                raise ValueError(
+                    f"rows of {name} must be non-negative and sum to 1, "
+                    f"got values from {rows.min()} and sums from {rows.sum(axis=-1).min()} "
+                    f"to {rows.sum(axis=-1).max()}"
+                )
+        return targets
+
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        labels = targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)
+        return (jnp.argmax(outputs, axis=-1) == labels).astype(outputs.dtype)
+
+
+class Logistic(Loss):
+    r"""Binary cross-entropy of one logit, :math:`\ell = \log(1 + e^f) - y f`.
+
+    So :math:`a = \mathrm{sigmoid}(f) - y`. Targets are labels in {0, 1} (or probabilities between),
+    shape ``(n,)`` or ``(n, 1)``; the model has one output, K = 1.
+    """
+
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        return optax.sigmoid_binary_cross_entropy(outputs, targets)[:, 0]
+
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        if n_outputs != 1:
+            raise ValueError(
+                f"the logistic loss needs one output, got {n_outputs}; use SoftmaxCrossEntropy"
+            )
+        targets = _vector_targets(targets, n_samples, n_outputs, name)
+        if not is_traced(targets):
+            labels = np.asarray(targets)
+            if labels.min() < 0 or labels.max() > 1:
+                raise ValueError(
+                    f"{name} must lie in [0, 1], got values from {labels.min()} to {labels.max()}; "
+                    "map labels -1, 1 to 0, 1"
+                )
+        return targets
+
+    def n_outputs(self, targets: Array) -> int:
+        return _columns(targets)
+
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        return ((outputs > 0) == (targets > 0.5)).astype(outputs.dtype)[:, 0]
+
+
+class Custom(Loss):
+    """A loss from any function of one sample; its output gradient comes by autodiff.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(f, y) -> scalar`` with ``f`` of shape ``(K,)`` and ``y`` one row of the targets.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> log_cosh = ntkdp.losses.Custom(lambda f, y: jnp.sum(jnp.log(jnp.cosh(f - y))))
+    >>> float(log_cosh.output_gradient(jnp.array([[1.0]]), jnp.array([[1.0]]))[0, 0])
+    0.0
+    """
+
+    function: Callable[[Any, Any], Any] = eqx.field(static=True)
+
+    def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        return jax.vmap(self.function)(outputs, targets)
+
+    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+        targets = jnp.asarray(targets)
+        if targets.ndim == 0 or targets.shape[0] != n_samples:
+            raise ValueError(
+                f"{name} must have {n_samples} rows, one a sample, got shape {targets.shape}"
+            )
+        targets = _validate.finite(**{name: targets})
+        row = jax.eval_shape(
+            self.function,
+            jax.ShapeDtypeStruct((n_outputs,), jnp.result_type(float)),
+            jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype),
+        )
+        if getattr(row, "shape", None) != ():
+            raise ValueError(
+                f"a custom loss must map one sample's outputs and target to a scalar, got {row}"
+            )
+        return targets
+
+    def n_outputs(self, targets: Array) -> None:
+        return None
+
+    def correct(self, outputs: Float[Array, "n K"], targets: Array) -> None:
+        return None
+
+
+def mean_or_sum(
+    loss: Loss, outputs: Array, targets: Array, reduction: str
+) -> tuple[Array, Array | None]:
+    """Loss reduced over samples, and the accuracy (``None`` for regression), at given outputs."""
+    per_sample = loss(outputs, targets)
+    reduced = jnp.mean(per_sample) if reduction == "mean" else jnp.sum(per_sample)
+    correct = loss.correct(outputs, targets)
+    return reduced, None if correct is None else jnp.mean(correct)
+
+
+def from_name(name: str, **options: Any) -> Loss:
+    """The loss called ``name``: squared_error, softmax_cross_entropy, logistic or huber.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not known; the message gives the nearest one.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> type(ntkdp.losses.from_name("huber", delta=2.0)).__name__
+    'Huber'
+    """
+    return _BY_NAME[_validate.choice(_BY_NAME, loss=name)](**options)
+
+
+def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:
+    """``loss`` itself, or a :class:`Custom` loss around a function of one sample."""
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss) and not isinstance(loss, type):
+        return Custom(loss)
+    raise TypeError(
+        f"loss must be one of ntkdp.losses, e.g. SquaredError(), or a function (f, y) -> scalar, "
+        f"got {loss!r}"
+    )
+
+
+_BY_NAME: dict[str, type[Loss]] = {
+    "squared_error": SquaredError,
+    "softmax_cross_entropy": SoftmaxCrossEntropy,
+    "logistic": Logistic,
+    "huber": Huber,
+}

@@ -1,0 +1,468 @@
+r"""Neural tangent kernels, empirical and infinite-width, whole and by layer.
+
+The empirical kernel at parameters w is :math:`H(x, x') = J(x) J(x')^\top` with the Jacobian
+:math:`J = \partial f / \partial w`, a ``K x K`` block for each pair of samples, and is a sum of one
+positive semi-definite term a parameter group, :math:`H = \sum_r H_r`. At infinite width it becomes
+:math:`\Theta(x, x') \otimes I_K`.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import _groups, _memory, _validate, clipping
+from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._check_model import check_inputs, check_preconditioner
+from ntkdp._types import ApplyFn, Array, Float, Params
+
+_WAYS_OUT = "use fewer samples, float32, one output, or the infinite-width kernel (n, n)"
+
+
+class LayerwiseKernel(eqx.Module):
+    """A kernel as a sum of one term a parameter group; a pytree.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Names of the groups, in the order of the terms.
+    values : array
+        ``(R, n1, n2, K, K)``, or ``(R, n1, n2)`` meaning ``(x) I_K``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.LayerwiseKernel(("hidden", "output"), jnp.ones((2, 3, 3))).total[0, 0].item()
+    2.0
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True, converter=tuple)
+    values: Array
+
+    def __check_init__(self) -> None:
+        ndim = getattr(self.values, "ndim", None)
+        if ndim is None:
+            return  # a pytree transformation holds the place of the array
+        if ndim not in (3, 5):
+            raise ValueError(
+                f"values must have shape (R, n1, n2, K, K) or (R, n1, n2), got {self.values.shape}"
+            )
+        if self.values.shape[0] != len(self.names):
+            raise ValueError(
+                f"values must hold one term for each of the {len(self.names)} names, "
+                f"got {self.values.shape[0]}"
+            )
+
+    @property
+    def total(self) -> Array:
+        """The whole kernel, the sum of the terms: ``(n1, n2, K, K)`` or ``(n1, n2)``."""
+        return jnp.sum(self.values, axis=0)
+
+
+def empirical_ntk(
+    apply_fn: ApplyFn,
+    params: Params,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> Float[Array, "n1 n2 K K"]:
+    r"""Empirical neural tangent kernel with full outputs, :math:`H = J(x_1) J(x_2)^\top`.
+
+    Parameters
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, x) -> (n, K)``, one sample independent of another.
+    params : pytree
+        Parameters, floating-point arrays.
+    x1, x2 : array
+        Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
+    batch_size : int, optional
+        Rows and columns of a block; memory is then the result and the work of one block.
+
+    Returns
+    -------
+    array
+        ``(n1, n2, K, K)``, entry ``[i, j, k, l]`` the inner product of the gradients of output k at
+        x1[i] and of output l at x2[j].
+
+    Raises
+    ------
+    ValueError
+        Empty or mismatched inputs, NaN or infinities, a model that couples samples.
+    MemoryError
+        If the result does not fit, with the bytes needed and available.
+
+    Notes
+    -----
+    Jacot et al. (2018), the finite-width kernel at the given parameters.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> linear = lambda w, x: x @ w
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> ntkdp.empirical_ntk(linear, jnp.ones((2, 1)), x)[:, :, 0, 0].tolist()
+    [[5.0, 11.0], [11.0, 25.0]]
+    """
+    everything = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
+    return _kernel(apply_fn, params, x1, x2, everything, batch_size)[0]
+
+
+def layerwise_ntk(
+    apply_fn: ApplyFn,
+    params: Params,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    groups: Any = None,
+    batch_size: int | None = None,
+) -> LayerwiseKernel:
+    r"""Empirical kernel by parameter group, :math:`H_r = J_r(x_1) J_r(x_2)^\top`.
+
+    Parameters
+    ----------
+    apply_fn, params, x1, x2, batch_size
+        As for :func:`empirical_ntk`.
+    groups : pytree prefix of labels, or callable from key path to label, optional
+        By default the layers.
+
+    Returns
+    -------
+    LayerwiseKernel
+        Values ``(R, n1, n2, K, K)``; ``total`` is :func:`empirical_ntk`.
+
+    Raises
+    ------
+    ValueError, MemoryError
+        As for :func:`empirical_ntk`; groups that do not fit the parameters.
+
+    Notes
+    -----
+    Bu et al. (2023), section on layerwise clipping.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> affine = lambda p, x: x @ p["w"] + p["b"]
+    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros(1)}
+    >>> kernel = ntkdp.layerwise_ntk(affine, params, jnp.array([[1.0, 2.0]]))
+    >>> kernel.names, kernel.values[:, 0, 0, 0, 0].tolist()
+    (('b', 'w'), [1.0, 5.0])
+    """
+    resolved = _groups.resolve(params, groups)
+    return LayerwiseKernel(resolved.names, _kernel(apply_fn, params, x1, x2, resolved, batch_size))
+
+
+def preconditioned_ntk(
+    apply_fn: ApplyFn,
+    params: Params,
+    preconditioner: Params,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> Float[Array, "n1 n2 K K"]:
+    r"""Kernel of a preconditioned flow, :math:`J(x_1) M^{-1} J(x_2)^\top` with diagonal M.
+
+    It is the tangent kernel in the coordinates :math:`u = M^{1/2} w`. For Adam, M is
+    :math:`\sqrt{\hat v} + \epsilon`.
+
+    Parameters
+    ----------
+    apply_fn, params, x1, x2, batch_size
+        As for :func:`empirical_ntk`.
+    preconditioner : pytree
+        The diagonal of M, positive, in the shape of the parameters.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`empirical_ntk`; a preconditioner of another structure or not positive.
+
+    Notes
+    -----
+    *Derived*: a change of variables.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> w, x = jnp.ones((2, 1)), jnp.array([[1.0, 2.0]])
+    >>> ntkdp.ntk.preconditioned_ntk(lambda w, x: x @ w, w, jnp.full((2, 1), 5.0), x).item()
+    1.0
+    """
+    roots = jax.tree.map(jnp.sqrt, check_preconditioner(params, preconditioner))
+    rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
+    coordinates = jax.tree.map(jnp.multiply, params, roots)
+    return empirical_ntk(rescaled, coordinates, x1, x2, batch_size=batch_size)
+
+
+def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Array) -> Array:
+    return apply_fn(jax.tree.map(jnp.divide, coordinates, roots), x)
+
+
+def per_sample_gradient_norms(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Float[Array, "n ..."],
+    output_gradient: Float[Array, "n K"],
+    *,
+    groups: Any = None,
+) -> Float[Array, "*groups n"]:
+    r"""Norms of the per-sample gradients :math:`g_i = J_i^\top a_i`, without forming them.
+
+    Parameters
+    ----------
+    apply_fn, params, x
+        As for :func:`empirical_ntk`.
+    output_gradient : array
+        :math:`a_i`, shape ``(n, K)``: the gradient of each sample's own loss in its outputs, never
+        divided by n.
+    groups : pytree prefix of labels, or callable from key path to label, optional
+        With it, one norm a group; without it, one over all parameters.
+
+    Returns
+    -------
+    array
+        ``(n,)``, or ``(R, n)`` with ``groups``.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`empirical_ntk`; an output gradient that is not ``(n, K)``.
+
+    Notes
+    -----
+    For a layer that is a product, the norm is the product of the norms of its input and of its
+    output's cotangent (Goodfellow 2015); :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> x, a = jnp.array([[3.0, 4.0]]), jnp.array([[2.0]])
+    >>> ntkdp.per_sample_gradient_norms(lambda w, x: x @ w, jnp.ones((2, 1)), x, a).tolist()
+    [10.0]
+    """
+    x = check_inputs(apply_fn, params, x)
+    output_gradient = jnp.asarray(output_gradient)
+    expected = jax.eval_shape(apply_fn, params, x).shape
+    if output_gradient.shape != expected:
+        raise ValueError(
+            f"output_gradient must have the shape of the outputs, {expected}, "
+            f"got {output_gradient.shape}"
+        )
+    output_gradient = _validate.finite(output_gradient=output_gradient)
+    if groups is None:
+        resolved = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
+    else:
+        resolved = _groups.resolve(params, groups)
+    norms = _norms(apply_fn, params, x, output_gradient, resolved)
+    return norms[0] if groups is None else norms
+
+
+@eqx.filter_jit
+def _norms(
+    apply_fn: ApplyFn, params: Params, x: Array, output_gradient: Array, groups: _groups.Groups
+) -> Array:
+    structure = per_sample.trace(apply_fn, params, x)
+    _, factors = per_sample.factored(structure, params, x, lambda f, a: a[None], output_gradient)
+    return clipping.norms_from_squares(grouped_squared_norms(factors, groups, x.shape[0]))
+
+
+def grouped_squared_norms(
+    factors: list[per_sample.Factor], groups: _groups.Groups, n: int
+) -> Float[Array, "groups n"]:
+    """Squared per-sample gradient norms of each group, from the factors of each leaf."""
+    squares = jnp.stack([per_sample.squared_norms(factor, n) for factor in factors])
+    return jax.ops.segment_sum(squares, np.asarray(groups.leaf_to_group), groups.size)
+
+
+def _kernel(
+    apply_fn: ApplyFn,
+    params: Params,
+    x1: Any,
+    x2: Any,
+    groups: _groups.Groups,
+    batch_size: int | None,
+) -> Array:
+    """Terms of the kernel, ``(R, n1, n2, K, K)``."""
+    x1 = check_inputs(apply_fn, params, x1, "x1")
+    x2 = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
+    if x1.shape[1:] != x2.shape[1:]:
+        raise ValueError(
+            f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {x2.shape[1:]}"
+        )
+    if batch_size is not None:
+        batch_size = _validate.count(batch_size=batch_size)
+    output = jax.eval_shape(apply_fn, params, x1)
+    shape = (groups.size, x1.shape[0], x2.shape[0], output.shape[1], output.shape[1])
+    _memory.require(
+        int(np.prod(shape, dtype=object)) * output.dtype.itemsize,
+        f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
+        _WAYS_OUT,
+    )
+    return _kernel_in_blocks(apply_fn, params, x1, x2, groups, batch_size, output.shape[1])
+
+
+@eqx.filter_jit
+def _kernel_in_blocks(
+    apply_fn: ApplyFn,
+    params: Params,
+    x1: Array,
+    x2: Array,
+    groups: _groups.Groups,
+    batch_size: int | None,
+    n_outputs: int,
+) -> Array:
+    structure = per_sample.trace(apply_fn, params, x1)
+
+    def factors(x: Array) -> list[per_sample.Factor]:
+        def basis(f: Array) -> Array:
+            return jnp.eye(n_outputs, dtype=f.dtype)
+
+        return per_sample.factored(structure, params, x, basis)[1]
+
+    def block(rows: list[per_sample.Factor], columns: list[per_sample.Factor]) -> Array:
+        terms: list[Any] = [0.0] * groups.size
+        for group, row, column in zip(groups.leaf_to_group, rows, columns, strict=True):
+            terms[group] = terms[group] + per_sample.kernel(row, column)
+        shape = next(term.shape for term in terms if isinstance(term, jax.Array))
+        stacked = jnp.stack([jnp.broadcast_to(term, shape) for term in terms])
+        return jnp.transpose(stacked, (0, 1, 3, 2, 4))
+
+    n1, n2 = x1.shape[0], x2.shape[0]
+    if batch_size is None or batch_size >= max(n1, n2):
+        rows = factors(x1)
+        return block(rows, rows if x2 is x1 else factors(x2))
+
+    # The last block starts earlier rather than ends late: every block has the same shape.
+    height, width = min(batch_size, n1), min(batch_size, n2)
+    row_starts = jnp.minimum(jnp.arange(0, n1, height), n1 - height)
+    column_starts = jnp.minimum(jnp.arange(0, n2, width), n2 - width)
+    dtype = jax.eval_shape(lambda x: block(factors(x), factors(x)), x1[:1]).dtype
+
+    def fill_row(i: Any, result: Array) -> Array:
+        rows = factors(lax.dynamic_slice_in_dim(x1, row_starts[i], height))
+
+        def fill_block(j: Any, result: Array) -> Array:
+            columns = factors(lax.dynamic_slice_in_dim(x2, column_starts[j], width))
+            start = (0, row_starts[i], column_starts[j], 0, 0)
+            return lax.dynamic_update_slice(result, block(rows, columns), start)
+
+        return lax.fori_loop(0, column_starts.shape[0], fill_block, result)
+
+    result = jnp.zeros((groups.size, n1, n2, n_outputs, n_outputs), dtype)
+    return lax.fori_loop(0, row_starts.shape[0], fill_row, result)
+
+
+def infinite_ntk(
+    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
+) -> Float[Array, "n1 n2"]:
+    r"""Infinite-width neural tangent kernel :math:`\Theta`, meaning :math:`\Theta \otimes I_K`.
+
+    Parameters
+    ----------
+    model : Model
+        A model with a ``kernel_fn``, for instance of :func:`ntkdp.models.mlp`.
+    x1, x2 : array
+        Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
+
+    Returns
+    -------
+    array
+        ``(n1, n2)``.
+
+    Raises
+    ------
+    ValueError
+        A model that has no infinite-width kernel; empty or non-finite inputs.
+
+    Notes
+    -----
+    Jacot et al. (2018); computed by neural-tangents.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> model = ntkdp.models.mlp([16], 1)
+    >>> ntkdp.infinite_ntk(model, jnp.eye(3)).shape
+    (3, 3)
+    """
+    if getattr(model, "kernel_fn", None) is None:
+        raise ValueError(
+            f"model must have an infinite-width kernel, got {type(model).__name__} with "
+            "kernel_fn=None; use empirical_ntk, or a model built with ntkdp.models.mlp, cnn, "
+            "serial or from_stax"
+        )
+    x1, x2 = _check_infinite_inputs(x1, x2)
+    return model.kernel_fn(x1, x2, "ntk")
+
+
+def layerwise_infinite_ntk(
+    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
+) -> LayerwiseKernel:
+    r"""Infinite-width kernel by layer, :math:`\Theta = \sum_r \Theta_r`.
+
+    The term of layer r is the kernel of the network in which the layers below r are not trained,
+    less the same for r + 1.
+
+    Parameters
+    ----------
+    model : Model
+        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``.
+    x1, x2 : array
+        As for :func:`infinite_ntk`.
+
+    Returns
+    -------
+    LayerwiseKernel
+        Values ``(R, n1, n2)``, named as the parameter groups of the model.
+
+    Raises
+    ------
+    ValueError
+        A model without an infinite-width kernel or without layer terms.
+
+    Notes
+    -----
+    The recursion of Jacot et al. (2018) with the tangent kernel started at layer r.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> model = ntkdp.models.mlp([16], 1)
+    >>> ntkdp.layerwise_infinite_ntk(model, jnp.eye(3)).names
+    ('0', '2')
+    """
+    if not getattr(model, "layer_kernel_fns", None):
+        raise ValueError(
+            f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
+            "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
+        )
+    x1, x2 = _check_infinite_inputs(x1, x2)
+    names = tuple(name for name, _ in model.layer_kernel_fns)
+    from_layer_up = [kernel_fn(x1, x2, "ntk") for _, kernel_fn in model.layer_kernel_fns]
+    above = [*from_layer_up[1:], jnp.zeros_like(from_layer_up[0])]
+    terms = [term - rest for term, rest in zip(from_layer_up, above, strict=True)]
+    return LayerwiseKernel(names, jnp.stack(terms))
+
+
+def _check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
+    checked: list[Any] = []
+    for name, x in (("x1", x1), ("x2", x2)):
+        if x is None:
+            checked.append(None)
+            continue
+        x = jnp.asarray(x)
+        if x.ndim < 2 or x.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
+        checked.append(_validate.finite(**{name: x}))
+    if checked[1] is not None and checked[0].shape[1:] != checked[1].shape[1:]:
+        raise ValueError(
+            f"x2 must have samples of the shape of x1's, {checked[0].shape[1:]}, "
+            f"got {checked[1].shape[1:]}"
+        )
+    return checked[0], checked[1]

@@ -1,0 +1,246 @@
+"""What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
+
+import os
+import tempfile
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp import _validate
+from ntkdp._types import Array, is_traced
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Outcome(IntEnum):
+    """How the work ended; every value but the first comes with advice."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_TOO_SMALL = 2
+    NON_FINITE = 3
+    SOLVER_FAILED = 4
+
+
+_ADVICE = {
+    Outcome.SUCCESS: "success",
+    Outcome.MAX_STEPS: (
+        "the solver reached max_steps before the last time; raise max_steps, loosen rtol and atol, "
+        "shorten the horizon, or for a stiff kernel pass solver=diffrax.Kvaerno5()"
+    ),
+    Outcome.STEP_TOO_SMALL: (
+        "the solver's step size shrank to rounding; the flow may blow up near there, or the "
+        "tolerances are below what this dtype resolves: loosen rtol and atol, or use float64"
+    ),
+    Outcome.NON_FINITE: (
+        "the trajectory became infinite or NaN: it diverges (lower the learning rate) or an input "
+        "overflows (rescale it)"
+    ),
+    Outcome.SOLVER_FAILED: (
+        "the solver gave up for a reason of its own (for an implicit one, its nonlinear solve "
+        "did not converge); try tighter tolerances or solver=diffrax.Tsit5()"
+    ),
+}
+
+
+class Measurement(NamedTuple):
+    """One state, or a leading time axis of them: what a `Trajectory` records of it."""
+
+    loss: Array
+    clip_fraction: Array
+    accuracy: Array | None = None
+    outputs: Array | None = None
+    test_loss: Array | None = None
+    test_accuracy: Array | None = None
+    test_outputs: Array | None = None
+
+
+class Trajectory(eqx.Module):
+    """Recorded times of a prediction or a run; a pytree.
+
+    Every array has time as its first axis, after a leading seed axis for repeated runs. ``None``
+    stands for what was not recorded or does not apply.
+
+    Parameters
+    ----------
+    times : array
+        ``(T,)``. The first is the start; t is the running sum of the learning rate.
+    loss : array
+        ``(T,)``, training loss, reduced over samples as the flow or run was told to.
+    clip_fraction : array
+        ``(T,)``, share of samples (layerwise: of samples and groups) whose factor is below one.
+    steps : array, optional
+        ``(T,)``, step numbers, for what proceeds in steps.
+    accuracy, test_loss, test_accuracy : array, optional
+        ``(T,)``.
+    outputs, test_outputs : array, optional
+        ``(T, n, K)``, on request.
+    outcome : int array
+        An :class:`Outcome`; see ``successful`` and ``message``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> path = ntkdp.Trajectory(jnp.arange(2.0), loss=jnp.ones(2), clip_fraction=jnp.zeros(2))
+    >>> path.successful, path.message
+    (True, 'success')
+    """
+
+    times: Array
+    loss: Array
+    clip_fraction: Array
+    steps: Array | None = None
+    accuracy: Array | None = None
+    outputs: Array | None = None
+    test_loss: Array | None = None
+    test_accuracy: Array | None = None
+    test_outputs: Array | None = None
+    outcome: Any = 0
+
+    @property
+    def successful(self) -> bool:
+        """Whether every recorded number, of every seed, is what was asked for."""
+        return bool(np.all(np.asarray(self.outcome) == Outcome.SUCCESS))
+
+    @property
+    def message(self) -> str:
+        """What went wrong and what to do about it, or ``"success"``."""
+        codes = sorted({int(code) for code in np.atleast_1d(np.asarray(self.outcome))} - {0})
+        return "; ".join(_ADVICE[Outcome(code)] for code in codes) or _ADVICE[Outcome.SUCCESS]
+
+    def rescale_time(self, factor: float) -> "Trajectory":
+        """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
+        factor = _validate.positive(factor=factor)
+        return eqx.tree_at(lambda path: path.times, self, self.times * factor)
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """As a labelled :class:`xarray.Dataset` with dimensions seed, time, sample and output."""
+        import xarray as xr
+
+        data = {}
+        for name, trailing in _DIMENSIONS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            array = np.asarray(value)
+            leading = ("seed",) * (array.ndim - 1 - len(trailing))
+            data[name] = ((*leading, "time", *trailing), array)
+        coordinates: dict[str, Any] = {"time": np.asarray(self.times)}
+        if self.steps is not None:
+            coordinates["step"] = ("time", np.asarray(self.steps))
+        outcome = np.asarray(self.outcome)
+        data["outcome"] = (("seed",) * outcome.ndim, outcome)
+        return xr.Dataset(data, coordinates, {"message": self.message})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a netCDF file, whole or not at all.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist.
+        """
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".nc.tmp")
+        os.close(handle)
+        try:
+            self.to_xarray().to_netcdf(temporary, engine="h5netcdf")
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Trajectory":
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a trajectory.
+        """
+        import xarray as xr
+
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"path does not exist: {path}")
+        try:
+            with xr.open_dataset(path, engine="h5netcdf") as dataset:
+                dataset.load()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"path is not a netCDF file: {path} ({error})") from error
+        return cls.from_xarray(dataset)
+
+    @classmethod
+    def from_xarray(cls, dataset: "xarray.Dataset") -> "Trajectory":
+        """The inverse of :meth:`to_xarray`."""
+        missing = {"loss", "clip_fraction", "outcome"} - set(dataset.data_vars)
+        if missing or "time" not in dataset.coords:
+            raise ValueError(f"not a trajectory: lacks {', '.join(sorted(missing or {'time'}))}")
+        fields = {
+            name: jnp.asarray(dataset[name].values) for name in _DIMENSIONS if name in dataset
+        }
+        steps = jnp.asarray(dataset["step"].values) if "step" in dataset.coords else None
+        outcome = dataset["outcome"].values
+        return cls(jnp.asarray(dataset["time"].values), steps=steps, outcome=outcome, **fields)
+
+
+_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "loss": (),
+    "accuracy": (),
+    "clip_fraction": (),
+    "outputs": ("sample", "output"),
+    "test_loss": (),
+    "test_accuracy": (),
+    "test_outputs": ("test_sample", "output"),
+}
+
+
+def from_measurements(
+    times: Array, measured: Measurement, steps: Array | None = None, outcome: Any = None
+) -> Trajectory:
+    """A trajectory of stacked measurements.
+
+    What is not finite has ended badly, whatever ``outcome`` says so far.
+    """
+    measured_finite = jnp.all(jnp.isfinite(measured.loss), axis=-1)
+    outcome = Outcome.SUCCESS if outcome is None else outcome
+    outcome = jnp.where(
+        (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
+    )
+    return Trajectory(times=times, steps=steps, outcome=outcome, **measured._asdict())
+
+
+def recorded_steps(steps: int, record_every: int) -> np.ndarray:
+    """Numbers of the recorded steps: 0, every ``record_every``-th, and the last."""
+    return np.append(np.arange(0, steps, record_every), steps)
+
+
+def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
+    """The running sum of the learning rate, a number or a schedule, at the recorded steps."""
+    if not callable(learning_rate):
+        return jnp.asarray(recorded) * jnp.asarray(learning_rate, jnp.result_type(float))
+    rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
+    elapsed = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
+    return elapsed[recorded]
+
+
+def check_learning_rate(learning_rate: Any, steps: int) -> Any:
+    """A positive number, or a schedule that is positive at every step."""
+    if not callable(learning_rate):
+        return _validate.positive(learning_rate=learning_rate)
+    rates = jax.vmap(learning_rate)(jnp.arange(steps))
+    if not is_traced(rates) and not bool(jnp.all(jnp.isfinite(rates) & (rates >= 0))):
+        raise ValueError(
+            f"learning_rate must be a schedule of finite values of at least 0, "
+            f"got {float(jnp.min(rates))} as its lowest"
+        )
+    return learning_rate

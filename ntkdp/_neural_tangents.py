@@ -1,9 +1,9 @@
 """neural-tangents 0.6.5 on today's JAX, without TensorFlow.
 
 Importing this module is cheap: it only installs a finder for the name ``neural_tangents``, so that
-``import neural_tangents`` works afterwards, for users too. JAX itself is left as it is. Each module
-of neural-tangents is run with an ``__import__`` of its own, which hands out views of the few JAX
-modules whose names have moved; everything else is forwarded to the real module. Its
+``import neural_tangents`` works afterwards, for users too. JAX and SciPy are left as they are. Each
+module of neural-tangents is run with an ``__import__`` of its own, which hands out views of the few
+modules of theirs in which names have moved; everything else is the real module. Its
 ``experimental`` package, the only part that needs TensorFlow, is replaced by an explanation.
 
 Use it as ``_neural_tangents.stax``: the first attribute access imports neural-tangents.
@@ -12,6 +12,7 @@ Use it as ``_neural_tangents.stax``: the first attribute access imports neural-t
 import builtins
 import functools
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,11 +65,17 @@ def _views() -> dict[str, ModuleType]:
     import jax
     import jax.extend.core
     import jax.interpreters.ad
+    import jax.numpy
     import scipy.linalg
 
     def eigvalsh(matrix: Any, eigvals: tuple[int, int]) -> Any:
         return scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)
 
+    def size(array: Any, axis: Any = None) -> int:
+        is_abstract = isinstance(array, jax.ShapeDtypeStruct)
+        return math.prod(array.shape) if is_abstract else jax.numpy.size(array, axis)
+
+    numpy = _View("jax.numpy", {"size": size}, [jax.numpy])
     util = _View("jax.util", {"safe_map": _safe_map, "safe_zip": _safe_zip})
     # Evaluate now unless an operand is traced: what `eval_context` meant up to JAX 0.4.35.
     evaluation = {"eval_context": jax.ensure_compile_time_eval}
@@ -77,10 +84,11 @@ def _views() -> dict[str, ModuleType]:
     zeros_like = {"zeros_like_p": jax.extend.core.Primitive("zeros_like")}
     ad = _View("jax.interpreters.ad", zeros_like, [jax.interpreters.ad])
     interpreters = _View("jax.interpreters", {"ad": ad}, [jax.interpreters])
-    top = _View("jax", {"core": core, "util": util, "interpreters": interpreters}, [jax])
+    replaced = {"core": core, "interpreters": interpreters, "numpy": numpy, "util": util}
+    top = _View("jax", replaced, [jax])
     linalg = _View("scipy.linalg", {"eigvalsh": eigvalsh}, [scipy.linalg])
     scipy_top = _View("scipy", {"linalg": linalg}, [scipy])
-    views = (top, core, util, interpreters, ad, linalg, scipy_top)
+    views = (top, core, numpy, util, interpreters, ad, linalg, scipy_top)
     return {view.__name__: view for view in views}
 
 

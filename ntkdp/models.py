@@ -209,7 +209,27 @@ def cnn(
             layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
     layers.append(stax.GlobalAvgPool() if pooling == "global" else stax.Flatten())
     layers.append(stax.Dense(n_outputs, **output))
-    return _from_layers(layers, _images)
+
+    def images(x: Array) -> Array:
+        if x.ndim != 4:
+            raise ValueError(
+                f"x must be images of shape (n, height, width, channels), got shape {x.shape}"
+            )
+        size = x.shape[1:3]
+        for _ in channels:
+            if padding == "VALID":
+                size = tuple(s - w + 1 for s, w in zip(size, window, strict=True))
+            size = tuple(-(-s // by) for s, by in zip(size, step, strict=True))
+            if pooling == "average":
+                size = tuple(s // 2 for s in size)
+            if min(size) < 1:
+                raise ValueError(
+                    f"x must be larger images, got shape {x.shape}: with {padding=}, {pooling=} "
+                    f"and strides {step}, {len(channels)} convolutions leave no position"
+                )
+        return x
+
+    return _from_layers(layers, images)
 
 
 def serial(*layers: Any) -> Model:
@@ -356,14 +376,6 @@ def _kernel_from(layers: Sequence[StaxLayer], position: int) -> KernelFn:
 
 def _flatten(x: Array) -> Array:
     return x.reshape(x.shape[0], -1)
-
-
-def _images(x: Array) -> Array:
-    if x.ndim != 4:
-        raise ValueError(
-            f"x must be images of shape (n, height, width, channels), got shape {x.shape}"
-        )
-    return x
 
 
 def _pair(**named: int | tuple[int, int]) -> tuple[int, int]:

@@ -406,8 +406,7 @@ def layerwise_infinite_ntk(
 ) -> LayerwiseKernel:
     r"""Infinite-width kernel by layer, :math:`\Theta = \sum_r \Theta_r`.
 
-    The term of layer r is the kernel of the network in which the layers below r are not trained,
-    less the same for r + 1.
+    The term of layer r is the kernel of the network in which only layer r is trained.
 
     Parameters
     ----------
@@ -437,17 +436,14 @@ def layerwise_infinite_ntk(
     >>> ntkdp.layerwise_infinite_ntk(model, jnp.eye(3)).names
     ('0', '2')
     """
-    if not getattr(model, "layer_kernel_fns", None):
+    if getattr(model, "layer_kernel_fn", None) is None:
         raise ValueError(
             f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
-    names = tuple(name for name, _ in model.layer_kernel_fns)
-    from_layer_up = [kernel_fn(x1, x2, "ntk") for _, kernel_fn in model.layer_kernel_fns]
-    above = [*from_layer_up[1:], jnp.zeros_like(from_layer_up[0])]
-    terms = [term - rest for term, rest in zip(from_layer_up, above, strict=True)]
-    return LayerwiseKernel(names, jnp.stack(terms))
+    terms = model.layer_kernel_fn(x1, x2)
+    return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 
 
 def _check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:

@@ -81,7 +81,7 @@ WIDE: dict[str, tuple[Callable[[int], models.Model], tuple[int, ...]]] = {
     "cnn, average": (lambda n: models.cnn([n, n], 2, pooling="average"), (2, 4, 4, 2)),
     "cnn, global": (
         lambda n: models.cnn([n, n], 2, activation="gelu", pooling="global", padding="VALID"),
-        (2, 4, 5, 2),
+        (2, 6, 5, 2),
     ),
     "cnn, standard, strides": (
         lambda n: models.cnn(
@@ -119,7 +119,7 @@ WIDE: dict[str, tuple[Callable[[int], models.Model], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", list(WIDE))
 def test_each_layer_term_is_the_mean_of_wide_networks(name: str) -> None:
     make, shape = WIDE[name]
-    width, draws = 64, 40
+    width, draws = 64, 200
     model = make(width)
     x = jax.random.normal(jax.random.key(1), shape)
     terms = model.layer_kernel_fn(x)
@@ -390,6 +390,11 @@ def test_wrong_constructions(
 def test_wrong_inputs_and_outputs() -> None:
     with pytest.raises(ValueError, match=r"x must be images .* got shape \(4, 64\)"):
         models.cnn([4], 1).init(KEY, jnp.ones((4, 64)))
+    for options in ({"padding": "VALID"}, {"pooling": "average"}):
+        deep = models.cnn([4, 4, 4], 1, **options)
+        assert deep.init(KEY, jnp.ones((2, 8, 8, 1)))[-1][0].shape[0] > 0
+        with pytest.raises(ValueError, match=r"got shape \(2, 6, 8, 1\).*leave no position"):
+            deep.init(KEY, jnp.ones((2, 6, 8, 1)))
     for outputs in (lambda w, x: x[..., None], lambda w, x: x[:1], lambda w, x: (x, x)):
         model = models.from_function(lambda key, x: jnp.ones(1), outputs)
         with pytest.raises(

@@ -1,0 +1,35 @@
+# The same steps as .ci/run, one verb each. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help lint format types architecture test test-slow accuracy pins clean
+
+help:  ## List the verbs
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+lint:  ## Linter and formatting, nothing changed
+	uv run ruff check .
+	uv run ruff format --check .
+
+format:  ## Mend what the linter and the formatter can
+	uv run ruff check --fix .
+	uv run ruff format .
+
+types:  ## Type check
+	uv run mypy
+
+architecture:  ## Imports point to lower layers only
+	uv run pytest -n 0 -q tests/test_architecture.py
+
+test:  ## The test suite
+	uv run pytest
+
+test-slow:  ## The larger checks that `make test` leaves out
+	uv run pytest -m slow
+
+accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
+	uv run ntkdp compare benchmarks/digits_accuracy.toml
+
+pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
+	uv run python benchmarks/pin_versions.py
+
+clean:  ## Remove caches and the environment
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist uv.lock

@@ -1,0 +1,247 @@
+"""The configuration of an experiment: TOML in, checked fields out, every error naming its field."""
+
+import os
+import tomllib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ntkdp import _validate
+
+PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and its value."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(_Section):
+    """What to train on."""
+
+    name: str = Field(
+        "digits",
+        description="data set (digits, diabetes, mnist5k, gaussian, separable, openml) or a file "
+        "(.npz, .csv, IDX)",
+    )
+    n_train: int = Field(128, ge=2, description="training samples")
+    n_test: int = Field(128, ge=1, description="test samples")
+    standardise: Literal["feature", "unit", "none"] = Field(
+        "unit",
+        description="feature: mean 0, deviation 1 over the training part; unit: each sample "
+        "scaled to norm sqrt(d); none",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="further options of the loader, e.g. {target = 'quality'} for a .csv"
+    )
+
+
+class ModelConfig(_Section):
+    """The network, in infinite-width terms."""
+
+    kind: Literal["mlp", "cnn"] = Field("mlp", description="mlp or cnn")
+    widths: list[int] = Field(
+        [768, 768], min_length=1, description="widths of the hidden layers, or channels of a cnn"
+    )
+    activation: str = Field("erf", description="relu, erf, gelu, sin or identity")
+    W_std: float = Field(
+        1.5, gt=0, description="standard deviation of the weights, scaled by width"
+    )
+    b_std: float = Field(0.1, ge=0, description="standard deviation of the biases")
+    output_W_std: float = Field(1.0, gt=0, description="W_std of the output layer")
+    parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
+
+
+class TrainingConfig(_Section):
+    """The mechanism, apart from clipping."""
+
+    learning_rate: float = Field(1.5, gt=0, description="step size; time is learning_rate x step")
+    steps: int = Field(100, ge=1, description="number of steps")
+    record_every: int = Field(2, ge=1, description="record every so many steps, and the last")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="heavy-ball momentum; above 0 the flow with inertia predicts"
+    )
+    noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description="sigma; the noise of the clipped sum has deviation sigma x sensitivity",
+    )
+    sample_rate: float = Field(
+        1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
+    )
+    reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
+    n_seeds: int = Field(1, ge=1, description="repeated runs, which differ in noise and sampling")
+
+
+class ClippingConfig(_Section):
+    """One column of the comparison; repeat ``[[clipping]]`` for more."""
+
+    rule: str = Field("abadi", description="none, abadi, global, automatic, psac or batch")
+    scope: Literal["flat", "layerwise"] = Field("flat", description="flat or layerwise")
+    clip_norm: float | list[float] = Field(
+        1.0, description="R, positive; layerwise one number or one a layer"
+    )
+    gamma: float | None = Field(None, description="of rule automatic, default 0.01")
+    r: float | None = Field(None, description="of rule psac, default 0.1")
+    Z: float | None = Field(None, description="of rule global, default none")
+    learning_rate: float | None = Field(
+        None, gt=0, description="in place of training.learning_rate for this rule"
+    )
+    steps: int | None = Field(None, ge=1, description="in place of training.steps for this rule")
+
+    @property
+    def label(self) -> str:
+        """A short name, for titles and for groups in files."""
+        norm = "" if self.rule == "none" else f" R={_number(self.clip_norm)}"
+        return f"{self.scope} {self.rule}{norm}"
+
+
+class Config(_Section):
+    """An experiment: predict training under each clipping rule, run it, compare."""
+
+    name: str = Field("digits", min_length=1, description="what the run folder is called")
+    seed: int = Field(0, ge=0, description="of initialisation, split, noise and sampling")
+    dtype: Literal["float32", "float64"] = Field("float64", description="of everything computed")
+    predictions: list[PredictionName] = Field(
+        ["frozen", "infinite", "recursion"],
+        min_length=1,
+        description="exact: flow in weight space; frozen: flow of the empirical kernel; infinite: "
+        "flow of the infinite-width kernel; recursion: discrete steps of the empirical kernel",
+    )
+    loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
+        "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"
+    )
+    huber_delta: float = Field(1.0, gt=0, description="where the huber loss turns linear")
+    rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
+    atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples in a block of a kernel, to save memory"
+    )
+    data: DataConfig = Field(DataConfig(), description="what to train on")
+    model: ModelConfig = Field(ModelConfig(), description="the network")
+    training: TrainingConfig = Field(TrainingConfig(), description="the mechanism")
+    clipping: list[ClippingConfig] = Field(
+        [
+            ClippingConfig(scope="flat", clip_norm=0.4, learning_rate=2.5),
+            ClippingConfig(scope="flat", clip_norm=1000.0),
+            ClippingConfig(scope="layerwise", clip_norm=0.4, learning_rate=2.5),
+            ClippingConfig(scope="layerwise", clip_norm=1000.0),
+        ],
+        min_length=1,
+        description="the rules to compare",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        labels = [rule.label for rule in self.clipping]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
+        if self.training.momentum > 0 and "recursion" in self.predictions:
+            raise ValueError(
+                "predictions must not hold 'recursion' with training.momentum > 0, "
+                f"got momentum = {self.training.momentum}; use exact, frozen or infinite"
+            )
+        return self
+
+
+def _number(value: float | list[float]) -> str:
+    values = value if isinstance(value, list) else [value]
+    return ",".join(f"{number:g}" for number in values)
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and check a TOML file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ConfigError
+        If it is not TOML, or a field is unknown or has a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file does not exist: {path}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        return from_tree(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A checked configuration from nested dictionaries.
+
+    Raises
+    ------
+    ConfigError
+        Naming each field, its value, and for an unknown field the nearest one.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"] if part not in ("float", "list[float]"))
+    if item["type"] == "extra_forbidden":
+        section = _section(item["loc"][:-1])
+        hint = _validate.did_you_mean(str(item["loc"][-1]), section.model_fields)
+        return f"unknown field {where!r}{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and not where:
+        return message
+    value = repr(item["input"])
+    hint = ""
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        expected = [part.strip(" '") for part in item["ctx"]["expected"].split(",")]
+        expected = [name for part in expected for name in part.replace("'", "").split(" or ")]
+        hint = _validate.did_you_mean(item["input"], expected)
+    return f"field {where!r}: {message}, got {value[:80]}{hint}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str):
+            kinds = _models_in(section.model_fields[part].annotation)
+            section = next(kinds, section)
+    return section
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every field as (name, default, description), in the order of the file."""
+    return list(_describe(Config, ""))
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    nested = []
+    for name, field in section.model_fields.items():
+        kinds = list(_models_in(field.annotation))
+        if kinds:
+            is_list = typing.get_origin(field.annotation) is list
+            nested.append((f"{prefix}{name}{'[]' if is_list else ''}.", kinds[0]))
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default is None else str(default).replace("'", '"')
+        yield f"{prefix}{name}", shown, field.description or ""
+    for nested_prefix, kind in nested:
+        yield from _describe(kind, nested_prefix)

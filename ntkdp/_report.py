@@ -1,0 +1,334 @@
+"""What a run folder holds: metrics, trajectories, pictures, and a page that shows them."""
+
+import base64
+import html
+import json
+import math
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from ntkdp import __version__, plotting
+from ntkdp.experiment import KERNEL_OF, LABELS, Results
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.trajectory import Trajectory
+
+#: Scope and rule of a case, its run, and its predictions by label.
+Panels = dict[tuple[str, str], tuple[Trajectory, dict[str, Trajectory]]]
+#: Rows of the largest matrix whose eigenvalues are drawn.
+_LARGEST_SPECTRUM = 1024
+
+
+def metrics(results: Results) -> dict[str, Any]:
+    """Everything measured, as a tree that JSON can hold; what is not finite is ``null``."""
+    entries = []
+    for case in results.cases:
+        for name, prediction in case.predictions.items():
+            entries.append(
+                {
+                    "clipping": {
+                        "rule": case.clipping.rule,
+                        "scope": case.clipping.scope,
+                        "clip_norm": None
+                        if case.clipping.rule == "none"
+                        else case.clipping.clip_norm,
+                    },
+                    "prediction": name,
+                    "kernel": KERNEL_OF[name],
+                    "sup_relative_error": _number(prediction.comparison.sup_relative_error),
+                    "mean_relative_error": _number(prediction.comparison.mean_relative_error),
+                    "initial_clip_fraction": _last_or_first(case.run.clip_fraction, 0),
+                    "final": {
+                        "predicted": _final(prediction.trajectory),
+                        "observed": _final(case.run),
+                    },
+                    "seconds": {
+                        "prediction": prediction.seconds,
+                        "observation": case.run_seconds,
+                    },
+                    "message": {
+                        "prediction": prediction.trajectory.message,
+                        "observation": case.run.message,
+                    },
+                }
+            )
+    norms = np.asarray(results.initial_norms)
+    return {
+        "ntkdp": __version__,
+        "versions": {name: version(name) for name in ("jax", "diffrax", "neural-tangents")},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "backend": jax.default_backend(),
+        },
+        "config": results.config.model_dump(mode="json"),
+        "kernel_seconds": {kind: kernel.seconds for kind, kernel in results.kernels.items()},
+        "initial_gradient_norms": {
+            f"quantile_{q:g}": float(np.quantile(norms, q)) for q in (0, 0.05, 0.5, 0.95, 1)
+        },
+        "results": entries,
+    }
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _last_or_first(values: Any, index: int) -> float | None:
+    return _number(jnp.mean(values[..., index]))
+
+
+def _final(path: Trajectory) -> dict[str, float | None]:
+    final = {"loss": _last_or_first(path.loss, -1), "accuracy": None}
+    if path.accuracy is not None:
+        final["accuracy"] = _last_or_first(path.accuracy, -1)
+    if path.test_loss is not None:
+        final["test_loss"] = _last_or_first(path.test_loss, -1)
+    if path.test_accuracy is not None:
+        final["test_accuracy"] = _last_or_first(path.test_accuracy, -1)
+    return final
+
+
+_COLUMNS = (
+    "clipping",
+    "prediction",
+    "kernel",
+    "clipped at start",
+    "sup error of loss",
+    "final loss, predicted",
+    "observed",
+    "seconds, prediction",
+    "run",
+)
+
+
+def _rows(results: Results) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for case in results.cases:
+        for name, prediction in case.predictions.items():
+            error = float(prediction.comparison.sup_relative_error)
+            rows.append(
+                (
+                    case.clipping.label,
+                    LABELS[name],
+                    KERNEL_OF[name] or "",
+                    f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
+                    f"{error:.2%}" if math.isfinite(error) else "not finite",
+                    f"{float(prediction.trajectory.loss[..., -1]):.4f}",
+                    f"{float(jnp.mean(case.run.loss[..., -1])):.4f}",
+                    f"{prediction.seconds:.2f}",
+                    f"{case.run_seconds:.1f}",
+                )
+            )
+    return rows
+
+
+def print_table(results: Results) -> None:
+    """The errors of all predictions, on standard output, and what went wrong if anything did."""
+    table = Table(title="Predicted against observed training loss", title_justify="left")
+    for number, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if number < 3 else "right")
+    previous = None
+    for row in _rows(results):
+        if previous not in (None, row[0]):
+            table.add_section()
+        table.add_row("" if row[0] == previous else row[0], *row[1:])
+        previous = row[0]
+    # In a pipe there is no width to fit into.
+    console = Console() if Console().is_terminal else Console(width=160)
+    console.print(table)
+    for warning in _warnings(results):
+        console.print(warning, soft_wrap=True)
+
+
+def _warnings(results: Results) -> list[str]:
+    warnings = []
+    for case in results.cases:
+        if not case.run.successful:
+            warnings.append(f"{case.clipping.label}, run: {case.run.message}")
+        for name, prediction in case.predictions.items():
+            if not prediction.trajectory.successful:
+                message = prediction.trajectory.message
+                warnings.append(f"{case.clipping.label}, {LABELS[name]}: {message}")
+    if results.config.training.noise_multiplier > 0:
+        warnings.append(
+            "The predictions are of the noise-free flow: what the noise does to the outputs, and to "
+            "the kernel, is not in them."
+        )
+    return warnings
+
+
+def write(results: Results, folder: Path) -> None:
+    """Write metrics, trajectories, pictures and the page into a folder."""
+    measured = metrics(results)
+    _write_trajectories(results, folder / "trajectories.nc")
+    pictures = _draw(results, folder)
+    page = _page(results, measured, pictures, folder)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    # Last: a folder with metrics is a run.
+    text = json.dumps(measured, indent=2, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_trajectories(results: Results, path: Path) -> None:
+    import xarray as xr
+
+    tree = {}
+    for case in results.cases:
+        tree[f"/{case.clipping.label}/observed"] = case.run.to_xarray()
+        for name, prediction in case.predictions.items():
+            tree[f"/{case.clipping.label}/{name}"] = prediction.trajectory.to_xarray()
+    xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf")
+
+
+def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Draw every picture; (file name, caption) in the order of the page."""
+    panels = {}
+    for case in results.cases:
+        scope, _, rule = case.clipping.label.partition(" ")
+        predicted = {LABELS[name]: p.trajectory for name, p in case.predictions.items()}
+        panels[scope, rule] = (case.run, predicted)
+    figures: dict[str, tuple[Any, str]] = {
+        "loss.png": (
+            plotting.comparison_grid(panels),
+            "Training loss, predicted and observed, with the largest relative error of each "
+            "prediction.",
+        ),
+        "relative_error.png": (
+            _each(panels, plotting.relative_error),
+            "Relative error of the predicted training loss.",
+        ),
+        "clip_fraction.png": (
+            _each(panels, plotting.clip_fraction),
+            "Share of samples (layerwise: of samples and layers) that are clipped.",
+        ),
+        "test_loss.png": (
+            _each(panels, partial(plotting.loss_curves, test=True)),
+            "Test loss, predicted and observed.",
+        ),
+    }
+    if all(case.run.test_accuracy is not None for case in results.cases):
+        figures["test_accuracy.png"] = (
+            _each(panels, partial(plotting.accuracy, test=True)),
+            "Test accuracy, predicted and observed.",
+        )
+    for kind, kernel in results.kernels.items():
+        axes = plotting.kernel_spectrum(_drawable(kernel.train), label=f"{kind} kernel")
+        figures[f"spectrum_{kind}.png"] = (
+            axes.figure,
+            f"Eigenvalues of the {kind} kernel on the training set"
+            + (" and of its layers." if isinstance(kernel.train, LayerwiseKernel) else "."),
+        )
+    for name, (figure, _) in figures.items():
+        plotting.save(figure, folder / name, dpi=150)
+    return [(name, caption) for name, (_, caption) in figures.items()]
+
+
+def _each(panels: Panels, draw: Callable[..., Any]) -> Figure:
+    """One picture of every case, side by side."""
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
+    for number, ((scope, rule), (run, predicted)) in enumerate(panels.items()):
+        ax = figure.add_subplot(rows, columns, number + 1)
+        draw(predicted, run, ax=ax)
+        ax.set_title(f"{scope}, {rule}")
+    return figure
+
+
+def _drawable(kernel: Any) -> Any:
+    """The kernel on so many samples that its eigenvalues take seconds."""
+    if not isinstance(kernel, LayerwiseKernel):
+        return _drawable(LayerwiseKernel(("all",), kernel[None])).values[0]
+    values = kernel.values
+    n_outputs = values.shape[-1] if values.ndim == 5 else 1
+    kept = max(1, _LARGEST_SPECTRUM // n_outputs)
+    return LayerwiseKernel(kernel.names, values[:, :kept, :kept])
+
+
+def _page(
+    results: Results, measured: dict[str, Any], pictures: list[tuple[str, str]], folder: Path
+) -> str:
+    def cells(row: tuple[str, ...], tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+
+    rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in _rows(results))
+    figures = "\n".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for name, caption in pictures
+    )
+    warnings = "".join(f"<p class=warning>{html.escape(text)}</p>" for text in _warnings(results))
+    settings = html.escape(json.dumps(measured["config"], indent=2))
+    seconds = ", ".join(f"{k} {s:.2f} s" for k, s in measured["kernel_seconds"].items())
+    data, model = results.config.data, results.config.model
+    summary = (
+        f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
+        f"widths {model.widths}, {model.activation}; {results.config.loss}. Kernels: {seconds or 'none'}. "
+        f"ntkdp {__version__}, {measured['machine']['platform']}."
+    )
+    return _TEMPLATE.format(
+        title=html.escape(results.config.name),
+        summary=html.escape(summary),
+        warnings=warnings,
+        head=cells(_COLUMNS, "th"),
+        rows=rows,
+        figures=figures,
+        settings=settings,
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ntkdp: {title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
+  color: #1a1a1a; background: #fff; }}
+h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ccc; text-align: right; }}
+th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; white-space: nowrap; }}
+th {{ border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }}
+figure {{ margin: 2rem 0; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption {{ color: #444; font-size: .9rem; }}
+.warning {{ border-left: .3rem solid #d55e00; padding-left: .8rem; }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }}
+</style>
+</head>
+<body>
+<h1>{title}: predicted against observed training</h1>
+<p>{summary}</p>
+{warnings}
+<div class="scroll">
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>
+<p>Sup error: the largest |L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub>
+of the training loss over all recorded times after the start.</p>
+{figures}
+<h2>Configuration</h2>
+<pre>{settings}</pre>
+</body>
+</html>
+"""

@@ -1,0 +1,550 @@
+r"""Pictures of predictions and runs in one look, readable in print and without colour vision.
+
+The run is a thick grey line; predictions lie on it in thin lines that differ in colour (Okabe and
+Ito's palette), dashes and markers. Times are in units of learning rate times steps. Functions draw
+on the Axes that they are given, or on a new figure; neither pyplot nor ``rcParams`` is touched.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from ntkdp._validate import positive
+from ntkdp.comparison import band, compare
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.trajectory import Trajectory
+
+#: One prediction, or several under the names that the legend shows.
+Predictions = Trajectory | Mapping[str, Trajectory]
+
+_LOOK: Any = {
+    "font.size": 10.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 10.0,
+    "legend.fontsize": 9.0,
+    "legend.title_fontsize": 9.0,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "xtick.labelsize": 9.0,
+    "ytick.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "ntkdp",
+}
+#: Colour, dashes and marker; told apart by any one of the three.
+_STYLES = (
+    ("#0072B2", (0, (1, 0)), "o"),
+    ("#D55E00", (0, (5, 1.5)), "s"),
+    ("#009E73", (0, (1.2, 1.2)), "^"),
+    ("#CC79A7", (0, (5, 1.5, 1.2, 1.5)), "D"),
+    ("#E69F00", (0, (8, 2)), "v"),
+    ("#56B4E9", (0, (5, 1, 1, 1, 1, 1)), "P"),
+)
+_RUN_STYLE: dict[str, Any] = {"color": "0.72", "linewidth": 5.0, "solid_capstyle": "round"}
+_BAND_LEVELS = (0.05, 0.95)
+_TIME = r"time $t$ = learning rate × step"
+_WIDTH, _HEIGHT = 4.8, 3.4
+_FORMATS = ("png", "pdf", "svg")
+
+
+def loss_curves(
+    predictions: Predictions,
+    run: Trajectory | None = None,
+    *,
+    test: bool = False,
+    log: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Predicted losses over time, against a run.
+
+    Parameters
+    ----------
+    predictions : Trajectory or mapping of str to Trajectory
+        One, or several with the names that the legend shows.
+    run : Trajectory, optional
+        With a seed axis: its mean, in a band from the 5% to the 95% quantile.
+    test : bool
+        The loss on the test set.
+    log : bool
+        Logarithmic axis for the loss. A prediction that leaves the run by more than a factor of ten
+        leaves the picture.
+    ax : Axes, optional
+        Where to draw; by default on a new figure, ``.figure`` of what is returned.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a Trajectory, or mapping of them.
+    ValueError
+        If a trajectory lacks what is to be drawn, or there is no prediction.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t = jnp.arange(3.0)
+    >>> run = ntkdp.Trajectory(t, loss=jnp.exp(-t), clip_fraction=jnp.zeros(3))
+    >>> ax = ntkdp.plotting.loss_curves({"flow": run, "recursion": run}, run)
+    >>> [line.get_label() for line in ax.lines]
+    ['observed', 'flow', 'recursion']
+    """
+    name = "test_loss" if test else "loss"
+    with mpl.rc_context(_LOOK):
+        ax = _axes(ax)
+        drawn = _curves(ax, name, _named(predictions), run)
+        ax.set_ylabel(name.replace("_", " ") if test else "training loss")
+        if log:
+            _log_loss_axis(ax, drawn, run is not None)
+        ax.legend(loc="best")
+    return ax
+
+
+def accuracy(
+    predictions: Predictions,
+    run: Trajectory | None = None,
+    *,
+    test: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of samples classified correctly over time; arguments as for :func:`loss_curves`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t, zero = jnp.arange(3.0), jnp.zeros(3)
+    >>> run = ntkdp.Trajectory(t, loss=zero, clip_fraction=zero, accuracy=t / 2)
+    >>> ntkdp.plotting.accuracy(run).lines[0].get_ydata().tolist()
+    [0.0, 0.5, 1.0]
+    """
+    name = "test_accuracy" if test else "accuracy"
+    return _share_curves(name, name.replace("_", " ") if test else "training accuracy",
+                         predictions, run, ax)  # fmt: skip
+
+
+def clip_fraction(
+    predictions: Predictions, run: Trajectory | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Share of clipped samples over time (layerwise: of samples and groups).
+
+    Arguments as for :func:`loss_curves`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> run = ntkdp.Trajectory(jnp.arange(2.0), jnp.ones(2), clip_fraction=jnp.array([1.0, 0.5]))
+    >>> ntkdp.plotting.clip_fraction(run).lines[0].get_ydata().tolist()
+    [1.0, 0.5]
+    """
+    return _share_curves("clip_fraction", "clip fraction", predictions, run, ax)
+
+
+def relative_error(
+    predictions: Predictions, run: Trajectory, *, test: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Relative error of the loss over time, in percent, on a logarithmic axis.
+
+    Arguments as for :func:`loss_curves`; the times are those that :func:`ntkdp.compare` finds
+    shared. Where the error is infinite or zero the curve has a gap, and the legend says so.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t, zero = jnp.arange(3.0), jnp.zeros(3)
+    >>> run = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.0, 1.0]), clip_fraction=zero)
+    >>> near = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.5, 1.5]), clip_fraction=zero)
+    >>> ntkdp.plotting.relative_error(near, run).lines[0].get_ydata().tolist()
+    [25.0, 50.0]
+    """
+    name = "test_loss" if test else "loss"
+    with mpl.rc_context(_LOOK):
+        ax = _axes(ax)
+        for style, (label, prediction) in enumerate(_named(predictions).items()):
+            comparison = compare(prediction, run)
+            for who, side in ((f"predictions[{label!r}]", prediction), ("run", run)):
+                _recorded(side, name, who)
+            errors = comparison.errors[name]
+            shown = f"{label}: at most {_percent(errors.sup)}"
+            _prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
+        ax.set_xlabel(_TIME)
+        ax.set_ylabel(f"relative error of the {'test' if test else 'training'} loss (%)")
+        ax.set_yscale("log", nonpositive="mask")
+        _readable_log_ticks(ax)
+        ax.legend(loc="best")
+    return ax
+
+
+def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = None) -> Axes:
+    """Eigenvalues against rank, largest first, both axes logarithmic.
+
+    Parameters
+    ----------
+    kernel : array or LayerwiseKernel
+        Symmetric ``(n, n)`` (each eigenvalue once, though it stands for K with ``(x) I_K``) or
+        ``(n, n, K, K)``; a LayerwiseKernel of either gives one curve a term and their total; or
+        eigenvalues ``(N,)``.
+    label : str
+        Name in the legend.
+    ax : Axes, optional
+        As for :func:`loss_curves`.
+
+    Returns
+    -------
+    Axes
+        What cannot be told from zero (below N roundings of the largest) is not drawn; the legend
+        gives the rank that remains where it is less than N.
+
+    Raises
+    ------
+    ValueError
+        Another shape, NaN or infinities, a kernel that is not symmetric.
+
+    Notes
+    -----
+    ``numpy.linalg.eigvalsh`` in float64 of the nK x nK matrix: time grows as (nK)^3.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ax = ntkdp.plotting.kernel_spectrum(jnp.diag(jnp.array([1.0, 4.0, 2.0])))
+    >>> ax.lines[0].get_ydata().tolist()
+    [4.0, 2.0, 1.0]
+    """
+    if isinstance(kernel, LayerwiseKernel):
+        terms = dict(zip(kernel.names, kernel.values, strict=True))
+        spectra = {"total": kernel.total, **{f"group {k}": v for k, v in terms.items()}}
+    else:
+        spectra = {label: kernel}
+    with mpl.rc_context(_LOOK):
+        ax = _axes(ax)
+        for style, (name, matrix) in enumerate(spectra.items()):
+            eigenvalues, resolution = _eigenvalues(matrix)
+            drawn = eigenvalues[eigenvalues > resolution]
+            if len(drawn) < len(eigenvalues):
+                name = f"{name} (rank {len(drawn)} of {len(eigenvalues)})"
+            colour, dashes, marker = _STYLES[style % len(_STYLES)]
+            ax.plot(
+                np.arange(1, len(drawn) + 1), drawn, color=colour, linestyle=dashes, label=name,
+                marker=marker, markevery=_marks(style), markerfacecolor="white",
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("rank")
+        ax.set_ylabel("eigenvalue")
+        _readable_log_ticks(ax)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.legend(loc="best")
+    return ax
+
+
+def comparison_grid(
+    panels: Mapping[tuple[str, str], tuple[Trajectory, Mapping[str, Trajectory]]],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Predicted and observed training losses, a panel for each setting, with their errors.
+
+    Parameters
+    ----------
+    panels : mapping of (row, column) to (run, predictions)
+        Row and column are parts of the panel's title, e.g. ``("flat", "R = 0.1")``; rows and
+        columns come in the order of their first appearance. Predictions have the names that the
+        legend shows, with one style in all panels.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    Figure
+        Beside the lines, each panel lists the largest relative error of each prediction, as
+        :func:`ntkdp.compare` defines it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No panel; a panel that is not such a pair; a run and a prediction that share no time.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t = jnp.arange(3.0)
+    >>> run = ntkdp.Trajectory(t, loss=jnp.exp(-t), clip_fraction=jnp.zeros(3))
+    >>> panels = {("flat", f"R = {R}"): (run, {"frozen kernel": run}) for R in (0.1, 10.0)}
+    >>> [ax.get_title() for ax in ntkdp.plotting.comparison_grid(panels).axes]
+    ['flat, R = 0.1', 'flat, R = 10.0']
+    """
+    _check_panels(panels)
+    rows = list(dict.fromkeys(row for row, _ in panels))
+    columns = list(dict.fromkeys(column for _, column in panels))
+    names = list(dict.fromkeys(name for _, given in panels.values() for name in given))
+    with mpl.rc_context(_LOOK):
+        figure = Figure(
+            figsize=(3.6 * len(columns) + 0.4, 2.7 * len(rows) + 0.8), layout="constrained"
+        )
+        grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
+        legend: dict[str, Any] = {}
+        everything = []
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                ax = grid[i, j]
+                if (row, column) not in panels:
+                    ax.remove()
+                    continue
+                run, predictions = panels[row, column]
+                styles = {name: names.index(name) for name in predictions}
+                everything += _curves(ax, "loss", dict(predictions), run, styles)
+                handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+                errors = {n: compare(p, run).sup_relative_error for n, p in predictions.items()}
+                ax.legend(
+                    [handles[name] for name in predictions],
+                    [_percent(errors[name]) for name in predictions],
+                    title="largest error", loc="best", labelspacing=0.3, alignment="left",
+                )  # fmt: skip
+                legend |= handles
+                ax.set_title(f"{row}, {column}")
+                ax.set_xlabel("")
+        _log_loss_axis(figure.axes[0], everything, True)
+        figure.supxlabel(_TIME, fontsize=10)
+        figure.supylabel("training loss", fontsize=10)
+        if title is not None:
+            figure.suptitle(title, fontsize=11)
+        figure.legend(
+            list(legend.values()), list(legend), loc="outside lower center",
+            ncols=min(len(legend), 1 + 2 * len(columns)),
+        )  # fmt: skip
+    return figure
+
+
+def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float = 200) -> None:
+    """Write a figure as PNG, PDF or SVG by the suffix of the path, whole or not at all.
+
+    Parameters
+    ----------
+    figure : Figure or Axes
+        A figure, or any Axes of it.
+    path : path
+        Ends in .png, .pdf or .svg; what is there is replaced.
+    dpi : float
+        Dots per inch of a PNG.
+
+    Raises
+    ------
+    TypeError
+        If it is not a figure.
+    ValueError
+        If the suffix is another.
+    FileNotFoundError
+        If the folder does not exist.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile, ntkdp
+    >>> ax = ntkdp.plotting.kernel_spectrum([4.0, 2.0, 1.0])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ntkdp.plotting.save(ax, pathlib.Path(folder, "spectrum.png"))
+    """
+    whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure
+    if not isinstance(whole, Figure):
+        raise TypeError(f"figure must be a Figure or an Axes, got {type(figure).__name__}")
+    path = Path(path)
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in _FORMATS:
+        raise ValueError(
+            f"path must end in one of {', '.join('.' + f for f in _FORMATS)}, got {str(path)!r}"
+        )
+    dpi = positive(dpi=dpi)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder of path does not exist: {path.parent}")
+    # Without the date, the same figure gives the same file.
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with mpl.rc_context(_LOOK):
+            whole.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is None:
+        return Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained").subplots()
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}")
+    return ax
+
+
+def _named(predictions: Any) -> dict[str, Trajectory]:
+    if isinstance(predictions, Trajectory):
+        return {"predicted": predictions}
+    if not isinstance(predictions, Mapping):
+        raise TypeError(
+            "predictions must be a Trajectory or a mapping of names to them, "
+            f"got {type(predictions).__name__}"
+        )
+    if not predictions:
+        raise ValueError("predictions must hold at least one Trajectory, got none")
+    for name, prediction in predictions.items():
+        _check_trajectory(f"predictions[{name!r}]", prediction)
+    return dict(predictions)
+
+
+def _check_trajectory(name: str, value: Any) -> None:
+    if not isinstance(value, Trajectory):
+        raise TypeError(f"{name} must be a Trajectory, got {type(value).__name__}")
+
+
+def _check_panels(panels: Any) -> None:
+    if not isinstance(panels, Mapping):
+        raise TypeError(
+            "panels must be a mapping of (row, column) to (run, predictions), "
+            f"got {type(panels).__name__}"
+        )
+    if not panels:
+        raise ValueError("panels must hold at least one panel, got none")
+    for place, panel in panels.items():
+        if not (isinstance(place, tuple) and len(place) == 2):
+            raise TypeError(f"keys of panels must be pairs (row, column), got {place!r}")
+        if not (isinstance(panel, tuple) and len(panel) == 2 and isinstance(panel[1], Mapping)):
+            raise TypeError(
+                f"panels[{place!r}] must be a pair of a run and a mapping of names to predictions, "
+                f"got {type(panel).__name__}"
+            )
+        _check_trajectory(f"the run of panels[{place!r}]", panel[0])
+        _named(panel[1])
+
+
+def _recorded(trajectory: Trajectory, name: str, who: str) -> np.ndarray:
+    value = getattr(trajectory, name)
+    if value is None:
+        way_out = "; pass test data where it is made" if name.startswith("test") else ""
+        raise ValueError(f"{who} records no {name.replace('_', ' ')}{way_out}")
+    return np.asarray(value, np.float64)
+
+
+def _curves(
+    ax: Axes,
+    name: str,
+    predictions: dict[str, Trajectory],
+    run: Trajectory | None,
+    styles: dict[str, int] | None = None,
+) -> list[np.ndarray]:
+    """Draw the run, then the predictions upon it; returns what was drawn, the run first."""
+    drawn = []
+    ax.set_xlabel(_TIME)
+    if run is not None:
+        _check_trajectory("run", run)
+        values, label = _recorded(run, name, "run"), "observed"
+        if values.ndim == 2:
+            spread = band(values, _BAND_LEVELS)
+            n_seeds, values = len(values), spread.mean
+            low, high = (f"{100 * level:g}" for level in _BAND_LEVELS)
+            label = f"observed, mean of {n_seeds} runs ({low} to {high}% shaded)"
+            ax.fill_between(run.times, *spread.quantiles, color="0.88", linewidth=0)
+        ax.plot(run.times, values, label=label, **_RUN_STYLE)
+        drawn.append(values)
+    for position, (label, prediction) in enumerate(predictions.items()):
+        values = _recorded(prediction, name, f"predictions[{label!r}]")
+        values = np.mean(values, axis=0) if values.ndim == 2 else values
+        style = position if styles is None else styles[label]
+        _prediction_line(ax, np.asarray(prediction.times), values, style, label)
+        drawn.append(values)
+    return drawn
+
+
+def _prediction_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: int, label: str) -> Line2D:
+    colour, dashes, marker = _STYLES[style % len(_STYLES)]
+    (line,) = ax.plot(
+        x, np.where(np.isfinite(y), y, np.nan), color=colour, linestyle=dashes, label=label,
+        marker=marker, markevery=_marks(style), markerfacecolor="white",
+    )  # fmt: skip
+    return line
+
+
+def _marks(style: int) -> tuple[float, float]:
+    """Markers a fixed way apart on paper, staggered so that coinciding curves all show theirs."""
+    return (0.03 + 0.04 * style, 0.24)
+
+
+def _share_curves(
+    name: str, label: str, predictions: Predictions, run: Trajectory | None, ax: Axes | None
+) -> Axes:
+    with mpl.rc_context(_LOOK):
+        ax = _axes(ax)
+        _curves(ax, name, _named(predictions), run)
+        ax.set_ylabel(label)
+        ax.set_ylim(-0.03, 1.03)
+        ax.legend(loc="best")
+    return ax
+
+
+def _log_loss_axis(ax: Axes, drawn: list[np.ndarray], has_run: bool) -> None:
+    """Logarithmic, within a factor of ten of the run whatever a failed prediction does."""
+    ax.set_yscale("log", nonpositive="mask")
+    usable = [values[np.isfinite(values) & (values > 0)] for values in drawn]
+    usable = [values for values in usable if values.size]
+    if not usable:
+        return
+    if has_run:
+        low, high = np.min(usable[0]) / 10, np.max(usable[0]) * 10
+        usable = [np.clip(values, low, high) for values in usable]
+    low, high = (float(f([f(values) for values in usable])) for f in (np.min, np.max))
+    margin = (high / low) ** 0.05 if high > low else 1.1
+    ax.set_ylim(low / margin, high * margin)
+    _readable_log_ticks(ax)
+
+
+def _readable_log_ticks(ax: Axes) -> None:
+    """Ticks at 1, 2 and 5 with plain numbers where powers of ten alone would be too few."""
+    low, high = ax.get_ylim()
+    if high / low > 300:
+        return
+    subs = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2g}%" if np.isfinite(error) else "infinite"
+
+
+def _eigenvalues(kernel: Any) -> tuple[np.ndarray, float]:
+    """Eigenvalues, largest first, and the value below which they are rounding."""
+    given = np.asarray(kernel)
+    rounding = np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps
+    values: np.ndarray = given.astype(np.float64)
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"kernel must be finite, got NaN or infinities in shape {values.shape}")
+    shape = values.shape
+    if values.size == 0 or not (
+        values.ndim == 1
+        or (values.ndim in (2, 4) and shape[0] == shape[1] and shape[-2] == shape[-1])
+    ):
+        raise ValueError(
+            "kernel must have shape (n, n) or (n, n, K, K), or be eigenvalues (N,), not empty, "
+            f"got {shape}"
+        )
+    if values.ndim == 4:
+        size = shape[0] * shape[2]
+        values = values.transpose(0, 2, 1, 3).reshape(size, size)
+    if values.ndim == 2:
+        asymmetry = np.max(np.abs(values - values.T))
+        if asymmetry > np.sqrt(rounding) * np.max(np.abs(values)):
+            raise ValueError(f"kernel must be symmetric, got entries that differ by {asymmetry:g}")
+        values = np.linalg.eigvalsh(values)
+    eigenvalues = np.sort(values)[::-1]
+    return eigenvalues, float(len(eigenvalues) * rounding * np.max(np.abs(eigenvalues)))

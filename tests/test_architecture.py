@@ -1,0 +1,114 @@
+"""The file list is the architecture: every module has a layer, and imports point downwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ntkdp"
+
+LAYERS: dict[int, set[str]] = {
+    0: {"_types", "_validate", "_memory", "_progress"},
+    1: {"losses", "clipping", "trajectory", "_neural_tangents"},
+    2: {
+        "models",
+        "_model",
+        "_adapters",
+        "datasets",
+        "_dataset",
+        "_data_files",
+        "ntk",
+        "_per_sample_gradients",
+        "_groups",
+        "_check_model",
+    },
+    3: {"gradient_flow", "_solve", "dp_sgd"},
+    4: {"comparison", "plotting"},
+    5: {"_config", "experiment", "_report", "_run_folder", "cli"},
+}
+#: Modules that may import others of their own layer, as parts of one family.
+FAMILIES = (
+    {"_types", "_validate", "_memory", "_progress"},
+    {"models", "_model", "_adapters"},
+    {"datasets", "_dataset", "_data_files"},
+    {"ntk", "_per_sample_gradients", "_groups", "_check_model"},
+    {"gradient_flow", "_solve"},
+    {"comparison", "plotting"},
+    {"_config", "experiment", "_report", "_run_folder", "cli"},
+)
+PREDICTION = {"gradient_flow", "_solve"}
+OBSERVATION = {"dp_sgd"}
+#: What the two sides may share, besides layer 0.
+SHARED = {"losses", "clipping", "trajectory", *FAMILIES[3]}
+
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def _imports(module: str) -> set[str]:
+    """Modules of ntkdp that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "ntkdp":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ntkdp."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ntkdp.")
+            }
+    return found & set(MODULES)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    family = next((members for members in FAMILIES if module in members), {module})
+    for imported in _imports(module):
+        assert LAYER_OF[imported] < LAYER_OF[module] or imported in family, (
+            f"{module} (layer {LAYER_OF[module]}) imports {imported} (layer {LAYER_OF[imported]})"
+        )
+
+
+def test_prediction_and_observation_are_strangers() -> None:
+    for side in (PREDICTION, OBSERVATION):
+        for module in side:
+            allowed = side | SHARED | LAYERS[0]
+            assert _imports(module) <= allowed, f"{module} imports {_imports(module) - allowed}"
+
+
+def test_only_one_module_imports_neural_tangents() -> None:
+    for module in MODULES:
+        names = {
+            name
+            for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert not any(name.split(".")[0] == "neural_tangents" for name in names), module
+
+
+def test_importing_ntkdp_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ntkdp; "
+        "heavy = {'jax', 'matplotlib', 'xarray', 'dp_accounting', 'neural_tangents', 'sklearn', "
+        "'diffrax', 'tensorflow'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_face_is_whole() -> None:
+    import ntkdp
+
+    assert {name for name in ntkdp.__all__ if not hasattr(ntkdp, name)} == set()

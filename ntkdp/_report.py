@@ -163,8 +163,8 @@ def _warnings(results: Results) -> list[str]:
                 warnings.append(f"{case.clipping.label}, {LABELS[name]}: {message}")
     if results.config.training.noise_multiplier > 0:
         warnings.append(
-            "The predictions are of the noise-free flow: what the noise does to the outputs, and to "
-            "the kernel, is not in them."
+            "The predictions are of the noise-free flow: what the noise does to the outputs, and "
+            "to the kernel, is not in them."
         )
     return warnings
 
@@ -226,7 +226,7 @@ def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
     for kind, kernel in results.kernels.items():
         axes = plotting.kernel_spectrum(_drawable(kernel.train), label=f"{kind} kernel")
         figures[f"spectrum_{kind}.png"] = (
-            axes.figure,
+            axes,
             f"Eigenvalues of the {kind} kernel on the training set"
             + (" and of its layers." if isinstance(kernel.train, LayerwiseKernel) else "."),
         )
@@ -276,8 +276,8 @@ def _page(
     data, model = results.config.data, results.config.model
     summary = (
         f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
-        f"widths {model.widths}, {model.activation}; {results.config.loss}. Kernels: {seconds or 'none'}. "
-        f"ntkdp {__version__}, {measured['machine']['platform']}."
+        f"widths {model.widths}, {model.activation}; {results.config.loss}. "
+        f"Kernels: {seconds or 'none'}. ntkdp {__version__}, {measured['machine']['platform']}."
     )
     return _TEMPLATE.format(
         title=html.escape(results.config.name),
@@ -324,8 +324,9 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 </tbody>
 </table>
 </div>
-<p>Sup error: the largest |L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub>
-of the training loss over all recorded times after the start.</p>
+<p>Sup error: the largest
+|L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub> of the training loss
+over all recorded times after the start.</p>
 {figures}
 <h2>Configuration</h2>
 <pre>{settings}</pre>

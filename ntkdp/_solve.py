@@ -41,10 +41,16 @@ class _Meter(diffrax.AbstractProgressMeter):
 
 
 class _Velocity(eqx.Module):
-    flow: Flow
+    """A flow on the leaves of its state: the solver takes no containers that are empty."""
 
-    def __call__(self, t: Any, state: PyTree, args: Any) -> PyTree:
-        return self.flow.velocity(state)
+    flow: Flow
+    structure: Any = eqx.field(static=True)
+
+    def __call__(self, t: Any, leaves: list[Array], args: Any) -> list[Array]:
+        return jax.tree.leaves(self.flow.velocity(self.state(leaves)))
+
+    def state(self, leaves: list[Array]) -> PyTree:
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def solve(
@@ -130,14 +136,16 @@ def _integrate(
     shown: bool,
 ) -> tuple[Measurement, Array]:
     rtol, atol = tolerances
+    leaves, structure = jax.tree.flatten(state)
+    velocity = _Velocity(flow, structure)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(_Velocity(flow)),
+        diffrax.ODETerm(velocity),
         solver,
         t0=times[0],
         t1=times[-1],
         dt0=None,
-        y0=state,
-        saveat=diffrax.SaveAt(ts=times, fn=lambda t, y, args: flow.measure(y, outputs)),
+        y0=leaves,
+        saveat=diffrax.SaveAt(ts=times, fn=lambda t, y, args: flow.measure(velocity.state(y), outputs)),
         stepsize_controller=diffrax.PIDController(
             rtol=rtol, atol=atol, dtmin=4 * jnp.finfo(times.dtype).eps * times[-1]
         ),

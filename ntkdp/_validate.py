@@ -45,7 +45,8 @@ def _require(
     if is_traced(value):
         return eqx.error_if(value, ~jnp.all(holds(jnp.asarray(value))), message + way_out)
     if not bool(np.all(holds(np.asarray(value)))):
-        raise ValueError(f"{message}, got {value!r}{way_out}")
+        shown = np.asarray(value).item() if np.ndim(value) == 0 else value
+        raise ValueError(f"{message}, got {shown!r}{way_out}")
     return value
 
 

@@ -21,8 +21,8 @@ Layerwise, the sensitivity is :math:`\sqrt{\sum_r R_r^2}`.
 
 Edge cases, the same for every rule: a norm of **zero** gives the limit of w at zero (1 for
 `NoClipping`, `Abadi` and `Batch`, R/Z or 1 for `Global`, R/gamma for `Automatic`, or 0 if gamma is
-0, R for `PSAC`); an **infinite** norm gives 0, except for `NoClipping`; a **NaN** norm gives NaN, so
-that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
+0, R for `PSAC`); an **infinite** norm gives 0, except for `NoClipping`; a **NaN** norm gives NaN,
+so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
 """
 
 from abc import abstractmethod

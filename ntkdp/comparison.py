@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 #: Two times are the same if they differ by less than this many roundings of the coarser dtype.
 _TIME_ROUNDINGS = 8
 
+#: What is compared, in this order.
+_TITLES = {
+    "loss": "training loss",
+    "accuracy": "training accuracy",
+    "outputs": "training outputs",
+    "clip_fraction": "clip fraction",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy",
+    "test_outputs": "test outputs",
+}
 #: Compared by the difference, for these are shares already; everything else relative to the run.
 _SHARES = ("accuracy", "clip_fraction", "test_accuracy")
 _OUTPUTS = ("outputs", "test_outputs")
@@ -83,13 +93,16 @@ def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
     if not np.all((at >= 0) & (at <= 1)):
         raise ValueError(f"levels must be in [0, 1], got {levels!r}")
     n_seeds = array.shape[0]
-    deviation = np.std(array, axis=0, ddof=1) if n_seeds > 1 else np.full(array.shape[1], np.nan)
-    return Band(
-        mean=np.mean(array, axis=0),
-        standard_deviation=deviation,
-        standard_error=deviation / np.sqrt(n_seeds),
-        quantiles=np.quantile(array, at, axis=0),
-    )
+    deviation = np.full(array.shape[1], np.nan)
+    with np.errstate(invalid="ignore"):  # of runs that diverged
+        if n_seeds > 1:
+            deviation = np.std(array, axis=0, ddof=1)
+        return Band(
+            mean=np.mean(array, axis=0),
+            standard_deviation=deviation,
+            standard_error=deviation / np.sqrt(n_seeds),
+            quantiles=np.quantile(array, at, axis=0),
+        )
 
 
 @final
@@ -231,7 +244,7 @@ class Comparison:
         for name, errors in self.errors.items():
             final_values = [_last(side, name) for side in (self.predicted, self.observed)]
             table.add_row(
-                ("" if name.startswith("test") else "training ") + name.replace("_", " "),
+                _TITLES[name],
                 *("" if value is None else f"{value:.4g}" for value in final_values),
                 _readable(errors.sup, name),
                 f"{errors.time_of_sup:.4g}",
@@ -324,10 +337,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
 
     errors: dict[str, Errors] = {}
     per_output: dict[str, np.ndarray | None] = dict.fromkeys(_OUTPUTS)
-    for name in (
-        "loss", "accuracy", "outputs", "clip_fraction",
-        "test_loss", "test_accuracy", "test_outputs",
-    ):  # fmt: skip
+    for name in _TITLES:
         pair = [_mean_over_seeds(side, name) for side in (predicted, observed)]
         if pair[0] is None or pair[1] is None:
             continue
@@ -341,7 +351,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
             per_output[name] = np.max(_relative_distance(p, o, axis=1), axis=0)
             over_time = _relative_distance(p, o, axis=(1, 2))
         elif name in _SHARES:
-            over_time = _finite_or_infinite(np.abs(p - o), p, o)
+            over_time = _distance(p, o)
         else:
             over_time = _relative_distance(p[:, None], o[:, None], axis=1)
         worst = int(np.argmax(over_time))
@@ -399,13 +409,13 @@ def _range(times: Any) -> str:
 def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:
     """The trajectory at some of its times."""
     time_axis = trajectory.loss.ndim - 1
-    fields: dict[str, Any] = {
-        name: value if value is None else jnp.take(value, index, axis=time_axis)
-        for name, value in vars(trajectory).items()
-        if name not in ("times", "steps", "outcome")
-    }
-    steps = None if trajectory.steps is None else trajectory.steps[index]
-    return replace(trajectory, times=trajectory.times[index], steps=steps, **fields)
+    fields: dict[str, Any] = {}
+    for name, value in vars(trajectory).items():
+        if value is not None and name != "outcome":
+            axis = 0 if name in ("times", "steps") else time_axis
+            # NumPy: JAX would compile a program for every number of shared times.
+            fields[name] = jnp.asarray(np.asarray(value).take(index, axis=axis))
+    return replace(trajectory, **fields)
 
 
 def _mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
@@ -413,24 +423,25 @@ def _mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
     if value is None:
         return None
     array = np.asarray(value, np.float64)
-    return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
+    with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
+        return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
+
+
+def _distance(p: np.ndarray, o: np.ndarray) -> np.ndarray:
+    """Difference, infinite wherever either is not finite."""
+    finite = np.isfinite(p) & np.isfinite(o)
+    return np.where(finite, np.abs(np.subtract(p, o, where=finite, out=np.zeros_like(p))), np.inf)
 
 
 def _relative_distance(p: np.ndarray, o: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Norm of the difference over the norm of ``o``, with zero over zero zero."""
-    largest = np.max(np.maximum(np.abs(p), np.abs(o)), axis=axis, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    """Norm of the difference over the norm of ``o``; zero over zero is zero."""
+    difference = _distance(p, o)
+    exponent = -np.frexp(np.max(np.maximum(np.abs(p), np.abs(o)), axis=axis, keepdims=True))[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
         # Squares of values as they come could overflow or vanish; a power of two scales exactly.
-        exponent = -np.frexp(largest)[1]
-        distance = np.sqrt(np.sum(np.ldexp(p - o, exponent) ** 2, axis=axis))
-        size = np.sqrt(np.sum(np.ldexp(o, exponent) ** 2, axis=axis))
-        ratio = np.where(distance == 0, 0.0, distance / size)
-    return _finite_or_infinite(ratio, distance, size)
-
-
-def _finite_or_infinite(error: np.ndarray, *of: np.ndarray) -> np.ndarray:
-    """Infinite wherever a value that it was computed from is not finite."""
-    return np.where(np.logical_and.reduce([np.isfinite(part) for part in of]), error, np.inf)
+        distance = np.sqrt(np.sum(np.ldexp(difference, exponent) ** 2, axis=axis))
+        ratio = distance / np.sqrt(np.sum(np.ldexp(o, exponent) ** 2, axis=axis))
+    return np.select([distance == 0, distance == np.inf], [0.0, np.inf], ratio)
 
 
 def _last(trajectory: Trajectory, name: str) -> float | None:

@@ -21,7 +21,7 @@ from jax import lax
 from ntkdp import _groups, _progress, _validate, clipping, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs
-from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import grouped_squared_norms
@@ -155,8 +155,8 @@ class Algorithm(eqx.Module):
             norms=shown,
             batch_size=jnp.sum(present),
             dropped=jnp.sum(~jnp.all(jnp.isfinite(jnp.atleast_2d(norms)), axis=0) & present),
-            gradient_norm=optax.global_norm(clipped),
-            noise_norm=jnp.zeros(()) if noise is None else optax.global_norm(noise),
+            gradient_norm=optax.tree.norm(clipped),
+            noise_norm=jnp.zeros(()) if noise is None else optax.tree.norm(noise),
         )
         return new, info, outputs
 
@@ -428,7 +428,7 @@ def run(
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
     progress: Any = False,
-    key: PRNGKeyArray,
+    key: Any,
 ) -> Trajectory:
     r"""Train with DP-SGD and record what happens.
 
@@ -489,8 +489,8 @@ def run(
     ------
     ValueError, TypeError
         Shapes that do not fit, NaN or infinities, sigma < 0 or with a rule of unbounded
-        sensitivity, a sampling rate outside (0, 1], a learning rate or clipping norm not positive, steps < 1, a
-        model that couples the samples of a batch.
+        sensitivity, a sampling rate outside (0, 1], a learning rate or clipping norm not
+        positive, steps < 1, a model that couples the samples of a batch.
 
     Notes
     -----
@@ -537,7 +537,7 @@ def run(
         return from_measurements(times, measured, steps=jnp.asarray(recorded))
 
 
-def _as_keys(key: Any) -> PRNGKeyArray:
+def _as_keys(key: Any) -> Key[Array, "*seeds"]:
     """New-style keys, ``()`` or ``(S,)``."""
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -553,7 +553,7 @@ def _as_keys(key: Any) -> PRNGKeyArray:
 def _run(
     algorithm: Algorithm,
     state: State,
-    keys: PRNGKeyArray,
+    keys: Key[Array, "*seeds"],
     steps: int,
     record_every: int,
     outputs: bool,

@@ -7,16 +7,19 @@ on the Axes that they are given, or on a new figure; neither pyplot nor ``rcPara
 
 import os
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
+from ntkdp import _look
 from ntkdp._validate import positive
 from ntkdp.comparison import band, compare
 from ntkdp.ntk import LayerwiseKernel
@@ -25,36 +28,8 @@ from ntkdp.trajectory import Trajectory
 #: One prediction, or several under the names that the legend shows.
 Predictions = Trajectory | Mapping[str, Trajectory]
 
-_LOOK: Any = {
-    "font.size": 10.0,
-    "axes.titlesize": 10.0,
-    "axes.labelsize": 10.0,
-    "legend.fontsize": 9.0,
-    "legend.title_fontsize": 9.0,
-    "legend.frameon": False,
-    "legend.handlelength": 3.0,
-    "xtick.labelsize": 9.0,
-    "ytick.labelsize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.0,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "ntkdp",
-}
-#: Colour, dashes and marker; told apart by any one of the three.
-_STYLES = (
-    ("#0072B2", (0, (1, 0)), "o"),
-    ("#D55E00", (0, (5, 1.5)), "s"),
-    ("#009E73", (0, (1.2, 1.2)), "^"),
-    ("#CC79A7", (0, (5, 1.5, 1.2, 1.5)), "D"),
-    ("#E69F00", (0, (8, 2)), "v"),
-    ("#56B4E9", (0, (5, 1, 1, 1, 1, 1)), "P"),
-)
-_RUN_STYLE: dict[str, Any] = {"color": "0.72", "linewidth": 5.0, "solid_capstyle": "round"}
 _BAND_LEVELS = (0.05, 0.95)
 _TIME = r"time $t$ = learning rate × step"
-_WIDTH, _HEIGHT = 4.8, 3.4
 _FORMATS = ("png", "pdf", "svg")
 
 
@@ -103,12 +78,14 @@ def loss_curves(
     ['observed', 'flow', 'recursion']
     """
     name = "test_loss" if test else "loss"
-    with mpl.rc_context(_LOOK):
-        ax = _axes(ax)
-        drawn = _curves(ax, name, _named(predictions), run)
-        ax.set_ylabel(name.replace("_", " ") if test else "training loss")
+    with mpl.rc_context(_look.LOOK):
+        ax = _look.axes_or_new(ax)
         if log:
-            _log_loss_axis(ax, drawn, run is not None)
+            ax.set_yscale("log", nonpositive="mask")
+        _curves(ax, name, _named(predictions), run)
+        ax.set_ylabel("test loss" if test else "training loss")
+        if log:
+            _look.limit_log_loss(ax, has_run=run is not None)
         ax.legend(loc="best")
     return ax
 
@@ -170,19 +147,19 @@ def relative_error(
     [25.0, 50.0]
     """
     name = "test_loss" if test else "loss"
-    with mpl.rc_context(_LOOK):
-        ax = _axes(ax)
+    with mpl.rc_context(_look.LOOK):
+        ax = _look.axes_or_new(ax)
+        ax.set_yscale("log", nonpositive="mask")
         for style, (label, prediction) in enumerate(_named(predictions).items()):
             comparison = compare(prediction, run)
             for who, side in ((f"predictions[{label!r}]", prediction), ("run", run)):
                 _recorded(side, name, who)
             errors = comparison.errors[name]
             shown = f"{label}: at most {_percent(errors.sup)}"
-            _prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
+            _look.prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
         ax.set_xlabel(_TIME)
         ax.set_ylabel(f"relative error of the {'test' if test else 'training'} loss (%)")
-        ax.set_yscale("log", nonpositive="mask")
-        _readable_log_ticks(ax)
+        _look.readable_log_ticks(ax)
         ax.legend(loc="best")
     return ax
 
@@ -228,23 +205,19 @@ def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = Non
         spectra = {"total": kernel.total, **{f"group {k}": v for k, v in terms.items()}}
     else:
         spectra = {label: kernel}
-    with mpl.rc_context(_LOOK):
-        ax = _axes(ax)
+    with mpl.rc_context(_look.LOOK):
+        ax = _look.axes_or_new(ax)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
         for style, (name, matrix) in enumerate(spectra.items()):
             eigenvalues, resolution = _eigenvalues(matrix)
             drawn = eigenvalues[eigenvalues > resolution]
             if len(drawn) < len(eigenvalues):
                 name = f"{name} (rank {len(drawn)} of {len(eigenvalues)})"
-            colour, dashes, marker = _STYLES[style % len(_STYLES)]
-            ax.plot(
-                np.arange(1, len(drawn) + 1), drawn, color=colour, linestyle=dashes, label=name,
-                marker=marker, markevery=_marks(style), markerfacecolor="white",
-            )  # fmt: skip
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+            _look.prediction_line(ax, np.arange(1, len(drawn) + 1), drawn, style, name)
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue")
-        _readable_log_ticks(ax)
+        _look.readable_log_ticks(ax)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.legend(loc="best")
     return ax
@@ -290,45 +263,52 @@ def comparison_grid(
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
     names = list(dict.fromkeys(name for _, given in panels.values() for name in given))
-    with mpl.rc_context(_LOOK):
+    with mpl.rc_context(_look.LOOK):
         figure = Figure(
             figsize=(3.6 * len(columns) + 0.4, 2.7 * len(rows) + 0.8), layout="constrained"
         )
         grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey=True)
-        legend: dict[str, Any] = {}
-        everything = []
-        for i, row in enumerate(rows):
-            for j, column in enumerate(columns):
-                ax = grid[i, j]
-                if (row, column) not in panels:
-                    ax.remove()
-                    continue
-                run, predictions = panels[row, column]
-                styles = {name: names.index(name) for name in predictions}
-                everything += _curves(ax, "loss", dict(predictions), run, styles)
-                handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-                errors = {n: compare(p, run).sup_relative_error for n, p in predictions.items()}
-                ax.legend(
-                    [handles[name] for name in predictions],
-                    [_percent(errors[name]) for name in predictions],
-                    title="largest error", loc="best", labelspacing=0.3, alignment="left",
-                )  # fmt: skip
-                legend |= handles
-                ax.set_title(f"{row}, {column}")
-                ax.set_xlabel("")
-        _log_loss_axis(figure.axes[0], everything, True)
-        figure.supxlabel(_TIME, fontsize=10)
-        figure.supylabel("training loss", fontsize=10)
+        grid[0, 0].set_yscale("log", nonpositive="mask")
+        observed: dict[str, Artist] = {}
+        predicted: dict[str, Artist] = {}
+        for place, ax in zip(product(rows, columns), grid.flat, strict=True):
+            if place not in panels:
+                ax.remove()
+                continue
+            run, predictions = panels[place]
+            lines = _curves(ax, "loss", dict(predictions), run, names)
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                if handle not in lines.values():
+                    observed.setdefault(label, handle)
+            predicted |= lines
+            errors = [compare(predictions[name], run).sup_relative_error for name in lines]
+            ax.legend(
+                list(lines.values()), [_percent(error) for error in errors],
+                title="max. relative error", loc="best", labelspacing=0.3, alignment="left",
+            )  # fmt: skip
+            ax.set_title(", ".join(place))
+            is_lowest = not any(
+                (row, place[1]) in panels for row in rows[rows.index(place[0]) + 1 :]
+            )
+            ax.set_xlabel(_TIME if is_lowest else "")
+            is_first = not any((place[0], c) in panels for c in columns[: columns.index(place[1])])
+            ax.set_ylabel("training loss" if is_first else "")
+            ax.tick_params(labelleft=is_first)
+        _look.limit_log_loss(*figure.axes, has_run=True)
         if title is not None:
             figure.suptitle(title, fontsize=11)
-        figure.legend(
-            list(legend.values()), list(legend), loc="outside lower center",
-            ncols=min(len(legend), 1 + 2 * len(columns)),
-        )  # fmt: skip
+        shown = observed | {name: predicted[name] for name in names}
+        for n_columns in range(len(shown), 0, -1):
+            legend = figure.legend(
+                list(shown.values()), list(shown), loc="outside lower center", ncols=n_columns
+            )
+            if n_columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+                break
+            legend.remove()
     return figure
 
 
-def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float = 200) -> None:
+def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | int = 200) -> None:
     """Write a figure as PNG, PDF or SVG by the suffix of the path, whole or not at all.
 
     Parameters
@@ -372,19 +352,11 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float = 20
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with mpl.rc_context(_LOOK):
+        with mpl.rc_context(_look.LOOK):
             whole.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is None:
-        return Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained").subplots()
-    if not isinstance(ax, Axes):
-        raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}")
-    return ax
 
 
 def _named(predictions: Any) -> dict[str, Trajectory]:
@@ -440,82 +412,43 @@ def _curves(
     name: str,
     predictions: dict[str, Trajectory],
     run: Trajectory | None,
-    styles: dict[str, int] | None = None,
-) -> list[np.ndarray]:
-    """Draw the run, then the predictions upon it; returns what was drawn, the run first."""
-    drawn = []
+    names: list[str] | None = None,
+) -> dict[str, Line2D]:
+    """Draw the run, then the predictions upon it, with the styles of their places in ``names``."""
     ax.set_xlabel(_TIME)
     if run is not None:
         _check_trajectory("run", run)
         values, label = _recorded(run, name, "run"), "observed"
         if values.ndim == 2:
             spread = band(values, _BAND_LEVELS)
-            n_seeds, values = len(values), spread.mean
             low, high = (f"{100 * level:g}" for level in _BAND_LEVELS)
-            label = f"observed, mean of {n_seeds} runs ({low} to {high}% shaded)"
-            ax.fill_between(run.times, *spread.quantiles, color="0.88", linewidth=0)
-        ax.plot(run.times, values, label=label, **_RUN_STYLE)
-        drawn.append(values)
-    for position, (label, prediction) in enumerate(predictions.items()):
+            ax.fill_between(
+                run.times, *spread.quantiles, color="0.88", linewidth=0,
+                label=f"{low} to {high}% of runs",
+            )  # fmt: skip
+            label, values = f"observed, mean of {len(values)}", spread.mean
+        ax.plot(run.times, _look.drawable(ax, values), label=label, **_look.RUN_STYLE)
+    names = list(predictions) if names is None else names
+    lines = {}
+    for label, prediction in predictions.items():
         values = _recorded(prediction, name, f"predictions[{label!r}]")
         values = np.mean(values, axis=0) if values.ndim == 2 else values
-        style = position if styles is None else styles[label]
-        _prediction_line(ax, np.asarray(prediction.times), values, style, label)
-        drawn.append(values)
-    return drawn
-
-
-def _prediction_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: int, label: str) -> Line2D:
-    colour, dashes, marker = _STYLES[style % len(_STYLES)]
-    (line,) = ax.plot(
-        x, np.where(np.isfinite(y), y, np.nan), color=colour, linestyle=dashes, label=label,
-        marker=marker, markevery=_marks(style), markerfacecolor="white",
-    )  # fmt: skip
-    return line
-
-
-def _marks(style: int) -> tuple[float, float]:
-    """Markers a fixed way apart on paper, staggered so that coinciding curves all show theirs."""
-    return (0.03 + 0.04 * style, 0.24)
+        times, finite = np.asarray(prediction.times), np.isfinite(values)
+        note = "" if np.all(finite) else f" (not finite at t = {times[~finite][0]:.3g})"
+        lines[label] = _look.prediction_line(ax, times, values, names.index(label), label + note)
+    return lines
 
 
 def _share_curves(
     name: str, label: str, predictions: Predictions, run: Trajectory | None, ax: Axes | None
 ) -> Axes:
-    with mpl.rc_context(_LOOK):
-        ax = _axes(ax)
+    with mpl.rc_context(_look.LOOK):
+        ax = _look.axes_or_new(ax)
         _curves(ax, name, _named(predictions), run)
         ax.set_ylabel(label)
         ax.set_ylim(-0.03, 1.03)
         ax.legend(loc="best")
     return ax
-
-
-def _log_loss_axis(ax: Axes, drawn: list[np.ndarray], has_run: bool) -> None:
-    """Logarithmic, within a factor of ten of the run whatever a failed prediction does."""
-    ax.set_yscale("log", nonpositive="mask")
-    usable = [values[np.isfinite(values) & (values > 0)] for values in drawn]
-    usable = [values for values in usable if values.size]
-    if not usable:
-        return
-    if has_run:
-        low, high = np.min(usable[0]) / 10, np.max(usable[0]) * 10
-        usable = [np.clip(values, low, high) for values in usable]
-    low, high = (float(f([f(values) for values in usable])) for f in (np.min, np.max))
-    margin = (high / low) ** 0.05 if high > low else 1.1
-    ax.set_ylim(low / margin, high * margin)
-    _readable_log_ticks(ax)
-
-
-def _readable_log_ticks(ax: Axes) -> None:
-    """Ticks at 1, 2 and 5 with plain numbers where powers of ten alone would be too few."""
-    low, high = ax.get_ylim()
-    if high / low > 300:
-        return
-    subs = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _percent(error: float) -> str:

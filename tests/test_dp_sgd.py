@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,12 @@ def attention(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(mixed, axis=1) @ params["out"]
 
 
+def linear(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+W = random_like((D, K))
+
 Apply = Callable[[Any, jax.Array], jax.Array]
 MODELS: dict[str, tuple[Apply, Any]] = {
     "mlp": (mlp, MLP),
@@ -114,7 +121,7 @@ MODELS: dict[str, tuple[Apply, Any]] = {
 RULES: dict[str, Callable[[str], clipping.ClippingRule]] = {
     "none": lambda scope: NoClipping(scope=scope),
     "abadi": lambda scope: Abadi(0.8, scope=scope),
-    "global": lambda scope: Global(0.8, Z=1.2, scope=scope),
+    "global": lambda scope: Global(0.8, Z=5.0, scope=scope),
     "automatic": lambda scope: Automatic(0.8, scope=scope),
     "auto-v": lambda scope: Automatic(0.8, gamma=0.0, scope=scope),
     "psac": lambda scope: PSAC(0.8, scope=scope),
@@ -143,9 +150,13 @@ def run(rule: clipping.ClippingRule, **options: Any) -> Any:
     return dp_sgd.run(clipping=rule, **chosen)
 
 
+def run_linear(rule: clipping.ClippingRule, **options: Any) -> Any:
+    return run(rule, **{"apply_fn": linear, "params": W, **options})
+
+
 def steps(algorithm: dp_sgd.Algorithm, params: Any, n_steps: int = 1, key: Any = KEY) -> Any:
     """The loop of a user: compiled once, step k with the k-th key folded in."""
-    step = jax.jit(algorithm.step)
+    step = eqx.filter_jit(algorithm.step)
     state, infos = algorithm.init(params), []
     for k in range(n_steps):
         state, info = step(jax.random.fold_in(key, k), state)
@@ -227,17 +238,15 @@ def test_default_groups_are_the_layers() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_structured_and_plain_gradients_agree(model: str) -> None:
     apply_fn, params = MODELS[model]
-    rules = [make(scope) for make in RULES.values() for scope in ("flat", "layerwise")]
+    # The rules see norms alone, so all of them are tried on two models, and Abadi's and the one
+    # that needs the norm of the sum on the others.
+    names = RULES if model in ("mlp", "cnn") else ("abadi", "batch")
+    rules = [RULES[name](scope) for name in names for scope in ("flat", "layerwise")]
 
     def all_rules(gradients: str) -> Any:
-        built = [build(apply_fn, rule, gradients=gradients) for rule in rules]
-        states = [algorithm.init(params) for algorithm in built[:1]]
-
-        @jax.jit
-        def step(state: dp_sgd.State) -> Any:
-            return [algorithm.step(KEY, state) for algorithm in built]
-
-        return step(states[0])
+        algorithms = [build(apply_fn, rule, gradients=gradients) for rule in rules]
+        state = algorithms[0].init(params)
+        return jax.jit(lambda state: [a.step(KEY, state) for a in algorithms])(state)
 
     for rule, (state, info), (plain_state, plain_info) in zip(
         rules, all_rules("structured"), all_rules("vmap"), strict=True
@@ -278,8 +287,10 @@ def train(optimizer: Any, learning_rate: Any, n_steps: int, reduction: str = "me
     return [np.array([*values, objective(params)]), params]
 
 
-@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "scheduled"),
+    [("sgd", False), ("momentum", False), ("adam", False), ("adamw", False), ("momentum", True)],
+)
 def test_without_clipping_or_noise_it_is_optax(name: str, scheduled: bool) -> None:
     optimizer, plain = OPTIMIZERS[name]
     rate = optax.exponential_decay(0.2, 3, 0.5) if scheduled else 0.2
@@ -288,7 +299,7 @@ def test_without_clipping_or_noise_it_is_optax(name: str, scheduled: bool) -> No
     ours = run(Abadi(HUGE), steps=5, **options)
     np.testing.assert_allclose(ours.loss, losses_, rtol=1e-12)
     assert np.all(ours.clip_fraction == 0)
-    if not scheduled:
+    if name == "adam":
         state, _ = steps(build(mlp, NoClipping(), **options), MLP, 5)
         assert_trees_close(state.params, params)
         assert int(state.step) == 5
@@ -303,9 +314,10 @@ def test_reduction_sum_is_gradient_descent_on_the_sum() -> None:
     np.testing.assert_array_equal(ours.accuracy, ours.test_accuracy)
 
 
-@pytest.mark.parametrize("sample_rate", [1.0, 0.6])
-@pytest.mark.parametrize("scope", ["flat", "layerwise"])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("size", "scope", "sample_rate"),
+    [(1, "flat", 1.0), (4, "flat", 0.6), (4, "layerwise", 1.0), (7, "layerwise", 0.6)],
+)
 def test_microbatches_change_no_number(size: int, scope: str, sample_rate: float) -> None:
     rule, n = Abadi(0.8, scope=scope), 7
     x, y = jnp.concatenate([X, -X[:1]]), jnp.concatenate([Y, Y[:1]])
@@ -330,15 +342,18 @@ def noise_updates(rule: clipping.ClippingRule, n_steps: int = 1, **options: Any)
     params = {"a": jnp.zeros((P, 1)), "b": jnp.zeros((P, 1))}
     chosen = {"x": jnp.ones((4, P)), "targets": jnp.zeros((4, 1)), **options}
     algorithm = build(zero_gradient, rule, **chosen)
-    step = jax.jit(algorithm.step)
+    step = eqx.filter_jit(algorithm.step)
     state, updates = algorithm.init(params), []
     for k in range(n_steps):
         # Each step starts at zero, where the gradients are zero.
         state, info = step(jax.random.fold_in(KEY, k), state._replace(params=params))
         updates.append({name: -np.asarray(value).ravel() for name, value in state.params.items()})
-    total = np.concatenate(list(updates[-1].values()))
     assert float(info.gradient_norm) == 0
-    assert float(info.noise_norm) > np.linalg.norm(total)  # it is that of the sum
+    total = np.linalg.norm(list(updates[-1].values()))
+    sum_over_update = 4 * chosen.get("sample_rate", 1.0) / chosen.get("learning_rate", 1.0)
+    if chosen.get("reduction") == "sum":
+        sum_over_update /= 4
+    assert float(info.noise_norm) == pytest.approx(total * sum_over_update, rel=1e-12)
     return updates
 
 
@@ -425,7 +440,7 @@ def draws(n: int, q: float, n_draws: int, **options: Any) -> tuple[np.ndarray, A
     )
     state = algorithm.init(jnp.zeros((n, 1)))
     keys = jax.random.split(jax.random.key(7), n_draws)
-    new, info = jax.jit(jax.vmap(algorithm.step, (0, None)))(keys, state)
+    new, info = eqx.filter_jit(eqx.filter_vmap(algorithm.step, in_axes=(0, None)))(keys, state)
     return -np.asarray(new.params)[..., 0], info
 
 
@@ -438,11 +453,12 @@ def test_poisson_batches() -> None:
     np.testing.assert_allclose(included.sum(axis=1), sizes, atol=1e-9)
     np.testing.assert_array_equal(np.sum(~np.isnan(info.norms), axis=1), sizes)
     # The batch size is binomial, neither less nor more likely.
-    edges = [-1, *scipy.stats.binom.ppf(np.linspace(0.1, 0.9, 9), n, q), n]
+    quantiles = scipy.stats.binom.ppf(np.linspace(0.1, 0.9, 9), n, q)
+    edges = np.unique([-1, *quantiles, n])
 
     def p_value(rate: float) -> float:
         expected = np.diff(scipy.stats.binom.cdf(edges, n, rate)) * n_draws
-        observed, _ = np.histogram(sizes, np.array(edges) + 0.5)
+        observed, _ = np.histogram(sizes, edges + 0.5)
         return scipy.stats.chisquare(observed, expected).pvalue
 
     assert p_value(q) > 1e-4
@@ -490,30 +506,30 @@ def test_an_empty_batch_is_a_step_of_noise_alone() -> None:
 def test_seeds_in_parallel_equal_separate_runs() -> None:
     keys = jax.random.split(jax.random.key(5), 3)
     options = {"noise_multiplier": 0.5, "sample_rate": 0.5, "outputs": True, "test_x": X[:2]}
-    together = run(Abadi(0.8), key=keys, **options)
+    together = run_linear(Abadi(0.8), key=keys, **options)
     assert together.loss.shape == (3, 5)
     assert together.outputs.shape == (3, 5, N, K)
     assert together.test_outputs.shape == (3, 5, 2, K)
     assert together.times.shape == (5,)
     for s in range(3):
-        alone = run(Abadi(0.8), key=keys[s], **options)
+        alone = run_linear(Abadi(0.8), key=keys[s], **options)
         for name in ("loss", "clip_fraction", "outputs", "test_outputs"):
             np.testing.assert_allclose(
                 getattr(together, name)[s], getattr(alone, name), rtol=1e-12, atol=1e-14
             )
     assert np.std(together.loss[:, -1]) > 0
-    legacy = run(Abadi(0.8), key=jax.random.key_data(keys), **options)
+    legacy = run_linear(Abadi(0.8), key=jax.random.key_data(keys), **options)
     np.testing.assert_array_equal(legacy.loss, together.loss)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_record_every_keeps_the_last_step(sample_rate: float) -> None:
     options = {"noise_multiplier": 0.5, "sample_rate": sample_rate, "steps": 7, "outputs": True}
-    every = run(Abadi(0.8), **options)
+    every = run_linear(Abadi(0.8), **options)
     np.testing.assert_array_equal(every.steps, np.arange(8))
     np.testing.assert_allclose(every.times, 0.1 * np.arange(8), rtol=1e-15)
-    for spacing, kept in ((3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7])):
-        some = run(Abadi(0.8), record_every=spacing, **options)
+    for spacing, kept in ((3, [0, 3, 6, 7]), (100, [0, 7])):
+        some = run_linear(Abadi(0.8), record_every=spacing, **options)
         np.testing.assert_array_equal(some.steps, kept)
         for name in ("times", "loss", "clip_fraction", "outputs"):
             np.testing.assert_allclose(
@@ -523,7 +539,7 @@ def test_record_every_keeps_the_last_step(sample_rate: float) -> None:
 
 def test_times_are_the_running_sum_of_the_schedule() -> None:
     schedule = optax.linear_schedule(0.3, 0.1, 4)
-    ours = run(Abadi(0.8), learning_rate=schedule, steps=6, record_every=2)
+    ours = run_linear(Abadi(0.8), learning_rate=schedule, steps=6, record_every=2)
     rates = [0.3, 0.25, 0.2, 0.15, 0.1, 0.1]
     np.testing.assert_allclose(ours.times, [0, sum(rates[:2]), sum(rates[:4]), sum(rates)])
 
@@ -536,29 +552,29 @@ def test_a_loop_of_steps_equals_a_run(sample_rate: float) -> None:
         "learning_rate": 0.1,
         "optimizer": optax.adam,
     }
-    ours = run(Abadi(0.8), steps=3, outputs=True, **options)
-    state, _ = steps(build(mlp, Abadi(0.8), **options), MLP, 3)
-    np.testing.assert_allclose(ours.outputs[-1], mlp(state.params, X), rtol=1e-12)
-    np.testing.assert_allclose(ours.outputs[0], mlp(MLP, X), rtol=1e-12)
+    ours = run_linear(Abadi(0.8), steps=3, outputs=True, **options)
+    state, _ = steps(build(linear, Abadi(0.8), **options), W, 3)
+    np.testing.assert_allclose(ours.outputs[-1], linear(state.params, X), rtol=1e-12)
+    np.testing.assert_allclose(ours.outputs[0], linear(W, X), rtol=1e-12)
     np.testing.assert_allclose(
-        ours.loss[-1], 0.5 * np.mean(np.sum((mlp(state.params, X) - Y) ** 2, axis=1)), rtol=1e-12
+        ours.loss[-1], 0.5 * np.mean(np.sum((linear(state.params, X) - Y) ** 2, axis=1)), rtol=1e-12
     )
 
 
 def test_recorded_clip_fraction_is_of_the_whole_set() -> None:
-    ours = run(Abadi(0.8), sample_rate=0.3, steps=1)
-    each = per_sample_gradients(mlp, MLP, SQUARED, Y)
+    ours = run_linear(Abadi(0.8), sample_rate=0.3, steps=1)
+    each = per_sample_gradients(linear, W, SQUARED, Y)
     share = np.mean(np.asarray(jax.vmap(optax.tree.norm)(each)) > 0.8)
     assert float(ours.clip_fraction[0]) == pytest.approx(share)
 
 
 def test_progress_is_told() -> None:
     seen: list[float] = []
-    run(Abadi(0.8), steps=5, progress=seen.append)
+    run_linear(Abadi(0.8), steps=5, progress=seen.append)
     assert seen
     assert all(0 <= done <= 1 for done in seen)
     assert sorted(seen) == seen
-    assert run(Abadi(0.8), steps=5, progress=True).successful  # no terminal, no bar
+    assert run_linear(Abadi(0.8), steps=5, progress=True).successful  # no terminal, no bar
 
 
 def test_other_numbers_compile_no_other_program() -> None:
@@ -590,40 +606,38 @@ def test_other_numbers_compile_no_other_program() -> None:
 # Precision
 
 
-@pytest.mark.parametrize("gradients", ["structured", "vmap"])
-@pytest.mark.parametrize("scope", ["flat", "layerwise"])
+@pytest.mark.parametrize(
+    ("scope", "gradients"), [("flat", "structured"), ("layerwise", "vmap")], ids=str
+)
 def test_float32_stays_float32(scope: str, gradients: str) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MLP)
+    rule = Abadi(0.8, scope=scope)
     options = {
         "x": X.astype(jnp.float32),
+        "targets": Y.astype(jnp.float32),
         "optimizer": optax.adam,
         "learning_rate": 0.1,
-        "noise_multiplier": 0.1,
         "gradients": gradients,
     }
-    rule = Abadi(0.8, scope=scope)
-    for extra in ({}, {"sample_rate": 0.5, "microbatch_size": 2}):
-        chosen = {**options, **extra, "targets": Y.astype(jnp.float32)}
-        state, (info,) = steps(build(mlp, rule, **chosen), params)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-        moments = jax.tree.leaves(state.optimizer_state)
-        assert {m.dtype for m in moments if m.ndim} == {jnp.dtype("float32")}
-        assert info.norms.dtype == jnp.float32
-    single = run(rule, params=params, **{**chosen, "sample_rate": 1.0, "noise_multiplier": 0.0})
+    noisy = {"noise_multiplier": 0.1, "sample_rate": 0.5, "microbatch_size": 2}
+    state, (info,) = steps(build(mlp, rule, **options, **noisy), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    moments = jax.tree.leaves(state.optimizer_state)
+    assert {m.dtype for m in moments if m.ndim} == {jnp.dtype("float32")}
+    assert info.norms.dtype == jnp.float32
+    single = run(rule, params=params, **options)
     assert single.loss.dtype == jnp.float32
-    double = run(rule, **{**chosen, "x": X, "targets": Y, "noise_multiplier": 0.0, "sample_rate": 1})
-    np.testing.assert_allclose(single.loss, double.loss, rtol=1e-4)
+    double = run(rule, **{**options, "x": X, "targets": Y})
+    np.testing.assert_allclose(single.loss, double.loss, rtol=1e-3)
 
 
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
 def test_float32_parameters_with_other_targets(gradients: str) -> None:
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MLP)
-    x = X.astype(jnp.float32)
+    options = {"loss": SOFTMAX, "gradients": gradients, "steps": 2}
+    reference = run_linear(Abadi(0.8), targets=LABELS, **options)
+    options.update(params=W.astype(jnp.float32), x=X.astype(jnp.float32))
     for targets in (np.eye(K)[LABELS], np.eye(K, dtype=int)[LABELS], LABELS):
-        ours = run(
-            Abadi(0.8), params=params, x=x, targets=targets, loss=SOFTMAX, gradients=gradients
-        )
-        reference = run(Abadi(0.8), targets=LABELS, loss=SOFTMAX, gradients=gradients)
+        ours = run_linear(Abadi(0.8), targets=targets, **options)
         np.testing.assert_allclose(ours.loss, reference.loss, rtol=1e-5)
 
 
@@ -635,8 +649,15 @@ def kinked(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sqrt((x @ params["a"]) ** 2) + x @ params["b"]
 
 
-@pytest.mark.parametrize("options", [{}, {"gradients": "vmap"}, {"microbatch_size": 2}], ids=str)
-@pytest.mark.parametrize("scope", ["flat", "layerwise"])
+@pytest.mark.parametrize(
+    ("scope", "options"),
+    [
+        ("flat", {}),
+        ("layerwise", {}),
+        ("flat", {"gradients": "vmap"}),
+        ("layerwise", {"microbatch_size": 2}),
+    ],
+)
 def test_a_sample_with_a_gradient_that_is_not_finite_is_dropped(scope: str, options: Any) -> None:
     params = random_like({"a": (D, K), "b": (D, K)})
     x = X.at[2].set(0.0)
@@ -659,7 +680,7 @@ def test_divergence_is_reported(start: float, dtype: Any) -> None:
     one = jnp.ones((1, 1), dtype)
     ours = run(
         NoClipping(),
-        apply_fn=lambda w, x: x @ w,
+        apply_fn=linear,
         params=start * one,
         x=2 * one,
         targets=0 * one,
@@ -724,7 +745,7 @@ def test_clipped_edge_of_stability() -> None:
     rate, h, R = 1.5, 4.0, 1.0
     one = jnp.ones((1, 1))
     options = {
-        "apply_fn": lambda w, x: x @ w,
+        "apply_fn": linear,
         "params": 3.7 * one,
         "x": 2 * one,
         "targets": 0 * one,
@@ -738,24 +759,28 @@ def test_clipped_edge_of_stability() -> None:
     mean_of_cycle = np.mean(np.asarray(ours.loss)[20:60])
     assert mean_of_cycle >= rate**2 * R**2 * h / 8
     unclipped = run(NoClipping(), steps=60, **options)
-    np.testing.assert_allclose(unclipped.outputs[:, 0, 0], 7.4 * (-5.0) ** np.arange(61), rtol=1e-12)
+    np.testing.assert_allclose(
+        unclipped.outputs[:, 0, 0], 7.4 * (-5.0) ** np.arange(61), rtol=1e-12
+    )
 
 
 # Transformations
 
 
 def test_vmap_over_clipping_norms_rates_and_noise() -> None:
-    def last(R: Any = 0.8, rate: Any = 0.1, sigma: Any = 0.5) -> jax.Array:
-        return run(Abadi(R), learning_rate=rate, noise_multiplier=sigma, steps=2).loss[-1]
+    def last(R: Any, rate: Any, sigma: Any) -> jax.Array:
+        options = {"learning_rate": rate, "noise_multiplier": sigma, "steps": 2}
+        return run_linear(Abadi(R), **options).loss[-1]
 
-    for name, values in (("R", [0.1, 0.8]), ("rate", [0.1, 0.2]), ("sigma", [0.5, 1.0])):
-        mapped = jax.vmap(lambda value, name=name: last(**{name: value}))(jnp.array(values))
-        np.testing.assert_allclose(mapped, [last(**{name: v}) for v in values], rtol=1e-12)
+    settings = np.array([[0.8, 0.1, 0.5], [0.4, 0.1, 0.5], [0.8, 0.2, 0.5], [0.8, 0.1, 1.5]])
+    separate = [last(*row) for row in settings.tolist()]
+    assert len({float(value) for value in separate}) == 4
+    np.testing.assert_allclose(jax.vmap(last)(*settings.T), separate, rtol=1e-12)
 
 
 def test_jit_around_a_run() -> None:
-    def last(R: Any) -> jax.Array:
-        return run(Abadi(R), noise_multiplier=0.5, steps=2).loss[-1]
+    def last(rate: Any) -> jax.Array:
+        return run_linear(Abadi(0.8), learning_rate=rate, steps=2).loss[-1]
 
     np.testing.assert_allclose(jax.jit(last)(0.5), last(0.5), rtol=1e-12)
 
@@ -781,13 +806,16 @@ def test_jit_around_a_run() -> None:
             r"params\['a'\]\['W'\] must be finite, got 20",
         ),
         ({"params": {}}, ValueError, "params must hold at least one array"),
-        ({"params": jax.tree.map(lambda w: w.astype(int), MLP)}, TypeError, r"params\['a'\].*int64"),
+        (
+            {"params": jax.tree.map(lambda w: w.astype(int), MLP)},
+            TypeError,
+            r"params\['a'\].*int64",
+        ),
         ({"targets": LABELS + 1, "loss": SOFTMAX}, ValueError, r"targets must be labels in 0..2"),
         ({"targets": LABELS - 1, "loss": SOFTMAX}, ValueError, "from -1 to 1"),
         ({"targets": LABELS, "loss": losses.Logistic()}, ValueError, "targets must lie in|one out"),
         ({"rule": Abadi([1.0], scope="layerwise")}, ValueError, "R has 1 entries for 2"),
         ({"rule": Abadi([1.0] * 3, scope="layerwise")}, ValueError, "R has 3 entries for 2"),
-        ({"rule": Abadi}, TypeError, "clipping must be a rule of ntkdp.clipping"),
         ({"noise_multiplier": -0.1}, ValueError, "noise_multiplier must be at least 0 .* -0.1"),
         ({"noise_multiplier": np.nan}, ValueError, "noise_multiplier must be at least 0 .* nan"),
         ({"rule": NoClipping(), "noise_multiplier": 1.0}, ValueError, "NoClipping, whose .* 1.0"),
@@ -803,10 +831,8 @@ def test_jit_around_a_run() -> None:
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got 'fast'"),
         ({"learning_rate": np.array([0.1, 0.2])}, ValueError, "learning_rate must be"),
         ({"noise_multiplier": np.array([0.1, 0.2])}, ValueError, "noise_multiplier must be"),
-        ({"sample_rate": np.array([0.1, 0.2])}, ValueError, "sample_rate must be"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": -3}, ValueError, "steps must be at least 1, got -3"),
-        ({"steps": 1.5}, TypeError, "steps must be a whole number, got 1.5"),
         ({"record_every": 0}, ValueError, "record_every must be at least 1, got 0"),
         ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1, got 0"),
         ({"noise_per_group": True}, ValueError, "noise_per_group=True needs .*layerwise"),
@@ -840,9 +866,9 @@ import jax, jax.numpy as jnp, optax
 from ntkdp import clipping, dp_sgd, losses
 from ntkdp.clipping import Abadi
 
-def run(rule=Abadi(1.0), loss=losses.SquaredError(), **options):
+def run(rule=Abadi(1.0), loss=losses.SquaredError(), steps=1, **options):
     return dp_sgd.run(lambda w, x: x @ w, jnp.ones((1, 1)), jnp.ones((2, 1)), jnp.ones((2, 1)),
-                      loss, rule, learning_rate=0.1, steps=1, key=jax.random.key(0), **options)
+                      loss, rule, learning_rate=0.1, steps=steps, key=jax.random.key(0), **options)
 
 def expect(message, call):
     try:
@@ -857,6 +883,9 @@ expect("unknown gradients 'vmp'; did you mean 'vmap'?", lambda: run(gradients="v
 expect("unknown scope 'layer'; did you mean 'layerwise'?", lambda: Abadi(1.0, scope="layer"))
 expect("loss must be one of ntkdp.losses", lambda: run(loss="huber"))
 expect("clipping must be a rule of ntkdp.clipping", lambda: run(rule=0.5))
+expect("clipping must be a rule of ntkdp.clipping", lambda: run(rule=Abadi))
+expect("steps must be a whole number, got 1.5", lambda: run(steps=1.5))
+expect("sample_rate must be", lambda: run(sample_rate=jnp.array([0.1, 0.2])))
 expect("function must map norms to factors, got 0.5", lambda: clipping.Custom(0.5, 1.0))
 expect("optimizer must be", lambda: run(optimizer=optax.adam(0.1)))
 assert run().loss.dtype == jnp.float32

@@ -212,9 +212,7 @@ def test_float32_is_as_good_as_its_digits(case: str) -> None:
     y32 = jnp.asarray(y, jnp.float32 if y.ndim == 2 else jnp.int32)
     assert loss(f32, y32).dtype == jnp.float32
     np.testing.assert_allclose(loss(f32, y32), value(f, y), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        loss.output_gradient(f32, y32), gradient(f, y), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(loss.output_gradient(f32, y32), gradient(f, y), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

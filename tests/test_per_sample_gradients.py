@@ -374,7 +374,8 @@ def test_float32_stays_float32() -> None:
 
     outputs, factors = per_sample.factored(structure, params, x, ones)
     assert outputs.dtype == jnp.float32
+    weights = jnp.ones(4, jnp.float32)
     for factor, leaf in zip(factors, jax.tree.leaves(params), strict=True):
-        assert per_sample.squared_norms(factor, 4).dtype == jnp.float32
-        weights = jnp.ones(4, jnp.float32)
         assert per_sample.weighted_sum(factor, weights, leaf).dtype == jnp.float32
+    squares = jnp.stack([per_sample.squared_norms(factor, 4) for factor in factors])
+    assert squares.dtype == jnp.float32

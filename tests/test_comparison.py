@@ -1,0 +1,412 @@
+"""Errors against closed forms and NumPy, alignment of times, and what must not look close."""
+
+import inspect
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+import ntkdp
+from ntkdp import compare, comparison
+from ntkdp.trajectory import Outcome
+
+TIMES = np.array([0.0, 1.0, 2.0, 4.0])
+
+
+def trajectory(loss, times=TIMES, **fields):
+    loss = np.asarray(loss, np.float64)
+    fields = {
+        name: value if name == "outcome" else jnp.asarray(value) for name, value in fields.items()
+    }
+    fields.setdefault("clip_fraction", jnp.zeros(loss.shape))
+    return ntkdp.Trajectory(jnp.asarray(times), jnp.asarray(loss), **fields)
+
+
+RUN = trajectory([8.0, 4.0, 2.0, 1.0])
+
+
+# --- closed forms --------------------------------------------------------------------------------
+
+
+def test_errors_of_a_known_pair():
+    """Relative errors 0.5, 0.25, 0.125; the start, wrong by half, is given and not predicted."""
+    result = compare(trajectory([4.0, 6.0, 1.5, 1.125]), RUN)
+    np.testing.assert_array_equal(result.times, [1.0, 2.0, 4.0])
+    np.testing.assert_array_equal(result.relative_error, [0.5, 0.25, 0.125])
+    assert result.sup_relative_error == 0.5
+    assert result.time_of_sup == 1.0
+    assert result.mean_relative_error == pytest.approx(0.875 / 3, rel=1e-15)
+    assert result.coverage == 1.0
+    assert result.final == {
+        "predicted": {"loss": 1.125, "accuracy": None},
+        "observed": {"loss": 1.0, "accuracy": None},
+    }
+    for unrecorded in ("output_error", "accuracy_error", "test_sup_relative_error",
+                       "test_output_error", "test_accuracy_error", "observed_band"):  # fmt: skip
+        assert getattr(result, unrecorded) is None
+    assert result.output_errors is None
+    assert result.test_output_errors is None
+
+
+def test_shares_are_compared_by_their_difference():
+    fields = {"accuracy": [0.0, 0.5, 0.5, 0.75], "clip_fraction": [1.0, 1.0, 0.5, 0.0]}
+    other = {"accuracy": [0.0, 0.5, 0.75, 1.0], "clip_fraction": [1.0, 0.625, 0.5, 0.0]}
+    tests = {"test_loss": [1.0, 1.0, 1.0, 2.0], "test_accuracy": [0.0, 0.0, 0.25, 0.25]}
+    other_tests = {"test_loss": [9.0, 1.0, 1.5, 3.5], "test_accuracy": [0.0, 0.5, 0.25, 0.25]}
+    result = compare(
+        trajectory(RUN.loss, **other, **other_tests), trajectory(RUN.loss, **fields, **tests)
+    )
+    assert result.accuracy_error == 0.25
+    assert result.errors["accuracy"].time_of_sup == 2.0
+    assert result.clip_fraction_error == 0.375
+    assert result.test_accuracy_error == 0.5
+    assert result.test_sup_relative_error == 0.75
+    assert result.final["predicted"] == {"loss": 1.0, "accuracy": 1.0}
+    assert result.final["observed"] == {"loss": 1.0, "accuracy": 0.75}
+
+
+def test_errors_of_outputs_against_numpy_norms():
+    generator = np.random.default_rng(0)
+    predicted, observed = generator.normal(size=(2, 4, 5, 3))
+    result = compare(
+        trajectory(RUN.loss, outputs=predicted, test_outputs=observed[:, :2]),
+        trajectory(RUN.loss, outputs=observed, test_outputs=predicted[:, :2]),
+    )
+    expected = [
+        np.linalg.norm(p - o, "fro") / np.linalg.norm(o, "fro")
+        for p, o in zip(predicted[1:], observed[1:], strict=True)
+    ]
+    np.testing.assert_allclose(result.errors["outputs"].over_time, expected, rtol=1e-14)
+    assert result.output_error == pytest.approx(max(expected), rel=1e-14)
+    each = np.linalg.norm(predicted - observed, axis=1) / np.linalg.norm(observed, axis=1)
+    np.testing.assert_allclose(result.output_errors, each[1:].max(axis=0), rtol=1e-14)
+    swapped = np.linalg.norm((predicted - observed)[:, :2], axis=1)
+    swapped /= np.linalg.norm(predicted[:, :2], axis=1)
+    np.testing.assert_allclose(result.test_output_errors, swapped[1:].max(axis=0), rtol=1e-14)
+
+
+def test_seeds_are_averaged_before_they_are_compared():
+    """Errors of single seeds are 1/2 and 1/4; against their mean the prediction is exact."""
+    losses = np.array([[8.0, 2.0, 2.0, 2.0], [8.0, 6.0, 6.0, 6.0]])
+    run = trajectory(losses, accuracy=np.array([[0.0] * 4, [1.0] * 4]), outcome=np.array([0, 0]),
+                     outputs=np.stack([np.ones((4, 2, 1)), 3 * np.ones((4, 2, 1))]))  # fmt: skip
+    prediction = trajectory(
+        [8.0, 4.0, 4.0, 5.0], accuracy=[0.5] * 4, outputs=2 * np.ones((4, 2, 1))
+    )
+    result = compare(prediction, run)
+    np.testing.assert_array_equal(result.relative_error, [0.0, 0.0, 0.25])
+    assert result.accuracy_error == 0.0
+    assert result.output_error == 0.0
+    assert result.observed.loss.shape == (2, 4)
+    np.testing.assert_array_equal(result.observed_band.mean, losses.mean(axis=0))
+    assert compare(run, prediction).time_of_sup == 4.0
+
+
+def test_band_against_scipy():
+    values = np.random.default_rng(1).gamma(2.0, size=(7, 5))
+    band = comparison.band(values, levels=(0.1, 0.5))
+    np.testing.assert_allclose(band.mean, np.mean(values, axis=0), rtol=1e-14)
+    np.testing.assert_allclose(band.standard_deviation, stats.tstd(values, axis=0), rtol=1e-13)
+    np.testing.assert_allclose(band.standard_error, stats.sem(values, axis=0), rtol=1e-13)
+    np.testing.assert_allclose(band.quantiles[1], np.median(values, axis=0), rtol=1e-14)
+    np.testing.assert_allclose(band.quantiles[0], stats.scoreatpercentile(values, 10, axis=0))
+
+
+def test_band_of_one_seed_has_no_spread():
+    band = comparison.band(np.array([[1.0, 2.0]]))
+    np.testing.assert_array_equal(band.mean, [1.0, 2.0])
+    assert np.all(np.isnan(band.standard_deviation))
+    assert np.all(np.isnan(band.standard_error))
+
+
+@pytest.mark.parametrize(
+    ("values", "levels", "message"),
+    [(np.ones(3), (0.5,), r"values must have shape \(S, T\).*got \(3,\)"),
+     (np.ones((2, 3)), (0.5, 50.0), r"levels must be in \[0, 1\], got \(0.5, 50.0\)")],
+)  # fmt: skip
+def test_wrong_bands(values, levels, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.band(values, levels)
+
+
+# --- what is not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["prediction", "run", "both"])
+def test_what_is_not_finite_is_never_close(bad, side):
+    broken = trajectory([8.0, 4.0, bad, 1.0], accuracy=[0.0, 0.0, bad, 0.0],
+                        outputs=np.array([1.0, 1.0, bad, 1.0])[:, None, None],
+                        clip_fraction=[0.0, 0.0, bad, 0.0])  # fmt: skip
+    whole = trajectory(RUN.loss, accuracy=np.zeros(4), outputs=np.ones((4, 1, 1)))
+    prediction = broken if side != "run" else whole
+    result = compare(prediction, broken if side != "prediction" else whole)
+    np.testing.assert_array_equal(result.relative_error, [0.0, np.inf, 0.0])
+    assert result.sup_relative_error == np.inf
+    assert result.mean_relative_error == np.inf
+    assert result.time_of_sup == 2.0
+    assert result.accuracy_error == np.inf
+    assert result.clip_fraction_error == np.inf
+    assert result.output_error == np.inf
+    np.testing.assert_array_equal(result.output_errors, [np.inf])
+    assert not result.sup_relative_error < 1e300
+
+
+def test_one_diverged_seed_is_not_averaged_away():
+    losses = np.array([[8.0, 4.0, 2.0, np.nan], [8.0, 4.0, 2.0, 1.0]])
+    result = compare(RUN, trajectory(losses, outcome=np.array([3, 0])))
+    assert result.sup_relative_error == np.inf
+    assert result.time_of_sup == 4.0
+    assert result.message.startswith("run: the trajectory became infinite or NaN")
+
+
+def test_seeds_that_diverge_in_opposite_directions():
+    outputs = np.ones((2, 4, 1, 1))
+    outputs[:, 3] = np.array([np.inf, -np.inf])[:, None, None]
+    run = trajectory(np.full((2, 4), [1.0, 1.0, 1.0, np.inf]), outputs=outputs)
+    result = compare(trajectory(np.ones(4), outputs=np.ones((4, 1, 1))), run)
+    np.testing.assert_array_equal(result.errors["outputs"].over_time, [0.0, 0.0, np.inf])
+    np.testing.assert_array_equal(result.relative_error, [0.0, 0.0, np.inf])
+    np.testing.assert_array_equal(result.observed_band.mean, [1.0, 1.0, 1.0, np.inf])
+
+
+def test_a_solver_that_gave_up_is_reported():
+    flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+                            ntkdp.clipping.NoClipping())  # fmt: skip
+    prediction = ntkdp.solve(flow, jnp.array([[4.0]]), TIMES, max_steps=2)
+    assert int(prediction.outcome) == Outcome.MAX_STEPS
+    result = compare(prediction, RUN)
+    assert result.sup_relative_error == np.inf
+    assert "prediction: the solver reached max_steps" in result.message
+    assert "max_steps" in result.table().caption
+    assert compare(RUN, RUN).message == "success"
+
+
+def test_zero_against_zero_and_against_something():
+    run = trajectory([8.0, 4.0, 0.0, 0.0])
+    result = compare(trajectory([8.0, 4.0, 0.0, 1e-300]), run)
+    np.testing.assert_array_equal(result.relative_error, [0.0, 0.0, np.inf])
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e290])
+def test_squares_neither_overflow_nor_vanish(scale):
+    outputs = np.ones((4, 3, 2))
+    result = compare(
+        trajectory(1.5 * scale * RUN.loss, outputs=1.5 * scale * outputs),
+        trajectory(scale * RUN.loss, outputs=scale * outputs),
+    )
+    assert result.sup_relative_error == pytest.approx(0.5, rel=1e-14)
+    assert result.output_error == pytest.approx(0.5, rel=1e-14)
+
+
+# --- invariants ----------------------------------------------------------------------------------
+
+losses_of_runs = hnp.arrays(np.float64, 6, elements=st.floats(1e-6, 1e6))
+
+
+@settings(deadline=None, max_examples=50)
+@given(losses_of_runs)
+def test_no_error_against_itself(loss):
+    run = trajectory(
+        loss, np.arange(6.0), accuracy=np.linspace(0, 1, 6), outputs=loss[:, None, None]
+    )
+    result = compare(run, run)
+    assert all(errors.sup == 0 and errors.mean == 0 for errors in result.errors.values())
+    assert set(result.errors) == {"loss", "accuracy", "outputs", "clip_fraction"}
+
+
+@settings(deadline=None, max_examples=50)
+@given(losses_of_runs, losses_of_runs, st.sets(st.integers(1, 5), min_size=1))
+def test_only_shared_times_count(predicted, observed, kept):
+    """Thinning either side equals thinning both, and the sup is over what is left."""
+    times = np.arange(6.0)
+    index = np.array([0, *sorted(kept)])
+    both = compare(trajectory(predicted, times), trajectory(observed, times))
+    thin_run = trajectory(observed[index], times[index])
+    thin_prediction = trajectory(predicted[index], times[index])
+    of_run = compare(trajectory(predicted, times), thin_run)
+    of_prediction = compare(thin_prediction, trajectory(observed, times))
+    for result in (of_run, of_prediction, compare(thin_prediction, thin_run)):
+        np.testing.assert_array_equal(result.times, times[index[1:]])
+        np.testing.assert_array_equal(result.relative_error, both.relative_error[index[1:] - 1])
+        np.testing.assert_array_equal(result.predicted.loss, predicted[index])
+        np.testing.assert_array_equal(result.observed.loss, observed[index])
+        assert result.sup_relative_error <= both.sup_relative_error
+    assert of_run.coverage == 1.0
+    assert of_prediction.coverage == len(kept) / 5
+
+
+@settings(deadline=None, max_examples=50)
+@given(losses_of_runs, losses_of_runs, st.floats(1e-3, 1e3))
+def test_units_do_not_matter(predicted, observed, scale):
+    times = np.arange(6.0)
+    plain = compare(trajectory(predicted, times), trajectory(observed, times))
+    scaled = compare(
+        trajectory(scale * predicted, scale * times), trajectory(scale * observed, scale * times)
+    )
+    np.testing.assert_allclose(scaled.relative_error, plain.relative_error, rtol=1e-9, atol=1e-14)
+
+
+@settings(deadline=None, max_examples=50)
+@given(losses_of_runs, st.floats(-0.9, 9.0))
+def test_a_constant_factor_is_the_error(observed, error):
+    times = np.arange(6.0)
+    result = compare(trajectory((1 + error) * observed, times), trajectory(observed, times))
+    np.testing.assert_allclose(result.relative_error, abs(error), rtol=1e-9, atol=1e-14)
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_times_agree_to_rounding(dtype):
+    """Multiples of the learning rate and its running sum differ in the last digits."""
+    rate, steps = 0.1, 200
+    multiples = (np.arange(steps + 1) * rate).astype(dtype)
+    exact = np.arange(steps + 1) * np.float64(rate)
+    loss = np.exp(-exact)
+    result = compare(trajectory(loss, exact), trajectory(loss, multiples))
+    assert len(result.times) == steps
+    assert result.sup_relative_error == 0.0
+
+
+@pytest.mark.parametrize(("offset", "shared"), [(1e-15, 3), (1e-9, 2)])
+def test_near_is_not_the_same(offset, shared):
+    times = TIMES * np.array([1.0, 1.0, 1.0 + offset, 1.0])
+    assert len(compare(trajectory(RUN.loss, times), RUN).times) == shared
+
+
+def test_float32_times_that_are_not_the_same():
+    times = (TIMES * (1 + 1e-5)).astype(np.float32)
+    with pytest.raises(ValueError, match="share no time"):
+        compare(trajectory(RUN.loss, times), trajectory(RUN.loss, TIMES.astype(np.float32)))
+
+
+def test_a_time_is_matched_once():
+    """Steps finer than float32 resolves: each time has at most one partner, in order."""
+    fine = 1000.0 + np.arange(8) * 1e-5
+    coarse = np.unique(fine.astype(np.float32))
+    result = compare(
+        trajectory(np.ones(9), np.append(0.0, fine)),
+        trajectory(np.ones(len(coarse) + 1), np.append(np.float32(0), coarse)),
+    )
+    assert len(result.times) == len(coarse)
+    assert np.all(np.diff(result.times) > 0)
+    assert result.predicted.times.shape == result.observed.times.shape
+
+
+def test_a_missing_start_hides_no_error():
+    """Without the run's start, the first shared time is still a prediction."""
+    result = compare(trajectory([8.0, 9.0, 2.0, 1.0]), trajectory(RUN.loss[1:], TIMES[1:]))
+    np.testing.assert_array_equal(result.times, TIMES[1:])
+    assert result.sup_relative_error == 1.25
+
+
+def test_a_prediction_of_half_the_run_says_so():
+    result = compare(trajectory(RUN.loss[:2], TIMES[:2]), RUN)
+    assert result.coverage == pytest.approx(1 / 3)
+    assert "33% of the run's recorded times" in result.table().caption
+
+
+def test_steps_and_seeds_are_kept_at_shared_times():
+    run = trajectory(np.ones((2, 4)), steps=np.array([0, 10, 20, 40]), outcome=np.array([0, 0]),
+                     outputs=np.ones((2, 4, 3, 1)))  # fmt: skip
+    observed = compare(trajectory([1.0, 1.0], TIMES[[0, 2]]), run).observed
+    assert observed.steps.tolist() == [0, 20]
+    assert observed.loss.shape == (2, 2)
+    assert observed.outputs.shape == (2, 2, 3, 1)
+    assert observed.outcome.shape == (2,)
+
+
+@pytest.mark.parametrize("times", [TIMES + 0.25, np.array([0.0, 1.5, 2.5, 3.5])])
+def test_no_shared_time(times):
+    message = (
+        rf"prediction has 4 in \[{times[0]:g}, {times[-1]:g}\], run has 4 in \[0, 4\]; "
+        r"predict at the times of the run, solve\(flow, initial, run.times\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        compare(trajectory(RUN.loss, times), RUN)
+
+
+def test_only_the_start_is_shared():
+    with pytest.raises(ValueError, match="share no time after the start"):
+        compare(trajectory([8.0], [0.0]), RUN)
+
+
+# --- wrong calls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("prediction", ([1.0], RUN)), ("run", (RUN, None))]
+)
+def test_wrong_types(name, arguments):
+    given_type = "list" if name == "prediction" else "NoneType"
+    # Tests check annotations at run time, which users do not: look beneath.
+    with pytest.raises(TypeError, match=f"{name} must be a Trajectory.*got {given_type}"):
+        inspect.unwrap(compare)(*arguments)
+
+
+def test_outputs_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"outputs of the same shape, got \(4, 2, 1\) and \(4, 3, 1\)"
+    ):
+        compare(
+            trajectory(RUN.loss, outputs=np.ones((4, 2, 1))),
+            trajectory(RUN.loss, outputs=np.ones((4, 3, 1))),
+        )
+
+
+@pytest.mark.parametrize(("times", "loss"), [(TIMES, np.ones(3)), (TIMES[:0], np.ones(0)),
+                                             (TIMES, np.ones((2, 2, 4)))])  # fmt: skip
+def test_malformed_trajectories(times, loss):
+    with pytest.raises(ValueError, match="run must have times of shape"):
+        compare(RUN, trajectory(loss, times))
+
+
+# --- presentation and the whole way --------------------------------------------------------------
+
+
+def test_table_shows_the_numbers():
+    prediction = trajectory([8.0, 6.0, 1.5, np.nan], accuracy=[0.0, 0.25, 0.5, 0.5])
+    run = trajectory(RUN.loss, accuracy=[0.0, 0.25, 0.25, 0.5])
+    console = rich.console.Console(width=120, file=io.StringIO())
+    console.print(compare(prediction, run).table())
+    lines = console.file.getvalue().splitlines()
+    (loss,) = [line.split("│") for line in lines if "training loss" in line]
+    assert [cell.strip() for cell in loss[2:7]] == ["nan", "1", "infinite", "4", "infinite"]
+    (accuracy,) = [line.split("│") for line in lines if "training accuracy" in line]
+    assert [cell.strip() for cell in accuracy[2:7]] == ["0.5", "0.5", "0.25", "2", "0.0833"]
+
+
+def test_plot_draws_both():
+    result = compare(trajectory([8.0, 6.0, 1.5, 1.0]), RUN)
+    observed, predicted = result.plot().lines
+    np.testing.assert_array_equal(observed.get_ydata(), RUN.loss)
+    np.testing.assert_array_equal(predicted.get_ydata(), [8.0, 6.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_recursion_is_the_run_of_a_linear_model(dtype):
+    """A linear model trains by its kernel: the errors are rounding, outputs and shares included."""
+    key_x, key_y = jax.random.split(jax.random.key(3))
+    x, y = jax.random.normal(key_x, (6, 4), dtype), jax.random.normal(key_y, (6, 2), dtype)
+    params = jnp.zeros((4, 2), dtype)
+    loss, rule = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
+    options = {"learning_rate": 0.1, "steps": 30, "record_every": 7, "outputs": True}
+    run = ntkdp.dp_sgd.run(
+        lambda w, x: x @ w, params, x, y, loss, rule, key=jax.random.key(0), **options
+    )
+    flow = ntkdp.KernelFlow(x @ x.T, y, loss, rule)
+    result = compare(ntkdp.recursion(flow, jnp.zeros_like(y), **options), run)
+    tolerance = 100 * float(jnp.finfo(dtype).eps)
+    assert len(result.times) == 5
+    assert result.sup_relative_error < tolerance
+    assert result.output_error < tolerance
+    assert result.clip_fraction_error == 0.0

@@ -1,0 +1,114 @@
+"""Configurations: what is documented is what there is, and every error names its field."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ntkdp import _config, experiment
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_documented_configuration_is_the_default() -> None:
+    documented = _config.load(ROOT / "docs" / "configuration.toml")
+    assert documented == _config.Config()
+
+
+def test_the_documented_configuration_names_every_field() -> None:
+    text = (ROOT / "docs" / "configuration.toml").read_text()
+    for name, _, _ in _config.describe():
+        assert name.rpartition(".")[2] in text, name
+
+
+def test_every_field_has_a_description() -> None:
+    described = _config.describe()
+    assert len(described) > 30
+    assert [name for name, _, description in described if not description] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
+    experiment.rules_of(_config.load(path))
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"sed": 1}, ["unknown field 'sed'", "'seed'"]),
+        ({"data": {"n_tran": 3}}, ["unknown field 'data.n_tran'", "'n_train'"]),
+        ({"clipping": [{}, {"norm": 1.0}]}, ["unknown field 'clipping.1.norm'", "clip_norm"]),
+        ({"predictions": ["exat"]}, ["'predictions.0'", "'exat'", "did you mean 'exact'"]),
+        ({"predictions": []}, ["'predictions'"]),
+        ({"loss": "softmax"}, ["'loss'", "'softmax'", "softmax_cross_entropy"]),
+        ({"dtype": "float16"}, ["'dtype'", "'float16'"]),
+        ({"seed": -1}, ["'seed'", "-1"]),
+        ({"seed": 1.5}, ["'seed'", "1.5"]),
+        ({"training": {"learning_rate": 0.0}}, ["'training.learning_rate'", "0.0"]),
+        ({"training": {"learning_rate": "fast"}}, ["'training.learning_rate'", "'fast'"]),
+        ({"training": {"steps": 0}}, ["'training.steps'", "0"]),
+        ({"training": {"sample_rate": 1.5}}, ["'training.sample_rate'", "1.5"]),
+        ({"training": {"noise_multiplier": -1.0}}, ["'training.noise_multiplier'", "-1.0"]),
+        ({"model": {"widths": []}}, ["'model.widths'"]),
+        ({"model": 3}, ["'model'", "3"]),
+        ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),
+        ({"training": {"momentum": 0.9}}, ["recursion", "momentum"]),
+    ],
+)
+def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> None:
+    with pytest.raises(_config.ConfigError) as caught:
+        _config.from_tree(tree)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("clipping", "words"),
+    [
+        ({"rule": "abady"}, ["clipping.0", "'abady'", "did you mean 'abadi'"]),
+        ({"clip_norm": 0.0}, ["clipping.0", "R must be positive", "0.0"]),
+        ({"clip_norm": float("nan")}, ["clipping.0", "R must be positive", "nan"]),
+        ({"clip_norm": [1.0, 2.0]}, ["clipping.0", "scope='layerwise'"]),
+        ({"gamma": 0.1}, ["clipping.0", "gamma"]),
+        ({"rule": "automatic", "gamma": -1.0}, ["clipping.0", "gamma", "-1.0"]),
+    ],
+)
+def test_rules_that_cannot_be_made_name_their_place(clipping: dict, words: list[str]) -> None:
+    with pytest.raises(_config.ConfigError) as caught:
+        experiment.rules_of(_config.from_tree({"clipping": [clipping]}))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_noise_needs_a_rule_that_bounds_each_sample() -> None:
+    tree = {"clipping": [{"rule": "batch"}], "training": {"noise_multiplier": 1.0}}
+    with pytest.raises(_config.ConfigError, match=r"noise_multiplier.*'batch'.*got 1.0"):
+        experiment.rules_of(_config.from_tree(tree))
+
+
+def test_files_that_are_not_toml(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("name = 'unfinished\n")
+    with pytest.raises(_config.ConfigError, match=r"config.toml is not TOML: "):
+        _config.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(_config.ConfigError, match="is not TOML"):
+        _config.load(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.toml"):
+        _config.load(tmp_path / "nowhere.toml")
+    path.write_text("seeed = 1\n")
+    with pytest.raises(_config.ConfigError, match=r"config.toml: unknown field 'seeed'"):
+        _config.load(path)
+
+
+def test_defaults_survive_a_round_trip_through_toml(tmp_path: Path) -> None:
+    fields = tomllib.loads((ROOT / "docs" / "configuration.toml").read_text())
+    assert _config.from_tree(fields).model_dump() == _config.Config().model_dump()
+
+
+def test_pins_are_the_same_for_pip_and_for_uv() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins == project["tool"]["uv"]["constraint-dependencies"]
+    assert not [line for line in lines if "://" in line]

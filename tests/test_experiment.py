@@ -1,0 +1,323 @@
+"""The main job end to end, small: predictions hold, files are whole, folders are safe."""
+
+import json
+import math
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from typer.testing import CliRunner
+
+import ntkdp
+from ntkdp import _config, _report, _run_folder, cli, experiment
+
+SMALL: dict[str, Any] = {
+    "predictions": ["exact", "frozen", "infinite", "recursion"],
+    "data": {"n_train": 24, "n_test": 8},
+    "model": {"widths": [256]},
+    "training": {"steps": 40, "learning_rate": 0.5, "record_every": 10},
+    "clipping": [
+        {"clip_norm": 0.2},
+        {"clip_norm": 100.0},
+        {"clip_norm": 0.2, "scope": "layerwise"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> experiment.Results:
+    return experiment.run(_config.from_tree(SMALL))
+
+
+@pytest.fixture(scope="module")
+def run_folder(
+    results: experiment.Results, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    _report.write(results, path)
+    return path
+
+
+def test_predictions_are_close_and_ordered_by_what_they_neglect(
+    results: experiment.Results,
+) -> None:
+    for case in results.cases:
+        errors = {
+            name: prediction.comparison.sup_relative_error
+            for name, prediction in case.predictions.items()
+        }
+        # Step size alone; the drift of the kernel too; the width too.
+        assert errors["exact"] < 0.01
+        assert errors["frozen"] < 0.05
+        assert errors["recursion"] < 0.05
+        assert errors["infinite"] < 0.2
+        assert all(prediction.trajectory.successful for prediction in case.predictions.values())
+
+
+def test_clipping_norms_do_what_they_say(results: experiment.Results) -> None:
+    small, large, layerwise = results.cases
+    assert float(small.run.clip_fraction[0]) == 1.0
+    assert float(large.run.clip_fraction.max()) == 0.0
+    assert float(layerwise.run.clip_fraction[0]) > 0.9
+    assert float(large.run.loss[-1]) < float(small.run.loss[-1])
+
+
+def test_the_large_norm_is_gradient_descent(results: experiment.Results) -> None:
+    problem = experiment.problem_of(results.config)
+
+    def loss(params: Any) -> jax.Array:
+        outputs = problem.model.apply(params, problem.x)
+        log_probabilities = jax.nn.log_softmax(outputs)
+        picked = jnp.take_along_axis(log_probabilities, problem.targets[:, None], axis=1)
+        return -jnp.mean(picked)
+
+    params = problem.params
+    step = jax.jit(
+        lambda params: jax.tree.map(lambda w, g: w - 0.5 * g, params, jax.grad(loss)(params))
+    )
+    for _ in range(40):
+        params = step(params)
+    assert float(loss(params)) == pytest.approx(float(results.cases[1].run.loss[-1]), rel=1e-10)
+
+
+def test_metrics_have_the_promised_form(results: experiment.Results, run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert len(metrics["results"]) == 12
+    kernels = {"exact": None, "frozen": "empirical", "infinite": "infinite"}
+    for entry in metrics["results"]:
+        assert set(entry["clipping"]) == {"rule", "scope", "clip_norm"}
+        expected = kernels.get(entry["prediction"], "empirical")
+        assert entry["kernel"] == expected
+        assert 0 <= entry["sup_relative_error"] < 0.2
+        for side in ("predicted", "observed"):
+            assert entry["final"][side]["loss"] > 0
+            assert 0 <= entry["final"][side]["accuracy"] <= 1
+        assert entry["seconds"]["prediction"] > 0
+        assert entry["seconds"]["observation"] > 0
+    first = metrics["results"][0]
+    assert first["clipping"] == {"rule": "abadi", "scope": "flat", "clip_norm": 0.2}
+    assert first["final"]["observed"]["loss"] == float(results.cases[0].run.loss[-1])
+
+
+def test_metrics_can_be_recomputed_from_the_trajectories(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    with xr.open_datatree(run_folder / "trajectories.nc", engine="h5netcdf") as tree:
+        tree.load()
+    for entry in metrics["results"]:
+        label = f"{entry['clipping']['scope']} abadi R={entry['clipping']['clip_norm']:g}"
+        observed = tree[f"/{label}/observed"]["loss"].values
+        predicted = tree[f"/{label}/{entry['prediction']}"]["loss"].values
+        error = np.max(np.abs(predicted - observed)[1:] / observed[1:])
+        assert entry["sup_relative_error"] == pytest.approx(error, rel=1e-12)
+
+
+def test_the_page_stands_alone_and_shows_every_picture(run_folder: Path) -> None:
+    page = (run_folder / "report.html").read_text()
+    pictures = sorted(path.name for path in run_folder.glob("*.png"))
+    assert {"loss.png", "clip_fraction.png", "spectrum_empirical.png"} <= set(pictures)
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
+    assert "flat abadi R=0.2" in page
+
+
+def test_divergence_is_said_and_written(tmp_path: Path) -> None:
+    config = _config.from_tree(
+        SMALL
+        | {
+            "predictions": ["recursion"],
+            "loss": "squared_error",
+            "training": {"steps": 400, "learning_rate": 50.0, "record_every": 100},
+            "clipping": [{"rule": "none"}],
+        }
+    )
+    results = experiment.run(config)
+    _report.write(results, tmp_path)
+    entry = json.loads((tmp_path / "metrics.json").read_text())["results"][0]
+    assert entry["sup_relative_error"] is None
+    assert entry["clipping"]["clip_norm"] is None
+    assert "diverges" in entry["message"]["prediction"]
+    assert "diverges" in entry["message"]["observation"]
+    assert "diverges" in (tmp_path / "report.html").read_text()
+
+
+def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
+    config = _config.from_tree(
+        SMALL
+        | {
+            "predictions": ["frozen"],
+            "training": {
+                "steps": 30,
+                "learning_rate": 0.01,
+                "record_every": 5,
+                "momentum": 0.5,
+                "noise_multiplier": 0.05,
+                "sample_rate": 0.5,
+                "n_seeds": 3,
+            },
+            "clipping": [{"clip_norm": 0.5, "rule": "automatic", "gamma": 0.1}],
+        }
+    )
+    results = experiment.run(config)
+    case = results.cases[0]
+    assert case.run.loss.shape == (3, 7)
+    assert len({float(loss) for loss in case.run.loss[:, -1]}) == 3
+    prediction = case.predictions["frozen"]
+    np.testing.assert_allclose(prediction.trajectory.times, case.run.times, rtol=1e-12)
+    assert prediction.comparison.sup_relative_error < 0.05
+    _report.write(results, tmp_path)
+    assert "noise-free" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"name": "digts"}}, ["field 'data'", "'digts'", "digits"]),
+        ({"data": {"n_train": 5000}}, ["field 'data'", "n_train", "5000"]),
+        ({"data": {"options": {"flatt": True}}}, ["field 'data'", "'flatt'", "flat"]),
+        ({"data": {"name": "nowhere.npz"}}, ["field 'data'", "nowhere.npz"]),
+        ({"model": {"activation": "rellu"}}, ["field 'model'", "'rellu'", "relu"]),
+        ({"loss": "logistic"}, ["field 'loss'", "logistic"]),
+        ({"data": {"name": "diabetes"}}, ["field 'loss'", "diabetes"]),
+    ],
+)
+def test_what_does_not_fit_together_names_its_field(changes: dict, words: list[str]) -> None:
+    data = {"n_train": 24, "n_test": 8} | changes.pop("data", {})
+    with pytest.raises(_config.ConfigError) as caught:
+        experiment.run(_config.from_tree(SMALL | changes | {"data": data}))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_regression_and_images_run() -> None:
+    shared = {
+        "predictions": ["frozen", "infinite"],
+        "training": {"steps": 10, "learning_rate": 0.05},
+        "clipping": [{"clip_norm": 0.5}],
+    }
+    regression = {
+        "data": {"name": "diabetes", "n_train": 24, "n_test": 8},
+        "loss": "squared_error",
+        "model": {"widths": [64]},
+    }
+    images = {"data": {"n_train": 8, "n_test": 4}, "model": {"kind": "cnn", "widths": [8]}}
+    for tree in (shared | regression, shared | images):
+        case = experiment.run(_config.from_tree(tree)).cases[0]
+        assert case.predictions["frozen"].comparison.sup_relative_error < 0.05
+    assert case.run.accuracy is not None
+
+
+runner = CliRunner()
+
+
+def _write_config(folder: Path) -> Path:
+    path = folder / "small.toml"
+    path.write_text(
+        'name = "small"\npredictions = ["recursion"]\n[data]\nn_train = 8\nn_test = 4\n'
+        "[model]\nwidths = [16]\n[training]\nsteps = 4\n[[clipping]]\nclip_norm = 0.5\n"
+    )
+    return path
+
+
+def test_the_command_writes_a_run_and_refuses_to_write_over_it(tmp_path: Path) -> None:
+    config, out = _write_config(tmp_path), tmp_path / "deep" / "run"
+    arguments = ["compare", str(config), "--out", str(out)]
+    done = runner.invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "kernel recursion" in done.output
+    written = {path.name for path in out.iterdir()}
+    assert {"metrics.json", "trajectories.nc", "report.html", "loss.png"} <= written
+    before = (out / "metrics.json").read_bytes()
+
+    refused = runner.invoke(cli.app, arguments)
+    assert refused.exit_code == 2
+    assert "holds another run; pass --overwrite" in refused.output
+    assert (out / "metrics.json").read_bytes() == before
+
+    again = runner.invoke(cli.app, [*arguments, "--overwrite"])
+    assert again.exit_code == 0, again.output
+    assert (out / "metrics.json").read_bytes() != before
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+
+
+def test_the_command_explains_bad_input_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    bad = tmp_path / "bad.toml"
+    for text, words in (
+        ("nam = 'x'", "unknown field 'nam'; did you mean 'name'?"),
+        ("= nothing", "is not TOML"),
+        ("[[clipping]]\nclip_norm = -1.0", "R must be positive"),
+    ):
+        bad.write_text(text)
+        done = runner.invoke(cli.app, ["compare", str(bad), "--out", str(out)])
+        assert done.exit_code == 2
+        assert words in done.output
+        assert "Traceback" not in done.output
+        assert not out.exists()
+    done = runner.invoke(cli.app, ["compare", str(tmp_path / "none.toml"), "--out", str(out)])
+    assert done.exit_code == 2
+    assert "does not exist" in done.output
+
+
+def test_help_documents_every_field() -> None:
+    done = runner.invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    for name, _, _ in _config.describe():
+        assert name in done.output, name
+    version = runner.invoke(cli.app, ["--version"])
+    assert version.output.strip() == f"ntkdp {ntkdp.__version__}"
+
+
+def test_folders_that_are_not_runs_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="files that are not a run"):
+        _run_folder.RunFolder(tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        _run_folder.RunFolder(tmp_path / "thesis.tex")
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
+        _run_folder.RunFolder(tmp_path / "thesis.tex" / "run")
+
+
+def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = _run_folder.RunFolder(tmp_path / "run")
+    with folder.replacing() as path:
+        (path / "metrics.json").write_text("first")
+    again = _run_folder.RunFolder(tmp_path / "run", overwrite=True)
+
+    class Failed(Exception):
+        pass
+
+    def fail_half_way() -> None:
+        with again.replacing() as path:
+            (path / "metrics.json").write_text("second")
+            raise Failed
+
+    with pytest.raises(Failed):
+        fail_half_way()
+    assert (tmp_path / "run" / "metrics.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) & stat.S_IROTH
+
+
+def test_single_precision_follows_double(results: experiment.Results) -> None:
+    config = _config.from_tree(
+        SMALL
+        | {
+            "dtype": "float32",
+            "predictions": ["infinite", "recursion"],
+            "clipping": SMALL["clipping"][:1],
+        }
+    )
+    single = experiment.run(config).cases[0]
+    double = results.cases[0]
+    assert single.run.loss.dtype == jnp.float32
+    start = float(double.run.loss[0])
+    # Initial weights are drawn in the precision asked for, so only the scale can be compared.
+    assert math.isclose(float(single.run.loss[0]), start, rel_tol=0.5)
+    for name in ("infinite", "recursion"):
+        assert single.predictions[name].comparison.sup_relative_error < 0.2

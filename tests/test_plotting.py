@@ -1,0 +1,479 @@
+"""What the artists hold, spectra against NumPy and SciPy, global state untouched, whole files."""
+
+import inspect
+import re
+import sys
+from xml.etree import ElementTree
+
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import pytest
+import scipy.linalg
+from matplotlib.colors import rgb_to_hsv, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import ntkdp
+from ntkdp import plotting
+
+TIMES = np.linspace(0.0, 5.0, 11)
+
+
+def trajectory(rate=1.0, times=TIMES, **fields):
+    loss = 2.0 * np.exp(-rate * times)
+    given = {"loss": loss, "clip_fraction": np.exp(-times), "accuracy": 1 - np.exp(-rate * times)}
+    given |= fields
+    return ntkdp.Trajectory(
+        jnp.asarray(times), **{k: None if v is None else jnp.asarray(v) for k, v in given.items()}
+    )
+
+
+RUN = trajectory()
+PREDICTIONS = {
+    "exact flow": trajectory(1.01),
+    "frozen kernel": trajectory(1.05),
+    "infinite width": trajectory(1.1),
+    "recursion": trajectory(0.95),
+}
+PANELS = {
+    (scope, f"R = {R}"): (RUN, PREDICTIONS)
+    for scope in ("flat clipping", "layerwise clipping")
+    for R in (0.1, 100.0)
+}
+
+
+def seeds():
+    losses = np.abs(np.random.default_rng(0).normal(1.0, 0.1, (5, len(TIMES))))
+    return trajectory(loss=losses, accuracy=losses / 2, clip_fraction=losses / 3)
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def curves(ax):
+    return {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
+
+
+@pytest.fixture(autouse=True)
+def _global_state_untouched():
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draw", "field", "label"),
+    [
+        (plotting.loss_curves, "loss", "training loss"),
+        (plotting.accuracy, "accuracy", "training accuracy"),
+        (plotting.clip_fraction, "clip_fraction", "clip fraction"),
+    ],
+)
+def test_curves_hold_the_data(draw, field, label):
+    ax = draw(PREDICTIONS, RUN)
+    assert list(curves(ax)) == ["observed", *PREDICTIONS] == texts(ax.get_legend())
+    for name, drawn in curves(ax).items():
+        source = RUN if name == "observed" else PREDICTIONS[name]
+        np.testing.assert_array_equal(drawn, getattr(source, field))
+    for line in ax.lines:
+        np.testing.assert_array_equal(line.get_xdata(), TIMES)
+    assert ax.get_ylabel() == label
+    assert ax.get_xlabel() == "time $t$ = learning rate × step"
+    assert ax.get_yscale() == ("log" if field == "loss" else "linear")
+
+
+@pytest.mark.parametrize("draw", [plotting.loss_curves, plotting.accuracy, plotting.relative_error])
+def test_test_set(draw):
+    run = trajectory(test_loss=np.arange(1.0, 12.0), test_accuracy=np.arange(11.0) / 11)
+    prediction = trajectory(test_loss=np.arange(2.0, 13.0), test_accuracy=np.arange(11.0) / 22)
+    ax = draw(prediction, run, test=True)
+    drawn = np.asarray(ax.lines[-1].get_ydata())
+    expected = {
+        plotting.loss_curves: np.arange(2.0, 13.0),
+        plotting.accuracy: np.arange(11.0) / 22,
+        plotting.relative_error: 100 / np.arange(2.0, 12.0),
+    }[draw]
+    np.testing.assert_allclose(drawn, expected, rtol=1e-14)
+    assert "test" in ax.get_ylabel()
+
+
+def test_band_and_mean_of_seeds():
+    run = seeds()
+    ax = plotting.loss_curves(PREDICTIONS["recursion"], run)
+    (shaded,) = ax.collections
+    corners = shaded.get_paths()[0].vertices
+    low, high = np.quantile(run.loss, [0.05, 0.95], axis=0)
+    for t, bottom, top in zip(TIMES, low, high, strict=True):
+        at_t = corners[corners[:, 0] == t, 1]
+        assert (at_t.min(), at_t.max()) == pytest.approx((bottom, top), rel=1e-14)
+    np.testing.assert_allclose(curves(ax)["observed, mean of 5"], run.loss.mean(axis=0), rtol=1e-14)
+    assert texts(ax.get_legend()) == ["5 to 95% of runs", "observed, mean of 5", "predicted"]
+
+
+def test_a_diverged_seed_does_not_stop_the_drawing():
+    losses = np.array(seeds().loss)
+    losses[0, 8:] = np.inf
+    ax = plotting.loss_curves(PREDICTIONS, trajectory(loss=losses))
+    ax.figure.draw_without_rendering()
+    observed = curves(ax)["observed, mean of 5"]
+    np.testing.assert_allclose(observed[:8], losses[:, :8].mean(axis=0), rtol=1e-14)
+    assert np.all(np.isnan(observed[8:]))
+
+
+def test_predictions_over_seeds_are_averaged():
+    prediction = seeds()
+    drawn = curves(plotting.loss_curves(prediction))
+    np.testing.assert_allclose(drawn["predicted"], prediction.loss.mean(axis=0), rtol=1e-14)
+
+
+def test_given_axes_are_used():
+    ax = Figure().subplots()
+    assert plotting.loss_curves(RUN, ax=ax, log=False) is ax
+    assert ax.get_yscale() == "linear"
+    for draw in (plotting.accuracy, plotting.clip_fraction, plotting.kernel_spectrum):
+        assert draw(jnp.eye(2) if draw is plotting.kernel_spectrum else RUN, ax=ax) is ax
+
+
+def test_a_failed_prediction_leaves_the_run_visible():
+    """It stops where it is not finite, the legend says when, and the axis stays with the run."""
+    loss = np.where(TIMES < 3, 2.0 * np.exp(40 * TIMES), np.nan)
+    ax = plotting.loss_curves({"recursion": trajectory(loss=loss), "flow": RUN}, RUN)
+    assert texts(ax.get_legend())[1] == "recursion (not finite at t = 3)"
+    low, high = ax.get_ylim()
+    assert low < float(RUN.loss.min()) < float(RUN.loss.max()) < high < 10 * 2.0 * 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_curves_without_a_point_can_be_drawn(value):
+    """Nothing is finite, or nothing is positive on a logarithmic axis; an exact prediction too."""
+    nothing = trajectory(loss=np.full(11, value))
+    for ax in (
+        plotting.loss_curves(nothing, nothing),
+        plotting.relative_error(nothing, nothing),
+        plotting.kernel_spectrum(np.zeros((2, 2))),
+        plotting.comparison_grid({("flat", "R = 1"): (nothing, {"flow": nothing})}).axes[0],
+    ):
+        ax.figure.draw_without_rendering()
+        assert np.all(np.isnan(ax.lines[-1].get_ydata()))
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.2, 0.5, 1.0, 3.0])
+def test_loss_axis_has_legible_ticks(rate):
+    """At least two labelled ticks in view, even where the range holds no power of ten."""
+    ax = plotting.loss_curves(trajectory(rate), trajectory(rate))
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_ylim()
+    labelled = [tick for tick, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+                if low <= tick <= high and label.get_text()]  # fmt: skip
+    assert 2 <= len(labelled) <= 10
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_relative_error_in_percent():
+    """A constant factor of 1.5 is an error of 50% at every time after the start."""
+    near = trajectory(loss=1.5 * np.asarray(RUN.loss))
+    failed = trajectory(loss=np.where(TIMES < 2.5, 3.0 * np.asarray(RUN.loss), np.nan))
+    ax = plotting.relative_error({"near": near, "failed": failed}, RUN)
+    near_line, failed_line = ax.lines
+    np.testing.assert_allclose(near_line.get_ydata(), 50.0, rtol=1e-13)
+    np.testing.assert_array_equal(near_line.get_xdata(), TIMES[1:])
+    np.testing.assert_allclose(failed_line.get_ydata()[:4], 200.0, rtol=1e-13)
+    assert np.all(np.isnan(failed_line.get_ydata()[4:]))
+    assert texts(ax.get_legend()) == ["near: at most 50%", "failed: at most infinite"]
+
+
+def test_grid_shows_every_panel_with_its_errors():
+    figure = plotting.comparison_grid(PANELS, title="Digits")
+    assert [ax.get_title() for ax in figure.axes] == [
+        "flat clipping, R = 0.1", "flat clipping, R = 100.0",
+        "layerwise clipping, R = 0.1", "layerwise clipping, R = 100.0",
+    ]  # fmt: skip
+    expected = []
+    for prediction in PREDICTIONS.values():
+        error = np.max(np.abs(prediction.loss - RUN.loss)[1:] / RUN.loss[1:])
+        expected.append(f"{100 * error:.2g}%")
+    for ax in figure.axes:
+        assert texts(ax.get_legend()) == expected
+        for name, drawn in curves(ax).items():
+            source = RUN if name == "observed" else PREDICTIONS[name]
+            np.testing.assert_array_equal(drawn, source.loss)
+    (shared,) = figure.legends
+    assert texts(shared) == ["observed", *PREDICTIONS]
+    assert figure.get_suptitle() == "Digits"
+
+
+def test_grid_overlaps_nothing():
+    figure = plotting.comparison_grid(PANELS, title="Digits")
+    figure.draw_without_rendering()
+    (shared,) = figure.legends
+    boxes = [ax.get_tightbbox() for ax in figure.axes] + [shared.get_window_extent()]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    for ax in figure.axes:
+        key = ax.get_legend().get_window_extent()
+        for line in ax.lines:
+            assert not key.count_contains(line.get_transform().transform(line.get_xydata()))
+
+
+def test_grid_keeps_styles_across_panels_and_leaves_gaps():
+    some = {name: PREDICTIONS[name] for name in ("recursion", "exact flow")}
+    figure = plotting.comparison_grid(
+        {("flat", "small"): (RUN, some), ("layerwise", "large"): (seeds(), PREDICTIONS)}
+    )
+    assert [ax.get_title() for ax in figure.axes] == ["flat, small", "layerwise, large"]
+    colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in figure.axes]
+    for name in some:
+        assert colours[0][name] == colours[1][name]
+    assert len({colours[1][name] for name in PREDICTIONS}) == len(PREDICTIONS)
+    for ax in figure.axes:
+        assert ax.get_xlabel()
+        assert ax.get_ylabel() == "training loss"
+    (shared,) = figure.legends
+    assert texts(shared)[:3] == ["observed", "5 to 95% of runs", "observed, mean of 5"]
+
+
+# --- the look ------------------------------------------------------------------------------------
+
+
+def test_lines_differ_without_colour():
+    """Okabe and Ito's palette, and no two predictions share dashes or a marker."""
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}  # fmt: skip  # noqa: E501
+    ax = plotting.loss_curves({str(i): trajectory(1 + i / 10) for i in range(6)}, RUN)
+    observed, *predicted = ax.lines
+    assert {line.get_color() for line in predicted} < okabe_ito
+    assert len({line.get_marker() for line in predicted}) == 6
+    assert len({str(line._dash_pattern) for line in predicted}) == 6
+    assert rgb_to_hsv(to_rgb(observed.get_color()))[1] == 0
+    assert observed.get_linewidth() > 2 * max(line.get_linewidth() for line in predicted)
+
+
+def test_text_is_legible():
+    ax = plotting.loss_curves(PREDICTIONS, RUN)
+    ax.figure.draw_without_rendering()
+    legible = [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+    legible += ax.get_legend().get_texts()
+    assert min(text.get_fontsize() for text in legible) >= 9
+
+
+# --- spectra -------------------------------------------------------------------------------------
+
+
+def gram(*shape, seed=0):
+    factor = np.random.default_rng(seed).normal(size=(*shape, 3 * np.prod(shape)))
+    return np.tensordot(factor, factor, axes=(-1, -1))
+
+
+def test_spectrum_of_a_matrix_against_scipy():
+    kernel = gram(6)
+    (line,) = plotting.kernel_spectrum(kernel, label="frozen").lines
+    np.testing.assert_allclose(
+        line.get_ydata(), scipy.linalg.eigh(kernel, eigvals_only=True)[::-1], rtol=1e-12
+    )
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 7))
+    assert line.get_label() == "frozen"
+    assert (line.axes.get_xscale(), line.axes.get_yscale()) == ("log", "log")
+
+
+def test_spectrum_of_full_outputs_is_that_of_the_nk_by_nk_matrix():
+    """``gram(4, 3)[i, k, j, l]`` is the product of gradients of outputs k at i and l at j."""
+    whole = gram(4, 3)
+    (line,) = plotting.kernel_spectrum(jnp.asarray(whole.transpose(0, 2, 1, 3))).lines
+    expected = np.linalg.svd(whole.reshape(12, 12), compute_uv=False)
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("n_outputs", [None, 2])
+def test_spectrum_of_layers_and_their_total(n_outputs):
+    shape = (4,) if n_outputs is None else (4, n_outputs)
+    terms = [gram(*shape, seed=seed) for seed in range(2)]
+    axes = (0, 1) if n_outputs is None else (0, 2, 1, 3)
+    kernel = ntkdp.LayerwiseKernel(("a", "b"), jnp.stack([t.transpose(axes) for t in terms]))
+    ax = plotting.kernel_spectrum(kernel)
+    size = int(np.prod(shape))
+    for name, term in {"total": sum(terms), "group a": terms[0], "group b": terms[1]}.items():
+        expected = np.linalg.eigvalsh(term.reshape(size, size))[::-1]
+        np.testing.assert_allclose(curves(ax)[name], expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_spectrum_leaves_rounding_out(dtype):
+    """Rank 3 of 8: the other eigenvalues are rounding of either sign, and not drawn."""
+    factor = np.random.default_rng(2).normal(size=(8, 3)).astype(dtype)
+    (line,) = plotting.kernel_spectrum(factor @ factor.T).lines
+    assert line.get_label() == "kernel (rank 3 of 8)"
+    expected = np.linalg.svd(factor.astype(np.float64), compute_uv=False) ** 2
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=100 * np.finfo(dtype).eps)
+
+
+def test_spectrum_of_eigenvalues():
+    (line,) = plotting.kernel_spectrum([1.0, 3.0, 2.0]).lines
+    np.testing.assert_array_equal(line.get_ydata(), [3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (np.ones((2, 3)), r"kernel must have shape \(n, n\).*got \(2, 3\)"),
+        (np.ones((2, 2, 2)), r"got \(2, 2, 2\)"),
+        (np.ones((2, 2, 3, 1)), r"got \(2, 2, 3, 1\)"),
+        (np.ones((0, 0)), r"not empty, got \(0, 0\)"),
+        (np.array([[1.0, np.nan], [np.nan, 1.0]]), "kernel must be finite"),
+        (np.array([[1.0, 0.5], [0.25, 1.0]]), "kernel must be symmetric, got .* differ by 0.25"),
+    ],
+)
+def test_wrong_kernels(kernel, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.kernel_spectrum(kernel)
+
+
+# --- wrong calls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f([RUN], RUN), TypeError, "predictions must be a Trajectory or a mapping.*list"),
+        (lambda f: f({}, RUN), ValueError, "predictions must hold at least one"),
+        (
+            lambda f: f({"a": 1.0}, RUN),
+            TypeError,
+            r"predictions\['a'\] must be a Trajectory.*float",
+        ),
+        (lambda f: f(RUN, "run"), TypeError, "run must be a Trajectory, got str"),
+        (lambda f: f(RUN, RUN, ax=1), TypeError, "ax must be a matplotlib Axes, got int"),
+        (lambda f: f(RUN, RUN, test=True), ValueError, "run records no test loss; pass test data"),
+    ],
+)
+def test_wrong_curves(call, error, message):
+    # Tests check annotations at run time, which users do not: look beneath.
+    with pytest.raises(error, match=message):
+        call(_beneath(plotting.loss_curves))
+
+
+def _beneath(function):
+    unwrapped = inspect.unwrap(function)
+    bare = {name: inspect.unwrap(value) if inspect.isfunction(value) else value
+            for name, value in unwrapped.__globals__.items()}  # fmt: skip
+    copied = type(unwrapped)(unwrapped.__code__, bare, unwrapped.__name__, unwrapped.__defaults__)
+    copied.__kwdefaults__ = unwrapped.__kwdefaults__
+    return copied
+
+
+def test_what_was_not_recorded_is_named():
+    bare = trajectory(accuracy=None)
+    with pytest.raises(ValueError, match=r"predictions\['flow'\] records no accuracy"):
+        plotting.accuracy({"flow": bare}, RUN)
+    with pytest.raises(ValueError, match="run records no test loss; pass test data"):
+        plotting.relative_error(trajectory(test_loss=np.ones(11)), RUN, test=True)
+
+
+@pytest.mark.parametrize(
+    ("panels", "error", "message"),
+    [
+        ({}, ValueError, "panels must hold at least one panel"),
+        ([RUN], TypeError, "panels must be a mapping.*got list"),
+        ({"flat": (RUN, PREDICTIONS)}, TypeError, r"pairs \(row, column\), got 'flat'"),
+        ({("flat", "R"): RUN}, TypeError, r"panels\[\('flat', 'R'\)\] must be a pair"),
+        ({("flat", "R"): ("run", PREDICTIONS)}, TypeError, r"the run of panels.*got str"),
+        ({("flat", "R"): (RUN, {})}, ValueError, "predictions must hold at least one"),
+    ],
+)
+def test_wrong_panels(panels, error, message):
+    with pytest.raises(error, match=message):
+        inspect.unwrap(plotting.comparison_grid)(panels)
+
+
+def test_a_panel_whose_times_do_not_meet():
+    other = trajectory(times=TIMES + 0.1)
+    with pytest.raises(ValueError, match="share no time after the start"):
+        plotting.comparison_grid({("flat", "R = 1"): (RUN, {"flow": other})})
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_png_has_the_size_asked_for(tmp_path):
+    ax = plotting.loss_curves(PREDICTIONS, RUN)
+    path = tmp_path / "loss.png"
+    plotting.save(ax, path, dpi=150)
+    width, height = ax.figure.get_size_inches()
+    assert imread(path).shape[:2] == (round(150 * height), round(150 * width))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_the_same_figure_gives_the_same_file(tmp_path, suffix):
+    figure = plotting.comparison_grid(dict(list(PANELS.items())[:1]))
+    first, second = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix.upper()}"
+    plotting.save(figure, first)
+    plotting.save(figure, str(second))
+    content = first.read_bytes()
+    assert content == second.read_bytes()
+    magic = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert content.startswith(magic)
+    if suffix == "svg":
+        assert ElementTree.fromstring(content).tag.endswith("svg")
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"old")
+    figure = plotting.loss_curves(RUN).figure
+
+    def write_half(target, **options):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        plotting.save(figure, path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_place_is_left_as_it_was(tmp_path):
+    figure = plotting.loss_curves(RUN).figure
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "missing"))):
+        plotting.save(figure, tmp_path / "missing" / "loss.png")
+    occupied = tmp_path / "occupied.png"
+    occupied.mkdir()
+    with pytest.raises(OSError, match="occupied"):
+        plotting.save(figure, occupied)
+    assert list(tmp_path.iterdir()) == [occupied]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("loss.jpeg", {}, r"path must end in one of .png, .pdf, .svg, got '.*loss.jpeg'"),
+        ("loss", {}, "path must end in one of"),
+        ("loss.png", {"dpi": 0.0}, "dpi must be positive and finite, got 0.0"),
+    ],
+)
+def test_wrong_saves(tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.save(plotting.loss_curves(RUN), tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_figures_are_saved(tmp_path):
+    with pytest.raises(TypeError, match="figure must be a Figure or an Axes, got str"):
+        inspect.unwrap(plotting.save)("figure", tmp_path / "a.png")
+
+
+def test_a_style_of_the_user_survives():
+    with mpl.rc_context({"font.size": 20.0, "lines.linewidth": 7.0}):
+        plotting.comparison_grid(PANELS)
+        assert mpl.rcParams["font.size"] == 20.0
+        assert mpl.rcParams["lines.linewidth"] == 7.0

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from ntkdp import __version__, plotting
+from ntkdp._look import LOOK
 from ntkdp.experiment import KERNEL_OF, LABELS, Results
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
@@ -239,11 +241,12 @@ def _each(panels: Panels, draw: Callable[..., Any]) -> Figure:
     """One picture of every case, side by side."""
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
-    for number, ((scope, rule), (run, predicted)) in enumerate(panels.items()):
-        ax = figure.add_subplot(rows, columns, number + 1)
-        draw(predicted, run, ax=ax)
-        ax.set_title(f"{scope}, {rule}")
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
+        for number, ((scope, rule), (run, predicted)) in enumerate(panels.items()):
+            ax = figure.add_subplot(rows, columns, number + 1)
+            draw(predicted, run, ax=ax)
+            ax.set_title(f"{scope}, {rule}")
     return figure
 
 

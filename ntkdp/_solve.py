@@ -138,6 +138,10 @@ def _integrate(
     rtol, atol = tolerances
     leaves, structure = jax.tree.flatten(state)
     velocity = _Velocity(flow, structure)
+
+    def measure(t: Any, leaves: list[Array], args: Any) -> Measurement:
+        return flow.measure(velocity.state(leaves), outputs)
+
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
         solver,
@@ -145,7 +149,7 @@ def _integrate(
         t1=times[-1],
         dt0=None,
         y0=leaves,
-        saveat=diffrax.SaveAt(ts=times, fn=lambda t, y, args: flow.measure(velocity.state(y), outputs)),
+        saveat=diffrax.SaveAt(ts=times, fn=measure),
         stepsize_controller=diffrax.PIDController(
             rtol=rtol, atol=atol, dtmin=4 * jnp.finfo(times.dtype).eps * times[-1]
         ),

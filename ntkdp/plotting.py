@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp import _look
+from ntkdp._files import replacing
 from ntkdp._validate import positive
 from ntkdp.comparison import band, compare
 from ntkdp.ntk import LayerwiseKernel
@@ -346,17 +347,10 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
             f"path must end in one of {', '.join('.' + f for f in _FORMATS)}, got {str(path)!r}"
         )
     dpi = positive(dpi=dpi)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder of path does not exist: {path.parent}")
     # Without the date, the same figure gives the same file.
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with mpl.rc_context(_look.LOOK):
-            whole.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, mpl.rc_context(_look.LOOK):
+        whole.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
 
 
 def _named(predictions: Any) -> dict[str, Trajectory]:

@@ -1,7 +1,6 @@
 """What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
 
 import os
-import tempfile
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _validate
+from ntkdp._files import replacing
 from ntkdp._types import Array, is_traced
 
 if TYPE_CHECKING:
@@ -146,15 +146,8 @@ class Trajectory(eqx.Module):
         FileNotFoundError
             If the folder does not exist.
         """
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".nc.tmp")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             self.to_xarray().to_netcdf(temporary, engine="h5netcdf")
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trajectory":

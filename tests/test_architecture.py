@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ntkdp"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"_types", "_validate", "_memory", "_progress"},
+    0: {"_types", "_validate", "_files", "_memory", "_progress"},
     1: {"losses", "clipping", "trajectory", "_neural_tangents"},
     2: {
         "models",
@@ -25,17 +25,17 @@ LAYERS: dict[int, set[str]] = {
         "_check_model",
     },
     3: {"gradient_flow", "_solve", "dp_sgd"},
-    4: {"comparison", "plotting"},
+    4: {"comparison", "plotting", "_look"},
     5: {"_config", "experiment", "_report", "_run_folder", "cli"},
 }
 #: Modules that may import others of their own layer, as parts of one family.
 FAMILIES = (
-    {"_types", "_validate", "_memory", "_progress"},
+    {"_types", "_validate", "_files", "_memory", "_progress"},
     {"models", "_model", "_adapters"},
     {"datasets", "_dataset", "_data_files"},
     {"ntk", "_per_sample_gradients", "_groups", "_check_model"},
     {"gradient_flow", "_solve"},
-    {"comparison", "plotting"},
+    {"comparison", "plotting", "_look"},
     {"_config", "experiment", "_report", "_run_folder", "cli"},
 )
 PREDICTION = {"gradient_flow", "_solve"}

@@ -145,7 +145,7 @@ def test_no_clipped_norm_exceeds_R(name: str, norms: np.ndarray, log10_R: float)
 
 
 def clipped_sum(rule: clipping.ClippingRule, gradients: list[np.ndarray]) -> np.ndarray:
-    """Sum of clipped gradients, each given by group, in NumPy; only the factors are the library's."""
+    """Sum of clipped gradients, given by group, in NumPy; only the factors are the library's."""
     norms = np.stack([np.linalg.norm(part, axis=1) for part in gradients])
     if rule.scope == "flat":
         norms = np.sqrt(np.sum(norms**2, axis=0))

@@ -36,9 +36,7 @@ def results() -> experiment.Results:
 
 
 @pytest.fixture(scope="module")
-def run_folder(
-    results: experiment.Results, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def run_folder(results: experiment.Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     _report.write(results, path)
     return path

@@ -19,7 +19,7 @@ from ntkdp import Trajectory, trajectory
 from ntkdp.trajectory import Measurement, Outcome
 
 T, S, N, M, K = 4, 3, 5, 2, 2
-FIELDS = [field for field in Trajectory.__dataclass_fields__]
+FIELDS = list(Trajectory.__dataclass_fields__)
 
 
 def array(*shape: int) -> jax.Array:
@@ -162,8 +162,8 @@ def test_rescaled_time() -> None:
     path = full().rescale_time(2.5)
     np.testing.assert_allclose(path.times, 2.5 * np.linspace(0, 1, T), rtol=1e-15)
     np.testing.assert_array_equal(path.loss, full().loss)
-    with pytest.raises(ValueError, match="factor must be positive and finite, got 0"):
-        full().rescale_time(0)
+    with pytest.raises(ValueError, match="factor must be positive and finite, got 0.0"):
+        full().rescale_time(0.0)
 
 
 def test_a_trajectory_is_a_pytree() -> None:

@@ -39,7 +39,8 @@ def _check_independent(apply_fn: ApplyFn, params: Params, pair: Array) -> None:
     alone = np.asarray(apply_fn(params, pair[:1]), dtype=np.float64)
     scale = np.max(np.abs(together)) + np.finfo(np.float64).tiny
     dtype = jnp.result_type(*jax.tree.leaves(params))
-    if np.max(np.abs(together[:1] - alone)) > scale * float(jnp.finfo(dtype).eps) ** 0.5:
+    # Written so that NaN, as of a normalised batch of one, does not pass.
+    if not np.max(np.abs(together[:1] - alone)) <= scale * float(jnp.finfo(dtype).eps) ** 0.5:
         raise ValueError(
             "apply_fn couples the samples of a batch (batch normalisation in training mode?): the "
             "output of a sample changes with its neighbours, so it has no per-sample gradient; "
@@ -55,11 +56,12 @@ def check_preconditioner(params: Params, preconditioner: Params) -> Params:
         raise ValueError(
             f"preconditioner must have the structure of params, {expected}, got {given}"
         )
+    checked = []
     for (path, leaf), diagonal in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(preconditioner), strict=True
     ):
         name = "preconditioner" + jax.tree_util.keystr(path)
         if jnp.shape(diagonal) != jnp.shape(leaf):
             raise ValueError(f"{name} must have shape {jnp.shape(leaf)}, got {jnp.shape(diagonal)}")
-        _validate.positive(**{name: diagonal})
-    return preconditioner
+        checked.append(_validate.positive(**{name: diagonal}))
+    return jax.tree.unflatten(expected, checked)

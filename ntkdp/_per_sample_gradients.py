@@ -23,7 +23,7 @@ from jax import lax
 
 from ntkdp._types import ApplyFn, Array, Params
 
-_INLINED = {"pjit", "jit", "closed_call", "core_call", "remat", "checkpoint"}
+_INLINED = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _RESHAPES = {"reshape", "squeeze", "expand_dims", "copy", "convert_element_type"}
 
 
@@ -389,7 +389,7 @@ def _gradients(factor: Outer) -> Array:
 def squared_norms(factor: Factor, n: int) -> Array:
     """Squared norm of each sample's gradient (b = 1), ``(n,)``."""
     if factor is None:
-        return jnp.zeros(n)
+        return jnp.full(n, 0.0)  # weakly typed
     if isinstance(factor, Dense):
         return jnp.sum(factor.gradients.reshape(n, -1) ** 2, axis=1)
     x, delta = factor.inputs, factor.cotangents[:, 0]

@@ -48,5 +48,6 @@ def _registered(callback: ProgressCallback) -> Iterator[None]:
     try:
         yield
         jax.effects_barrier()
+        callback(1.0)
     finally:
         _listeners.remove(callback)

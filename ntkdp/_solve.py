@@ -6,12 +6,12 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ntkdp import _progress, _validate
-from ntkdp._types import Array, PyTree
-from ntkdp.gradient_flow import Flow, KernelFlow
+from ntkdp._flow import Flow
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import (
     Measurement,
     Outcome,
@@ -59,6 +59,7 @@ def solve(
     times: Any,
     *,
     solver: diffrax.AbstractSolver | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-9,
     max_steps: int = _DEFAULT_MAX_STEPS,
@@ -78,6 +79,9 @@ def solve(
         Increasing; the first is the start. In units of learning rate times steps.
     solver : diffrax solver, optional
         ``diffrax.Tsit5()`` by default; for stiff kernels ``diffrax.Kvaerno5()``.
+    adjoint : diffrax adjoint, optional
+        How to differentiate through the solve: ``diffrax.RecursiveCheckpointAdjoint()`` by default,
+        for ``jax.grad``; ``diffrax.ForwardMode()`` for ``jax.jvp``.
     rtol, atol : float
         Tolerances of the adaptive step, relative and in units of the state.
     max_steps : int
@@ -113,13 +117,20 @@ def solve(
     """
     _check_flow(flow)
     times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
-    rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
+    rtol = as_constant(_validate.positive(rtol=rtol))
+    atol = as_constant(_validate.positive(atol=atol))
     max_steps = _validate.count(max_steps=max_steps)
     state = flow.init(initial)
     solver = diffrax.Tsit5() if solver is None else solver
+    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            "solver must be a diffrax solver with an error estimate, e.g. diffrax.Tsit5(), "
+            f"got {solver!r}"
+        )
     with _progress.listening(progress, "solving the flow") as shown:
         measured, outcome = _integrate(
-            flow, state, times, solver, (rtol, atol), max_steps, outputs, shown
+            flow, state, times, solver, adjoint, (rtol, atol), max_steps, outputs, shown
         )
         return from_measurements(times, measured, outcome=outcome)
 
@@ -130,6 +141,7 @@ def _integrate(
     state: PyTree,
     times: Array,
     solver: diffrax.AbstractSolver,
+    adjoint: diffrax.AbstractAdjoint,
     tolerances: tuple[Any, Any],
     max_steps: int,
     outputs: bool,
@@ -151,9 +163,13 @@ def _integrate(
         y0=leaves,
         saveat=diffrax.SaveAt(ts=times, fn=measure),
         stepsize_controller=diffrax.PIDController(
-            rtol=rtol, atol=atol, dtmin=4 * jnp.finfo(times.dtype).eps * times[-1]
+            rtol=rtol,
+            atol=atol,
+            dtmin=4 * jnp.finfo(times.dtype).eps * jnp.max(jnp.abs(times)),
+            force_dtmin=False,
         ),
         max_steps=max_steps,
+        adjoint=adjoint,
         throw=False,
         progress_meter=_Meter() if shown else diffrax.NoProgressMeter(),
     )
@@ -262,14 +278,18 @@ def _recur(
         if shown:
             due = start % max(record_every, steps // 100) < record_every
             lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-        measured = flow.measure(state, outputs)
-        end = jnp.minimum(start + record_every, steps)
-        return lax.fori_loop(start, end, step, state), measured
+        return proceed(state, start, record_every), flow.measure(state, outputs)
 
-    starts = jnp.asarray(np.arange(0, steps, record_every))
-    state, measured = lax.scan(record, state, starts)
-    last = flow.measure(state, outputs)
-    return jax.tree.map(lambda all_, one: jnp.append(all_, one[None], axis=0), measured, last)
+    def proceed(state: PyTree, start: Any, count: int) -> PyTree:
+        # A fixed count, so that reverse-mode differentiation works.
+        return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
+
+    full, rest = divmod(steps, record_every)
+    state, measured = lax.scan(record, state, record_every * jnp.arange(full))
+    ends = [flow.measure(state, outputs)]
+    if rest:
+        ends.append(flow.measure(proceed(state, full * record_every, rest), outputs))
+    return jax.tree.map(lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends)
 
 
 def _check_flow(flow: Any) -> None:

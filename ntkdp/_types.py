@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped
 
 #: Parameters of a network: any pytree of floating-point arrays.
@@ -23,6 +24,12 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
+def as_constant(value: Any) -> Any:
+    """A number as a NumPy array, which JIT traces: another number compiles nothing anew."""
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return value if is_array or is_traced(value) else np.asarray(value, dtype=np.float64)
+
+
 __all__ = [
     "ApplyFn",
     "Array",
@@ -39,5 +46,6 @@ __all__ = [
     "Scalar",
     "Shaped",
     "Targets",
+    "as_constant",
     "is_traced",
 ]

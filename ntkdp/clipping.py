@@ -35,18 +35,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ntkdp import _validate
-from ntkdp._types import Array, Float, is_traced
+from ntkdp._types import Array, Float, as_constant, is_traced
 
 Scope = Literal["flat", "layerwise"]
 SCOPES = ("flat", "layerwise")
 ClipNorm = Shaped[np.ndarray, "*groups"] | Float[Array, "*groups"]
-
-
-def _as_constant(value: Any) -> Any:
-    """A number as a NumPy array: traced by JIT, so a new clipping norm compiles nothing."""
-    if is_traced(value) or eqx.is_array(value):
-        return value
-    return np.asarray(value, dtype=np.float64)
 
 
 def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -188,7 +181,7 @@ class NoClipping(ClippingRule):
 class Abadi(ClippingRule):
     """min(1, R/s): gradients longer than R are shortened to R (Abadi et al. 2016)."""
 
-    R: Any = eqx.field(converter=_as_constant)
+    R: Any = eqx.field(converter=as_constant)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -203,8 +196,8 @@ class Global(ClippingRule):
     Without ``Z`` the cut is at R and nothing is scaled.
     """
 
-    R: Any = eqx.field(converter=_as_constant)
-    Z: Any = eqx.field(default=None, converter=lambda Z: None if Z is None else _as_constant(Z))
+    R: Any = eqx.field(converter=as_constant)
+    Z: Any = eqx.field(default=None, converter=lambda Z: None if Z is None else as_constant(Z))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -234,8 +227,8 @@ class Automatic(ClippingRule):
     ``gamma = 0`` is AUTO-V (with factor 0 at s = 0), ``gamma > 0`` AUTO-S.
     """
 
-    R: Any = eqx.field(converter=_as_constant)
-    gamma: Any = eqx.field(default=0.01, converter=_as_constant)
+    R: Any = eqx.field(converter=as_constant)
+    gamma: Any = eqx.field(default=0.01, converter=as_constant)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -252,8 +245,8 @@ class Automatic(ClippingRule):
 class PSAC(ClippingRule):
     """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328)."""
 
-    R: Any = eqx.field(converter=_as_constant)
-    r: Any = eqx.field(default=0.1, converter=_as_constant)
+    R: Any = eqx.field(converter=as_constant)
+    r: Any = eqx.field(default=0.1, converter=as_constant)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -269,7 +262,7 @@ class PSAC(ClippingRule):
 class Batch(ClippingRule):
     """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison."""
 
-    R: Any = eqx.field(converter=_as_constant)
+    R: Any = eqx.field(converter=as_constant)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = False
     needs_total_norm: ClassVar[bool] = True
@@ -299,7 +292,7 @@ class Custom(ClippingRule):
     """
 
     function: Callable[[Array], Array] = eqx.field(static=True)  # type: ignore[misc]
-    R: Any = eqx.field(converter=_as_constant)
+    R: Any = eqx.field(converter=as_constant)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from ntkdp import _validate
-from ntkdp._types import Array, Float, is_traced
+from ntkdp._types import Array, Float, as_constant, is_traced
 
 
 class Loss(eqx.Module):
@@ -106,7 +106,7 @@ class Huber(Loss):
         Where the loss turns linear, in units of the targets; positive.
     """
 
-    delta: Float[Array, ""] | float = 1.0
+    delta: Any = eqx.field(default=1.0, converter=as_constant)
 
     def __check_init__(self) -> None:
         _validate.positive(delta=self.delta)
@@ -114,9 +114,10 @@ class Huber(Loss):
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
         squared = jnp.sum((outputs - targets) ** 2, axis=-1)
         # The root is taken of a safe value: its derivative at zero is infinite.
-        outside = squared > self.delta**2
+        delta = jnp.asarray(self.delta, squared.dtype)
+        outside = squared > delta**2
         distance = jnp.sqrt(jnp.where(outside, squared, 1.0))
-        return jnp.where(outside, self.delta * (distance - 0.5 * self.delta), 0.5 * squared)
+        return jnp.where(outside, delta * (distance - 0.5 * delta), 0.5 * squared)
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
         return _vector_targets(targets, n_samples, n_outputs, name)

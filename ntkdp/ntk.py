@@ -290,15 +290,16 @@ def _kernel(
 ) -> Array:
     """Terms of the kernel, ``(R, n1, n2, K, K)``."""
     x1 = check_inputs(apply_fn, params, x1, "x1")
-    x2 = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
-    if x1.shape[1:] != x2.shape[1:]:
+    columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
+    if x1.shape[1:] != columns.shape[1:]:
         raise ValueError(
-            f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {x2.shape[1:]}"
+            f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {columns.shape[1:]}"
         )
+    x2 = None if x2 is None else columns
     if batch_size is not None:
         batch_size = _validate.count(batch_size=batch_size)
     output = jax.eval_shape(apply_fn, params, x1)
-    shape = (groups.size, x1.shape[0], x2.shape[0], output.shape[1], output.shape[1])
+    shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
     _memory.require(
         int(np.prod(shape, dtype=object)) * output.dtype.itemsize,
         f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
@@ -312,7 +313,7 @@ def _kernel_in_blocks(
     apply_fn: ApplyFn,
     params: Params,
     x1: Array,
-    x2: Array,
+    x2: Array | None,
     groups: _groups.Groups,
     batch_size: int | None,
     n_outputs: int,
@@ -325,24 +326,27 @@ def _kernel_in_blocks(
 
         return per_sample.factored(structure, params, x, basis)[1]
 
-    def block(rows: list[per_sample.Factor], columns: list[per_sample.Factor]) -> Array:
+    def block(
+        rows: list[per_sample.Factor], columns: list[per_sample.Factor], shape: tuple[int, int]
+    ) -> Array:
         terms: list[Any] = [0.0] * groups.size
         for group, row, column in zip(groups.leaf_to_group, rows, columns, strict=True):
             terms[group] = terms[group] + per_sample.kernel(row, column)
-        shape = next(term.shape for term in terms if isinstance(term, jax.Array))
-        stacked = jnp.stack([jnp.broadcast_to(term, shape) for term in terms])
+        full = (shape[0], n_outputs, shape[1], n_outputs)
+        stacked = jnp.stack([jnp.broadcast_to(term, full) for term in terms])
         return jnp.transpose(stacked, (0, 1, 3, 2, 4))
 
-    n1, n2 = x1.shape[0], x2.shape[0]
+    n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
     if batch_size is None or batch_size >= max(n1, n2):
         rows = factors(x1)
-        return block(rows, rows if x2 is x1 else factors(x2))
+        return block(rows, rows if x2 is None else factors(x2), (n1, n2))
 
+    x2 = x1 if x2 is None else x2
     # The last block starts earlier rather than ends late: every block has the same shape.
     height, width = min(batch_size, n1), min(batch_size, n2)
     row_starts = jnp.minimum(jnp.arange(0, n1, height), n1 - height)
     column_starts = jnp.minimum(jnp.arange(0, n2, width), n2 - width)
-    dtype = jax.eval_shape(lambda x: block(factors(x), factors(x)), x1[:1]).dtype
+    dtype = jax.eval_shape(lambda x: block(factors(x), factors(x), (1, 1)), x1[:1]).dtype
 
     def fill_row(i: Any, result: Array) -> Array:
         rows = factors(lax.dynamic_slice_in_dim(x1, row_starts[i], height))
@@ -350,7 +354,7 @@ def _kernel_in_blocks(
         def fill_block(j: Any, result: Array) -> Array:
             columns = factors(lax.dynamic_slice_in_dim(x2, column_starts[j], width))
             start = (0, row_starts[i], column_starts[j], 0, 0)
-            return lax.dynamic_update_slice(result, block(rows, columns), start)
+            return lax.dynamic_update_slice(result, block(rows, columns, (height, width)), start)
 
         return lax.fori_loop(0, column_starts.shape[0], fill_block, result)
 
@@ -398,6 +402,7 @@ def infinite_ntk(
             "serial or from_stax"
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
+    _require_infinite(x1, x2)
     return model.kernel_fn(x1, x2, "ntk")
 
 
@@ -442,8 +447,19 @@ def layerwise_infinite_ntk(
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
+    _require_infinite(x1, x2)
     terms = model.layer_kernel_fn(x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
+
+
+def _require_infinite(x1: Array, x2: Array | None) -> None:
+    shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
+    itemsize = jnp.result_type(x1.dtype, float).itemsize
+    _memory.require(
+        shape[0] * shape[1] * itemsize,
+        f"one term of a kernel of shape {shape}",
+        "use fewer samples or float32",
+    )
 
 
 def _check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:

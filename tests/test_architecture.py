@@ -24,7 +24,16 @@ LAYERS: dict[int, set[str]] = {
         "_groups",
         "_check_model",
     },
-    3: {"gradient_flow", "_solve", "dp_sgd"},
+    3: {
+        "gradient_flow",
+        "_flow",
+        "_kernel_flow",
+        "_weight_flow",
+        "_heavy_ball_flow",
+        "_solve",
+        "dp_sgd",
+        "_dp_step",
+    },
     4: {"comparison", "plotting", "_look"},
     5: {"_config", "experiment", "_report", "_run_folder", "cli"},
 }
@@ -34,12 +43,13 @@ FAMILIES = (
     {"models", "_model", "_adapters"},
     {"datasets", "_dataset", "_data_files"},
     {"ntk", "_per_sample_gradients", "_groups", "_check_model"},
-    {"gradient_flow", "_solve"},
+    {"gradient_flow", "_flow", "_kernel_flow", "_weight_flow", "_heavy_ball_flow", "_solve"},
+    {"dp_sgd", "_dp_step"},
     {"comparison", "plotting", "_look"},
     {"_config", "experiment", "_report", "_run_folder", "cli"},
 )
-PREDICTION = {"gradient_flow", "_solve"}
-OBSERVATION = {"dp_sgd"}
+PREDICTION = FAMILIES[4]
+OBSERVATION = FAMILIES[5]
 #: What the two sides may share, besides layer 0.
 SHARED = {"losses", "clipping", "trajectory", *FAMILIES[3]}
 

@@ -1,4 +1,4 @@
-"""Clipping rules: the handbook's table in NumPy, the bound on every sample, and what each R does."""
+"""Clipping rules: the handbook's table in NumPy, the bound on every sample, and bad R."""
 
 import math
 from collections.abc import Callable

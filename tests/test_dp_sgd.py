@@ -90,6 +90,12 @@ def linear(w: jax.Array, x: jax.Array) -> jax.Array:
 
 W = random_like((D, K))
 
+
+def kinked(params: Any, x: jax.Array) -> jax.Array:
+    """Outputs finite everywhere, with a derivative of 0 * infinity where x @ w is zero."""
+    return jnp.sqrt((x @ params["a"]) ** 2) + x @ params["b"]
+
+
 Apply = Callable[[Any, jax.Array], jax.Array]
 MODELS: dict[str, tuple[Apply, Any]] = {
     "mlp": (mlp, MLP),
@@ -238,9 +244,9 @@ def test_default_groups_are_the_layers() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_structured_and_plain_gradients_agree(model: str) -> None:
     apply_fn, params = MODELS[model]
-    # The rules see norms alone, so all of them are tried on two models, and Abadi's and the one
-    # that needs the norm of the sum on the others.
-    names = RULES if model in ("mlp", "cnn") else ("abadi", "batch")
+    # The rules see norms alone, so all of them are tried on one model, and on the others Abadi's
+    # and the one that needs the norm of the sum.
+    names = RULES if model == "mlp" else ("abadi", "batch")
     rules = [RULES[name](scope) for name in names for scope in ("flat", "layerwise")]
 
     def all_rules(gradients: str) -> Any:
@@ -289,7 +295,7 @@ def train(optimizer: Any, learning_rate: Any, n_steps: int, reduction: str = "me
 
 @pytest.mark.parametrize(
     ("name", "scheduled"),
-    [("sgd", False), ("momentum", False), ("adam", False), ("adamw", False), ("momentum", True)],
+    [("momentum", False), ("adam", False), ("adamw", False), ("sgd", True)],
 )
 def test_without_clipping_or_noise_it_is_optax(name: str, scheduled: bool) -> None:
     optimizer, plain = OPTIMIZERS[name]
@@ -321,9 +327,11 @@ def test_reduction_sum_is_gradient_descent_on_the_sum() -> None:
 def test_microbatches_change_no_number(size: int, scope: str, sample_rate: float) -> None:
     rule, n = Abadi(0.8, scope=scope), 7
     x, y = jnp.concatenate([X, -X[:1]]), jnp.concatenate([Y, Y[:1]])
-    options = {"x": x, "targets": y, "sample_rate": sample_rate, "noise_multiplier": 0.1}
-    whole, (info,) = steps(build(mlp, rule, **options), MLP)
-    parts, (parts_info,) = steps(build(mlp, rule, **options, microbatch_size=size), MLP)
+    options = {"x": x, "targets": y, "sample_rate": sample_rate}
+    params = random_like({"a": (D, K), "b": (D, K)})
+    whole, (info,) = steps(build(kinked, rule, **options), params)
+    parts, (parts_info,) = steps(build(kinked, rule, **options, microbatch_size=size), params)
+    assert info.clip_fraction > 0
     assert_trees_close(parts.params, whole.params)
     assert_trees_close(parts_info, info)
     assert info.norms.shape[-1] == n
@@ -528,7 +536,7 @@ def test_record_every_keeps_the_last_step(sample_rate: float) -> None:
     every = run_linear(Abadi(0.8), **options)
     np.testing.assert_array_equal(every.steps, np.arange(8))
     np.testing.assert_allclose(every.times, 0.1 * np.arange(8), rtol=1e-15)
-    for spacing, kept in ((3, [0, 3, 6, 7]), (100, [0, 7])):
+    for spacing, kept in ((3, [0, 3, 6, 7]), (100, [0, 7]))[: 2 if sample_rate < 1 else 1]:
         some = run_linear(Abadi(0.8), record_every=spacing, **options)
         np.testing.assert_array_equal(some.steps, kept)
         for name in ("times", "loss", "clip_fraction", "outputs"):
@@ -644,11 +652,6 @@ def test_float32_parameters_with_other_targets(gradients: str) -> None:
 # Trouble
 
 
-def kinked(params: Any, x: jax.Array) -> jax.Array:
-    """Outputs finite everywhere, with a derivative of 0 * infinity where x @ w is zero."""
-    return jnp.sqrt((x @ params["a"]) ** 2) + x @ params["b"]
-
-
 @pytest.mark.parametrize(
     ("scope", "options"),
     [
@@ -716,7 +719,7 @@ def test_only_eta_times_R_counts_while_every_sample_is_clipped(gradients: str) -
         np.testing.assert_allclose(ours.outputs, runs[0].outputs, atol=1e-11 * moved, rtol=1e-11)
 
 
-@pytest.mark.parametrize("rule", [Abadi(HUGE), Global(HUGE), Abadi(HUGE, scope="layerwise")])
+@pytest.mark.parametrize("rule", [Abadi(HUGE), Abadi(HUGE, scope="layerwise")])
 def test_R_above_every_norm_is_gradient_descent(rule: clipping.ClippingRule) -> None:
     """C16."""
     losses_, _ = train(optax.sgd, 0.3, 10)

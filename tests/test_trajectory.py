@@ -162,7 +162,7 @@ def test_rescaled_time() -> None:
     path = full().rescale_time(2.5)
     np.testing.assert_allclose(path.times, 2.5 * np.linspace(0, 1, T), rtol=1e-15)
     np.testing.assert_array_equal(path.loss, full().loss)
-    with pytest.raises(ValueError, match="factor must be positive and finite, got 0.0"):
+    with pytest.raises(ValueError, match=r"factor must be positive and finite, got 0.0"):
         full().rescale_time(0.0)
 
 

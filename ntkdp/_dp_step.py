@@ -1,0 +1,269 @@
+"""One step of DP-SGD: sample, clip, add noise, update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ntkdp import _groups, clipping, losses
+from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._check_model import check_inputs
+from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.ntk import grouped_squared_norms
+from ntkdp.trajectory import (
+    Measurement,
+)
+
+
+class State(NamedTuple):
+    """What the next step needs: parameters, optimizer state and the number of steps done."""
+
+    params: Params
+    optimizer_state: Any
+    step: Array
+
+
+class Info(NamedTuple):
+    """Diagnostics of one step, taken at the parameters before it, on the batch it used.
+
+    ``clip_fraction`` is the share of (sample, group) factors below one, ``norms`` the per-sample
+    gradient norms ``(n_batch,)`` or ``(R, n_batch)``, NaN for places that Poisson sampling left
+    empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm that
+    is not finite, and ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum and of its
+    noise.
+    """
+
+    clip_fraction: Array
+    norms: Array
+    batch_size: Array
+    dropped: Array
+    gradient_norm: Array
+    noise_norm: Array
+
+
+class Algorithm(eqx.Module):
+    """DP-SGD on a problem, for those who write their own loop; made by :func:`build`.
+
+    ``init(params) -> State`` and ``step(key, state) -> (State, Info)``, both pure.
+    """
+
+    apply_fn: ApplyFn
+    x: Array
+    targets: Array
+    test_x: Array | None
+    test_targets: Array | None
+    loss: Loss
+    clipping: ClippingRule
+    learning_rate: Any
+    noise_multiplier: Any
+    groups: Any
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    sample_rate: float = eqx.field(static=True)
+    capacity: int = eqx.field(static=True)
+    reduction: str = eqx.field(static=True)
+    gradients: str = eqx.field(static=True)
+    noise_per_group: bool = eqx.field(static=True)
+    microbatch_size: int | None = eqx.field(static=True)
+    noisy: bool = eqx.field(static=True)
+
+    def init(self, params: Params) -> State:
+        """The state before the first step; checks the parameters against the problem."""
+        params = jax.tree.map(jnp.asarray, params)
+        self._check(params)
+        transformation = self._transformation(params)
+        return State(params, transformation.init(params), jnp.zeros((), jnp.int32))
+
+    def _transformation(self, params: Params) -> optax.GradientTransformation:
+        # Made anew in each trace, so that another learning rate does not compile another program.
+        if callable(self.learning_rate):
+            return self.optimizer(self.learning_rate)
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        return self.optimizer(jnp.asarray(self.learning_rate, dtype))
+
+    def _check(self, params: Params) -> None:
+        self.clipping.check_groups(self._resolve(params).size)
+        x = check_inputs(self.apply_fn, params, self.x)
+        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
+        self.loss.check(self.targets, x.shape[0], n_outputs)
+        if self.test_x is not None:
+            check_inputs(self.apply_fn, params, self.test_x, "test_x")
+            if self.test_targets is not None:
+                m = self.test_x.shape[0]
+                self.loss.check(self.test_targets, m, n_outputs, "test_targets")
+
+    def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        """One step of clipped, noised gradient descent."""
+        state, info, _ = self._step(key, state)
+        return state, info
+
+    def _resolve(self, params: Params) -> _groups.Groups:
+        if self.clipping.scope == "flat":
+            return _groups.resolve(params, lambda path: "all")
+        return _groups.resolve(params, self.groups)
+
+    def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array]:
+        sampling_key, noise_key = jax.random.split(key)
+        params, n = state.params, self.x.shape[0]
+        if self.sample_rate < 1:
+            drawn = jax.random.bernoulli(sampling_key, self.sample_rate, (n,))
+            (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
+            present = jnp.arange(self.capacity) < jnp.sum(drawn)
+            x, targets = self.x[index], self.targets[index]
+        else:
+            present = jnp.ones(n, bool)
+            x, targets = self.x, self.targets
+        clipped, outputs, norms, factors = self._clipped_sum(params, x, targets, present)
+
+        groups = self._resolve(params)
+        noise = self._noise(noise_key, params, groups) if self.noisy else None
+        total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
+        divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
+        gradient = jax.tree.map(lambda g: g / divisor, total)
+        updates, optimizer_state = self._transformation(params).update(
+            gradient, state.optimizer_state, params
+        )
+        new = State(optax.apply_updates(params, updates), optimizer_state, state.step + 1)
+
+        shown = jnp.where(present, norms, jnp.nan)
+        used = jnp.broadcast_to(present, factors.shape)
+        clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)
+        info = Info(
+            clip_fraction=clipped_share.astype(factors.dtype),
+            norms=shown,
+            batch_size=jnp.sum(present),
+            dropped=jnp.sum(~jnp.all(jnp.isfinite(jnp.atleast_2d(norms)), axis=0) & present),
+            gradient_norm=optax.tree.norm(clipped),
+            noise_norm=jnp.zeros(()) if noise is None else optax.tree.norm(noise),
+        )
+        return new, info, outputs
+
+    def _noise(self, key: PRNGKeyArray, params: Params, groups: _groups.Groups) -> Params:
+        leaves, treedef = jax.tree.flatten(params)
+        if self.noise_per_group:
+            # Equal shares of the budget: sum_r (R_r / std_r)^2 is 1 / sigma^2 again.
+            scales = jnp.sqrt(groups.size) * jnp.asarray(self.clipping.group_norms(groups.size))
+            scale_of = [scales[group] for group in groups.leaf_to_group]
+        else:
+            scale_of = [jnp.asarray(self.clipping.sensitivity(groups.size))] * len(leaves)
+        keys = jax.random.split(key, len(leaves))
+        noise = [
+            (self.noise_multiplier * scale).astype(leaf.dtype)
+            * jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf, scale in zip(keys, leaves, scale_of, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, noise)
+
+    def _clipped_sum(
+        self, params: Params, x: Array, targets: Array, present: Array
+    ) -> tuple[Params, Array, Array, Array]:
+        """``sum_i C_i g_i`` over the samples that are present, outputs, norms and factors."""
+        size = self.microbatch_size
+        n = x.shape[0]
+        if size is None or size >= n:
+            return self._clipped_sum_at_once(params, x, targets, present)
+        n_blocks = -(-n // size)
+        # Rows past the end are filled with the first sample and marked absent.
+        index = jnp.arange(n_blocks * size)
+        there = jnp.where(index < n, present[jnp.minimum(index, n - 1)], False)
+        index = jnp.where(index < n, index, 0)
+
+        def block(total: Params, rows: tuple[Array, Array]) -> tuple[Params, Any]:
+            which, is_there = rows
+            clipped, *rest = self._clipped_sum_at_once(params, x[which], targets[which], is_there)
+            return jax.tree.map(jnp.add, total, clipped), rest
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        rows = (index.reshape(n_blocks, size), there.reshape(n_blocks, size))
+        clipped, (outputs, norms, factors) = lax.scan(block, zeros, rows)
+        outputs = outputs.reshape(-1, outputs.shape[-1])[:n]
+        norms, factors = (
+            jnp.moveaxis(v, 0, -2).reshape(*v.shape[1:-1], -1)[..., :n] for v in (norms, factors)
+        )
+        return clipped, outputs, norms, factors
+
+    def _clipped_sum_at_once(
+        self, params: Params, x: Array, targets: Array, present: Array
+    ) -> tuple[Params, Array, Array, Array]:
+        leaves, treedef = jax.tree.flatten(params)
+        groups = self._resolve(params)
+        n = x.shape[0]
+        if self.gradients == "vmap":
+            outputs, gradients = self._plain_gradients(params, x, targets)
+        else:
+            structure = per_sample.trace(self.apply_fn, params, x)
+            outputs, gradients = per_sample.factored(
+                structure,
+                params,
+                x,
+                lambda f, y: self.loss.output_gradient(f[None], y[None]),
+                targets,
+            )
+        squares = grouped_squared_norms(gradients, groups, n)
+        usable = present & jnp.all(jnp.isfinite(squares), axis=0)
+        # Zero times NaN is NaN: what is dropped must be zero before it is weighted.
+        gradients = [per_sample.keep(gradient, usable) for gradient in gradients]
+        norms = clipping.norms_from_squares(squares)
+
+        def weighted(factors: Array) -> list[Array]:
+            return [
+                per_sample.weighted_sum(gradient, factors[group], leaf)
+                for gradient, group, leaf in zip(
+                    gradients, groups.leaf_to_group, leaves, strict=True
+                )
+            ]
+
+        total = None
+        if self.clipping.needs_total_norm:
+            sums = [jnp.sum(leaf**2) for leaf in weighted(jnp.ones_like(norms))]
+            of_group = jnp.asarray(groups.leaf_to_group)
+            total = clipping.norms_from_squares(
+                jax.ops.segment_sum(jnp.stack(sums), of_group, groups.size)
+            )
+        finite_norms = jnp.where(usable, norms, 0.0)
+        if self.clipping.scope == "flat":
+            factors = self.clipping.factors(finite_norms[0], None if total is None else total[0])
+            by_group = factors[None]
+            norms = norms[0]
+        else:
+            factors = by_group = self.clipping.factors(finite_norms, total)
+        clipped = weighted(jnp.where(usable, by_group, 0.0))
+        return jax.tree.unflatten(treedef, clipped), outputs, norms, factors
+
+    def _plain_gradients(
+        self, params: Params, x: Array, targets: Array
+    ) -> tuple[Array, list[per_sample.Factor]]:
+        """The same by mapping ``grad`` over the samples, without the structure of the model."""
+
+        def loss_of(params: Params, x_i: Array, y_i: Array) -> tuple[Array, Array]:
+            f = self.apply_fn(params, x_i[None])
+            return self.loss(f, y_i[None])[0], f[0]
+
+        gradient = jax.grad(loss_of, has_aux=True)
+        gradients, outputs = jax.vmap(gradient, in_axes=(None, 0, 0))(params, x, targets)
+        return outputs, [per_sample.Dense(leaf[:, None]) for leaf in jax.tree.leaves(gradients)]
+
+    def measure(self, params: Params, train: Array, clip_fraction: Array, outputs: bool) -> Any:
+        """What a run records at parameters whose training outputs are known."""
+        loss, accuracy = losses.mean_or_sum(self.loss, train, self.targets, self.reduction)
+        test = test_loss = test_accuracy = None
+        if self.test_x is not None:
+            test = self.apply_fn(params, self.test_x)
+            if self.test_targets is not None:
+                test_loss, test_accuracy = losses.mean_or_sum(
+                    self.loss, test, self.test_targets, self.reduction
+                )
+        return Measurement(
+            loss=loss,
+            clip_fraction=clip_fraction,
+            accuracy=accuracy,
+            outputs=train if outputs else None,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            test_outputs=test if outputs else None,
+        )

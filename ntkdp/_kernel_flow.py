@@ -1,0 +1,251 @@
+"""The flow of the outputs under a frozen kernel."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ntkdp import _validate, clipping, losses
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._types import Array, Float
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.trajectory import Measurement
+
+
+class KernelFlow(Flow):
+    r"""Flow of the outputs under a frozen kernel, :math:`\dot f = -\tfrac1n \sum_r H_r C_r a`.
+
+    Exact for a model that is linear in its parameters, for a network the limit of infinite width.
+    Test outputs are carried along: :math:`\dot f_* = -\tfrac1n \sum_r H_r(*, \text{train}) C_r a`.
+
+    Parameters
+    ----------
+    kernel : array or LayerwiseKernel
+        ``(n, n, K, K)``, ``(n, n)`` meaning ``(x) I_K``, or a LayerwiseKernel of either.
+    targets : array
+        As the loss wants them.
+    loss : Loss or callable
+        One of :mod:`ntkdp.losses`, or a function of one sample's outputs and target.
+    clipping : ClippingRule
+        One of :mod:`ntkdp.clipping`; ``scope="layerwise"`` needs a LayerwiseKernel.
+    reduction : {"mean", "sum"}
+        Loss and drift are averaged over samples, or summed (the paper's form).
+    test_kernel : array or LayerwiseKernel, optional
+        Test points against training points, ``(m, n, ...)``, of the kernel that drives the outputs.
+    test_targets : array, optional
+        Needed for a test loss.
+    preconditioned_kernel : array or LayerwiseKernel, optional
+        :math:`J M^{-1} J^\top` drives the outputs (DP-Adam with a frozen preconditioner); the norms
+        always come from ``kernel``.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, NaN or infinities, layerwise clipping of a kernel without layer
+        terms, one R too few.
+
+    Notes
+    -----
+    Bu et al. (2023); that the frozen kernel closes the clipped system is *derived* (from
+    :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`). The preconditioned form is *derived*.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(jnp.eye(1) * 4.0, jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(1.0), reduction="sum")
+    >>> flow.velocity(flow.init(jnp.array([[5.0]])))[0].tolist()
+    [[-2.0]]
+    """
+
+    diagonal: Array
+    operator: Array
+    drive: Array
+    test_drive: Array | None
+    targets: Array
+    test_targets: Array | None
+    loss: Loss
+    clipping: ClippingRule
+    reduction: Reduction = eqx.field(static=True)
+    n_outputs: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        kernel: Array | LayerwiseKernel,
+        targets: Any,
+        loss: Any,
+        clipping: ClippingRule,
+        *,
+        reduction: Reduction = "mean",
+        test_kernel: Array | LayerwiseKernel | None = None,
+        test_targets: Any = None,
+        preconditioned_kernel: Array | LayerwiseKernel | None = None,
+    ) -> None:
+        self.loss = losses.as_loss(loss)
+        self.clipping = check_clipping(clipping)
+        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        terms = _terms(kernel, clipping, "kernel")
+        n_groups, n, columns = terms.shape[:3]
+        if n != columns:
+            raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
+        clipping.check_groups(n_groups)
+        targets = jnp.asarray(targets)
+        n_outputs = terms.shape[3] if terms.ndim == 5 else self.loss.n_outputs(targets)
+        self.n_outputs = n_outputs
+        self.targets = check_targets(self.loss, targets, n, n_outputs, "targets")
+        self.diagonal = jnp.moveaxis(jnp.diagonal(terms, axis1=1, axis2=2), -1, 1)
+        self.operator = self.drive = _as_operator(terms)
+        if preconditioned_kernel is not None:
+            _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
+            driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel")
+            if driving.shape != terms.shape:
+                raise ValueError(
+                    f"preconditioned_kernel must have the shape of kernel, {terms.shape[1:]}, "
+                    f"got {driving.shape[1:]}"
+                )
+            self.drive = _as_operator(driving)
+        self.test_drive = self.test_targets = None
+        if test_kernel is None and test_targets is not None:
+            raise ValueError("test_targets need a test_kernel, got test_kernel=None")
+        if test_kernel is not None:
+            _check_names(kernel, test_kernel, "test_kernel")
+            test_terms = _terms(test_kernel, clipping, "test_kernel")
+            if test_terms.shape[:1] + test_terms.shape[2:] != terms.shape[:1] + terms.shape[2:]:
+                raise ValueError(
+                    "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
+                    f"{terms.shape}, got {test_terms.shape}"
+                )
+            self.test_drive = _as_operator(test_terms)
+            if test_targets is not None:
+                self.test_targets = check_targets(
+                    self.loss,
+                    jnp.asarray(test_targets),
+                    test_terms.shape[1],
+                    n_outputs,
+                    "test_targets",
+                )
+
+    def init(self, initial: Any) -> tuple[Array, Array | None]:
+        """State of initial outputs ``(n, K)``, or of a (train, test) pair with a test kernel."""
+        pair = isinstance(initial, tuple | list)
+        if pair != (self.test_drive is not None):
+            raise ValueError(
+                "initial must be a (train, test) pair of outputs with a test_kernel and one array "
+                f"(n, K) without, got {'a pair' if pair else 'one array'}"
+            )
+        train, test = initial if pair else (initial, None)
+        n, n_outputs = self.targets.shape[0], self.n_outputs
+        train = _check_outputs(train, n, n_outputs, "initial" if test is None else "initial[0]")
+        train = train.astype(jnp.result_type(train, self.drive))
+        if n_outputs is None:
+            self.loss.check(self.targets, n, train.shape[1])
+            if self.test_targets is not None:
+                m = self.test_targets.shape[0]
+                self.loss.check(self.test_targets, m, train.shape[1], "test_targets")
+        if test is not None:
+            assert self.test_drive is not None
+            per_row = 1 if self.diagonal.ndim == 2 else train.shape[1]
+            m = self.test_drive.shape[0] // per_row
+            test = _check_outputs(test, m, train.shape[1], "initial[1]").astype(train.dtype)
+        return train, test
+
+    def _factors(self, a: Float[Array, "n K"]) -> Array:
+        """Clipping factors ``(n,)`` or ``(R, n)`` for output gradients."""
+        if self.diagonal.ndim == 2:
+            squares = self.diagonal * jnp.sum(a**2, axis=1)[None]
+        else:
+            squares = jnp.einsum("nk,rnkl,nl->rn", a, self.diagonal, a)
+        norms = clipping.norms_from_squares(squares)
+        total = None
+        if self.clipping.needs_total_norm:
+            split = self.operator.reshape(self.operator.shape[0], len(norms), -1)
+            vector = a if self.diagonal.ndim == 2 else a.reshape(-1, 1)
+            images = jnp.einsum("arb,bk->rak", split, vector)
+            total = clipping.norms_from_squares(jnp.einsum("rak,ak->r", images, vector))
+        if self.clipping.scope == "flat":
+            return self.clipping.factors(norms[0], None if total is None else total[0])
+        return self.clipping.factors(norms, total)
+
+    def _apply(self, operator: Array, weighted: Float[Array, "R n K"]) -> Array:
+        if self.diagonal.ndim == 2:
+            return operator @ weighted.reshape(-1, weighted.shape[-1])
+        return (operator @ weighted.reshape(-1)).reshape(-1, weighted.shape[-1])
+
+    def velocity(self, state: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        """Time derivative of the outputs, train and test."""
+        train, test = state
+        a = self.loss.output_gradient(train, self.targets)
+        factors = self._factors(a)
+        factors = factors[None] if factors.ndim == 1 else factors
+        weighted = factors[:, :, None] * a[None]
+        if self.reduction == "mean":
+            weighted = weighted / train.shape[0]
+        d_train = -self._apply(self.drive, weighted)
+        d_test = None
+        if test is not None and self.test_drive is not None:
+            d_test = -self._apply(self.test_drive, weighted)
+        return d_train, d_test
+
+    def measure(self, state: tuple[Array, Array | None], outputs: bool) -> Measurement:
+        """Losses, accuracies and clip fraction at a state."""
+        train, test = state
+        factors = self._factors(self.loss.output_gradient(train, self.targets))
+        return measurement(
+            self.loss,
+            self.reduction,
+            factors,
+            (train, self.targets),
+            None if test is None else (test, self.test_targets),
+            outputs,
+        )
+
+
+def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:
+    outputs = jnp.asarray(outputs)
+    if outputs.ndim != 2 or outputs.shape[0] != n or n_outputs not in (None, outputs.shape[1]):
+        columns = "K" if n_outputs is None else n_outputs
+        raise ValueError(f"{name} must have shape ({n}, {columns}), got {outputs.shape}")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        outputs = outputs.astype(jnp.result_type(float))
+    return _validate.finite(**{name: outputs})
+
+
+def _terms(kernel: Any, rule: ClippingRule, name: str) -> Array:
+    """Terms ``(R, m, n, K, K)`` or ``(R, m, n)`` as the scope needs them: flat, their sum."""
+    if isinstance(kernel, LayerwiseKernel):
+        values = kernel.values if rule.scope == "layerwise" else kernel.total[None]
+    elif rule.scope == "layerwise":
+        raise ValueError(
+            f"{name} must be a LayerwiseKernel with scope='layerwise', got an array without layer "
+            "terms; use layerwise_ntk or layerwise_infinite_ntk"
+        )
+    else:
+        values = jnp.asarray(kernel)[None]
+    if values.ndim not in (3, 5) or 0 in values.shape:
+        raise ValueError(
+            f"{name} must have shape (m, n, K, K), or (m, n) meaning (x) I_K, not empty, "
+            f"got {values.shape[1:]}"
+        )
+    if values.ndim == 5 and values.shape[3] != values.shape[4]:
+        raise ValueError(f"{name} must have square K x K blocks, got {values.shape[3:]}")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.result_type(float))
+    return _validate.finite(**{name: values})
+
+
+def _check_names(kernel: Any, other: Any, name: str) -> None:
+    both = isinstance(kernel, LayerwiseKernel) and isinstance(other, LayerwiseKernel)
+    if both and kernel.names != other.names:
+        raise ValueError(
+            f"{name} must have the groups of kernel, {kernel.names}, got {other.names}"
+        )
+
+
+def _as_operator(terms: Array) -> Array:
+    """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``, for a single product a step."""
+    if terms.ndim == 3:
+        return jnp.moveaxis(terms, 0, 1).reshape(terms.shape[1], -1)
+    rows = terms.shape[1] * terms.shape[3]
+    return jnp.transpose(terms, (1, 3, 0, 2, 4)).reshape(rows, -1)

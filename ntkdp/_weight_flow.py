@@ -1,0 +1,186 @@
+"""The exact flow of the weights."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ntkdp import _groups, _validate, clipping, losses
+from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._check_model import check_inputs, check_preconditioner
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._types import ApplyFn, Array, Params
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.ntk import grouped_squared_norms
+from ntkdp.trajectory import Measurement
+
+
+class WeightFlow(Flow):
+    r"""Exact clipped gradient flow in weight space, :math:`\dot w = -\tfrac1n \sum_i C_i g_i`.
+
+    With a preconditioner M (its diagonal), :math:`\dot w = -\tfrac1n M^{-1} \sum_i C_i g_i`.
+
+    Parameters
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, x) -> (n, K)``.
+    x, targets : array
+        Training inputs ``(n, ...)`` and targets as the loss wants them.
+    loss, clipping, reduction
+        As for :class:`KernelFlow`.
+    groups : pytree prefix of labels, or callable from key path to label, optional
+        Groups of layerwise clipping; by default the layers.
+    test_x, test_targets : array, optional
+        Measured along the way.
+    preconditioner : pytree, optional
+        Diagonal of M in the shape of the parameters, positive.
+
+    Raises
+    ------
+    ValueError
+        As for :class:`KernelFlow`; a model that couples the samples of a batch.
+
+    Notes
+    -----
+    Bu et al. (2023).
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.WeightFlow(lambda w, x: x @ w, jnp.ones((1, 1)), jnp.zeros((1, 1)),
+    ...                         ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0))
+    >>> flow.velocity(flow.init(jnp.array([[3.0]]))).tolist()
+    [[-1.0]]
+    """
+
+    apply_fn: ApplyFn
+    x: Array
+    targets: Array
+    loss: Loss
+    clipping: ClippingRule
+    groups: Any
+    reduction: Reduction = eqx.field(static=True)
+    test_x: Array | None
+    test_targets: Array | None
+    preconditioner: Params | None
+
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        x: Any,
+        targets: Any,
+        loss: Any,
+        clipping: ClippingRule,
+        *,
+        groups: Any = None,
+        reduction: Reduction = "mean",
+        test_x: Any = None,
+        test_targets: Any = None,
+        preconditioner: Params | None = None,
+    ) -> None:
+        self.apply_fn = apply_fn
+        self.x = jnp.asarray(x)
+        self.loss = losses.as_loss(loss)
+        self.targets = check_targets(self.loss, targets, self.x.shape[0], None, "targets")
+        self.clipping = check_clipping(clipping)
+        self.groups = groups
+        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        self.preconditioner = preconditioner
+        self.test_x = self.test_targets = None
+        if test_x is None and test_targets is not None:
+            raise ValueError("test_targets need test_x, got test_x=None")
+        if test_x is not None:
+            self.test_x = jnp.asarray(test_x)
+            if test_targets is not None:
+                m = self.test_x.shape[0]
+                self.test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
+
+    def init(self, initial: Params) -> Params:
+        """State of initial parameters."""
+        params = jax.tree.map(jnp.asarray, initial)
+        self.clipping.check_groups(self._resolve(params).size)
+        x = check_inputs(self.apply_fn, params, self.x)
+        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
+        self.loss.check(self.targets, x.shape[0], n_outputs)
+        if self.test_x is not None:
+            test_x = check_inputs(self.apply_fn, params, self.test_x, "test_x")
+            if self.test_targets is not None:
+                self.loss.check(self.test_targets, test_x.shape[0], n_outputs, "test_targets")
+        if self.preconditioner is not None:
+            check_preconditioner(params, self.preconditioner)
+        return params
+
+    def _resolve(self, params: Params) -> _groups.Groups:
+        if self.clipping.scope == "flat":
+            return _groups.resolve(params, lambda path: "all")
+        return _groups.resolve(params, self.groups)
+
+    def _clip(self, params: Params) -> tuple[Array, list[per_sample.Factor], Array]:
+        """Outputs, per-sample gradients in factored form, and factors ``(R, n)`` (flat: R = 1)."""
+        n = self.x.shape[0]
+        groups = self._resolve(params)
+        structure = per_sample.trace(self.apply_fn, params, self.x)
+        outputs, gradients = per_sample.factored(
+            structure,
+            params,
+            self.x,
+            lambda f, y: self.loss.output_gradient(f[None], y[None]),
+            self.targets,
+        )
+        squares = grouped_squared_norms(gradients, groups, n)
+        norms = clipping.norms_from_squares(squares)
+        total = None
+        if self.clipping.needs_total_norm:
+            summed = self._weighted_sum(params, gradients, jnp.ones_like(norms), groups)
+            of_leaves = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed)])
+            leaf_to_group = jnp.asarray(groups.leaf_to_group)
+            total = clipping.norms_from_squares(
+                jax.ops.segment_sum(of_leaves, leaf_to_group, groups.size)
+            )
+        if self.clipping.scope == "flat":
+            factors = self.clipping.factors(norms[0], None if total is None else total[0])[None]
+        else:
+            factors = self.clipping.factors(norms, total)
+        return outputs, gradients, factors
+
+    def _weighted_sum(
+        self,
+        params: Params,
+        gradients: list[per_sample.Factor],
+        factors: Array,
+        groups: _groups.Groups,
+    ) -> Params:
+        leaves, treedef = jax.tree.flatten(params)
+        return jax.tree.unflatten(
+            treedef,
+            [
+                per_sample.weighted_sum(gradient, factors[group], leaf)
+                for gradient, group, leaf in zip(
+                    gradients, groups.leaf_to_group, leaves, strict=True
+                )
+            ],
+        )
+
+    def velocity(self, state: Params) -> Params:
+        """Time derivative of the parameters."""
+        _, gradients, factors = self._clip(state)
+        clipped = self._weighted_sum(state, gradients, factors, self._resolve(state))
+        scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
+        if self.preconditioner is None:
+            return jax.tree.map(lambda g: scale * g, clipped)
+        return jax.tree.map(lambda g, m: scale * g / m, clipped, self.preconditioner)
+
+    def measure(self, state: Params, outputs: bool) -> Measurement:
+        """Losses, accuracies and clip fraction at parameters."""
+        train, _, factors = self._clip(state)
+        test = None if self.test_x is None else self.apply_fn(state, self.test_x)
+        return measurement(
+            self.loss,
+            self.reduction,
+            factors,
+            (train, self.targets),
+            None if test is None else (test, self.test_targets),
+            outputs,
+        )

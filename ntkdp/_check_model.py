@@ -35,8 +35,10 @@ def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> 
 
 
 def _check_independent(apply_fn: ApplyFn, params: Params, pair: Array) -> None:
-    together = np.asarray(apply_fn(params, pair), dtype=np.float64)
-    alone = np.asarray(apply_fn(params, pair[:1]), dtype=np.float64)
+    both, one = apply_fn(params, pair), apply_fn(params, pair[:1])
+    if is_traced((both, one)):
+        return  # constants of a program that is being traced have no values yet
+    together, alone = (np.asarray(f, dtype=np.float64) for f in (both, one))
     scale = np.max(np.abs(together)) + np.finfo(np.float64).tiny
     dtype = jnp.result_type(*jax.tree.leaves(params))
     # Written so that NaN, as of a normalised batch of one, does not pass.

@@ -205,7 +205,9 @@ class Algorithm(eqx.Module):
                 targets,
             )
         squares = grouped_squared_norms(gradients, groups, n)
-        usable = present & jnp.all(jnp.isfinite(squares), axis=0)
+        usable = present
+        if self.clipping.bounds_each_sample:
+            usable &= jnp.all(jnp.isfinite(squares), axis=0)
         # Zero times NaN is NaN: what is dropped must be zero before it is weighted.
         gradients = [per_sample.keep(gradient, usable) for gradient in gradients]
         norms = clipping.norms_from_squares(squares)

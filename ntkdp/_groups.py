@@ -78,7 +78,7 @@ def resolve(params: Params, groups: GroupSpec = None) -> Groups:
             )
     if groups is None:
         labels: list[Hashable] = list(_default_labels(params))
-    elif callable(groups):
+    elif callable(groups) and jax.tree_util.all_leaves([groups]):
         labels = [groups(_name(path)) for path, _ in leaves]
     else:
         labels = _prefix_labels(params, groups)

@@ -68,6 +68,14 @@ def fraction(**named: Any) -> Any:
     return _require(name, value, lambda v: (v > 0) & (v <= 1), "in (0, 1]")
 
 
+def scalar(**named: Any) -> Any:
+    """A single number, not an array of several."""
+    name, value = _single(named)
+    if np.ndim(value):
+        raise ValueError(f"{name} must be a single number, got shape {np.shape(value)}")
+    return value
+
+
 def count(**named: Any) -> int:
     """A whole number of at least one, known before the program runs."""
     name, value = _single(named)
@@ -88,9 +96,9 @@ def finite(**named: Any) -> Any:
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if is_traced(leaf):
             continue
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            continue  # PRNG keys
         array = np.asarray(leaf)
-        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
-            continue
         bad = int(np.size(array) - np.sum(np.isfinite(array.astype(np.float64))))
         if bad:
             where = name + jax.tree_util.keystr(path)

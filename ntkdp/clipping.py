@@ -42,6 +42,13 @@ SCOPES = ("flat", "layerwise")
 ClipNorm = Shaped[np.ndarray, "*groups"] | Float[Array, "*groups"]
 
 
+def _checked(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    return lambda value: as_constant(check(**{name: value}))
+
+
+_checked_R = _checked(_validate.positive, "R")
+
+
 def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Square roots, zero for what rounding left below zero, with derivative zero at zero."""
     is_positive = squares > 0
@@ -92,7 +99,6 @@ class ClippingRule(eqx.Module):
 
     def __check_init__(self) -> None:
         _validate.choice(SCOPES, scope=self.scope)
-        _validate.positive(R=self.R)
         if np.ndim(self.R) > (1 if self.scope == "layerwise" else 0):
             raise ValueError(
                 f"R must be one number with scope={self.scope!r}, got shape {np.shape(self.R)}"
@@ -181,7 +187,7 @@ class NoClipping(ClippingRule):
 class Abadi(ClippingRule):
     """min(1, R/s): gradients longer than R are shortened to R (Abadi et al. 2016)."""
 
-    R: Any = eqx.field(converter=as_constant)
+    R: Any = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -196,20 +202,21 @@ class Global(ClippingRule):
     Without ``Z`` the cut is at R and nothing is scaled.
     """
 
-    R: Any = eqx.field(converter=as_constant)
-    Z: Any = eqx.field(default=None, converter=lambda Z: None if Z is None else as_constant(Z))
+    R: Any = eqx.field(converter=_checked_R)
+    Z: Any = eqx.field(
+        default=None,
+        converter=lambda Z: None if Z is None else _checked(_validate.positive, "Z")(Z),
+    )
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
-        if self.Z is not None:
-            _validate.positive(Z=self.Z)
-            if np.ndim(self.Z) > 0 and np.shape(self.Z) != np.shape(self.R):
-                raise ValueError(
-                    f"Z must be one number or have the shape of R, got {np.shape(self.Z)} "
-                    f"for R of shape {np.shape(self.R)}"
-                )
+        if np.ndim(self.Z) > 0 and np.shape(self.Z) != np.shape(self.R):
+            raise ValueError(
+                f"Z must be one number or have the shape of R, got {np.shape(self.Z)} "
+                f"for R of shape {np.shape(self.R)}"
+            )
 
     def _weight(self, s: Array, R: Array) -> Array:
         if self.Z is None:
@@ -227,32 +234,28 @@ class Automatic(ClippingRule):
     ``gamma = 0`` is AUTO-V (with factor 0 at s = 0), ``gamma > 0`` AUTO-S.
     """
 
-    R: Any = eqx.field(converter=as_constant)
-    gamma: Any = eqx.field(default=0.01, converter=as_constant)
+    R: Any = eqx.field(converter=_checked_R)
+    gamma: Any = eqx.field(default=0.01, converter=_checked(_validate.non_negative, "gamma"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
 
-    def __check_init__(self) -> None:
-        _validate.non_negative(gamma=self.gamma)
-
     def _weight(self, s: Array, R: Array) -> Array:
         denominator = s + jnp.asarray(self.gamma, dtype=s.dtype)
         is_zero = denominator == 0
-        return jnp.where(is_zero, 0.0, R / jnp.where(is_zero, 1.0, denominator))
+        factor = jnp.where(is_zero, 0.0, R / jnp.where(is_zero, 1.0, denominator))
+        # Where the quotient overflows, s w(s) is below R with the largest number too.
+        return jnp.minimum(factor, jnp.finfo(s.dtype).max)
 
 
 class PSAC(ClippingRule):
     """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328)."""
 
-    R: Any = eqx.field(converter=as_constant)
-    r: Any = eqx.field(default=0.1, converter=as_constant)
+    R: Any = eqx.field(converter=_checked_R)
+    r: Any = eqx.field(default=0.1, converter=_checked(_validate.positive, "r"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
-
-    def __check_init__(self) -> None:
-        _validate.positive(r=self.r)
 
     def _weight(self, s: Array, R: Array) -> Array:
         r = jnp.asarray(self.r, dtype=s.dtype)
@@ -262,7 +265,7 @@ class PSAC(ClippingRule):
 class Batch(ClippingRule):
     """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison."""
 
-    R: Any = eqx.field(converter=as_constant)
+    R: Any = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = False
     needs_total_norm: ClassVar[bool] = True
@@ -292,7 +295,7 @@ class Custom(ClippingRule):
     """
 
     function: Callable[[Array], Array] = eqx.field(static=True)  # type: ignore[misc]
-    R: Any = eqx.field(converter=as_constant)
+    R: Any = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -314,8 +317,11 @@ class Custom(ClippingRule):
             )
 
     def _weight(self, s: Array, R: Array) -> Array:
-        cap = jnp.where(s > 0, R / jnp.where(s > 0, s, 1.0), jnp.inf)
-        factor = jnp.clip(self.function(s), -cap, cap)
+        is_zero, factor = s == 0, self.function(s)
+        cap = jnp.minimum(R / jnp.where(is_zero, 1.0, s), jnp.finfo(s.dtype).max)
+        # Nothing times a factor that is not finite would not be nothing.
+        at_zero = jnp.where(jnp.isfinite(factor), factor, 0.0)
+        factor = jnp.where(is_zero, at_zero, jnp.clip(factor, -cap, cap))
         return jnp.where(jnp.isinf(s), 0.0, jnp.where(jnp.isnan(s), s, factor))
 
 

@@ -5,7 +5,8 @@ One step: :math:`w^+ = w - \eta\,U\big[\tfrac1B(\sum_{i \in batch} C_i g_i + \si
 (``reduction="mean"``), and U the optimizer; with ``reduction="sum"`` the sum is divided by q.
 Noise of the *sum* has standard deviation ``noise_multiplier * sensitivity`` on every weight.
 
-A sample whose gradient norm is not finite contributes nothing, so that it cannot break the bound.
+A sample whose gradient norm is not finite contributes nothing, so that it cannot break the bound;
+without a bound (`NoClipping`, `Batch`) it is used as it is, so that divergence is seen.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,12 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from ntkdp import _progress, _validate, clipping, losses
 from ntkdp._dp_step import Algorithm, State
-from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray
+from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import (
@@ -66,7 +66,8 @@ def build(
     Returns
     -------
     Algorithm
-        ``init(params) -> State``, ``step(key, state) -> (State, Info)``.
+        ``init(params) -> State``, ``step(key, state) -> (State, Info)``. Compile the step with
+        ``equinox.filter_jit(algorithm.step)``.
 
     Raises
     ------
@@ -92,13 +93,19 @@ def build(
         )
     _validate.choice(("mean", "sum"), reduction=reduction)
     _validate.choice(("structured", "vmap"), gradients=gradients)
-    sample_rate = float(_validate.fraction(sample_rate=sample_rate))
+    sample_rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
     noise_multiplier = _validate.non_negative(noise_multiplier=noise_multiplier)
-    noisy = bool(np.any(np.asarray(noise_multiplier) > 0))
+    noise_multiplier = as_constant(_validate.scalar(noise_multiplier=noise_multiplier))
+    noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
     if noisy and not clipping.bounds_each_sample:
         raise ValueError(
             f"noise_multiplier must be 0 with {type(clipping).__name__}, whose sensitivity is "
             f"unbounded, got {noise_multiplier}; clip each sample, e.g. with Abadi"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function of the learning rate, e.g. optax.adam, "
+            f"got {type(optimizer).__name__}"
         )
     if noise_per_group and clipping.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
@@ -110,11 +117,14 @@ def build(
                 f"norm of the whole sum, got {microbatch_size}"
             )
     if not callable(learning_rate):
-        learning_rate = np.asarray(_validate.positive(learning_rate=learning_rate), np.float64)
+        learning_rate = _validate.positive(learning_rate=learning_rate)
+        learning_rate = as_constant(_validate.scalar(learning_rate=learning_rate))
     if test_x is None and test_targets is not None:
         raise ValueError("test_targets need test_x, got test_x=None")
     if test_x is not None:
         test_x = jnp.asarray(test_x)
+        if test_x.ndim < 2 or test_x.shape[0] == 0:
+            raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
         if test_targets is not None:
             test_targets = _as_targets(loss, test_targets, test_x.shape[0], "test_targets")
     return Algorithm(
@@ -126,7 +136,7 @@ def build(
         loss=loss,
         clipping=clipping,
         learning_rate=learning_rate,
-        noise_multiplier=np.asarray(noise_multiplier, np.float64),
+        noise_multiplier=noise_multiplier,
         groups=groups,
         optimizer=optax.sgd if optimizer is None else optimizer,
         sample_rate=sample_rate,
@@ -140,6 +150,8 @@ def build(
 
 
 def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
+    if targets is None:
+        raise TypeError(f"{name} must be an array, got None")
     targets = jnp.asarray(targets)
     if targets.ndim == 0 or targets.shape[0] != n:
         raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
@@ -293,6 +305,9 @@ def _as_keys(key: Any) -> Key[Array, "*seeds"]:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.ndim == 0:
             raise TypeError(f"key must be a JAX PRNG key, e.g. jax.random.key(0), got {key!r}")
+        width = jax.random.key_data(jax.random.key(0)).shape[-1]
+        if key.shape[-1] != width:
+            raise ValueError(f"key must hold {width} numbers a key, got shape {key.shape}")
         key = jax.random.wrap_key_data(key)
     if key.ndim > 1 or key.size == 0:
         raise ValueError(f"key must be one key or an array (S,) of keys, got shape {key.shape}")
@@ -319,27 +334,38 @@ def _run(
         return train, clipping.clip_fraction(factors)
 
     def one_run(key: PRNGKeyArray) -> Measurement:
-        def step(k: Any, state: State) -> State:
-            return algorithm.step(jax.random.fold_in(key, k), state)[0]
+        def proceed(state: State, start: Any, count: int) -> State:
+            # A fixed count, so that reverse-mode differentiation works.
+            def step(j: Any, state: State) -> State:
+                return algorithm.step(jax.random.fold_in(key, start + j), state)[0]
 
-        def record(state: State, start: Array) -> tuple[State, Measurement]:
+            return lax.fori_loop(0, count, step, state)
+
+        def record(state: State, start: Any, count: int) -> tuple[State, Measurement]:
+            params = state.params
+            if not full_batch:
+                measured = algorithm.measure(params, *observe(params), outputs)
+                return proceed(state, start, count), measured
+            # The step computes the outputs of all samples anyway.
+            state, info, train = algorithm._step(jax.random.fold_in(key, start), state)
+            measured = algorithm.measure(params, train, info.clip_fraction, outputs)
+            return proceed(state, start + 1, count - 1), measured
+
+        def record_and_tell(state: State, start: Array) -> tuple[State, Measurement]:
             if shown:
                 due = start % max(record_every, steps // 100) < record_every
                 lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-            params = state.params
-            end = jnp.minimum(start + record_every, steps)
-            if full_batch:
-                # The step computes the outputs of all samples anyway.
-                state, info, train = algorithm._step(jax.random.fold_in(key, start), state)
-                clip_fraction = info.clip_fraction
-                start = start + 1
-            else:
-                train, clip_fraction = observe(params)
-            measured = algorithm.measure(params, train, clip_fraction, outputs)
-            return lax.fori_loop(start, end, step, state), measured
+            return record(state, start, record_every)
 
-        last, measured = lax.scan(record, state, jnp.arange(0, steps, record_every))
-        final = algorithm.measure(last.params, *observe(last.params), outputs)
-        return jax.tree.map(lambda path, end: jnp.append(path, end[None], axis=0), measured, final)
+        full, rest = divmod(steps, record_every)
+        state_, measured = lax.scan(record_and_tell, state, record_every * jnp.arange(full))
+        ends = []
+        if rest:
+            state_, one = record(state_, full * record_every, rest)
+            ends.append(one)
+        ends.append(algorithm.measure(state_.params, *observe(state_.params), outputs))
+        return jax.tree.map(
+            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
+        )
 
     return one_run(keys) if keys.ndim == 0 else jax.vmap(one_run)(keys)

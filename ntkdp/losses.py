@@ -70,6 +70,11 @@ def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> 
     return _validate.finite(**{name: targets})
 
 
+def _as_rows(targets: Array) -> Array:
+    """Targets ``(n,)`` as ``(n, 1)``, which do not spread to ``(n, n)`` against the outputs."""
+    return targets[:, None] if targets.ndim == 1 else targets
+
+
 def _columns(targets: Array) -> int:
     return 1 if targets.ndim == 1 else targets.shape[-1]
 
@@ -81,7 +86,7 @@ class SquaredError(Loss):
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
+        return 0.5 * jnp.sum((outputs - _as_rows(targets)) ** 2, axis=-1)
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
         return _vector_targets(targets, n_samples, n_outputs, name)
@@ -106,13 +111,12 @@ class Huber(Loss):
         Where the loss turns linear, in units of the targets; positive.
     """
 
-    delta: Any = eqx.field(default=1.0, converter=as_constant)
-
-    def __check_init__(self) -> None:
-        _validate.positive(delta=self.delta)
+    delta: Any = eqx.field(
+        default=1.0, converter=lambda delta: as_constant(_validate.positive(delta=delta))
+    )
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        squared = jnp.sum((outputs - targets) ** 2, axis=-1)
+        squared = jnp.sum((outputs - _as_rows(targets)) ** 2, axis=-1)
         # The root is taken of a safe value: its derivative at zero is infinite.
         delta = jnp.asarray(self.delta, squared.dtype)
         outside = squared > delta**2
@@ -145,7 +149,7 @@ class SoftmaxCrossEntropy(Loss):
         if targets.ndim == 1:
             targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
         total = jnp.sum(targets, axis=-1, keepdims=True)
-        return jax.nn.softmax(outputs) * total - targets
+        return (jax.nn.softmax(outputs) * total - targets).astype(outputs.dtype)
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
         if n_outputs < 2:
@@ -202,7 +206,7 @@ class Logistic(Loss):
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        return optax.sigmoid_binary_cross_entropy(outputs, targets)[:, 0]
+        return optax.sigmoid_binary_cross_entropy(outputs, _as_rows(targets))[:, 0]
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
         if n_outputs != 1:
@@ -223,7 +227,7 @@ class Logistic(Loss):
         return _columns(targets)
 
     def correct(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        return ((outputs > 0) == (targets > 0.5)).astype(outputs.dtype)[:, 0]
+        return ((outputs > 0) == (_as_rows(targets) > 0.5)).astype(outputs.dtype)[:, 0]
 
 
 class Custom(Loss):

@@ -234,6 +234,6 @@ def check_learning_rate(learning_rate: Any, steps: int) -> Any:
     if not is_traced(rates) and not bool(jnp.all(jnp.isfinite(rates) & (rates >= 0))):
         raise ValueError(
             f"learning_rate must be a schedule of finite values of at least 0, "
-            f"got {float(jnp.min(rates))} as its lowest"
+            f"got {float(rates[jnp.argmin(jnp.where(jnp.isfinite(rates), rates, -jnp.inf))])}"
         )
     return learning_rate

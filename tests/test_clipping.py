@@ -134,6 +134,8 @@ factors_of = eqx.filter_jit(lambda rule, norms: rule.factors(norms))
     ),
     log10_R=st.floats(-30, 30),
 )
+@hypothesis.example(norms=np.full(8, 1e-307), log10_R=30.0)
+@hypothesis.example(norms=np.full(8, 1e300), log10_R=-30.0)
 def test_no_clipped_norm_exceeds_R(name: str, norms: np.ndarray, log10_R: float) -> None:
     R = 10**log10_R
     # A custom function made anew would compile anew: only its R changes, and the cap binds.

@@ -403,7 +403,7 @@ def infinite_ntk(
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
     _require_infinite(x1, x2)
-    return model.kernel_fn(x1, x2, "ntk")
+    return _compiled(model.kernel_fn, x1, x2, "ntk")
 
 
 def layerwise_infinite_ntk(
@@ -448,8 +448,14 @@ def layerwise_infinite_ntk(
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
     _require_infinite(x1, x2)
-    terms = model.layer_kernel_fn(x1, x2)
+    terms = _compiled(model.layer_kernel_fn, x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
+
+
+@eqx.filter_jit
+def _compiled(kernel_fn: Any, *args: Any) -> Any:
+    # Op by op, neural-tangents compiles a hundred small programs.
+    return kernel_fn(*args)
 
 
 def _require_infinite(x1: Array, x2: Array | None) -> None:

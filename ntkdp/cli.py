@@ -51,7 +51,7 @@ def _root(
 def compare(
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML file; without it, handwritten digits.", metavar="[CONFIG.toml]"),
+        typer.Argument(help="TOML file; without it, handwritten digits.", metavar="CONFIG.toml"),
     ] = None,
     out: Annotated[
         Path | None,

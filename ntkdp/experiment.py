@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ntkdp import (
     _config,
+    _groups,
     clipping,
     comparison,
     datasets,
@@ -183,13 +184,14 @@ def problem_of(config: Config) -> Problem:
     loss = losses.from_name(config.loss, **options)
     # One output tells two classes apart for the logistic loss.
     n_outputs = 1 if config.loss == "logistic" else data.n_outputs
+    x, test_x = (jnp.asarray(part, config.dtype) for part in (data.x_train, data.x_test))
     try:
         model = _model_of(config, n_outputs)
+        params = model.init(jax.random.key(config.seed), x)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"field 'model': {error}") from error
-
-    x, test_x = (jnp.asarray(part, config.dtype) for part in (data.x_train, data.x_test))
-    params = model.init(jax.random.key(config.seed), x)
+        raise ConfigError(
+            f"field 'model': {config.model.kind} for samples of shape {x.shape[1:]}: {error}"
+        ) from error
     params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
     targets, test_targets = (
         _as_targets(part, data.task, config, data.n_outputs) for part in (data.y_train, data.y_test)
@@ -294,6 +296,12 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
     rules = rules_of(config)
     report("loading data", 0.0)
     problem = problem_of(config)
+    for number, rule in enumerate(rules):
+        try:
+            if rule.scope == "layerwise":
+                rule.check_groups(_groups.resolve(problem.params).size)
+        except ValueError as error:
+            raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
     needed = {KERNEL_OF[name] for name in config.predictions}
     kernels = {}
     for kind in sorted(kind for kind in needed if kind is not None):

@@ -402,7 +402,7 @@ def infinite_ntk(
             "serial or from_stax"
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
-    _require_infinite(x1, x2)
+    _require_infinite(1, x1, x2)
     return _compiled(model.kernel_fn, x1, x2, "ntk")
 
 
@@ -447,7 +447,8 @@ def layerwise_infinite_ntk(
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
         )
     x1, x2 = _check_infinite_inputs(x1, x2)
-    _require_infinite(x1, x2)
+    params = jax.eval_shape(model.init, jax.random.key(0), x1)
+    _require_infinite(_groups.resolve(params).size, x1, x2)
     terms = _compiled(model.layer_kernel_fn, x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 
@@ -458,12 +459,12 @@ def _compiled(kernel_fn: Any, *args: Any) -> Any:
     return kernel_fn(*args)
 
 
-def _require_infinite(x1: Array, x2: Array | None) -> None:
+def _require_infinite(n_terms: int, x1: Array, x2: Array | None) -> None:
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     itemsize = jnp.result_type(x1.dtype, float).itemsize
     _memory.require(
-        shape[0] * shape[1] * itemsize,
-        f"one term of a kernel of shape {shape}",
+        n_terms * shape[0] * shape[1] * itemsize,
+        f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",
         "use fewer samples or float32",
     )
 

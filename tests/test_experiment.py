@@ -180,6 +180,14 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
         ({"data": {"options": {"flatt": True}}}, ["field 'data'", "'flatt'", "flat"]),
         ({"data": {"name": "nowhere.npz"}}, ["field 'data'", "nowhere.npz"]),
         ({"model": {"activation": "rellu"}}, ["field 'model'", "'rellu'", "relu"]),
+        (
+            {"model": {"kind": "cnn", "widths": [4]}, "data": {"name": "gaussian"}},
+            ["field 'model'", "cnn", "(16,)"],
+        ),
+        (
+            {"clipping": [{"scope": "layerwise", "clip_norm": [0.1, 0.1, 0.1]}]},
+            ["field 'clipping.0.clip_norm'", "3 entries for 2 parameter groups"],
+        ),
         ({"loss": "logistic"}, ["field 'loss'", "logistic"]),
         ({"data": {"name": "diabetes"}}, ["field 'loss'", "diabetes"]),
     ],

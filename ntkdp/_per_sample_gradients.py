@@ -155,7 +155,6 @@ def _use_of_view(
     loosen: Callable[[int], None],
     here: tuple[int, ...],
 ) -> list[_Value]:
-    name = eqn.primitive.name
     viewed = [i for i, v in enumerate(values) if v.view is not None]
     if len(viewed) == 1:
         position = viewed[0]
@@ -168,7 +167,7 @@ def _use_of_view(
             return [_Value(meet(here, view, data, eqn, position, arrays[0]))]
     for i in viewed:
         loosen(values[i].view.leaf)  # type: ignore[union-attr]
-    return [_Value(array) for array in arrays] if name else []
+    return [_Value(array) for array in arrays]
 
 
 def _rigid(
@@ -211,14 +210,15 @@ def _is_product(eqn: Any, position: int) -> bool:
     return False
 
 
-def _dot_site(view: _View, eqn: Any, position: int, data: Any, out: Any) -> tuple[Any, Any, Any]:
+def _dot_readers(view: _View, eqn: Any, position: int) -> tuple[Any, Any, Any]:
     """Readers of both factors, and the layout, for ``dot_general``."""
     contracting, _ = eqn.params["dimension_numbers"]
     weight_shape = eqn.invars[position].aval.shape
     weight_contracting = [int(d) for d in contracting[position]]
     data_contracting = [int(d) for d in contracting[1 - position]]
     weight_free = [d for d in range(len(weight_shape)) if d not in weight_contracting]
-    data_free = [d for d in range(data.ndim) if d not in data_contracting]
+    data_ndim = eqn.invars[1 - position].aval.ndim
+    data_free = [d for d in range(data_ndim) if d not in data_contracting]
     n_in = int(np.prod([weight_shape[d] for d in weight_contracting]))
     n_out = int(np.prod([weight_shape[d] for d in weight_free]))
 
@@ -240,7 +240,7 @@ def _dot_site(view: _View, eqn: Any, position: int, data: Any, out: Any) -> tupl
     return read_input, read_cotangent, layout
 
 
-def _conv_site(view: _View, eqn: Any, data: Any, out: Any) -> tuple[Any, Any, Any]:
+def _conv_readers(view: _View, eqn: Any) -> tuple[Any, Any, Any]:
     """The same for ``conv_general_dilated``: a product with the patches under the filter."""
     p = eqn.params
     numbers = p["dimension_numbers"]
@@ -277,10 +277,10 @@ def _conv_site(view: _View, eqn: Any, data: Any, out: Any) -> tuple[Any, Any, An
     return read_input, read_cotangent, layout
 
 
-def _readers(view: _View, eqn: Any, position: int, data: Any, out: Any) -> tuple[Any, Any, Any]:
+def _readers(view: _View, eqn: Any, position: int) -> tuple[Any, Any, Any]:
     if eqn.primitive.name == "dot_general":
-        return _dot_site(view, eqn, position, data, out)
-    return _conv_site(view, eqn, data, out)
+        return _dot_readers(view, eqn, position)
+    return _conv_readers(view, eqn)
 
 
 def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
@@ -297,7 +297,7 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
     uses: Counter[int] = Counter()
 
     def meet(path: Any, view: _View, data: Any, eqn: Any, position: int, out: Any) -> Any:
-        _, read_cotangent, layout = _readers(view, eqn, position, data, out)
+        _, read_cotangent, layout = _readers(view, eqn, position)
         sites[path] = _Site(view.leaf, out.shape, out.dtype, read_cotangent, layout)
         uses[view.leaf] += 1
         return out
@@ -348,7 +348,7 @@ def factored(
             def meet(path: Any, view: _View, data: Any, eqn: Any, position: int, out: Any) -> Any:
                 if path not in structure.sites:
                     return out
-                read_input, _, _ = _readers(view, eqn, position, data, out)
+                read_input, _, _ = _readers(view, eqn, position)
                 inputs[path] = read_input(data * view.scale)
                 return out + taps[paths.index(path)]
 

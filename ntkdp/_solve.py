@@ -240,7 +240,7 @@ def recursion(
     >>> flow = ntkdp.KernelFlow(4.0 * jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
     ...                         ntkdp.clipping.NoClipping(), reduction="sum")
     >>> path = ntkdp.recursion(flow, jnp.array([[1.0]]), learning_rate=0.1, steps=2, outputs=True)
-    >>> [round(f, 12) for f in path.outputs[:, 0, 0].tolist()]
+    >>> [round(f, 4) for f in path.outputs[:, 0, 0].tolist()]
     [1.0, 0.6, 0.36]
     """
     if not isinstance(flow, KernelFlow):

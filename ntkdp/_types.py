@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 #: Parameters of a network: any pytree of floating-point arrays.
 Params: TypeAlias = PyTree
@@ -14,9 +14,7 @@ ApplyFn: TypeAlias = Callable[[Any, Array], Array]
 #: Called with the fraction of the work done, in [0, 1].
 ProgressCallback: TypeAlias = Callable[[float], None]
 
-Scalar: TypeAlias = Float[Array, ""] | float | int
 Outputs: TypeAlias = Float[Array, "n K"]
-Targets: TypeAlias = Num[Array, "n *K"]
 
 
 def is_traced(value: Any) -> bool:
@@ -33,19 +31,13 @@ def as_constant(value: Any) -> Any:
 __all__ = [
     "ApplyFn",
     "Array",
-    "Bool",
     "Float",
-    "Int",
     "Key",
-    "Num",
     "Outputs",
     "PRNGKeyArray",
     "Params",
     "ProgressCallback",
     "PyTree",
-    "Scalar",
-    "Shaped",
-    "Targets",
     "as_constant",
     "is_traced",
 ]

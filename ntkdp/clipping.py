@@ -32,14 +32,12 @@ from typing import Any, ClassVar, Literal
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
 
 from ntkdp import _validate
 from ntkdp._types import Array, Float, as_constant, is_traced
 
 Scope = Literal["flat", "layerwise"]
 SCOPES = ("flat", "layerwise")
-ClipNorm = Shaped[np.ndarray, "*groups"] | Float[Array, "*groups"]
 
 
 def _checked(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
@@ -350,9 +348,3 @@ def from_name(rule: str, **options: Any) -> ClippingRule:
     'Abadi'
     """
     return _BY_NAME[_validate.choice(_BY_NAME, rule=rule)](**options)
-
-
-def name_of(rule: ClippingRule) -> str:
-    """The name that :func:`from_name` knows a rule by, or the class's own."""
-    names = {kind: name for name, kind in _BY_NAME.items()}
-    return names.get(type(rule), type(rule).__name__.lower())

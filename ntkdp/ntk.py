@@ -191,8 +191,8 @@ def preconditioned_ntk(
     --------
     >>> import jax.numpy as jnp, ntkdp
     >>> w, x = jnp.ones((2, 1)), jnp.array([[1.0, 2.0]])
-    >>> ntkdp.ntk.preconditioned_ntk(lambda w, x: x @ w, w, jnp.full((2, 1), 5.0), x).item()
-    1.0
+    >>> ntkdp.ntk.preconditioned_ntk(lambda w, x: x @ w, w, jnp.full((2, 1), 4.0), x).item()
+    1.25
     """
     roots = jax.tree.map(jnp.sqrt, check_preconditioner(params, preconditioner))
     rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)

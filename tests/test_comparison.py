@@ -211,7 +211,7 @@ def test_squares_neither_overflow_nor_vanish(scale):
 losses_of_runs = hnp.arrays(np.float64, 6, elements=st.floats(1e-6, 1e6))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(losses_of_runs)
 def test_no_error_against_itself(loss):
     run = trajectory(
@@ -222,7 +222,7 @@ def test_no_error_against_itself(loss):
     assert set(result.errors) == {"loss", "accuracy", "outputs", "clip_fraction"}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(losses_of_runs, losses_of_runs, st.sets(st.integers(1, 5), min_size=1))
 def test_only_shared_times_count(predicted, observed, kept):
     """Thinning either side equals thinning both, and the sup is over what is left."""
@@ -243,7 +243,7 @@ def test_only_shared_times_count(predicted, observed, kept):
     assert of_prediction.coverage == len(kept) / 5
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(losses_of_runs, losses_of_runs, st.floats(1e-3, 1e3))
 def test_units_do_not_matter(predicted, observed, scale):
     times = np.arange(6.0)
@@ -254,7 +254,7 @@ def test_units_do_not_matter(predicted, observed, scale):
     np.testing.assert_allclose(scaled.relative_error, plain.relative_error, rtol=1e-9, atol=1e-14)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(losses_of_runs, st.floats(-0.9, 9.0))
 def test_a_constant_factor_is_the_error(observed, error):
     times = np.arange(6.0)

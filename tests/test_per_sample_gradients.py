@@ -305,7 +305,7 @@ ACTIVATIONS = {
 }
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(
     widths=st.lists(st.integers(1, 6), max_size=3),
     n_outputs=st.integers(1, 3),

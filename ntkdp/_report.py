@@ -114,6 +114,9 @@ _COLUMNS = (
     "run",
 )
 
+#: Columns for a terminal of eighty characters; report.html has them all.
+_NARROW = (0, 1, 4, 5, 6)
+
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
@@ -138,17 +141,19 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
 
 def print_table(results: Results) -> None:
     """The errors of all predictions, on standard output, and what went wrong if anything did."""
+    # In a pipe there is no width to fit into.
+    console = Console() if Console().is_terminal else Console(width=160)
+    shown = range(len(_COLUMNS)) if console.width >= 130 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
-    for number, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if number < 3 else "right")
+    for number in shown:
+        table.add_column(_COLUMNS[number], justify="left" if number < 3 else "right")
     previous = None
     for row in _rows(results):
         if previous not in (None, row[0]):
             table.add_section()
-        table.add_row("" if row[0] == previous else row[0], *row[1:])
+        cells = ("" if row[0] == previous else row[0], *row[1:])
+        table.add_row(*(cells[number] for number in shown))
         previous = row[0]
-    # In a pipe there is no width to fit into.
-    console = Console() if Console().is_terminal else Console(width=160)
     console.print(table)
     for warning in _warnings(results):
         console.print(warning, soft_wrap=True)

@@ -81,7 +81,8 @@ def empirical_ntk(
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
     batch_size : int, optional
-        Rows and columns of a block; memory is then the result and the work of one block.
+        Rows and columns of a block; memory is then the result and the work of one block. Without
+        it everything is done at once, which is fastest and takes several times the result.
 
     Returns
     -------
@@ -109,7 +110,7 @@ def empirical_ntk(
     [[5.0, 11.0], [11.0, 25.0]]
     """
     everything = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
-    return _kernel(apply_fn, params, x1, x2, everything, batch_size)[0]
+    return _kernel(apply_fn, params, x1, x2, everything, batch_size, whole=True)
 
 
 def layerwise_ntk(
@@ -287,8 +288,9 @@ def _kernel(
     x2: Any,
     groups: _groups.Groups,
     batch_size: int | None,
+    whole: bool = False,
 ) -> Array:
-    """Terms of the kernel, ``(R, n1, n2, K, K)``."""
+    """Terms of the kernel, ``(R, n1, n2, K, K)``, or of a single group its term alone."""
     x1 = check_inputs(apply_fn, params, x1, "x1")
     columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
     if x1.shape[1:] != columns.shape[1:]:
@@ -305,7 +307,8 @@ def _kernel(
         f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
         _WAYS_OUT,
     )
-    return _kernel_in_blocks(apply_fn, params, x1, x2, groups, batch_size, output.shape[1])
+    n_outputs = output.shape[1]
+    return _kernel_in_blocks(apply_fn, params, x1, x2, groups, batch_size, n_outputs, whole)
 
 
 @eqx.filter_jit
@@ -317,6 +320,7 @@ def _kernel_in_blocks(
     groups: _groups.Groups,
     batch_size: int | None,
     n_outputs: int,
+    whole: bool,
 ) -> Array:
     structure = per_sample.trace(apply_fn, params, x1)
 
@@ -339,7 +343,8 @@ def _kernel_in_blocks(
     n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
     if batch_size is None or batch_size >= max(n1, n2):
         rows = factors(x1)
-        return block(rows, rows if x2 is None else factors(x2), (n1, n2))
+        result = block(rows, rows if x2 is None else factors(x2), (n1, n2))
+        return result.reshape(result.shape[1:]) if whole else result
 
     x2 = x1 if x2 is None else x2
     # The last block starts earlier rather than ends late: every block has the same shape.
@@ -359,7 +364,9 @@ def _kernel_in_blocks(
         return lax.fori_loop(0, column_starts.shape[0], fill_block, result)
 
     result = jnp.zeros((groups.size, n1, n2, n_outputs, n_outputs), dtype)
-    return lax.fori_loop(0, row_starts.shape[0], fill_row, result)
+    result = lax.fori_loop(0, row_starts.shape[0], fill_row, result)
+    # Here the reshape is free; outside, it would copy the kernel.
+    return result.reshape(result.shape[1:]) if whole else result
 
 
 def infinite_ntk(

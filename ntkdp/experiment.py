@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ntkdp import (
     _config,
@@ -316,6 +317,12 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
     return Results(config, cases, kernels, norms)
 
 
+@cache
+def _with_momentum(momentum: float) -> Callable[[Any], optax.GradientTransformation]:
+    # One object for all cases: another would compile the same program again.
+    return partial(optax.sgd, momentum=momentum)
+
+
 def _case(
     config: Config,
     problem: Problem,
@@ -328,12 +335,6 @@ def _case(
     learning_rate = case.learning_rate or training.learning_rate
     steps = case.steps or training.steps
     key = jax.random.key(config.seed + 1)
-    momentum = training.momentum
-
-    def optimizer(rate: Any) -> Any:
-        import optax
-
-        return optax.sgd(rate, momentum=momentum)
 
     report(f"{case.label}: training", 0.0)
     start = time.perf_counter()
@@ -348,7 +349,7 @@ def _case(
         steps=steps,
         noise_multiplier=training.noise_multiplier,
         sample_rate=training.sample_rate,
-        optimizer=optimizer if momentum > 0 else None,
+        optimizer=_with_momentum(training.momentum) if training.momentum > 0 else None,
         reduction=training.reduction,
         test_x=problem.test_x,
         test_targets=problem.test_targets,

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ntkdp import _validate
 from ntkdp._types import ApplyFn, Array, Params, is_traced
@@ -12,9 +12,20 @@ from ntkdp._types import ApplyFn, Array, Params, is_traced
 
 def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> Array:
     """``x`` as an array that ``apply_fn`` maps to ``(n, K)`` outputs sample by sample, or raise."""
+    return check_model(apply_fn, params, x, name)[0]
+
+
+def check_model(
+    apply_fn: ApplyFn, params: Params, x: Any, name: str = "x"
+) -> tuple[Array, jax.ShapeDtypeStruct]:
+    """The same, and what the outputs look like, ``(n, K)``."""
     x = jnp.asarray(x)
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
+    if not is_traced((params, x)):
+        known = _pass_at_once(apply_fn, params, x)
+        if known is not None:
+            return x, known
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = _validate.finite(**{name: x})
     _validate.finite(params=params)
@@ -31,18 +42,54 @@ def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> 
         )
     if x.shape[0] > 1 and not is_traced((params, x)):
         _check_independent(apply_fn, params, x[:2])
-    return x
+    return x, outputs
+
+
+def _pass_at_once(apply_fn: ApplyFn, params: Params, x: Array) -> jax.ShapeDtypeStruct | None:
+    """What the outputs look like if all is well: one compiled program, quick when called again.
+
+    None if anything is not, or cannot be known here; the checks one by one then say what.
+    """
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        return None
+    try:
+        well, outputs = _all_well(apply_fn, params, x)
+    except Exception:  # of the model's own, whatever it is: raised again where it can be named
+        return None
+    if is_traced(well) or not well:
+        return None
+    return jax.ShapeDtypeStruct((x.shape[0], outputs.shape[1]), outputs.dtype)
+
+
+@eqx.filter_jit
+def _all_well(apply_fn: ApplyFn, params: Params, x: Array) -> tuple[Array, Array]:
+    well = jnp.array(True)
+    for values in (*jax.tree.leaves(params), x):
+        if jnp.issubdtype(values.dtype, jnp.floating):
+            well &= jnp.all(jnp.isfinite(values))
+    together, alone = apply_fn(params, x[:2]), apply_fn(params, x[:1])
+    if together.ndim != 2 or together.shape[0] != x[:2].shape[0]:
+        raise ValueError("not (n, K)")
+    well &= _differ(together, alone) <= _tolerance(params)
+    return well, together
+
+
+def _differ(together: Array, alone: Array) -> Array:
+    """How far the first sample's outputs move when it has company, relative to the outputs."""
+    scale = jnp.max(jnp.abs(together)) + jnp.finfo(together.dtype).tiny
+    return jnp.max(jnp.abs(together[:1] - alone)) / scale
+
+
+def _tolerance(params: Params) -> float:
+    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
 
 
 def _check_independent(apply_fn: ApplyFn, params: Params, pair: Array) -> None:
-    both, one = apply_fn(params, pair), apply_fn(params, pair[:1])
-    if is_traced((both, one)):
+    together, alone = apply_fn(params, pair), apply_fn(params, pair[:1])
+    if is_traced((together, alone)):
         return  # constants of a program that is being traced have no values yet
-    together, alone = (np.asarray(f, dtype=np.float64) for f in (both, one))
-    scale = np.max(np.abs(together)) + np.finfo(np.float64).tiny
-    dtype = jnp.result_type(*jax.tree.leaves(params))
     # Written so that NaN, as of a normalised batch of one, does not pass.
-    if not np.max(np.abs(together[:1] - alone)) <= scale * float(jnp.finfo(dtype).eps) ** 0.5:
+    if not _differ(together, alone) <= _tolerance(params):
         raise ValueError(
             "apply_fn couples the samples of a batch (batch normalisation in training mode?): the "
             "output of a sample changes with its neighbours, so it has no per-sample gradient; "

@@ -204,6 +204,7 @@ class Algorithm(eqx.Module):
                 lambda f, y: self.loss.output_gradient(f[None], y[None]),
                 targets,
             )
+        gradients = [per_sample.for_norms(gradient) for gradient in gradients]
         squares = grouped_squared_norms(gradients, groups, n)
         usable = present
         if self.clipping.bounds_each_sample:
@@ -248,7 +249,8 @@ class Algorithm(eqx.Module):
 
         gradient = jax.grad(loss_of, has_aux=True)
         gradients, outputs = jax.vmap(gradient, in_axes=(None, 0, 0))(params, x, targets)
-        return outputs, [per_sample.Dense(leaf[:, None]) for leaf in jax.tree.leaves(gradients)]
+        leaves = jax.tree.leaves(gradients)
+        return outputs, [(per_sample.Dense(leaf[:, None]),) for leaf in leaves]
 
     def measure(self, params: Params, train: Array, clip_fraction: Array, outputs: bool) -> Any:
         """What a run records at parameters whose training outputs are known."""

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, Real
 
 #: Parameters of a network: any pytree of floating-point arrays.
 Params: TypeAlias = PyTree
@@ -38,6 +38,7 @@ __all__ = [
     "Params",
     "ProgressCallback",
     "PyTree",
+    "Real",
     "as_constant",
     "is_traced",
 ]

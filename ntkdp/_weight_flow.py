@@ -129,6 +129,7 @@ class WeightFlow(Flow):
             lambda f, y: self.loss.output_gradient(f[None], y[None]),
             self.targets,
         )
+        gradients = [per_sample.for_norms(gradient) for gradient in gradients]
         squares = grouped_squared_norms(gradients, groups, n)
         norms = clipping.norms_from_squares(squares)
         total = None

@@ -12,12 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from ntkdp import _groups, _memory, _validate, clipping
+from ntkdp import _groups, _kernel_blocks, _memory, _validate, clipping
 from ntkdp import _per_sample_gradients as per_sample
-from ntkdp._check_model import check_inputs, check_preconditioner
-from ntkdp._types import ApplyFn, Array, Float, Params
+from ntkdp._check_model import check_inputs, check_model, check_preconditioner
+from ntkdp._types import ApplyFn, Array, Float, Params, Real
 
 _WAYS_OUT = "use fewer samples, float32, one output, or the infinite-width kernel (n, n)"
 
@@ -65,8 +64,8 @@ class LayerwiseKernel(eqx.Module):
 def empirical_ntk(
     apply_fn: ApplyFn,
     params: Params,
-    x1: Float[Array, "n1 ..."],
-    x2: Float[Array, "n2 ..."] | None = None,
+    x1: Real[Array, "n1 ..."],
+    x2: Real[Array, "n2 ..."] | None = None,
     *,
     batch_size: int | None = None,
 ) -> Float[Array, "n1 n2 K K"]:
@@ -81,8 +80,8 @@ def empirical_ntk(
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
     batch_size : int, optional
-        Rows and columns of a block; memory is then the result and the work of one block. Without
-        it everything is done at once, which is fastest and takes several times the result.
+        Rows and columns of a block. By default as many samples as make a block of about 100 MiB;
+        peak memory is at most twice the result and two blocks.
 
     Returns
     -------
@@ -116,8 +115,8 @@ def empirical_ntk(
 def layerwise_ntk(
     apply_fn: ApplyFn,
     params: Params,
-    x1: Float[Array, "n1 ..."],
-    x2: Float[Array, "n2 ..."] | None = None,
+    x1: Real[Array, "n1 ..."],
+    x2: Real[Array, "n2 ..."] | None = None,
     *,
     groups: Any = None,
     batch_size: int | None = None,
@@ -158,12 +157,56 @@ def layerwise_ntk(
     return LayerwiseKernel(resolved.names, _kernel(apply_fn, params, x1, x2, resolved, batch_size))
 
 
+def gradient_structure(
+    apply_fn: ApplyFn, params: Params, x: Real[Array, "n ..."]
+) -> dict[str, str]:
+    r"""How the gradient of each parameter is computed, for those who wonder about speed.
+
+    A parameter that meets data in a *product*, a *convolution* or a *lookup* of rows is handled by
+    what entered there and the cotangent of what left, never by its gradient alone; several such
+    uses add up if they lie in the parameter alike, or apart. *Element by element* is a bias or a
+    scale, whose gradient is as small as its cotangent. All else says *per-sample Jacobian*, and
+    why: that parameter, and only it, takes n K times its size in memory for a block of n samples.
+
+    Parameters
+    ----------
+    apply_fn, params, x
+        As for :func:`empirical_ntk`.
+
+    Returns
+    -------
+    dict
+        From the key path of each parameter to a description.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`empirical_ntk`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> apply = lambda p, x: jnp.sort(x @ p["w"] + p["b"]) * jnp.sort(p["s"])
+    >>> params = {"b": jnp.ones(2), "s": jnp.ones(2), "w": jnp.ones((3, 2))}
+    >>> for name, how in ntkdp.ntk.gradient_structure(apply, params, jnp.ones((1, 3))).items():
+    ...     print(name, "-", how)
+    b - element by element
+    s - per-sample Jacobian: used in `sort`
+    w - product
+    """
+    x = check_inputs(apply_fn, params, x)
+    structure = per_sample.trace(apply_fn, params, x)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return dict(zip(names, structure.descriptions, strict=True))
+
+
 def preconditioned_ntk(
     apply_fn: ApplyFn,
     params: Params,
     preconditioner: Params,
-    x1: Float[Array, "n1 ..."],
-    x2: Float[Array, "n2 ..."] | None = None,
+    x1: Real[Array, "n1 ..."],
+    x2: Real[Array, "n2 ..."] | None = None,
     *,
     batch_size: int | None = None,
 ) -> Float[Array, "n1 n2 K K"]:
@@ -208,7 +251,7 @@ def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Ar
 def per_sample_gradient_norms(
     apply_fn: ApplyFn,
     params: Params,
-    x: Float[Array, "n ..."],
+    x: Real[Array, "n ..."],
     output_gradient: Float[Array, "n K"],
     *,
     groups: Any = None,
@@ -247,9 +290,9 @@ def per_sample_gradient_norms(
     >>> ntkdp.per_sample_gradient_norms(lambda w, x: x @ w, jnp.ones((2, 1)), x, a).tolist()
     [10.0]
     """
-    x = check_inputs(apply_fn, params, x)
+    x, outputs = check_model(apply_fn, params, x)
     output_gradient = jnp.asarray(output_gradient)
-    expected = jax.eval_shape(apply_fn, params, x).shape
+    expected = outputs.shape
     if output_gradient.shape != expected:
         raise ValueError(
             f"output_gradient must have the shape of the outputs, {expected}, "
@@ -270,6 +313,7 @@ def _norms(
 ) -> Array:
     structure = per_sample.trace(apply_fn, params, x)
     _, factors = per_sample.factored(structure, params, x, lambda f, a: a[None], output_gradient)
+    factors = [per_sample.for_norms(factor) for factor in factors]
     return clipping.norms_from_squares(grouped_squared_norms(factors, groups, x.shape[0]))
 
 
@@ -291,7 +335,7 @@ def _kernel(
     whole: bool = False,
 ) -> Array:
     """Terms of the kernel, ``(R, n1, n2, K, K)``, or of a single group its term alone."""
-    x1 = check_inputs(apply_fn, params, x1, "x1")
+    x1, output = check_model(apply_fn, params, x1, "x1")
     columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
     if x1.shape[1:] != columns.shape[1:]:
         raise ValueError(
@@ -300,7 +344,6 @@ def _kernel(
     x2 = None if x2 is None else columns
     if batch_size is not None:
         batch_size = _validate.count(batch_size=batch_size)
-    output = jax.eval_shape(apply_fn, params, x1)
     shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
     _memory.require(
         int(np.prod(shape, dtype=object)) * output.dtype.itemsize,
@@ -325,46 +368,11 @@ def _kernel_in_blocks(
     structure = per_sample.trace(apply_fn, params, x1)
 
     def factors(x: Array) -> list[per_sample.Factor]:
-        def basis(f: Array) -> Array:
-            return jnp.eye(n_outputs, dtype=f.dtype)
+        return per_sample.factored_for_kernel(structure, params, x)
 
-        return per_sample.factored(structure, params, x, basis)[1]
-
-    def block(
-        rows: list[per_sample.Factor], columns: list[per_sample.Factor], shape: tuple[int, int]
-    ) -> Array:
-        terms: list[Any] = [0.0] * groups.size
-        for group, row, column in zip(groups.leaf_to_group, rows, columns, strict=True):
-            terms[group] = terms[group] + per_sample.kernel(row, column)
-        full = (shape[0], n_outputs, shape[1], n_outputs)
-        stacked = jnp.stack([jnp.broadcast_to(term, full) for term in terms])
-        return jnp.transpose(stacked, (0, 1, 3, 2, 4))
-
-    n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
-    if batch_size is None or batch_size >= max(n1, n2):
-        rows = factors(x1)
-        result = block(rows, rows if x2 is None else factors(x2), (n1, n2))
-        return result.reshape(result.shape[1:]) if whole else result
-
-    x2 = x1 if x2 is None else x2
-    # The last block starts earlier rather than ends late: every block has the same shape.
-    height, width = min(batch_size, n1), min(batch_size, n2)
-    row_starts = jnp.minimum(jnp.arange(0, n1, height), n1 - height)
-    column_starts = jnp.minimum(jnp.arange(0, n2, width), n2 - width)
-    dtype = jax.eval_shape(lambda x: block(factors(x), factors(x), (1, 1)), x1[:1]).dtype
-
-    def fill_row(i: Any, result: Array) -> Array:
-        rows = factors(lax.dynamic_slice_in_dim(x1, row_starts[i], height))
-
-        def fill_block(j: Any, result: Array) -> Array:
-            columns = factors(lax.dynamic_slice_in_dim(x2, column_starts[j], width))
-            start = (0, row_starts[i], column_starts[j], 0, 0)
-            return lax.dynamic_update_slice(result, block(rows, columns, (height, width)), start)
-
-        return lax.fori_loop(0, column_starts.shape[0], fill_block, result)
-
-    result = jnp.zeros((groups.size, n1, n2, n_outputs, n_outputs), dtype)
-    result = lax.fori_loop(0, row_starts.shape[0], fill_row, result)
+    result = _kernel_blocks.assemble(
+        factors, groups.leaf_to_group, groups.size, n_outputs, x1, x2, batch_size
+    )
     # Here the reshape is free; outside, it would copy the kernel.
     return result.reshape(result.shape[1:]) if whole else result
 

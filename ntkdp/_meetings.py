@@ -1,0 +1,222 @@
+"""How a weight meets data in one equation of a jaxpr: products, convolutions, lookups of rows.
+
+The readers give what entered and the cotangent of what left as the factors of the weight's gradient
+``sum_t x[g, t, p] delta[g, t, q]`` for each sample, and where that gradient lies in the weight.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp._layout import Layout, Reshaped
+from ntkdp._types import Array
+
+#: Windows up to this size, and channels from this number on, are worth a product for each place.
+_LARGEST_SUMMED_WINDOW, _FEWEST_CHANNELS = 32, 8
+
+
+class Meeting(NamedTuple):
+    """Readers of both factors, and the extents ``(g, p, q)`` and layout of the gradient.
+
+    ``read_input`` reads the data of all samples at once, ``(n, *shape)``, as ``(n, g, t, p)``;
+    ``read_cotangent`` a cotangent of one as ``(g, t, q)``. A lookup reads row numbers ``(n, t)``,
+    -1 where the row does not exist, and cotangents ``(t, q)``.
+    """
+
+    kind: str
+    extents: tuple[int, int, int]
+    layout: Layout
+    read_input: Callable[[Array], Array]
+    read_cotangent: Callable[[Array], Array]
+    #: The same operation in a form that many cotangents of the data go through faster.
+    evaluate_for_many: Callable[[Array, Array], Array] | None = None
+
+
+def find(eqn: Any, position: int) -> Meeting | None:
+    """The meeting of the weight at this position with the other operand, or None."""
+    name = eqn.primitive.name
+    if name == "dot_general":
+        return _product(eqn, position)
+    if name == "conv_general_dilated" and position == 1 and eqn.params["batch_group_count"] == 1:
+        return _convolution(eqn)
+    if name == "gather" and position == 0:
+        return _lookup(eqn)
+    return None
+
+
+def _in_order(order: Sequence[int], weight_shape: tuple[int, ...]) -> Layout:
+    """The layout of a gradient whose axes are the weight's in this order."""
+    permutation = tuple(int(i) for i in np.argsort(order))
+    return Layout(tuple(weight_shape[d] for d in order), permutation, ())
+
+
+def _product(eqn: Any, position: int) -> Meeting:
+    contracting, batch = eqn.params["dimension_numbers"]
+    weight_shape = eqn.invars[position].aval.shape
+    data_ndim = eqn.invars[1 - position].aval.ndim
+    weight_blocks, data_blocks = list(batch[position]), list(batch[1 - position])
+    weight_in, data_in = list(contracting[position]), list(contracting[1 - position])
+    weight_out = [d for d in range(len(weight_shape)) if d not in weight_blocks + weight_in]
+    data_positions = [d for d in range(data_ndim) if d not in data_blocks + data_in]
+    g, p, q = (
+        math.prod(weight_shape[d] for d in axes) for axes in (weight_blocks, weight_in, weight_out)
+    )
+
+    def read_input(x: Array) -> Array:
+        order = data_blocks + data_positions + data_in
+        return jnp.transpose(x, [0, *(d + 1 for d in order)]).reshape(x.shape[0], g, -1, p)
+
+    def read_cotangent(delta: Array) -> Array:
+        if position == 0:
+            return jnp.swapaxes(delta.reshape(g, q, -1), 1, 2)
+        return delta.reshape(g, -1, q)
+
+    layout = _in_order(weight_blocks + weight_in + weight_out, weight_shape)
+    return Meeting("product", (g, p, q), layout, read_input, read_cotangent)
+
+
+def _convolution(eqn: Any) -> Meeting:
+    numbers = eqn.params["dimension_numbers"]
+    groups = eqn.params["feature_group_count"]
+    weight_shape = eqn.invars[1].aval.shape
+    out_axis, in_axis, *window_axes = numbers.rhs_spec
+    q = weight_shape[out_axis] // groups
+
+    def read_input(x: Array) -> Array:
+        windows = _windows(x, eqn)  # (n, t, window, g * in)
+        n, t, window, _ = windows.shape
+        windows = jnp.moveaxis(windows.reshape(n, t, window, groups, -1), 3, 1)
+        return windows.reshape(n, groups, t, -1)
+
+    def read_cotangent(delta: Array) -> Array:
+        batch_axis, feature_axis, *spatial_axes = numbers.out_spec
+        delta = jnp.transpose(delta, (batch_axis, *spatial_axes, feature_axis))
+        return jnp.moveaxis(delta.reshape(-1, groups, q), 1, 0)
+
+    # The gradient comes as (g, *window, in, q); the filters of a group are q consecutive outputs.
+    source = {axis: [1 + i] for i, axis in enumerate((*window_axes, in_axis))}
+    source[out_axis] = [0, len(weight_shape)]
+    permutation = tuple(i for axis in range(len(weight_shape)) for i in source[axis])
+    window = [weight_shape[d] for d in window_axes]
+    shape = (groups, *window, weight_shape[in_axis], q)
+    layout = Layout(shape, permutation, (Reshaped(weight_shape),))
+    extents = (groups, math.prod(shape[1:-1]), q)
+    by_places = (
+        groups == 1
+        and math.prod(eqn.params["window_strides"]) > 1
+        and math.prod(window) <= _LARGEST_SUMMED_WINDOW
+        and weight_shape[in_axis] >= _FEWEST_CHANNELS
+    )
+    evaluate = functools.partial(_convolve_by_places, eqn) if by_places else None
+    return Meeting("convolution", extents, layout, read_input, read_cotangent, evaluate)
+
+
+def _convolve_by_places(eqn: Any, x: Array, filters: Array) -> Array:
+    """A convolution of one sample as a sum of products, one for each place in the window.
+
+    The cotangent of the data then comes from products, too. As a convolution with gaps between its
+    inputs it would multiply the zeros in the gaps.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    out_axis, in_axis, *window_axes = numbers.rhs_spec
+    filters = jnp.transpose(filters, (*window_axes, in_axis, out_axis))
+    filters = filters.reshape(-1, *filters.shape[-2:])
+    starts, out = _window_and_output(eqn)
+    strides = eqn.params["window_strides"]
+    (x,) = _padded(x[None], eqn)
+    pieces = []
+    for start in itertools.product(*starts):
+        end = [s + (m - 1) * stride + 1 for s, m, stride in zip(start, out, strides, strict=True)]
+        pieces.append(lax.slice(x, (*start, 0), (*end, x.shape[-1]), (*strides, 1)))
+    total = functools.reduce(jnp.add, map(jnp.matmul, pieces, filters))
+    batch_axis, feature_axis, *spatial_axes = numbers.out_spec
+    order = np.argsort((batch_axis, *spatial_axes, feature_axis))
+    return jnp.transpose(total[None], [int(d) for d in order])
+
+
+def _padded(x: Array, eqn: Any) -> Array:
+    """Samples ``(n, 1, ...)`` with their padding and gaps, ``(n, *spatial, channels)``."""
+    params = eqn.params
+    batch_axis, feature_axis, *spatial_axes = params["dimension_numbers"].lhs_spec
+    order = (batch_axis, *spatial_axes, feature_axis)
+    x = jnp.transpose(x, [0, *(d + 1 for d in order)])[:, 0]
+    padding = [
+        (*sides, spread - 1)
+        for sides, spread in zip(params["padding"], params["lhs_dilation"], strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+
+
+def _window_and_output(eqn: Any) -> tuple[list[Any], list[int]]:
+    """Where the places in the window begin along each axis, and the extents of the output."""
+    numbers = eqn.params["dimension_numbers"]
+    window = [eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec[2:]]
+    starts = [np.arange(m) * d for m, d in zip(window, eqn.params["rhs_dilation"], strict=True)]
+    return starts, [eqn.outvars[0].aval.shape[d] for d in numbers.out_spec[2:]]
+
+
+def _windows(x: Array, eqn: Any) -> Array:
+    """What each place of the output sees of samples ``(n, 1, ...)``: ``(n, t, window, channels)``.
+
+    Corners that are computed, not constants, let it become one loop that copies pieces: several
+    times faster than slices or a convolution with the identity.
+    """
+    # Held back here, or all that led to x would be computed again for each window.
+    x = lax.optimization_barrier(_padded(x, eqn))
+    starts, out = _window_and_output(eqn)
+    extent = [start[-1] + 1 for start in starts]
+    dilation = tuple(slice(None, None, d) for d in eqn.params["rhs_dilation"])
+    corners = [
+        jnp.arange(m) * stride for m, stride in zip(out, eqn.params["window_strides"], strict=True)
+    ]
+
+    def of_sample(x_i: Array) -> Array:
+        def window(*corner: Array) -> Array:
+            return lax.dynamic_slice(x_i, (*corner, 0), (*extent, x_i.shape[-1]))[dilation]
+
+        along_axes = window
+        for axis in reversed(range(len(out))):
+            in_axes = [0 if d == axis else None for d in range(len(out))]
+            along_axes = jax.vmap(along_axes, in_axes)
+        return along_axes(*corners)
+
+    return jax.vmap(of_sample)(x).reshape(x.shape[0], math.prod(out), -1, x.shape[-1])
+
+
+def _lookup(eqn: Any) -> Meeting | None:
+    numbers = eqn.params["dimension_numbers"]
+    table_shape = eqn.invars[0].aval.shape
+    if numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+        return None
+    (axis,) = numbers.start_index_map
+    others = [d for d in range(len(table_shape)) if d != axis]
+    sizes = eqn.params["slice_sizes"]
+    if tuple(numbers.collapsed_slice_dims) != (axis,) or any(
+        sizes[d] != table_shape[d] for d in others
+    ):
+        return None
+    mode, last = eqn.params["mode"], table_shape[axis] - 1
+    width = math.prod(table_shape[d] for d in others)
+    offsets = list(numbers.offset_dims)
+
+    def read_input(index: Array) -> Array:
+        rows = index.reshape(index.shape[0], -1)
+        if mode == lax.GatherScatterMode.CLIP:
+            return jnp.clip(rows, 0, last)
+        if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+            return rows
+        return jnp.where((rows >= 0) & (rows <= last), rows, -1)
+
+    def read_cotangent(delta: Array) -> Array:
+        positions = [d for d in range(delta.ndim) if d not in offsets]
+        return jnp.transpose(delta, positions + offsets).reshape(-1, width)
+
+    layout = _in_order([axis, *others], table_shape)
+    return Meeting("lookup", (1, table_shape[axis], width), layout, read_input, read_cotangent)

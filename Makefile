@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow accuracy pins clean
+.PHONY: help lint format types architecture test test-slow accuracy bench pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test-slow:  ## The larger checks that `make test` leaves out
 
 accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
 	uv run ntkdp compare benchmarks/digits_accuracy.toml
+
+bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about fifteen minutes)
+	uv run python benchmarks/bench.py
 
 pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
 	uv run python benchmarks/pin_versions.py

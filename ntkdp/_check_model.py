@@ -88,6 +88,11 @@ def _check_independent(apply_fn: ApplyFn, params: Params, pair: Array) -> None:
     together, alone = apply_fn(params, pair), apply_fn(params, pair[:1])
     if is_traced((together, alone)):
         return  # constants of a program that is being traced have no values yet
+    if not jnp.all(jnp.isfinite(together)):
+        raise ValueError(
+            "apply_fn(params, x) must be finite, got NaN or infinity; the model overflows, or "
+            "divides by zero, at these parameters"
+        )
     # Written so that NaN, as of a normalised batch of one, does not pass.
     if not _differ(together, alone) <= _tolerance(params):
         raise ValueError(

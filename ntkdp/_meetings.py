@@ -87,13 +87,15 @@ def _convolution(eqn: Any) -> Meeting:
     groups = eqn.params["feature_group_count"]
     weight_shape = eqn.invars[1].aval.shape
     out_axis, in_axis, *window_axes = numbers.rhs_spec
-    q = weight_shape[out_axis] // groups
+    window = [weight_shape[d] for d in window_axes]
+    n_in, q = weight_shape[in_axis], weight_shape[out_axis] // groups
+    extents = (groups, math.prod(window) * n_in, q)
 
     def read_input(x: Array) -> Array:
         windows = _windows(x, eqn)  # (n, t, window, g * in)
-        n, t, window, _ = windows.shape
-        windows = jnp.moveaxis(windows.reshape(n, t, window, groups, -1), 3, 1)
-        return windows.reshape(n, groups, t, -1)
+        windows = windows.reshape(*windows.shape[:3], groups, n_in)
+        windows = jnp.moveaxis(windows, 3, 1)
+        return windows.reshape(*windows.shape[:3], extents[1])
 
     def read_cotangent(delta: Array) -> Array:
         batch_axis, feature_axis, *spatial_axes = numbers.out_spec
@@ -104,15 +106,13 @@ def _convolution(eqn: Any) -> Meeting:
     source = {axis: [1 + i] for i, axis in enumerate((*window_axes, in_axis))}
     source[out_axis] = [0, len(weight_shape)]
     permutation = tuple(i for axis in range(len(weight_shape)) for i in source[axis])
-    window = [weight_shape[d] for d in window_axes]
-    shape = (groups, *window, weight_shape[in_axis], q)
+    shape = (groups, *window, n_in, q)
     layout = Layout(shape, permutation, (Reshaped(weight_shape),))
-    extents = (groups, math.prod(shape[1:-1]), q)
     by_places = (
         groups == 1
         and math.prod(eqn.params["window_strides"]) > 1
         and math.prod(window) <= _LARGEST_SUMMED_WINDOW
-        and weight_shape[in_axis] >= _FEWEST_CHANNELS
+        and n_in >= _FEWEST_CHANNELS
     )
     evaluate = functools.partial(_convolve_by_places, eqn) if by_places else None
     return Meeting("convolution", extents, layout, read_input, read_cotangent, evaluate)
@@ -130,23 +130,28 @@ def _convolve_by_places(eqn: Any, x: Array, filters: Array) -> Array:
     filters = filters.reshape(-1, *filters.shape[-2:])
     starts, out = _window_and_output(eqn)
     strides = eqn.params["window_strides"]
-    (x,) = _padded(x[None], eqn)
+    x = _padded(x[None], eqn)
+    batch, channels = x.shape[0], x.shape[-1]
     pieces = []
     for start in itertools.product(*starts):
         end = [s + (m - 1) * stride + 1 for s, m, stride in zip(start, out, strides, strict=True)]
-        pieces.append(lax.slice(x, (*start, 0), (*end, x.shape[-1]), (*strides, 1)))
+        pieces.append(lax.slice(x, (0, *start, 0), (batch, *end, channels), (1, *strides, 1)))
     total = functools.reduce(jnp.add, map(jnp.matmul, pieces, filters))
     batch_axis, feature_axis, *spatial_axes = numbers.out_spec
     order = np.argsort((batch_axis, *spatial_axes, feature_axis))
-    return jnp.transpose(total[None], [int(d) for d in order])
+    return jnp.transpose(total, [int(d) for d in order])
 
 
 def _padded(x: Array, eqn: Any) -> Array:
-    """Samples ``(n, 1, ...)`` with their padding and gaps, ``(n, *spatial, channels)``."""
+    """Samples ``(n, batch, ...)`` with padding and gaps, ``(n * batch, *spatial, channels)``.
+
+    A sample is a batch of one, or of more: the frames of a film.
+    """
     params = eqn.params
     batch_axis, feature_axis, *spatial_axes = params["dimension_numbers"].lhs_spec
     order = (batch_axis, *spatial_axes, feature_axis)
-    x = jnp.transpose(x, [0, *(d + 1 for d in order)])[:, 0]
+    x = jnp.transpose(x, [0, *(d + 1 for d in order)])
+    x = x.reshape(-1, *x.shape[2:])
     padding = [
         (*sides, spread - 1)
         for sides, spread in zip(params["padding"], params["lhs_dilation"], strict=True)
@@ -163,14 +168,20 @@ def _window_and_output(eqn: Any) -> tuple[list[Any], list[int]]:
 
 
 def _windows(x: Array, eqn: Any) -> Array:
-    """What each place of the output sees of samples ``(n, 1, ...)``: ``(n, t, window, channels)``.
+    """What each place of the output sees of samples ``(n, batch, ...)``.
+
+    The result is ``(n, t, window, channels)``, with the places of all the batch along t.
 
     Corners that are computed, not constants, let it become one loop that copies pieces: several
     times faster than slices or a convolution with the identity.
     """
     # Held back here, or all that led to x would be computed again for each window.
-    x = lax.optimization_barrier(_padded(x, eqn))
+    n = x.shape[0]
     starts, out = _window_and_output(eqn)
+    x = lax.optimization_barrier(_padded(x, eqn))
+    places, window_size = x.shape[0] // n * math.prod(out), math.prod(map(len, starts))
+    if places == 0:
+        return jnp.zeros((n, 0, window_size, x.shape[-1]), x.dtype)
     extent = [start[-1] + 1 for start in starts]
     dilation = tuple(slice(None, None, d) for d in eqn.params["rhs_dilation"])
     corners = [
@@ -187,7 +198,7 @@ def _windows(x: Array, eqn: Any) -> Array:
             along_axes = jax.vmap(along_axes, in_axes)
         return along_axes(*corners)
 
-    return jax.vmap(of_sample)(x).reshape(x.shape[0], math.prod(out), -1, x.shape[-1])
+    return jax.vmap(of_sample)(x).reshape(n, places, window_size, x.shape[-1])
 
 
 def _lookup(eqn: Any) -> Meeting | None:
@@ -208,6 +219,9 @@ def _lookup(eqn: Any) -> Meeting | None:
 
     def read_input(index: Array) -> Array:
         rows = index.reshape(index.shape[0], -1)
+        if jnp.issubdtype(rows.dtype, jnp.unsignedinteger):
+            rows = jnp.minimum(rows, min(last + 1, jnp.iinfo(rows.dtype).max))
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.int32))
         if mode == lax.GatherScatterMode.CLIP:
             return jnp.clip(rows, 0, last)
         if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:

@@ -122,9 +122,10 @@ def factored(
     for number, site in enumerate(sites):
         places.setdefault((site.leaf, site.place), []).append(number)
     for together in places.values():
-        site = sites[together[0]]
-        part = _part(site, [data[i] for i in together], [deltas[i] for i in together])
-        factors[site.leaf] = (*factors[site.leaf], part)
+        met = [sites[i] for i in together]
+        part = _part(met, [data[i] for i in together], [deltas[i] for i in together])
+        leaf = met[0].leaf
+        factors[leaf] = (*factors[leaf], part)
     for index, gradient in zip(structure.loose, gradients, strict=True):
         factors[index] = (Dense(gradient),)
     return outputs, factors
@@ -162,26 +163,31 @@ def _scale(view: View) -> Array | None:
     return None if unscaled else jnp.asarray(view.scale)
 
 
-def _part(site: Site, data: list[tuple[Array, Array | None]], deltas: list[Array]) -> Part:
+def _part(sites: list[Site], data: list[tuple[Array, Array | None]], deltas: list[Array]) -> Part:
     """The sum over meetings in one place, each with its data and scale."""
-    meeting = site.meeting
+    layout, meeting = sites[0].layout, sites[0].meeting
+    if len(sites) == 1 and _is_worth_forming(sites[0], deltas[0]):
+        return Dense(_formed_by_samples(meeting, *data[0], deltas[0]), layout)
+    # Meetings in one place may still differ in how their data lies.
+    read = [site.meeting.read_input(values) for site, (values, _) in zip(sites, data, strict=True)]
+    scales = [scale for _, scale in data]
     if meeting.kind == "lookup":
         # Row numbers cannot carry a scale.
-        scaled = [_times(delta, scale) for delta, (_, scale) in zip(deltas, data, strict=True)]
-        rows = jnp.concatenate([meeting.read_input(index) for index, _ in data], axis=-1)
+        scaled = [_times(delta, scale) for delta, scale in zip(deltas, scales, strict=True)]
+        rows = jnp.concatenate(read, axis=-1)
         exists = (rows >= 0)[:, None, :, None]
         cotangents = jnp.where(exists, jnp.concatenate(scaled, axis=-2), 0)
         _, n_rows, _ = meeting.extents
-        return Lookup(jnp.maximum(rows, 0), cotangents, n_rows, site.layout)
-    if meeting.kind == "convolution" and len(data) == 1 and _is_worth_forming(site, deltas[0]):
-        return Dense(_formed_by_samples(meeting, *data[0], deltas[0]), site.layout)
-    inputs = [_times(meeting.read_input(values), scale) for values, scale in data]
-    return Outer(jnp.concatenate(inputs, axis=-2), jnp.concatenate(deltas, axis=-2), site.layout)
+        return Lookup(jnp.maximum(rows, 0), cotangents, n_rows, layout)
+    inputs = [_times(values, scale) for values, scale in zip(read, scales, strict=True)]
+    return Outer(jnp.concatenate(inputs, axis=-2), jnp.concatenate(deltas, axis=-2), layout)
 
 
 def _is_worth_forming(site: Site, delta: Array) -> bool:
+    if site.meeting.kind != "convolution" or delta.shape[1] > 1:
+        return False
     _, p, q = site.meeting.extents
-    return delta.shape[1] == 1 and is_formed_for_norms(delta.shape[3], p, q)
+    return is_formed_for_norms(delta.shape[3], p, q)
 
 
 def _formed_by_samples(meeting: Meeting, data: Array, scale: Array | None, deltas: Array) -> Array:

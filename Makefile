@@ -28,7 +28,7 @@ test-slow:  ## The larger checks that `make test` leaves out
 accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
 	uv run ntkdp compare benchmarks/digits_accuracy.toml
 
-bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about fifteen minutes)
+bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py
 
 pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml

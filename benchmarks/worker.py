@@ -10,6 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 
+#: A turn goes on for so long: after another process had the machine, a first call is slow.
+SECONDS_OF_A_TURN = 0.25
+
+
+def _timed(call: Callable[[], None]) -> list[float]:
+    """Seconds of each call of one turn."""
+    taken: list[float] = []
+    while sum(taken) < SECONDS_OF_A_TURN:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken
+
 
 def main() -> None:
     """Answer until the input ends."""
@@ -19,18 +32,11 @@ def main() -> None:
     print(json.dumps({"cases": sorted(module.CASES)}), file=answers, flush=True)
     ready: dict[str, Callable[[], None]] = {}
     for line in sys.stdin:
-        request = json.loads(line)
-        case = request["case"]
-        if request["do"] == "drop":
-            ready.clear()
-            answer: dict[str, float] = {}
-        else:
-            if case not in ready:
-                ready[case] = module.CASES[case]()
-                ready[case]()
-            start = time.perf_counter()
+        case = json.loads(line)["case"]
+        if case not in ready:
+            ready[case] = module.CASES[case]()
             ready[case]()
-            answer = {"seconds": time.perf_counter() - start}
+        answer = {"seconds": _timed(ready[case])}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -56,10 +56,15 @@ Factor: TypeAlias = tuple[Part, ...]
 
 def _materialised(part: Part) -> Dense:
     if isinstance(part, Outer):
-        if part.cotangents.shape[1] > 1:
-            return Dense(_formed(*_positions_last(part)), part.layout)
-        gradients = jnp.einsum("ngtq,ngtp->ngqp", part.cotangents[:, 0], part.inputs)
-        return Dense(gradients[:, None], part.layout)
+
+        def one(delta: Array) -> Array:
+            return jnp.einsum("ngtq,ngtp->ngqp", delta, part.inputs)
+
+        if part.cotangents.shape[1] == 1:
+            return Dense(one(part.cotangents[:, 0])[:, None], part.layout)
+        # One cotangent at a time, these are products that need no rearrangement before.
+        gradients = lax.map(one, jnp.moveaxis(part.cotangents, 1, 0))
+        return Dense(jnp.moveaxis(gradients, 0, 1), part.layout)
     if isinstance(part, Lookup):
         n, b, _, q = part.cotangents.shape
         table = jnp.zeros((n, b, part.n_rows, q), part.cotangents.dtype)
@@ -101,13 +106,13 @@ def is_formed_for_norms(t: int, p: int, q: int) -> bool:
 
 
 def for_kernel(factor: Factor) -> Factor:
-    """The form for inner products: gradients that take no more memory than their cotangents."""
+    """The form for inner products: gradients that take little more memory than cotangents do."""
 
     def settle(part: Part) -> Part:
         if isinstance(part, Outer):
             _, _, t, p, q = _extents(part)
             if is_formed_for_kernel(t, p, q):
-                return _formed_one_by_one(part)
+                return _materialised(part)
         return part
 
     return tuple(settle(part) for part in factor)
@@ -116,16 +121,6 @@ def for_kernel(factor: Factor) -> Factor:
 def is_formed_for_kernel(t: int, p: int, q: int) -> bool:
     """Whether a gradient takes little more memory than its cotangents."""
     return t > 1 and p * q <= 2 * t * q
-
-
-def _formed_one_by_one(part: Outer) -> Dense:
-    """Formed for one cotangent at a time, as products that need no rearrangement before."""
-
-    def one(delta: Array) -> Array:
-        return jnp.einsum("ngtq,ngtp->ngqp", delta, part.inputs)
-
-    gradients = lax.map(one, jnp.moveaxis(part.cotangents, 1, 0))
-    return Dense(jnp.moveaxis(gradients, 0, 1), part.layout)
 
 
 def squared_norms(factor: Factor, n: int) -> Array:

@@ -194,10 +194,10 @@ def _rigid(
         ]
     if name == "neg":
         return [Value(out, view._replace(scale=-view.scale))]
-    if len(values) != 2:
+    if len(values) != 2 or np.shape(out) != before:
         return None
     other = values[1 - position]
-    if name in {"add", "sub"} and other.constant and np.shape(out) == before:
+    if name in {"add", "sub"} and other.constant:
         sign = -1.0 if name == "sub" and position == 1 else 1.0
         return [Value(out, view._replace(scale=sign * view.scale))]
     if name in {"mul", "div"} and other.uniform and not (name == "div" and position == 1):

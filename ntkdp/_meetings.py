@@ -175,10 +175,9 @@ def _windows(x: Array, eqn: Any) -> Array:
     Corners that are computed, not constants, let it become one loop that copies pieces: several
     times faster than slices or a convolution with the identity.
     """
-    # Held back here, or all that led to x would be computed again for each window.
     n = x.shape[0]
     starts, out = _window_and_output(eqn)
-    x = lax.optimization_barrier(_padded(x, eqn))
+    x = _padded(x, eqn)
     places, window_size = x.shape[0] // n * math.prod(out), math.prod(map(len, starts))
     if places == 0:
         return jnp.zeros((n, 0, window_size, x.shape[-1]), x.dtype)

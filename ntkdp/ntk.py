@@ -16,49 +16,23 @@ import numpy as np
 from ntkdp import _groups, _kernel_blocks, _memory, _validate, clipping
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
+from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
+from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._types import ApplyFn, Array, Float, Params, Real
 
+__all__ = [
+    "LayerwiseKernel",
+    "empirical_ntk",
+    "gradient_structure",
+    "grouped_squared_norms",
+    "infinite_ntk",
+    "layerwise_infinite_ntk",
+    "layerwise_ntk",
+    "per_sample_gradient_norms",
+    "preconditioned_ntk",
+]
+
 _WAYS_OUT = "use fewer samples, float32, one output, or the infinite-width kernel (n, n)"
-
-
-class LayerwiseKernel(eqx.Module):
-    """A kernel as a sum of one term a parameter group; a pytree.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Names of the groups, in the order of the terms.
-    values : array
-        ``(R, n1, n2, K, K)``, or ``(R, n1, n2)`` meaning ``(x) I_K``.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> ntkdp.LayerwiseKernel(("hidden", "output"), jnp.ones((2, 3, 3))).total[0, 0].item()
-    2.0
-    """
-
-    names: tuple[str, ...] = eqx.field(static=True, converter=tuple)
-    values: Array
-
-    def __check_init__(self) -> None:
-        ndim = getattr(self.values, "ndim", None)
-        if ndim is None:
-            return  # a pytree transformation holds the place of the array
-        if ndim not in (3, 5):
-            raise ValueError(
-                f"values must have shape (R, n1, n2, K, K) or (R, n1, n2), got {self.values.shape}"
-            )
-        if self.values.shape[0] != len(self.names):
-            raise ValueError(
-                f"values must hold one term for each of the {len(self.names)} names, "
-                f"got {self.values.shape[0]}"
-            )
-
-    @property
-    def total(self) -> Array:
-        """The whole kernel, the sum of the terms: ``(n1, n2, K, K)`` or ``(n1, n2)``."""
-        return jnp.sum(self.values, axis=0)
 
 
 def empirical_ntk(
@@ -375,128 +349,3 @@ def _kernel_in_blocks(
     )
     # Here the reshape is free; outside, it would copy the kernel.
     return result.reshape(result.shape[1:]) if whole else result
-
-
-def infinite_ntk(
-    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
-) -> Float[Array, "n1 n2"]:
-    r"""Infinite-width neural tangent kernel :math:`\Theta`, meaning :math:`\Theta \otimes I_K`.
-
-    Parameters
-    ----------
-    model : Model
-        A model with a ``kernel_fn``, for instance of :func:`ntkdp.models.mlp`.
-    x1, x2 : array
-        Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
-
-    Returns
-    -------
-    array
-        ``(n1, n2)``.
-
-    Raises
-    ------
-    ValueError
-        A model that has no infinite-width kernel; empty or non-finite inputs.
-
-    Notes
-    -----
-    Jacot et al. (2018); computed by neural-tangents.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> model = ntkdp.models.mlp([16], 1)
-    >>> ntkdp.infinite_ntk(model, jnp.eye(3)).shape
-    (3, 3)
-    """
-    if getattr(model, "kernel_fn", None) is None:
-        raise ValueError(
-            f"model must have an infinite-width kernel, got {type(model).__name__} with "
-            "kernel_fn=None; use empirical_ntk, or a model built with ntkdp.models.mlp, cnn, "
-            "serial or from_stax"
-        )
-    x1, x2 = _check_infinite_inputs(x1, x2)
-    _require_infinite(1, x1, x2)
-    return _compiled(model.kernel_fn, x1, x2, "ntk")
-
-
-def layerwise_infinite_ntk(
-    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
-) -> LayerwiseKernel:
-    r"""Infinite-width kernel by layer, :math:`\Theta = \sum_r \Theta_r`.
-
-    The term of layer r is the kernel of the network in which only layer r is trained.
-
-    Parameters
-    ----------
-    model : Model
-        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``.
-    x1, x2 : array
-        As for :func:`infinite_ntk`.
-
-    Returns
-    -------
-    LayerwiseKernel
-        Values ``(R, n1, n2)``, named as the parameter groups of the model.
-
-    Raises
-    ------
-    ValueError
-        A model without an infinite-width kernel or without layer terms.
-
-    Notes
-    -----
-    The recursion of Jacot et al. (2018) with the tangent kernel started at layer r.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> model = ntkdp.models.mlp([16], 1)
-    >>> ntkdp.layerwise_infinite_ntk(model, jnp.eye(3)).names
-    ('0', '2')
-    """
-    if getattr(model, "layer_kernel_fn", None) is None:
-        raise ValueError(
-            f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
-            "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
-        )
-    x1, x2 = _check_infinite_inputs(x1, x2)
-    params = jax.eval_shape(model.init, jax.random.key(0), x1)
-    _require_infinite(_groups.resolve(params).size, x1, x2)
-    terms = _compiled(model.layer_kernel_fn, x1, x2)
-    return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
-
-
-@eqx.filter_jit
-def _compiled(kernel_fn: Any, *args: Any) -> Any:
-    # Op by op, neural-tangents compiles a hundred small programs.
-    return kernel_fn(*args)
-
-
-def _require_infinite(n_terms: int, x1: Array, x2: Array | None) -> None:
-    shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
-    itemsize = jnp.result_type(x1.dtype, float).itemsize
-    _memory.require(
-        n_terms * shape[0] * shape[1] * itemsize,
-        f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",
-        "use fewer samples or float32",
-    )
-
-
-def _check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
-    checked: list[Any] = []
-    for name, x in (("x1", x1), ("x2", x2)):
-        if x is None:
-            checked.append(None)
-            continue
-        x = jnp.asarray(x)
-        if x.ndim < 2 or x.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
-        checked.append(_validate.finite(**{name: x}))
-    if checked[1] is not None and checked[0].shape[1:] != checked[1].shape[1:]:
-        raise ValueError(
-            f"x2 must have samples of the shape of x1's, {checked[0].shape[1:]}, "
-            f"got {checked[1].shape[1:]}"
-        )
-    return checked[0], checked[1]

@@ -9,6 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkdp"
 
+KERNELS = {
+    "ntk",
+    "_infinite_ntk",
+    "_layerwise_kernel",
+    "_kernel_blocks",
+    "_per_sample_gradients",
+    "_gradient_sites",
+    "_gradient_factors",
+    "_meetings",
+    "_layout",
+    "_groups",
+    "_check_model",
+}
+
 LAYERS: dict[int, set[str]] = {
     0: {"_types", "_validate", "_files", "_memory", "_progress"},
     1: {"losses", "clipping", "trajectory", "_neural_tangents"},
@@ -19,15 +33,7 @@ LAYERS: dict[int, set[str]] = {
         "datasets",
         "_dataset",
         "_data_files",
-        "ntk",
-        "_kernel_blocks",
-        "_per_sample_gradients",
-        "_gradient_sites",
-        "_gradient_factors",
-        "_meetings",
-        "_layout",
-        "_groups",
-        "_check_model",
+        *KERNELS,
     },
     3: {
         "gradient_flow",
@@ -47,17 +53,7 @@ FAMILIES = (
     {"_types", "_validate", "_files", "_memory", "_progress"},
     {"models", "_model", "_adapters"},
     {"datasets", "_dataset", "_data_files"},
-    {
-        "ntk",
-        "_kernel_blocks",
-        "_per_sample_gradients",
-        "_gradient_sites",
-        "_gradient_factors",
-        "_meetings",
-        "_layout",
-        "_groups",
-        "_check_model",
-    },
+    KERNELS,
     {"gradient_flow", "_flow", "_kernel_flow", "_weight_flow", "_heavy_ball_flow", "_solve"},
     {"dp_sgd", "_dp_step"},
     {"comparison", "plotting", "_look"},

@@ -160,6 +160,12 @@ CASES: dict[str, Callable[[], Case]] = {
         X,
         1,
     ),
+    "scalar spread by a constant": lambda: Case(
+        lambda p, x: x @ (p[0] * jnp.full((3, 2), 0.7)),
+        [jnp.asarray(1.3)],
+        X,
+        0,
+    ),
     "scaled by another leaf": lambda: Case(
         lambda p, x: x @ (p[0] * p[1]), [normal(0, 3, 2), normal(1, 3, 2)], X, 0
     ),

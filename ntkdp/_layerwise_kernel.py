@@ -1,0 +1,46 @@
+"""A kernel as a sum of terms, one a parameter group."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ntkdp._types import Array
+
+
+class LayerwiseKernel(eqx.Module):
+    """A kernel as a sum of one term a parameter group; a pytree.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Names of the groups, in the order of the terms.
+    values : array
+        ``(R, n1, n2, K, K)``, or ``(R, n1, n2)`` meaning ``(x) I_K``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.LayerwiseKernel(("hidden", "output"), jnp.ones((2, 3, 3))).total[0, 0].item()
+    2.0
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True, converter=tuple)
+    values: Array
+
+    def __check_init__(self) -> None:
+        ndim = getattr(self.values, "ndim", None)
+        if ndim is None:
+            return  # a pytree transformation holds the place of the array
+        if ndim not in (3, 5):
+            raise ValueError(
+                f"values must have shape (R, n1, n2, K, K) or (R, n1, n2), got {self.values.shape}"
+            )
+        if self.values.shape[0] != len(self.names):
+            raise ValueError(
+                f"values must hold one term for each of the {len(self.names)} names, "
+                f"got {self.values.shape[0]}"
+            )
+
+    @property
+    def total(self) -> Array:
+        """The whole kernel, the sum of the terms: ``(n1, n2, K, K)`` or ``(n1, n2)``."""
+        return jnp.sum(self.values, axis=0)

@@ -266,7 +266,7 @@ def test_load_finds_names_and_files(tmp_path):
     (tmp_path / "set.NPZ.npz").rename(tmp_path / "set.NPZ")
     assert datasets.load(tmp_path / "set.NPZ", n_train=6).x_train.shape == (6, 3)
     path = tmp_path / "set.tsv.gz"
-    path.write_bytes(gzip.compress(b"a\ty\n1\t2\n2\t3.5\n3\t1\n"))
+    path.write_bytes(gzip.compress(b"a\ty\n1\t2\n2\t3.5\n3\t1\n", mtime=0))
     assert datasets.load(path, target="y").y_test.shape == (1, 1)
     assert datasets.names() == ("digits", "diabetes", "mnist5k", "gaussian", "separable", "openml")
 

@@ -3,7 +3,6 @@
 import statistics
 import time
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +48,7 @@ def _step(n):
         ntkdp.clipping.Abadi(problems.CLIP_NORM),
         learning_rate=problems.LEARNING_RATE,
     )
-    step, state = eqx.filter_jit(algorithm.step), algorithm.init(_network(512))
+    step, state = algorithm.compile(), algorithm.init(_network(512))
     return lambda: step(jax.random.key(0), state)
 
 

@@ -50,7 +50,8 @@ class Info(NamedTuple):
 class Algorithm(eqx.Module):
     """DP-SGD on a problem, for those who write their own loop; made by :func:`build`.
 
-    ``init(params) -> State`` and ``step(key, state) -> (State, Info)``, both pure.
+    ``init(params) -> State`` and ``step(key, state) -> (State, Info)``, both pure;
+    ``compile()`` gives the step as a compiled function.
     """
 
     apply_fn: ApplyFn
@@ -101,6 +102,22 @@ class Algorithm(eqx.Module):
         """One step of clipped, noised gradient descent."""
         state, info, _ = self._step(key, state)
         return state, info
+
+    def compile(self) -> Callable[[PRNGKeyArray, State], tuple[State, Info]]:
+        """The step, compiled when it is first called.
+
+        The data are arguments of the compiled program, not constants in it, and a call costs no
+        more than one of a function that ``jax.jit`` made.
+        """
+        arrays, rest = eqx.partition(self, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+
+        @jax.jit
+        def compiled(leaves: list[Array], key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+            whole: Algorithm = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+            return whole.step(key, state)
+
+        return lambda key, state: compiled(leaves, key, state)
 
     def _resolve(self, params: Params) -> _groups.Groups:
         if self.clipping.scope == "flat":

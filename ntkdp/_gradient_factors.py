@@ -184,6 +184,10 @@ def weighted_sum(factor: Factor, weights: Array, like: Array) -> Array:
 
 def _summed(x: Array, delta: Array) -> Array:
     """Over samples and positions, ``(g, p, q)``."""
+    if x.shape[1:3] == (1, 1):
+        # As matrices, whose product needs no copy of its transposed side.
+        x, delta = (v.reshape(v.shape[0], v.shape[-1]) for v in (x, delta))
+        return lax.dot_general(x, delta, (((0,), (0,)), ((), ())))[None]
     if x.shape[2] == 1:
         return jnp.einsum("ngtp,ngtq->gpq", x, delta)
     # Many positions are summed faster this way around.

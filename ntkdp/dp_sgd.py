@@ -66,8 +66,8 @@ def build(
     Returns
     -------
     Algorithm
-        ``init(params) -> State``, ``step(key, state) -> (State, Info)``. Compile the step with
-        ``equinox.filter_jit(algorithm.step)``.
+        ``init(params) -> State``, ``step(key, state) -> (State, Info)``, and ``compile()``, the
+        step as a compiled function.
 
     Raises
     ------

@@ -162,7 +162,7 @@ def run_linear(rule: clipping.ClippingRule, **options: Any) -> Any:
 
 def steps(algorithm: dp_sgd.Algorithm, params: Any, n_steps: int = 1, key: Any = KEY) -> Any:
     """The loop of a user: compiled once, step k with the k-th key folded in."""
-    step = eqx.filter_jit(algorithm.step)
+    step = algorithm.compile()
     state, infos = algorithm.init(params), []
     for k in range(n_steps):
         state, info = step(jax.random.fold_in(key, k), state)
@@ -350,7 +350,7 @@ def noise_updates(rule: clipping.ClippingRule, n_steps: int = 1, **options: Any)
     params = {"a": jnp.zeros((P, 1)), "b": jnp.zeros((P, 1))}
     chosen = {"x": jnp.ones((4, P)), "targets": jnp.zeros((4, 1)), **options}
     algorithm = build(zero_gradient, rule, **chosen)
-    step = eqx.filter_jit(algorithm.step)
+    step = algorithm.compile()
     state, updates = algorithm.init(params), []
     for k in range(n_steps):
         # Each step starts at zero, where the gradients are zero.

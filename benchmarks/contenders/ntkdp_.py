@@ -1,6 +1,5 @@
 """ntkdp: all layer terms of the kernel; a DP-SGD step with its diagnostics."""
 
-import equinox as eqx
 import jax
 import problems
 from contenders.jax_models import kernel_problem, step_problem
@@ -30,7 +29,7 @@ def step(case):
         learning_rate=problems.LEARNING_RATE,
         noise_multiplier=problems.NOISE_MULTIPLIER,
     )
-    compiled = eqx.filter_jit(algorithm.step)
+    compiled = algorithm.compile()
     states = [algorithm.init(params)]
     key = jax.random.key(0)
 

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp import _look
+from ntkdp._certificate_plot import certificate as certificate
 from ntkdp._files import replacing
 from ntkdp._validate import positive
 from ntkdp.comparison import band, compare

@@ -1,0 +1,53 @@
+"""The drawing of a reliability diagram."""
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+
+from ntkdp import _look
+
+if TYPE_CHECKING:
+    from ntkdp.calibration import Bins
+
+_ACCURACY = "0.80"
+_THINNEST = 0.015
+_OVER, _UNDER = _look.STYLES[1][0], _look.STYLES[0][0]
+
+
+def draw(bins: "Bins", error: Any, ax: Axes | None) -> Axes:
+    """Bars of accuracy, the gaps to the mean confidence, the diagonal, the error and n."""
+    edges, counts, confidence, accuracy = (np.asarray(v, np.float64) for v in bins)
+    filled = counts > 0
+    # Equal confidences can be a bin of no width, which must be seen.
+    width = np.maximum(np.diff(edges), _THINNEST)
+    left, width = (0.5 * (edges[:-1] + edges[1:] - width))[filled], width[filled]
+    confidence, accuracy = confidence[filled], accuracy[filled]
+    with mpl.rc_context(_look.LOOK):
+        ax = _look.axes_or_new(ax)
+        ax.bar(
+            left, accuracy, width, align="edge", color=_ACCURACY, edgecolor="white",
+            linewidth=0.8, label="accuracy",
+        )  # fmt: skip
+        for label, sign, colour, hatch in (
+            ("over-confident", 1, _OVER, "////"),
+            ("under-confident", -1, _UNDER, "\\\\\\\\"),
+        ):
+            there = sign * (confidence - accuracy) > 0
+            if not np.any(there):
+                continue
+            ax.bar(
+                left[there], (confidence - accuracy)[there], width[there], accuracy[there],
+                align="edge", facecolor="none", edgecolor=colour, hatch=hatch, linewidth=1.0,
+                label=label,
+            )  # fmt: skip
+        ax.plot([0, 1], [0, 1], color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        ax.set_aspect("equal")
+        ax.set_xlabel("confidence")
+        ax.set_ylabel("accuracy")
+        ax.set_title(f"ECE = {100 * float(error):.2g}%, n = {int(counts.sum()):,}")
+        ax.legend(loc="upper left", handlelength=1.6)
+    return ax

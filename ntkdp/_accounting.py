@@ -1,0 +1,220 @@
+"""The numbers behind :mod:`ntkdp.privacy`: bounds by each method, and the search for the noise."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
+#: Below this a discretised delta holds rounding.
+_SMALLEST_DELTA = 1e-10
+#: Above this the distribution would not fit in memory, and there is no privacy left to count.
+_LARGEST_PLD_EPSILON = 1e6
+#: The grid is refined until epsilon moves by less than this.
+_RELATIVE_CHANGE = 1e-3
+_REFINEMENTS = 9
+#: The same for a first search, and how often its outcome is corrected.
+_ROUGH_CHANGE, _CORRECTIONS = 0.05, 6
+#: A Gaussian mechanism of this noise has a Renyi divergence of order a of 1e-14 a.
+_ROUNDING_SIGMA = (2e-14) ** -0.5
+#: How far above the smallest noise multiplier the one found may lie, relative.
+_SEARCH_TOLERANCE = 1e-4
+SMALLEST_SIGMA, LARGEST_SIGMA = 1e-4, 1e9
+
+
+def epsilon_of(
+    sigma: float,
+    q: float,
+    steps: int,
+    delta: float,
+    accountant: str,
+    change: float = _RELATIVE_CHANGE,
+) -> float:
+    """Bound of epsilon, to a relative change between two grids."""
+    if sigma == 0:
+        return math.inf
+    if accountant == "pld" and q == 1:
+        return gaussian_epsilon(math.sqrt(steps) / sigma, delta)
+    if accountant == "pld" and -math.expm1(steps * math.log1p(-q)) <= delta:
+        return 0.0  # The sample is that unlikely ever to be drawn.
+    bound = float(_rdp(sigma, q, steps).get_epsilon(delta))
+    if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON:
+        return bound
+    return _refined(
+        lambda interval: _pld(sigma, q, steps, interval).get_epsilon(delta),
+        bound,
+        change,
+    )
+
+
+def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
+    """Bound of delta at a given epsilon."""
+    if sigma == 0:
+        return 1.0
+    if accountant == "rdp":
+        return float(_rdp(sigma, q, steps).get_delta(epsilon))
+    if q == 1:
+        return math.exp(gaussian_log_delta(math.sqrt(steps) / sigma, epsilon))
+    bound = epsilon_of(sigma, q, steps, 1e-5, "rdp")
+    if bound == 0:
+        return float(_rdp(sigma, q, steps).get_delta(epsilon))
+    if bound > _LARGEST_PLD_EPSILON:
+        return 1.0
+    return _refined(
+        lambda interval: _pld(sigma, q, steps, interval).get_delta(epsilon),
+        bound,
+        10 * _RELATIVE_CHANGE,
+        _SMALLEST_DELTA,
+    )
+
+
+def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
+    """Noise multiplier that keeps a budget; None if none does."""
+
+    def figure(sigma: float, method: str = accountant, change: float = _RELATIVE_CHANGE) -> float:
+        return epsilon_of(sigma, q, steps, delta, method, change)
+
+    # RDP is fast, and needs more noise than PLD: a starting point.
+    found = _least_sigma(lambda sigma: figure(sigma, "rdp"), budget, 1.0)
+    if accountant == "pld":
+        rough = partial(figure, change=_ROUGH_CHANGE)
+        found = _least_sigma_of_slow(figure, rough, budget, found or 1.0)
+    return found
+
+
+def _refined(
+    figure: Callable[[float], float], epsilon_bound: float, change: float, floor: float = 0.0
+) -> float:
+    """A figure on finer and finer grids, until it moves by no more than a relative change.
+
+    Every grid gives an upper bound, so the least of them is one. The first grid has the scale of
+    epsilon, and is capped where exponentials of its spacing would overflow.
+    """
+    interval = min(epsilon_bound / 300, 0.2)
+    least = math.inf
+    for _ in range(_REFINEMENTS):
+        with np.errstate(over="ignore"):
+            previous, least = least, min(least, float(figure(interval)))
+        if least <= floor or previous - least <= change * least:
+            break
+        interval /= 3
+    return least
+
+
+def _pld(sigma: float, q: float, steps: int, interval: float) -> Any:
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(value_discretization_interval=interval)
+    return accountant.compose(_event(sigma, q), steps)
+
+
+def _rdp(sigma: float, q: float, steps: int) -> Any:
+    from dp_accounting.rdp import RdpAccountant
+
+    with _without_notes_on_orders():
+        accountant = RdpAccountant().compose(_event(sigma, q), steps)
+    # Sampling's sums may round to divergences below zero, which would pass for perfect privacy:
+    # the rounding is counted as a weak mechanism of its own.
+    return accountant if q == 1 else accountant.compose(_event(_ROUNDING_SIGMA, 1.0), steps)
+
+
+def _event(sigma: float, q: float) -> Any:
+    import dp_accounting
+
+    event = dp_accounting.GaussianDpEvent(sigma)
+    return event if q == 1 else dp_accounting.PoissonSampledDpEvent(q, event)
+
+
+@contextmanager
+def _without_notes_on_orders() -> Iterator[None]:
+    """Some Renyi orders are left out where a series fails: no news to a user, the others do."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "Excluding this order" not in str(record.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+
+
+def gaussian_log_delta(mu: float, epsilon: float) -> float:
+    """Log of the hockey-stick divergence between N(0, 1) and N(mu, 1)."""
+    hit = float(log_ndtr(mu / 2 - epsilon / mu))
+    miss = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    return hit + math.log(-math.expm1(miss - hit)) if miss < hit else -math.inf
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon of mu-GDP, rounded up."""
+    if math.isinf(mu):
+        return math.inf
+    log_delta = math.log(delta)
+
+    def excess(epsilon: float) -> float:
+        # Bounded for the root search, which cannot use infinity.
+        return max(gaussian_log_delta(mu, epsilon) - log_delta, -100.0)
+
+    if mu == 0 or excess(0.0) <= 0:
+        return 0.0
+    # From delta <= Phi(mu/2 - epsilon/mu) and the tail bound exp(-x^2/2).
+    largest = mu * (mu / 2 + math.sqrt(-2 * log_delta))
+    if largest > _LARGEST_PLD_EPSILON:
+        return largest  # The difference of two tails is lost to rounding.
+    return float(brentq(excess, 0.0, largest, xtol=1e-12 * largest)) + 2e-12 * largest
+
+
+def _least_sigma(figure: Callable[[float], float], budget: float, start: float) -> float | None:
+    """Least noise multiplier, to the tolerance of the search, whose epsilon keeps the budget."""
+
+    @cache
+    def excess(log_sigma: float) -> float:
+        # Bounded, since epsilon may be 0 or infinite where the search begins.
+        return float(np.clip(np.log(max(figure(math.exp(log_sigma)), 1e-300) / budget), -10, 10))
+
+    smallest, largest = math.log(SMALLEST_SIGMA), math.log(LARGEST_SIGMA)
+    low = high = math.log(start)
+    step = 0.1
+    if excess(high) > 0:
+        while excess(high) > 0:
+            if high >= largest:
+                return None
+            low, high, step = high, min(high + step, largest), 2 * step
+    else:
+        while excess(low) <= 0:
+            if low <= smallest:
+                return SMALLEST_SIGMA
+            low, high, step = max(low - step, smallest), low, 2 * step
+    found = float(brentq(excess, low, high, xtol=_SEARCH_TOLERANCE / 2))
+    nudge = _SEARCH_TOLERANCE / 2
+    while excess(found) > 0:
+        found, nudge = found + nudge, 2 * nudge
+    return math.exp(found)
+
+
+def _least_sigma_of_slow(
+    figure: Callable[[float], float],
+    rough: Callable[[float], float],
+    budget: float,
+    start: float,
+) -> float | None:
+    """The same with few calls of a slow figure: search with a rough one, and scale its budget."""
+    scaled = budget
+    for _ in range(_CORRECTIONS):
+        found = _least_sigma(rough, scaled, start)
+        if found is None or found <= SMALLEST_SIGMA:
+            return found
+        start, reached = found, figure(found)
+        if (1 - 10 * _SEARCH_TOLERANCE) * budget <= reached <= budget:
+            return found
+        if not 0 < reached < math.inf:
+            break
+        scaled *= (1 - 3 * _SEARCH_TOLERANCE) * budget / reached
+    return _least_sigma(figure, budget, start)

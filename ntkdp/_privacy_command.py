@@ -1,0 +1,131 @@
+"""The command ``ntkdp privacy``: epsilon of a noise multiplier, or the noise for an epsilon."""
+
+import json
+import math
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from ntkdp.privacy import PrivacyReport
+
+
+class Accountant(StrEnum):
+    """Methods that give a guarantee."""
+
+    pld = "pld"
+    rdp = "rdp"
+
+
+def privacy(
+    sigma: Annotated[
+        float | None, typer.Option(help="Noise multiplier; gives its epsilon.", show_default=False)
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Budget; gives the noise multiplier that keeps it.", show_default=False),
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="Training samples.", show_default=False)] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Expected batch size; needs --n.", show_default=False)
+    ] = None,
+    sample_rate: Annotated[
+        float | None,
+        typer.Option(help="In place of --batch; 1 for full batches.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of DP-SGD.", show_default=False)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="In place of --steps, rounded up.", show_default=False)
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="In (0, 1); by default 1/n.", show_default=False)
+    ] = None,
+    accountant: Annotated[
+        Accountant, typer.Option(help="By which the budget of --epsilon is kept.")
+    ] = Accountant.pld,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON in place of a table.")
+    ] = False,
+) -> None:
+    """Epsilon of DP-SGD by PLD, RDP and the central limit theorem, which is no guarantee.
+
+    Neighbours differ by one sample, added or removed; epsilon does not depend on the clipping norm,
+    the rule or the groups.
+    """
+    from ntkdp import privacy as accounting
+
+    try:
+        rate = _rate(n, batch, sample_rate)
+        count = _steps(steps, epochs, rate)
+        if delta is None:
+            if n is None:
+                raise ValueError("give --delta, or --n for delta = 1/n")
+            delta = 1 / n
+        if epsilon is not None and sigma is None:
+            sigma = accounting.noise_multiplier(epsilon, rate, count, delta, accountant.value)
+        elif epsilon is not None or sigma is None:
+            raise ValueError("give either --sigma or --epsilon")
+        report = accounting.report(sigma, rate, count, delta)
+    except (ValueError, TypeError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(_as_json(report.as_dict()), indent=2))
+    else:
+        _print_table(report)
+
+
+def _rate(n: int | None, batch: int | None, sample_rate: float | None) -> float:
+    for name, value in (("--n", n), ("--batch", batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if (batch is None) == (sample_rate is None):
+        raise ValueError("give either --batch, with --n, or --sample-rate")
+    if sample_rate is not None:
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"--sample-rate must be in (0, 1], got {sample_rate}")
+        return sample_rate
+    if n is None or batch is None:
+        raise ValueError("--batch needs --n, the number of training samples")
+    if batch > n:
+        raise ValueError(f"--batch must not exceed --n = {n}, got {batch}")
+    return batch / n
+
+
+def _steps(steps: int | None, epochs: float | None, rate: float) -> int:
+    if (steps is None) == (epochs is None):
+        raise ValueError("give either --steps or --epochs")
+    if steps is not None:
+        return steps
+    if epochs is None or not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs must be positive and finite, got {epochs}")
+    # A whole number of steps must not become one more by rounding.
+    return max(1, math.ceil(epochs / rate * (1 - 1e-12)))
+
+
+def _as_json(value: object) -> object:
+    """The same, with numbers that JSON cannot hold as text."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_table(report: "PrivacyReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # In a pipe there is no width to fit into.
+    console = Console() if Console().is_terminal else Console(width=160)
+    table = Table(title=report.setting, title_justify="left")
+    table.add_column("method")
+    table.add_column("epsilon", justify="right")
+    table.add_column("worth")
+    for method, epsilon, worth in report.rows():
+        table.add_row(method, f"{epsilon:.4g}", worth)
+    console.print(table)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    print(f"ntkdp: error: {error}", file=sys.stderr)
+    raise typer.Exit(2)

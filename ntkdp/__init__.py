@@ -39,16 +39,24 @@ if TYPE_CHECKING:
     from ntkdp.trajectory import Trajectory as Trajectory
 
 _MODULES = (
+    "calibration",
+    "certificates",
+    "claims",
     "clipping",
     "comparison",
+    "counterexamples",
     "datasets",
     "dp_sgd",
     "experiment",
     "gradient_flow",
+    "high_dimensional_sgd",
     "losses",
     "models",
     "ntk",
     "plotting",
+    "privacy",
+    "spectrum",
+    "table_one",
     "trajectory",
 )
 _HOMES = {

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ntkdp import __version__, _config
+from ntkdp import __version__, _config, _privacy_command
 
 app = typer.Typer(
     name="ntkdp",
@@ -45,6 +45,9 @@ def _root(
     ] = False,
 ) -> None:
     del version
+
+
+app.command("privacy")(_privacy_command.privacy)
 
 
 @app.command(epilog=_fields_help())
@@ -89,6 +92,65 @@ def compare(
         _fail(error)
     _report.print_table(results)
     print(f"written to {folder.path}: open {folder.path / 'report.html'}")
+
+
+@app.command()
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Claims, e.g. C13 C26; by default all, and Table 1.", metavar="CLAIM"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the verdicts as one JSON list.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder; by default runs/verify-TIME, and none if claims are named.",
+            metavar="DIR",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+    ] = False,
+) -> None:
+    """Verify the claims of the theory, and rebuild Table 1 of the paper from computed evidence.
+
+    Exits with 1 if a claim, or a cell of the table, does not hold.
+    """
+    from ntkdp._run_folder import RunFolder
+
+    whole = not names
+    folder = None
+    try:
+        if out is not None or whole:
+            default = Path("runs") / f"verify-{datetime.now():%Y%m%d-%H%M%S}"
+            folder = RunFolder(default if out is None else out, overwrite=overwrite)
+    except OSError as error:
+        _fail(error)
+
+    from ntkdp import _verification, claims
+
+    try:
+        asked = claims.names() if whole else tuple(claims.get(name).name for name in names or ())
+        with _progress() as report:
+            found = _verification.run(asked, table=whole, report=report)
+            if folder is not None:
+                with folder.replacing() as path:
+                    _verification.write(found, path)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    if as_json:
+        print(_verification.as_json(found.verdicts))
+    else:
+        _verification.print_verdicts(found.verdicts)
+        if found.table is not None:
+            _verification.print_table(found.table)
+    if folder is not None:
+        where = sys.stderr if as_json else sys.stdout
+        print(f"written to {folder.path}: open {folder.path / 'report.html'}", file=where)
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 @contextmanager

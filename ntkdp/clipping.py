@@ -169,9 +169,12 @@ class ClippingRule(eqx.Module):
 class NoClipping(ClippingRule):
     """Every factor is 1: plain gradient descent, unbounded sensitivity, no privacy."""
 
-    scope: Scope = eqx.field(default="flat", static=True)
+    scope: Scope = eqx.field(static=True)
     bounds_each_sample: ClassVar[bool] = False
     needs_total_norm: ClassVar[bool] = False
+
+    def __init__(self, scope: Scope = "flat") -> None:
+        self.scope = scope
 
     @property  # type: ignore[misc]
     def R(self) -> Any:

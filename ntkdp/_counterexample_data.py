@@ -1,0 +1,447 @@
+"""A counterexample as plain data: it replays, prints and keeps itself in a text file."""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp import _validate, clipping, losses
+from ntkdp._counterexample_measure import flow_of, measured_state
+from ntkdp._files import replacing
+from ntkdp._solve import solve
+from ntkdp._types import Array
+from ntkdp.gradient_flow import KernelFlow
+
+KINDS = ("rise", "stuck", "divergence")
+_RULES = {cls: name for name, cls in clipping._BY_NAME.items()}
+_LOSSES = {cls: name for name, cls in losses._BY_NAME.items()}
+_VERSION = 1
+
+#: How far outputs are moved off an equilibrium, how far they may go, both relative to their size,
+#: and how many times its size the flow could cover until then.
+_NUDGE, _STAYS, _WAIT = 1e-3, 1e-2, 100.0
+#: A divergence is followed until it has moved so many times its own size, must have multiplied its
+#: loss by so much, and kept this share of its speed.
+_FAR, _GROWTH, _KEPT_SPEED = 100.0, 50.0, 0.5
+#: A flow that takes more of the solver's steps than this is not followed to its end.
+_MAX_STEPS = 4000
+
+Numbers = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    r"""An instance on which a clipped flow fails, as numbers that can be read and checked.
+
+    Everything is in the sum form: the loss is :math:`\sum_i \ell_i`, the flow
+    :math:`\dot f = -\sum_r H_r C_r a`, and time the learning rate times steps of it.
+
+    Parameters
+    ----------
+    kind : {"rise", "stuck", "divergence"}
+        The loss rises at the outputs; they stay where they are at non-zero loss although the kernel
+        is positive definite; or the loss grows without bound although every term of it is.
+    kernel : nested tuples
+        Terms ``(R, n, n)``, meaning ``(x) I_K``, or ``(R, n, n, K, K)``; one term with flat scope.
+    targets, outputs : nested tuples
+        As the loss wants them, and ``(n, K)``.
+    loss, rule : str
+        Names, as for ``ntkdp.losses.from_name`` and ``ntkdp.clipping.from_name``.
+    loss_options, rule_options : dict
+        Their numbers.
+    scope : {"flat", "layerwise"}
+    measured : dict
+        What :meth:`replay` gave when it was found; not part of what is compared.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Numbers that make no flow; a kernel that is not symmetric and positive semi-definite.
+
+    Notes
+    -----
+    Measured, beside the ``loss``: *rise*: ``loss_rate``, :math:`dL/dt = -\sum_r a^\top H_r C_r a`,
+    and ``rise``, the same over :math:`\sum_r \sum_i \|g_{ir}\| \sum_i \|C_{ir} g_{ir}\|`, which
+    does not depend on any scale. *stuck*: ``speed``, the velocity's norm over
+    :math:`\sum_r \|J_r\|_F \sum_i \|C_{ir} g_{ir}\|`; ``eigenvalue_ratio``, the smallest over the
+    largest of the whole kernel; ``departure``, how far from the outputs the flow ends, over their
+    norm, after they were nudged by a thousandth of it along each axis.
+    *divergence*: ``eigenvalue_ratio``, the least of all terms; ``loss_growth`` over a long time;
+    ``speed_ratio``, the speed at its end over that at the start; ``horizon``, that time.
+    The measures are *derived* for this library, not taken from a paper.
+
+    Examples
+    --------
+    >>> from ntkdp.counterexamples import Counterexample
+    >>> example = Counterexample("rise", (((1.0,) * 3,) * 3,), ((0.0,),) * 3,
+    ...                          ((3.0,), (-1.0,), (-1.0,)), "squared_error", {}, "abadi",
+    ...                          {"R": 1.0}, "flat")
+    >>> {name: round(value, 6) for name, value in example.replay().items()}
+    {'loss': 5.5, 'loss_rate': 1.0, 'rise': 0.066667}
+    >>> example.holds()
+    True
+    """
+
+    kind: str
+    kernel: Numbers
+    targets: Numbers
+    outputs: Numbers
+    loss: str
+    loss_options: dict[str, Any] = field(hash=False)
+    rule: str
+    rule_options: dict[str, Any] = field(hash=False)
+    scope: str
+    measured: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        _validate.choice(KINDS, kind=self.kind)
+        terms = self.terms
+        if terms.ndim not in (3, 5) or (self.scope == "flat" and len(terms) != 1):
+            raise ValueError(
+                "kernel must hold terms of shape (R, n, n) or (R, n, n, K, K), one with "
+                f"scope='flat', got shape {terms.shape} with scope={self.scope!r}"
+            )
+        self.flow.init(self.outputs_array)
+        check_kernel(terms)
+
+    @property
+    def terms(self) -> Array:
+        """The kernel's terms as an array."""
+        return jnp.asarray(self.kernel, jnp.result_type(float))
+
+    @property
+    def outputs_array(self) -> Array:
+        """The outputs as an array, ``(n, K)``."""
+        return jnp.asarray(self.outputs, jnp.result_type(float))
+
+    @property
+    def loss_function(self) -> losses.Loss:
+        """The loss that ``loss`` names."""
+        return losses.from_name(self.loss, **self.loss_options)
+
+    @property
+    def clipping(self) -> clipping.ClippingRule:
+        """The rule that ``rule`` names."""
+        return clipping.from_name(self.rule, **_arrays(self.rule_options), scope=self.scope)
+
+    @property
+    def flow(self) -> KernelFlow:
+        """The flow, in the sum form: to integrate it, plot it, or take it apart."""
+        targets = jnp.asarray(self.targets)
+        return flow_of(self.terms, targets, self.loss_function, self.clipping)
+
+    def replay(self) -> dict[str, float]:
+        """The measured numbers, computed anew from the data through the public interface."""
+        terms, outputs = self.terms, self.outputs_array
+        state = measured_state(
+            terms, jnp.asarray(self.targets), self.loss_function, self.clipping, outputs
+        )
+        found = {"loss": float(jnp.sum(self.loss_function(outputs, state.flow.targets)))}
+        if self.kind == "rise":
+            return found | {
+                "loss_rate": float(state.loss_rate()),
+                "rise": float(state.rise()),
+            }
+        if self.kind == "stuck":
+            return found | {
+                "speed": float(state.speed()),
+                "eigenvalue_ratio": eigenvalue_ratio(np.asarray(jnp.sum(terms, axis=0))[None]),
+                "departure": _departure(state.flow, outputs, state.pace()),
+            }
+        speed = float(jnp.linalg.norm(state.velocity))
+        horizon = _FAR * _size(outputs) / speed if speed > 0 else math.inf
+        found["eigenvalue_ratio"] = eigenvalue_ratio(np.asarray(terms))
+        return found | _followed(state.flow, outputs, horizon, found["loss"], speed)
+
+    def holds(self) -> bool:
+        """Whether a replay still fails by a margin that rounding cannot make."""
+        return fails(self.kind, self.replay())
+
+    def to_json(self) -> str:
+        """The data as JSON, numbers in full."""
+        data = {"version": _VERSION} | dataclasses.asdict(self)
+        return json.dumps(data, indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Counterexample":
+        """What :meth:`to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            Text that is not JSON, another version, fields missing or unknown, values that make no
+            instance.
+        """
+        try:
+            data = json.loads(text, parse_constant=_no_constant)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"text must be JSON, got an error: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"text must be a JSON object, got {type(data).__name__}")
+        version = data.pop("version", None)
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(
+                f"version must be {_VERSION}, got {version!r}; "
+                "another release of ntkdp may have written it"
+            )
+        names = [entry.name for entry in dataclasses.fields(Counterexample)]
+        for name in sorted(set(data) ^ set(names)):
+            known = _validate.did_you_mean(name, names) if name in data else ""
+            raise ValueError(f"{'unknown' if name in data else 'missing'} field {name!r}{known}")
+        for name, kind in _JSON_TYPES.items():
+            if not isinstance(data[name], kind):
+                raise ValueError(
+                    f"field {name!r} must be a JSON "
+                    f"{_JSON_NAMES[kind]}, got {type(data[name]).__name__}"
+                )
+        for name in ("kernel", "targets", "outputs"):
+            _check_numbers(name, data[name])
+        _validate.choice(clipping.SCOPES, scope=data["scope"])
+        _check_options("loss", losses._BY_NAME, data)
+        _check_options("rule", clipping._BY_NAME, data)
+        for quantity, value in data["measured"].items():
+            if isinstance(value, list):
+                raise ValueError(f"field 'measured.{quantity}' must be a number, got a list")
+            _check_numbers(f"measured.{quantity}", value)
+        try:
+            return Counterexample(**{name: _tuples(value) for name, value in data.items()})
+        except TypeError as error:
+            raise ValueError(f"text describes no instance: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to a file, whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Counterexample":
+        """Read a file that :meth:`save` wrote."""
+        return Counterexample.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={_shown(v)}" for k, v in self.rule_options.items())
+        loss = ", ".join(f"{k}={_shown(v)}" for k, v in self.loss_options.items())
+        n = len(self.outputs)
+        lines = [
+            f"{self.kind}: {n} sample{'s' if n > 1 else ''}, {self.loss}({loss}), "
+            f"{self.rule}({options}), {self.scope}",
+        ]
+        for r, term in enumerate(self.kernel):
+            name = "kernel" if self.scope == "flat" else f"layer {r + 1}"
+            lines += [f"  {name}", *_rows(np.asarray(term))]
+        lines.append(f"  targets  {_shown(np.squeeze(np.asarray(self.targets)).tolist())}")
+        lines.append(f"  outputs  {_shown(np.squeeze(np.asarray(self.outputs)).tolist())}")
+        lines += [f"  {name:<16} {value:.6g}" for name, value in self.measured.items()]
+        return "\n".join(lines)
+
+
+def fails(kind: str, measured: dict[str, float]) -> bool:
+    """Whether measured numbers are a failure of the kind, beyond what rounding can make."""
+    margin = rounding_margin()
+    if kind == "rise":
+        return measured["rise"] > margin
+    if kind == "stuck":
+        return (
+            measured["speed"] <= margin
+            and measured["loss"] > 0
+            and measured["eigenvalue_ratio"] > margin
+            and measured["departure"] <= _STAYS
+        )
+    return (
+        measured["loss_growth"] >= _GROWTH
+        and measured["speed_ratio"] >= _KEPT_SPEED
+        and measured["eigenvalue_ratio"] > margin
+    )
+
+
+def rounding_margin() -> float:
+    """The square root of the precision: far above rounding, far below a failure of note."""
+    return math.sqrt(float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def named(rule: clipping.ClippingRule) -> tuple[str, dict[str, Any]]:
+    """Name and numbers of a rule."""
+    if type(rule) not in _RULES:
+        raise TypeError(
+            f"rule must be one of {', '.join(sorted(_RULES.values()))}, got {type(rule).__name__}: "
+            "a function cannot be written down as data"
+        )
+    return _RULES[type(rule)], _options(rule)
+
+
+def named_loss(loss: Any) -> tuple[str, dict[str, Any]]:
+    """Name and numbers of a loss."""
+    if type(loss) not in _LOSSES:
+        raise TypeError(
+            f"loss must be one of {', '.join(sorted(_LOSSES.values()))}, got {loss!r}: "
+            "a function cannot be written down as data"
+        )
+    return _LOSSES[type(loss)], _options(loss)
+
+
+def eigenvalue_ratio(terms: np.ndarray) -> float:
+    """The smallest eigenvalue over the largest, the least over all terms."""
+    eigenvalues = np.linalg.eigvalsh(_as_matrices(terms))
+    return float(np.min(eigenvalues[:, 0] / np.maximum(eigenvalues[:, -1], np.finfo(float).tiny)))
+
+
+def check_kernel(terms: Array) -> None:
+    """Raise unless every term is symmetric and positive semi-definite."""
+    matrices = _as_matrices(np.asarray(terms))
+    tolerance = 100 * matrices.shape[1] * float(jnp.finfo(terms.dtype).eps)
+    size = np.max(np.abs(matrices))
+    asymmetry = np.max(np.abs(matrices - matrices.swapaxes(1, 2)))
+    if asymmetry > tolerance * size:
+        raise ValueError(f"kernel must be symmetric, got entries that differ by {asymmetry}")
+    smallest = float(np.min(np.linalg.eigvalsh(matrices)))
+    if smallest < -tolerance * size:
+        raise ValueError(
+            "kernel must be positive semi-definite, as every sum of products of gradients is, got "
+            f"an eigenvalue of {smallest}"
+        )
+
+
+def as_numbers(values: Any) -> Any:
+    """Nested tuples of Python's numbers."""
+    return _tuples(np.asarray(values).tolist())
+
+
+def _as_matrices(terms: np.ndarray) -> np.ndarray:
+    if terms.ndim == 5:
+        rows = terms.shape[1] * terms.shape[3]
+        terms = terms.transpose(0, 1, 3, 2, 4).reshape(len(terms), rows, -1)
+    return np.asarray(terms, np.float64)
+
+
+def _departure(flow: KernelFlow, outputs: Array, pace: Array) -> float:
+    """How far the flow goes from nudged outputs, over their norm."""
+    size = _size(outputs)
+    nudges = jnp.eye(outputs.size).reshape(-1, *outputs.shape)
+    nudges = jnp.concatenate([jnp.zeros_like(nudges[:1]), nudges, -nudges])
+    starts = outputs + _NUDGE * size * nudges
+    # Without a pace nothing moves at all, and any time will do.
+    times = jnp.array([0.0, _WAIT * size / (float(pace) or 1.0)])
+    paths = eqx.filter_vmap(
+        lambda start: solve(flow, start, times, outputs=True, max_steps=_MAX_STEPS)
+    )(starts)
+    assert paths.outputs is not None
+    if not paths.successful:
+        return math.nan
+    distances = jnp.linalg.norm(paths.outputs[:, -1] - outputs, axis=(1, 2))
+    return float(jnp.max(distances) / size)
+
+
+def _size(outputs: Array) -> float:
+    """Norm of the outputs, the unit of distance; one where they are zero."""
+    return float(jnp.linalg.norm(outputs)) or 1.0
+
+
+def _followed(
+    flow: KernelFlow, outputs: Array, horizon: float, loss: float, speed: float
+) -> dict[str, float]:
+    """Loss and speed after a long time, relative to the start."""
+    nowhere = {"loss_growth": 1.0, "speed_ratio": 0.0, "horizon": 0.0}
+    if not math.isfinite(horizon):
+        return nowhere
+    times = jnp.array([0.0, horizon])
+    path = solve(flow, outputs, times, outputs=True, max_steps=_MAX_STEPS)
+    if not path.successful or path.outputs is None:
+        return nowhere
+    velocity = flow.velocity(flow.init(path.outputs[-1]))[0]
+    return {
+        "loss_growth": float(path.loss[-1]) / loss,
+        "speed_ratio": float(jnp.linalg.norm(velocity)) / speed,
+        "horizon": horizon,
+    }
+
+
+def _options(module: Any) -> dict[str, Any]:
+    values = {
+        entry.name: getattr(module, entry.name)
+        for entry in dataclasses.fields(module)
+        if entry.name != "scope"
+    }
+    return {name: as_numbers(value) for name, value in values.items() if value is not None}
+
+
+def _arrays(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: np.asarray(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+_JSON_NAMES: dict[type, str] = {str: "string", list: "list", dict: "object"}
+_JSON_TYPES: dict[str, type] = {
+    "kind": str,
+    "kernel": list,
+    "targets": list,
+    "outputs": list,
+    "loss": str,
+    "loss_options": dict,
+    "rule": str,
+    "rule_options": dict,
+    "scope": str,
+    "measured": dict,
+}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"text must hold finite numbers, got {name}")
+
+
+def _check_options(what: str, known: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise unless a loss or rule is known and takes the numbers that it is given."""
+    cls = known[_validate.choice(known, **{what: data[what]})]
+    given, name = data[f"{what}_options"], f"{what}_options"
+    fields = [entry for entry in dataclasses.fields(cls) if entry.name != "scope"]
+    for option in given:
+        _validate.choice([entry.name for entry in fields], **{name: option})
+        _check_numbers(f"{name}.{option}", given[option])
+    for entry in fields:
+        if entry.default is dataclasses.MISSING and entry.name not in given:
+            raise ValueError(f"missing {name}.{entry.name} of {what} {data[what]!r}")
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    _check_each(name, value)
+    try:
+        np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"field {name!r} must hold rows of one length") from error
+
+
+def _check_each(name: str, value: Any) -> None:
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise ValueError(f"field {name!r} must not be empty")
+    for entry in entries:
+        if isinstance(entry, list):
+            _check_each(name, entry)
+        elif isinstance(entry, bool) or not isinstance(entry, int | float):
+            raise ValueError(f"field {name!r} must hold numbers only, got {entry!r}")
+        elif not math.isfinite(entry):
+            raise ValueError(f"field {name!r} must hold finite numbers, got {entry!r}")
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_shown(entry) for entry in value) + ")"
+    return f"{value:.6g}"
+
+
+def _rows(term: np.ndarray) -> list[str]:
+    matrix = _as_matrices(term[None])[0]
+    cells = [[f"{entry:.6g}" for entry in row] for row in matrix]
+    width = max(len(cell) for row in cells for cell in row)
+    return ["    " + "  ".join(cell.rjust(width) for cell in row) for row in cells]

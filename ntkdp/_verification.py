@@ -1,0 +1,138 @@
+"""Verification of the theory: run the claims and the table, show them, and keep them."""
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ntkdp import __version__, _verification_page, claims, table_one
+from ntkdp.claims import Verdict
+from ntkdp.table_one import Table
+
+Report = Callable[[str, float], None]
+#: Part of the time of a full verification that the table takes.
+_TABLE_SHARE = 0.25
+
+
+class Verification(NamedTuple):
+    """Verdicts, and the table if it was asked for."""
+
+    verdicts: tuple[Verdict, ...]
+    table: Table | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every claim and every cell of the table holds."""
+        whole = self.table is None or self.table.holds
+        return whole and all(verdict.holds for verdict in self.verdicts)
+
+
+def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
+    """Verify the named claims, then rebuild the table; names must be known."""
+    share = 1 - _TABLE_SHARE if table else 1.0
+    verdicts = []
+    for number, name in enumerate(names):
+        report(f"{name}: {claims.get(name).statement}", share * number / len(names))
+        verdicts.append(claims.verify(name))
+    rebuilt = None
+    if table:
+        rebuilt = table_one.compute(
+            progress=lambda done: report("Table 1, computed", share + _TABLE_SHARE * done)
+        )
+    return Verification(tuple(verdicts), rebuilt)
+
+
+def as_json(verdicts: Sequence[Verdict]) -> str:
+    """One JSON list of the verdicts."""
+    return json.dumps([verdict.as_dict() for verdict in verdicts], indent=2, allow_nan=False)
+
+
+def write(verification: Verification, folder: Path) -> None:
+    """Write metrics.json and report.html."""
+    table = verification.table
+    metrics: dict[str, Any] = {
+        "ntkdp": __version__,
+        "holds": verification.holds,
+        "claims": [verdict.as_dict() for verdict in verification.verdicts],
+        "table_one": None if table is None else table.as_dict(),
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+    }
+    page = _verification_page.page(verification.verdicts, table)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    # Last: a folder with metrics is complete.
+    text = json.dumps(metrics, indent=2, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """One line a claim, and below a claim that fails the numbers that do."""
+    from rich.table import Table as Grid
+
+    console = _console()
+    grid = Grid(box=None, pad_edge=False)
+    for heading in ("claim", "statement", "source", "measured", "expected", "verdict"):
+        numeric = heading in ("measured", "expected")
+        grid.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=heading in ("claim", "measured", "expected", "verdict"),
+            ratio=4 if heading == "statement" else None,
+        )
+    for verdict in verdicts:
+        grid.add_row(
+            verdict.name,
+            verdict.statement,
+            verdict.source,
+            f"{verdict.measured:.5g}",
+            expected(verdict),
+            "holds" if verdict.holds else "[bold red]FAILS[/bold red]",
+        )
+    console.print(grid)
+    for verdict in verdicts:
+        for finding in verdict.findings:
+            if not finding.holds:
+                console.print(f"{verdict.name} fails: {finding}", highlight=False, markup=False)
+    held = sum(verdict.holds for verdict in verdicts)
+    seconds = sum(verdict.seconds for verdict in verdicts)
+    console.print(f"{held} of {len(verdicts)} claims hold ({seconds:.0f} s)", highlight=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # In a pipe there is no width to fit into.
+    return Console() if Console().is_terminal else Console(width=160)
+
+
+def expected(verdict: Verdict) -> str:
+    """The expected number with its relation and tolerance, in a few characters."""
+    shown = verdict.shown
+    if shown.relation == "=":
+        within = f" ± {shown.tolerance:.2g}" if shown.tolerance else ""
+        return f"{shown.expected:.5g}{within}"
+    return f"{'≤' if shown.relation == '<=' else '≥'} {shown.expected:.5g}"
+
+
+def print_table(table: Table) -> None:
+    """The table in a terminal: the paper's answers, marked where more is known."""
+    from rich.table import Table as Grid
+
+    console = _console()
+    grid = Grid(box=None, pad_edge=False, title="Table 1, computed", title_justify="left")
+    for heading in ("clipping", "NTK matrix", *table_one.COLUMNS):
+        grid.add_column(heading)
+    notes: list[str] = []
+    for row in table.rows:
+        cells = []
+        for cell in row.cells:
+            text = cell.answer if cell.holds else f"{cell.answer}, NOT BORNE OUT"
+            if cell.added:
+                if cell.added not in notes:
+                    notes.append(cell.added)
+                text += f" ({notes.index(cell.added) + 1})"
+            cells.append(text)
+        grid.add_row(row.clipping, row.matrix, *cells)
+    console.print(grid)
+    for number, note in enumerate(notes):
+        console.print(f"({number + 1}) {note}", highlight=False, markup=False)

@@ -1,0 +1,172 @@
+"""Claims C19-C21: steps against flow."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp import clipping, gradient_flow
+from ntkdp._types import Array, PyTree
+from ntkdp.claims import _instances
+from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
+from ntkdp.trajectory import Measurement, Trajectory
+
+
+def _run(rule: clipping.ClippingRule, rate: float, steps: int, **options: Any) -> Trajectory:
+    """C19's network at as many steps for every rate, so that one program serves all."""
+    problem = _instances.networks()["tanh"]
+    return problem.run(rule, learning_rate=rate, steps=steps, **options)
+
+
+def _error(run: Trajectory, path: Trajectory, every: int) -> float:
+    """Largest difference of the losses; a step of the run is ``every`` times of the path."""
+    at_same_times = path.loss[::every]
+    return float(jnp.max(jnp.abs(run.loss[: len(at_same_times)] - at_same_times)))
+
+
+def _slopes(errors: Any, rates: Any) -> np.ndarray:
+    return np.diff(np.log(errors)) / np.diff(np.log(rates))
+
+
+@claim(
+    "C19",
+    statement="Clipped descent follows its flow to first order in the learning rate: "
+    "sup_t |L_discrete - L_flow| = O(eta).",
+    assumptions="a tanh network, all weights trained, squared loss (sum), abadi with R = .5, T = 4",
+    source="derived",
+)
+def descent_follows_the_flow_to_first_order() -> list[Finding]:
+    problem, rule = _instances.networks()["tanh"], clipping.Abadi(0.5)
+    finest, every = 0.005, np.array([16, 8, 4, 2, 1])
+    path = gradient_flow.solve(
+        problem.flow(rule), problem.params, finest * np.arange(801), rtol=1e-9, atol=1e-12
+    )
+    errors = [_error(_run(rule, finest * m, 800), path, m) for m in every]
+    plain = _error(_run(rule, finest * 16, 50, gradients="vmap"), path, 16)
+    slopes = _slopes(errors, every)
+    return [
+        equal("error at eta = .08", errors[0], 0.01131, within=5e-6),
+        equal("error at eta = .005", errors[-1], 0.000698, within=5e-7),
+        equal("error at eta = .08, vmap", plain, 0.01131, within=5e-6),
+        *(equal("log-log slope", slope, 1.0, within=0.05) for slope in slopes),
+        equal("first slope", slopes[0], 1.010, within=5e-4),
+        equal("last slope", slopes[-1], 1.001, within=5e-4),
+    ]
+
+
+class _ModifiedFlow(gradient_flow.Flow):
+    """-(G + (eta/2) DG G) in place of -G: what steps of length eta follow to second order.
+
+    With ``transposed`` it has DG' G = grad |G|^2/2, which is the same where G is a gradient.
+    """
+
+    flow: gradient_flow.WeightFlow
+    learning_rate: Array
+    transposed: bool = eqx.field(default=False, static=True)
+
+    def init(self, initial: PyTree) -> PyTree:
+        return self.flow.init(initial)
+
+    def velocity(self, state: PyTree) -> PyTree:
+        # With velocity v = -G, DG G is the derivative of v along v.
+        if self.transposed:
+            velocity, pull = jax.vjp(self.flow.velocity, state)
+            (along,) = pull(velocity)
+        else:
+            velocity = self.flow.velocity(state)
+            _, along = jax.jvp(self.flow.velocity, (state,), (velocity,))
+        return jax.tree.map(lambda v, d: v - 0.5 * self.learning_rate * d, velocity, along)
+
+    def measure(self, state: PyTree, outputs: bool) -> Measurement:
+        return self.flow.measure(state, outputs)
+
+
+@claim(
+    "C20",
+    statement="The modified equation -(G + (eta/2) DG G), G = sum_i C_i g_i, is met to second "
+    "order. The clipped drift is no gradient: with grad |G|^2/2 for DG G it is not.",
+    assumptions="away from the kinks of clipping: AUTO-S, or abadi with a fixed set of clipped "
+    "samples; C19's network up to T = .8, where abadi clips four samples of five",
+    source="derived",
+)
+def descent_follows_the_modified_equation_to_second_order() -> list[Finding]:
+    problem, finest, steps = _instances.networks()["tanh"], 0.01, 80
+    every = (2, 1)
+    findings = []
+    for name, rule in (("AUTO-S", clipping.Automatic(0.5)), ("abadi", clipping.Abadi(0.5))):
+        runs = [_run(rule, finest * m, steps) for m in every]
+        for transposed in (False, True) if name == "abadi" else (False,):
+            errors = []
+            for m, run in zip(every, runs, strict=True):
+                flow = _ModifiedFlow(problem.flow(rule), jnp.asarray(finest * m), transposed)
+                path = gradient_flow.solve(
+                    flow, problem.params, finest * np.arange(steps + 1), rtol=1e-10, atol=1e-13
+                )
+                errors.append(_error(run, path, m))
+            (order,) = _slopes(errors, every)
+            findings.append(
+                at_most(f"{name}, grad |G|^2/2: order", order, 1.3)
+                if transposed
+                else equal(f"{name}, DG G: order", order, 2.0, within=0.05)
+            )
+    # The last runs and path are abadi's; up to T = .8 none may meet a kink.
+    shares = jnp.concatenate(
+        [path.clip_fraction, runs[0].clip_fraction[: steps // 2 + 1], runs[1].clip_fraction]
+    )
+    findings += [
+        equal("abadi: least share of clipped samples", float(jnp.min(shares)), 0.8, within=0.0),
+        equal("abadi: largest share of clipped samples", float(jnp.max(shares)), 0.8, within=0.0),
+    ]
+    return findings
+
+
+@claim(
+    "C21",
+    statement="Past the edge of stability, eta h > 2, clipped descent ends in a two-cycle with "
+    "|a_k| + |a_(k+1)| = eta R sqrt(h) and mean L >= eta^2 R^2 h/8; unclipped it diverges.",
+    assumptions="one sample, frozen kernel h, squared loss (sum), abadi",
+    source="derived",
+)
+def clipped_descent_cycles_past_the_edge_of_stability() -> list[Finding]:
+    one, rule = _instances.one_sample(), clipping.Abadi(1.0)
+    options: dict[str, Any] = {"learning_rate": 1.5, "steps": 200, "outputs": True}
+    paths = {"recursion": gradient_flow.recursion(one.flow(rule), one.outputs, **options)}
+    for gradients in _instances.GRADIENTS:
+        paths[f"run, {gradients}"] = one.model().run(rule, gradients=gradients, **options)
+    findings = []
+    for name, path in paths.items():
+        a = np.abs(np.asarray(_instances.outputs_of(path)[100:, 0]))
+        findings += [
+            equal(f"{name}: |a_k| + |a_(k+1)|", a[-2] + a[-1], 3.0, within=1e-9),
+            at_most(f"{name}: change over two steps", np.max(np.abs(a[2:] - a[:-2])), 1e-9),
+            at_least(f"{name}: mean L", np.mean(path.loss[101:]), 1.125, slack=1e-9),
+        ]
+
+    unclipped = gradient_flow.recursion(one.flow(_instances.unclipped()), one.outputs, **options)
+    a = _instances.outputs_of(unclipped)[:, 0]
+    findings.append(equal("unclipped: a_50/5^51", a[50] / 5.0**51, 1.0, within=1e-9))
+
+    @jax.jit
+    @jax.vmap
+    def cycle(key: Any) -> Any:
+        """Sum, change over two steps and mean loss, each over what they should be, at random."""
+        sharpness, h, R, a0 = 10 ** jax.random.uniform(key, (4,), minval=-0.5, maxval=0.7)
+        learning_rate = (2 + sharpness) / h
+        flow = _instances.squared_flow(jnp.reshape(h, (1, 1)), jnp.zeros((1, 1)), clipping.Abadi(R))
+        path = gradient_flow.recursion(
+            flow, a0.reshape(1, 1), learning_rate=learning_rate, steps=400, outputs=True
+        )
+        a = jnp.abs(_instances.outputs_of(path)[:, 0])
+        width = learning_rate * R * jnp.sqrt(h)
+        mean = jnp.mean(path.loss[-200:])
+        return (a[-1] + a[-2]) / width, jnp.abs(a[-1] - a[-3]) / width, 8 * mean / width**2
+
+    sums, changes, means = cycle(jax.random.split(jax.random.key(210), 300))
+    return [
+        *findings,
+        at_most("random: largest |sum/(eta R sqrt h) - 1|", jnp.max(jnp.abs(sums - 1)), 1e-9),
+        at_most("random: largest change over two steps", jnp.max(changes), 1e-9),
+        at_least("random: smallest mean L over eta^2 R^2 h/8", jnp.min(means), 1.0, slack=1e-9),
+    ]

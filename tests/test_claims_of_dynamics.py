@@ -1,0 +1,129 @@
+"""Claims C1-C21 hold, and fail where the library is made wrong."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ntkdp import _dp_step, _kernel_blocks, _kernel_flow, _weight_flow, claims, clipping, spectrum
+
+CLAIMS = [f"C{number}" for number in range(1, 22)]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claim_holds(name: str) -> None:
+    verdict = claims.verify(name)
+    assert verdict.holds, "\n".join(str(f) for f in verdict.findings if not f.holds)
+
+
+def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
+    """A mutation: what ``owner.name`` returns goes through ``change``, with its arguments."""
+    original = getattr(owner, name)
+
+    def mutant(*args: Any, **options: Any) -> Any:
+        return change(original(*args, **options), *args)
+
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, mutant)
+
+
+def replaced(owner: Any, name: str, value: Any) -> Callable[[Any], None]:
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, value)
+
+
+def without_other_outputs(self: Any, a: Any) -> Any:
+    """Norms from the diagonal of the K x K blocks alone."""
+    if self.diagonal.ndim != 4:
+        return FACTORS(self, a)
+    block = self.diagonal * jnp.eye(self.diagonal.shape[-1])
+    return FACTORS(eqx.tree_at(lambda flow: flow.diagonal, self, block), a)
+
+
+def noise_of_one_size(noise: Any, self: Any, *args: Any) -> Any:
+    """As if it did not scale with the sensitivity."""
+    return jax.tree.map(lambda leaf: leaf / self.clipping.R, noise)
+
+
+FACTORS = _kernel_flow.KernelFlow._factors
+AS_OPERATOR = _kernel_flow._as_operator
+Algorithm, KernelFlow, WeightFlow = (
+    _dp_step.Algorithm,
+    _kernel_flow.KernelFlow,
+    _weight_flow.WeightFlow,
+)
+
+MUTATIONS = {
+    "kernel terms in reverse order": (
+        changed(_kernel_blocks, "assemble", lambda terms, *_: terms[::-1]),
+        "C1",
+    ),
+    "norms without the other outputs": (
+        replaced(KernelFlow, "_factors", without_other_outputs),
+        "C2",
+    ),
+    "factors on both sides": (
+        replaced(
+            spectrum, "_operator", lambda terms, weights: spectrum._congruent(terms[0], weights[0])
+        ),
+        "C3",
+    ),
+    "clip or drop": (
+        replaced(clipping.Abadi, "_weight", lambda self, s, R: jnp.where(s <= R, 1.0, 0.0)),
+        "C5",
+    ),
+    "gradients not clipped as a whole": (
+        changed(
+            Algorithm,
+            "_clipped_sum_at_once",
+            lambda out, *_: (jax.tree.map(lambda leaf: 2 * leaf, out[0]), *out[1:]),
+        ),
+        "C6",
+    ),
+    "mean of the weights' drift where the sum is asked for": (
+        changed(
+            WeightFlow, "velocity", lambda v, self, _: jax.tree.map(lambda g: g / len(self.x), v)
+        ),
+        "C6",
+    ),
+    "squares taken for norms": (replaced(clipping, "norms_from_squares", lambda s: s), "C9"),
+    "a factor of two": (changed(clipping.Abadi, "_weight", lambda factor, *_: factor / 2), "C10"),
+    "noise that does not scale with R": (changed(Algorithm, "_noise", noise_of_one_size), "C11"),
+    "layers in reverse order": (
+        changed(_kernel_flow, "_as_operator", lambda operator, terms: AS_OPERATOR(terms[::-1])),
+        "C12",
+    ),
+    "one factor a sample under batch clipping": (
+        replaced(clipping.Batch, "needs_total_norm", False),
+        "C15",
+    ),
+    "nothing scaled under the global rule": (
+        changed(clipping.Global, "_weight", lambda factor, *_: jnp.sign(factor)),
+        "C18",
+    ),
+    "a drift one per cent too large": (
+        changed(WeightFlow, "velocity", lambda v, *_: jax.tree.map(lambda g: 1.01 * g, v)),
+        "C19",
+    ),
+}
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    """No compiled program is taken over, neither into the test nor out of it."""
+    for clear in (jax.clear_caches, eqx.clear_caches):
+        clear()
+    yield
+    for clear in (jax.clear_caches, eqx.clear_caches):
+        clear()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_claim_fails_for_a_wrong_library(
+    mutation: str, fresh_programs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate, name = MUTATIONS[mutation]
+    mutate(monkeypatch)
+    verdict = claims.verify(name)
+    assert not verdict.holds, "\n".join(map(str, verdict.findings))

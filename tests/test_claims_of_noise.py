@@ -1,0 +1,87 @@
+"""Claims C22-C25 and C33-C36 hold, and fail for implementations that are wrong on purpose."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ntkdp import claims, clipping
+from ntkdp._dp_step import Algorithm
+from ntkdp.gradient_flow import HeavyBallFlow
+
+
+@pytest.mark.parametrize("name", [f"C{number}" for number in (*range(22, 26), *range(33, 37))])
+def test_claim_holds(name: str) -> None:
+    verdict = claims.verify(name)
+    assert verdict.holds, "\n".join(str(found) for found in verdict.findings if not found.holds)
+
+
+@pytest.fixture
+def mutate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
+    """Patch, with nothing compiled before or left behind."""
+
+    def patch(owner: Any, name: str, wrong: Any) -> None:
+        monkeypatch.setattr(owner, name, wrong)
+        jax.clear_caches()
+        eqx.clear_caches()
+
+    yield patch
+    monkeypatch.undo()
+    jax.clear_caches()
+    eqx.clear_caches()
+
+
+def failing(name: str) -> set[str]:
+    return {found.quantity for found in claims.verify(name).findings if not found.holds}
+
+
+def test_c22_fails_with_noise_on_the_mean_or_with_summed_norms(mutate: Any) -> None:
+    """Two mistakes that only the layerwise, averaged run can see, and it sees either."""
+    grouped = "E L / closed form, groups with R = 300, 400, mean"
+    noise = Algorithm._noise
+
+    def on_the_mean(self: Algorithm, *args: Any) -> Any:
+        scale = self.x.shape[0] if self.reduction == "mean" else 1
+        return jax.tree.map(lambda leaf: scale * leaf, noise(self, *args))
+
+    mutate(Algorithm, "_noise", on_the_mean)
+    assert failing("C22") == {grouped}
+    mutate(Algorithm, "_noise", noise)
+    mutate(clipping.ClippingRule, "sensitivity", lambda self, n: jnp.sum(self.group_norms(n)))
+    assert failing("C22") == {grouped}
+
+
+def test_c24_fails_with_twice_the_friction_on_the_momentum(mutate: Any) -> None:
+    velocity = HeavyBallFlow.velocity
+
+    def slower(self: HeavyBallFlow, state: Any) -> Any:
+        moved, pushed = velocity(self, state)
+        return moved, jax.tree.map(lambda g, v: g - self.friction * v, pushed, state[1])
+
+    mutate(HeavyBallFlow, "velocity", slower)
+    assert {"largest L", "|dE/dt + alpha |w'|^2|, relative, 500 random states"} <= failing("C24")
+
+
+def test_c25_fails_if_the_noise_does_not_scale_with_the_clipping_norm(mutate: Any) -> None:
+    mutate(clipping.ClippingRule, "sensitivity", lambda self, n_groups=1: 0.01)
+    assert "largest change of the outputs, R .001 for .01" in failing("C25")
+
+
+def test_c34_fails_with_twice_the_clipping_norm(mutate: Any) -> None:
+    mutate(clipping.Abadi, "_weight", lambda self, s, R: 2 * R / jnp.maximum(s, 2 * R))
+    wrong = failing("C34")
+    assert {"w, flow, c 0.5", "w, run, c 0.5"} <= wrong
+    assert not {"w, flow, c 4.0", "w, run, c 4.0"} & wrong
+
+
+def test_c36_fails_with_half_the_factor(mutate: Any) -> None:
+    weight = clipping.Custom._weight
+    mutate(clipping.Custom, "_weight", lambda self, s, R: 0.5 * weight(self, s, R))
+    assert {
+        "C at ||g|| = sqrt(14)",
+        "mean estimate along the flow, linear model",
+        "mean estimate along the flow, network, 5 samples, 2 outputs",
+    } <= failing("C36")

@@ -1,0 +1,107 @@
+"""The claims on accounting hold, and fail where the library is made wrong."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkdp import _accounting, claims, clipping, privacy
+from ntkdp._dp_step import Algorithm
+
+
+def told(verdict: claims.Verdict) -> str:
+    return "\n".join(f"{'holds' if f.holds else 'FAILS'}: {f}" for f in verdict.findings)
+
+
+@pytest.mark.parametrize("name", ["C30", "C31", "C32"])
+def test_claim_holds(name: str) -> None:
+    verdict = claims.verify(name)
+    assert verdict.holds, told(verdict)
+
+
+@pytest.fixture
+def forget() -> Iterator[Callable[[], None]]:
+    """Compiled programs do not see a patch: forget them before and after."""
+
+    def clear() -> None:
+        jax.clear_caches()
+        eqx.clear_caches()
+
+    clear()
+    yield clear
+    clear()
+
+
+def halved_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Algorithm._noise
+    monkeypatch.setattr(
+        Algorithm, "_noise", lambda *a: jax.tree.map(lambda leaf: leaf / 2, real(*a))
+    )
+
+
+def norms_summed_not_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = clipping.ClippingRule.sensitivity
+
+    def sensitivity(self: Any, n_groups: int = 1) -> Any:
+        if self.scope == "flat":
+            return real(self, n_groups)
+        return jnp.sum(jnp.asarray(self.group_norms(n_groups)))
+
+    monkeypatch.setattr(clipping.ClippingRule, "sensitivity", sensitivity)
+
+
+def noise_per_group_without_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = clipping.ClippingRule.group_norms
+    monkeypatch.setattr(
+        clipping.ClippingRule, "group_norms", lambda self, n: real(self, n) / np.sqrt(n)
+    )
+
+
+def no_amplification(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _accounting.delta_of
+    monkeypatch.setattr(
+        privacy._accounting, "delta_of", lambda sigma, q, *rest: real(sigma, 1.0, *rest)
+    )
+
+
+def limit_for_a_guarantee(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = privacy.gaussian_dp
+    monkeypatch.setattr(
+        privacy, "gaussian_dp", lambda *a: privacy.GaussianDP(real(*a).mu, real(*a).epsilon, True)
+    )
+
+
+def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = privacy.gaussian_dp
+    monkeypatch.setattr(
+        privacy._accounting,
+        "epsilon_of",
+        lambda sigma, q, steps, delta, *rest: real(sigma, q, steps, delta).epsilon,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("C30", norms_summed_not_squared),
+        ("C30", noise_per_group_without_its_share),
+        ("C30", no_amplification),
+        ("C31", limit_for_a_guarantee),
+        ("C31", accountant_of_the_limit),
+        ("C32", halved_noise),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_claim_fails_where_the_library_is_wrong(
+    name: str,
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    forget: Callable[[], None],
+) -> None:
+    mutate(monkeypatch)
+    assert not claims.verify(name).holds
+    monkeypatch.undo()

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow accuracy bench pins clean
+.PHONY: help lint format types architecture test test-slow verify accuracy bench pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ test:  ## The test suite
 
 test-slow:  ## The larger checks that `make test` leaves out
 	uv run pytest -m slow
+
+verify:  ## Every claim of the theory, and Table 1 from computed evidence (about five minutes)
+	uv run ntkdp verify
 
 accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
 	uv run ntkdp compare benchmarks/digits_accuracy.toml

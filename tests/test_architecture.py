@@ -25,11 +25,6 @@ KERNELS = {
 
 EXAMPLES = {
     "counterexamples",
-    "_counterexample_data",
-    "_counterexample_measure",
-    "_counterexample_problems",
-    "_counterexample_reduction",
-    "_counterexample_search",
     "table_one",
     "_table_one_evidence",
 }

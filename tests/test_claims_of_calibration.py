@@ -11,12 +11,6 @@ import pytest
 from ntkdp import calibration, claims, clipping
 
 
-@pytest.mark.parametrize("name", ["C26", "C27", "C28", "C29"])
-def test_claim_holds(name: str) -> None:
-    found = claims.verify(name)
-    assert found.holds, "\n".join(str(finding) for finding in found.findings if not finding.holds)
-
-
 @pytest.fixture
 def mutate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
     """Patch, with nothing compiled before or left behind."""
@@ -41,6 +35,7 @@ def test_c26_fails_with_twice_the_clipping_norm(mutate: Any) -> None:
     assert "p (q = 0.7, tau = 0.5, weight flow)" in failing("C26")
 
 
+@pytest.mark.slow
 def test_c27_fails_if_gamma_is_never_zero(mutate: Any) -> None:
     mutate(clipping.Automatic, "_weight", lambda self, s, R: R / (s + 1e-3))
     assert "slope of ln logit in ln t (AUTO-V, flow)" in failing("C27")
@@ -60,6 +55,7 @@ def test_c28_fails_if_the_temperature_multiplies(mutate: Any) -> None:
     assert "held-out NLL (digits)" in failing("C28")
 
 
+@pytest.mark.slow
 def test_c29_fails_if_the_norm_enters_beside_the_gradient(mutate: Any) -> None:
     mutate(clipping.Abadi, "_weight", lambda self, s, R: R / (s + R))
     assert "difference along anti-diagonals (recursion, flat)" in failing("C29")

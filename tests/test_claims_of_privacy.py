@@ -17,12 +17,6 @@ def told(verdict: claims.Verdict) -> str:
     return "\n".join(f"{'holds' if f.holds else 'FAILS'}: {f}" for f in verdict.findings)
 
 
-@pytest.mark.parametrize("name", ["C30", "C31", "C32"])
-def test_claim_holds(name: str) -> None:
-    verdict = claims.verify(name)
-    assert verdict.holds, told(verdict)
-
-
 @pytest.fixture
 def forget() -> Iterator[Callable[[], None]]:
     """Compiled programs do not see a patch: forget them before and after."""
@@ -87,12 +81,12 @@ def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [
-        ("C30", norms_summed_not_squared),
-        ("C30", noise_per_group_without_its_share),
-        ("C30", no_amplification),
+        pytest.param("C30", norms_summed_not_squared, marks=pytest.mark.slow),
+        pytest.param("C30", noise_per_group_without_its_share, marks=pytest.mark.slow),
+        pytest.param("C30", no_amplification, marks=pytest.mark.slow),
         ("C31", limit_for_a_guarantee),
         ("C31", accountant_of_the_limit),
-        ("C32", halved_noise),
+        pytest.param("C32", halved_noise, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

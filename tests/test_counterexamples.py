@@ -131,14 +131,18 @@ def test_symmetric_operators_never_make_the_loss_rise(rule: Any) -> None:
 def test_batch_clipping_neither_sticks_nor_diverges() -> None:
     rule, key = clipping.Batch(0.1, **LAYERWISE), jax.random.key(0)
     assert counterexamples.find_divergent(rule, key=key) is None
-    assert counterexamples.find_stuck(rule, key=key) is None
+    assert counterexamples.find_stuck(rule, key=key, max_samples=2) is None
 
 
 @pytest.mark.parametrize("name", ["abadi", "automatic"])
-def test_flat_rules_with_one_output_neither_stick_nor_diverge(name: str) -> None:
+def test_flat_rules_with_one_output_do_not_diverge(name: str) -> None:
     """C a is the gradient of a Huberised loss, which decreases until a = 0."""
     assert counterexamples.find_divergent(RULES[name], key=jax.random.key(0)) is None
-    assert counterexamples.find_stuck(RULES[name], key=jax.random.key(0)) is None
+
+
+def test_flat_rules_do_not_stick() -> None:
+    """H C a = 0 only where a = 0, for positive factors."""
+    assert counterexamples.find_stuck(RULES["abadi"], key=jax.random.key(0)) is None
 
 
 @pytest.mark.parametrize("name", SATURATING_LAYERWISE)
@@ -159,9 +163,8 @@ def test_layerwise_clipping_diverges_with_three_samples(name: str) -> None:
     assert found.measured["loss_growth"] > 1000
 
 
-@pytest.mark.parametrize("name", ["abadi layerwise", "automatic 0 layerwise"])
-def test_layerwise_clipping_gets_stuck_with_two_samples(name: str) -> None:
-    found = stuck(name)
+def test_layerwise_clipping_gets_stuck_with_two_samples() -> None:
+    found = stuck("abadi layerwise")
     assert found is not None
     assert len(found.outputs) == 2
     H, a = np.array(found.kernel), np.array(found.outputs)[:, 0]
@@ -170,7 +173,7 @@ def test_layerwise_clipping_gets_stuck_with_two_samples(name: str) -> None:
     norms = np.sqrt(np.diagonal(H, axis1=1, axis2=2)) * np.abs(a)
     factors = weight(found.rule, norms, found.rule_options)
     moves = np.einsum("rij,rj,j->ri", H, factors, a)
-    np.testing.assert_allclose(moves.sum(0), 0, atol=1e-7 * np.abs(moves).sum() + 1e-12)
+    np.testing.assert_allclose(moves.sum(0), 0, atol=1e-12 * np.abs(moves).sum())
     assert found.measured["loss"] > 0
     assert found.holds()
     path = ntkdp.solve(found.flow, found.outputs_array, [0.0, 50.0])
@@ -367,7 +370,7 @@ def test_bad_arguments_are_named() -> None:
         counterexamples.find_smallest_rise(custom, key=key)
     with pytest.raises(TypeError, match="loss must be one of"):
         counterexamples.find_stuck(
-            clipping.Abadi(1.0), losses.Custom(lambda f, y: jnp.sum(f - y)), key=key
+            clipping.Abadi(1.0), losses.as_loss(lambda f, y: jnp.sum(f - y)), key=key
         )
     with pytest.raises(ValueError, match="max_samples must be at least 1"):
         counterexamples.find_smallest_rise(clipping.Abadi(1.0), key=key, max_samples=0)

@@ -26,6 +26,7 @@ PAPER = {
 }
 
 
+@pytest.mark.slow
 def test_every_cell_is_borne_out_and_every_example_replays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -18,7 +18,7 @@ from ntkdp.ntk import LayerwiseKernel
 
 #: How much larger than the outputs that it is looked for from an equilibrium may be.
 _NEAR = 10.0
-#: Share of the output gradients below which the outputs count as fitted.
+#: Share of the gradient norms below which the outputs count as fitted.
 _FITTED = 1e-3
 
 
@@ -131,11 +131,11 @@ def settled(
         # Where clipping saturates, rest may also lie at infinity.
         return jnp.where(jnp.max(jnp.abs(moved)) <= limit, moved, outputs)
 
-    before = loss.output_gradient(outputs, targets)
+    before = State(terms, targets, loss, rule, outputs)
     limit = _NEAR * jnp.max(jnp.abs(outputs))
     outputs = lax.fori_loop(0, 20, step, outputs)
     state = State(terms, targets, loss, rule, outputs)
     # Fitted samples are at rest too, but not stuck.
-    left = jnp.sum(state.output_gradient**2) > _FITTED**2 * jnp.sum(before**2)
+    left = jnp.sum(state.norms**2) > _FITTED**2 * jnp.sum(before.norms**2)
     speed = jnp.where(left, state.speed(), jnp.inf)
     return outputs, speed, velocity_jacobian(flow, outputs)

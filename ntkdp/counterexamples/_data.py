@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _validate, clipping, losses
-from ntkdp._counterexample_measure import flow_of, measured_state
 from ntkdp._files import replacing
 from ntkdp._solve import solve
 from ntkdp._types import Array
+from ntkdp.counterexamples._measure import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow
 
 KINDS = ("rise", "stuck", "divergence")
@@ -249,7 +249,7 @@ def fails(kind: str, measured: dict[str, float]) -> bool:
         return measured["rise"] > margin
     if kind == "stuck":
         return (
-            measured["speed"] <= margin
+            measured["speed"] <= rest_margin()
             and measured["loss"] > 0
             and measured["eigenvalue_ratio"] > margin
             and measured["departure"] <= _STAYS
@@ -264,6 +264,11 @@ def fails(kind: str, measured: dict[str, float]) -> bool:
 def rounding_margin() -> float:
     """The square root of the precision: far above rounding, far below a failure of note."""
     return math.sqrt(float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def rest_margin() -> float:
+    """A speed share that is nothing but rounding."""
+    return 100 * float(jnp.finfo(jnp.result_type(float)).eps)
 
 
 def named(rule: clipping.ClippingRule) -> tuple[str, dict[str, Any]]:

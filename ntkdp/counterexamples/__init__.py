@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _validate, losses
-from ntkdp._counterexample_data import (
+from ntkdp._types import Array, Key
+from ntkdp.clipping import ClippingRule, Global
+from ntkdp.counterexamples._data import (
     Counterexample,
     check_kernel,
     fails,
@@ -32,14 +34,14 @@ from ntkdp._counterexample_data import (
     named_loss,
     rounding_margin,
 )
-from ntkdp._counterexample_problems import (
+from ntkdp.counterexamples._problems import (
     Divergence,
     Equilibrium,
     RiseOnKernel,
     RiseOverKernels,
     family,
 )
-from ntkdp._counterexample_reduction import (
+from ntkdp.counterexamples._reduction import (
     Found,
     as_data,
     equilibria,
@@ -50,9 +52,7 @@ from ntkdp._counterexample_reduction import (
     without_spare_layers,
     without_spare_samples,
 )
-from ntkdp._counterexample_search import Problem, ascend, evolve, instances
-from ntkdp._types import Array, Key
-from ntkdp.clipping import ClippingRule, Global
+from ntkdp.counterexamples._search import Problem, ascend, evolve, instances
 from ntkdp.gradient_flow import KernelFlow
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
@@ -308,7 +308,7 @@ def find_stuck(
     --------
     >>> import jax, ntkdp
     >>> rule = ntkdp.clipping.Abadi(1.0, scope="layerwise")
-    >>> found = ntkdp.counterexamples.find_stuck(rule, key=jax.random.key(0))
+    >>> found = ntkdp.counterexamples.find_stuck(rule, max_samples=2, key=jax.random.key(0))
     >>> len(found.outputs), found.measured["loss"] > 0, found.holds()
     (2, True, True)
     """

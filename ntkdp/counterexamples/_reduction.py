@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._counterexample_data import (
+from ntkdp._types import Array, Float
+from ntkdp.counterexamples._data import (
     Counterexample,
     as_numbers,
     eigenvalue_ratio,
     named,
     named_loss,
+    rest_margin,
     rounding_margin,
 )
-from ntkdp._counterexample_measure import measured_state, settled
-from ntkdp._counterexample_problems import Divergence, Equilibrium, masked
-from ntkdp._counterexample_search import Problem
-from ntkdp._types import Array, Float
+from ntkdp.counterexamples._measure import measured_state, settled
+from ntkdp.counterexamples._problems import Divergence, Equilibrium, masked
+from ntkdp.counterexamples._search import Problem
 
 #: Reduction and rounding may each cost half of the strength that the search found.
 _KEPT = 0.5
@@ -107,7 +108,7 @@ def equilibria(
     terms = _significant(terms, 15 if terms.dtype == jnp.float64 else 7)
     at, speeds, derivatives = (np.array(found) for found in _all_settled(problem, terms, outputs))
     for i, derivative in enumerate(derivatives):
-        holds = speeds[i] <= rounding_margin() and np.all(np.isfinite(derivative))
+        holds = speeds[i] <= rest_margin() and np.all(np.isfinite(derivative))
         if holds:
             growth = np.max(np.linalg.eigvals(derivative).real)
             holds = growth <= rounding_margin() * np.linalg.norm(derivative)
@@ -128,7 +129,7 @@ def simplest_equilibrium(
     for digits in _DIGITS:
         shorter = _significant(jnp.asarray(at[first]), digits)
         state = measured_state(chosen, problem.targets, problem.loss, problem.rule, shorter)
-        if float(state.speed()) <= rounding_margin():
+        if float(state.speed()) <= rest_margin():
             return Found(chosen, shorter, mask)
     return Found(chosen, jnp.asarray(at[first]), mask)
 

@@ -1,0 +1,20 @@
+"""Every claim holds; the longer ones as slow tests, `ntkdp verify` being part of integration."""
+
+import pytest
+
+from ntkdp import claims
+
+QUICK = {"C3", "C6", "C7", "C8", "C9", "C10", "C16", "C17", "C18", "C19", "C21", "C24", "C25"}
+QUICK |= {"C26", "C28", "C31", "C34"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in claims.names()
+    ],
+)
+def test_claim_holds(name: str) -> None:
+    verdict = claims.verify(name)
+    assert verdict.holds, "\n".join(str(found) for found in verdict.findings if not found.holds)

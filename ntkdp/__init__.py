@@ -56,6 +56,7 @@ _MODULES = (
     "plotting",
     "privacy",
     "spectrum",
+    "stochastic_flow",
     "table_one",
     "trajectory",
 )

@@ -173,13 +173,17 @@ class KernelFlow(Flow):
             return operator @ weighted.reshape(-1, weighted.shape[-1])
         return (operator @ weighted.reshape(-1)).reshape(-1, weighted.shape[-1])
 
-    def velocity(self, state: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        """Time derivative of the outputs, train and test."""
+    def velocity(
+        self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
+    ) -> tuple[Array, Array | None]:
+        """Time derivative of the outputs, train and test; of a batch by ``weights`` of samples."""
         train, test = state
         a = self.loss.output_gradient(train, self.targets)
         factors = self._factors(a)
         factors = factors[None] if factors.ndim == 1 else factors
         weighted = factors[:, :, None] * a[None]
+        if weights is not None:
+            weighted = weighted * weights[:, None]
         if self.reduction == "mean":
             weighted = weighted / train.shape[0]
         d_train = -self._apply(self.drive, weighted)
@@ -187,6 +191,15 @@ class KernelFlow(Flow):
         if test is not None and self.test_drive is not None:
             d_test = -self._apply(self.test_drive, weighted)
         return d_train, d_test
+
+    def terms(self) -> Array:
+        """Terms of the kernel, ``(R, n, n, K, K)`` or ``(R, n, n)``; with flat scope, one."""
+        n_groups, n = self.diagonal.shape[:2]
+        if self.diagonal.ndim == 2:
+            return jnp.moveaxis(self.operator.reshape(n, n_groups, n), 1, 0)
+        n_outputs = self.diagonal.shape[-1]
+        split = self.operator.reshape(n, n_outputs, n_groups, n, n_outputs)
+        return jnp.transpose(split, (2, 0, 3, 1, 4))
 
     def measure(self, state: tuple[Array, Array | None], outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at a state."""

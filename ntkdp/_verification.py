@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -16,10 +17,11 @@ Report = Callable[[str, float], None]
 
 
 class Verification(NamedTuple):
-    """Verdicts, and the table if it was asked for."""
+    """Verdicts, the table if it was asked for, and how long it all took."""
 
     verdicts: tuple[Verdict, ...]
     table: Table | None
+    seconds: float
 
     @property
     def holds(self) -> bool:
@@ -34,6 +36,7 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
     Most of the time goes into compilation, which uses one core, so several claims are verified at
     a time, in threads.
     """
+    start = time.perf_counter()
     report("compiling the first claims", 0.0)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         # The table takes longest: it starts first.
@@ -52,6 +55,7 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
     return Verification(
         tuple(verdict.result() for verdict in verdicts),
         None if rebuilt is None else rebuilt.result(),
+        time.perf_counter() - start,
     )
 
 
@@ -66,18 +70,19 @@ def write(verification: Verification, folder: Path) -> None:
     metrics: dict[str, Any] = {
         "ntkdp": __version__,
         "holds": verification.holds,
+        "seconds": round(verification.seconds, 1),
         "claims": [verdict.as_dict() for verdict in verification.verdicts],
         "table_one": None if table is None else table.as_dict(),
         "machine": {"platform": platform.platform(), "python": platform.python_version()},
     }
-    page = _verification_page.page(verification.verdicts, table)
+    page = _verification_page.page(verification.verdicts, table, verification.seconds)
     (folder / "report.html").write_text(page, encoding="utf-8")
     # Last: a folder with metrics is complete.
     text = json.dumps(metrics, indent=2, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
-def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+def print_verdicts(verification: Verification) -> None:
     """One line a claim, and below a claim that fails the numbers that do."""
     from rich.table import Table as Grid
 
@@ -91,6 +96,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
             no_wrap=heading in ("claim", "measured", "expected", "verdict"),
             ratio=4 if heading == "statement" else None,
         )
+    verdicts = verification.verdicts
     for verdict in verdicts:
         grid.add_row(
             verdict.name,
@@ -106,8 +112,9 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
             if not finding.holds:
                 console.print(f"{verdict.name} fails: {finding}", highlight=False, markup=False)
     held = sum(verdict.holds for verdict in verdicts)
-    seconds = sum(verdict.seconds for verdict in verdicts)
-    console.print(f"{held} of {len(verdicts)} claims hold ({seconds:.0f} s)", highlight=False)
+    console.print(
+        f"{held} of {len(verdicts)} claims hold ({verification.seconds:.0f} s)", highlight=False
+    )
 
 
 def _console() -> Any:

@@ -9,10 +9,9 @@ from ntkdp.claims import Finding, Verdict
 from ntkdp.table_one import Cell, Table
 
 
-def page(verdicts: Sequence[Verdict], table: Table | None) -> str:
+def page(verdicts: Sequence[Verdict], table: Table | None, seconds: float) -> str:
     """One self-contained HTML page."""
     held = sum(verdict.holds for verdict in verdicts)
-    seconds = sum(verdict.seconds for verdict in verdicts)
     summary = f"{held} of {len(verdicts)} claims hold, verified in {seconds:.0f} s"
     if table is not None:
         borne_out = "every cell" if table.holds else "not every cell"
@@ -32,7 +31,7 @@ def _claim(verdict: Verdict) -> str:
     }
     return (
         f'<details class="{verdict_class}"><summary><b>{verdict.name}</b> '
-        f"{escaped['statement']} <span class=verdict>{verdict_class}</span></summary>"
+        f"<span class=verdict>{verdict_class}</span> {escaped['statement']}</summary>"
         f"<p>Assumptions: {escaped['assumptions']}. Source: {escaped['source']}. "
         f"{verdict.seconds:.1f} s.</p><div class=scroll><table><thead><tr><th>quantity</th>"
         f"<th>measured</th><th>expected</th><th></th></tr></thead><tbody>{findings}</tbody>"
@@ -73,7 +72,7 @@ def _table(table: Table) -> str:
         "kernel that stays positive definite, as the paper has it; computed where it does not say "
         f"(in brackets). Below each, the evidence.</p><div class=scroll><table class=one><thead>"
         f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        "<h2>Counterexamples</h2><p>Each is data that replays: "
+        "<h2>Counterexamples</h2><p>Those that the search found are data that replays: "
         "<code>ntkdp.counterexamples.Counterexample.from_json(text).replay()</code>.</p>" + examples
     )
 
@@ -96,7 +95,7 @@ _TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ntkdp: the theory, verified</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff; }}
 h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }}
 h3 {{ font-size: 1rem; margin-bottom: 0; }}
@@ -105,14 +104,14 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-siz
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ccc; text-align: left;
   vertical-align: top; }}
 th {{ border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }}
-table.one td {{ min-width: 8.5rem; }}
+table.one td {{ min-width: 7.4rem; }}
 small {{ display: block; color: #444; line-height: 1.3; }}
 small.added {{ color: #0b4f7d; margin-top: .3rem; }}
 .yes b {{ color: #00694b; }}
 .no b {{ color: #a34400; }}
 details {{ border-bottom: 1px solid #ddd; padding: .35rem 0; }}
 summary {{ cursor: pointer; }}
-.verdict {{ float: right; margin-left: 1rem; color: #00694b; }}
+.verdict {{ color: #00694b; margin: 0 .4rem; }}
 .fails .verdict {{ color: #fff; background: #a30000; padding: 0 .5rem; }}
 pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem; }}
 </style>

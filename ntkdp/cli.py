@@ -143,7 +143,7 @@ def verify(
     if as_json:
         print(_verification.as_json(found.verdicts))
     else:
-        _verification.print_verdicts(found.verdicts)
+        _verification.print_verdicts(found)
         if found.table is not None:
             _verification.print_table(found.table)
     if folder is not None:

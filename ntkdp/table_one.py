@@ -31,7 +31,7 @@ from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel
 
-__all__ = ["COLUMNS", "Cell", "Row", "Table", "compute"]
+__all__ = ["COLUMNS", "Cell", "Row", "State", "Table", "compute"]
 
 COLUMNS = (
     "symmetric",
@@ -45,6 +45,20 @@ COLUMNS = (
 _ROUNDING = 1e-10
 #: Part of its initial value to which a loss has to fall to count as zero.
 _ZERO = 1e-8
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of one output: squared loss, targets zero, flat abadi clipping."""
+
+    kernel: tuple[tuple[float, ...], ...]
+    outputs: tuple[float, ...]
+    clip_norm: float
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        fields = {"kind": "state", "kernel": self.kernel, "outputs": self.outputs}
+        return json.dumps(fields | {"rule": "abadi", "R": self.clip_norm, "scope": "flat"})
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Cell:
     holds: bool
     added: str = ""
     added_holds: bool = True
-    example: Counterexample | None = None
+    example: Counterexample | State | None = None
 
     @property
     def answer(self) -> Literal["yes", "no"]:
@@ -212,40 +226,27 @@ def _all_hold(
     return Row(name, matrix, cells)
 
 
-def _state(
-    kernel: tuple[tuple[float, ...], ...], outputs: tuple[float, ...], rule: ClippingRule
-) -> Counterexample:
-    """A state of the squared loss with targets zero, as data."""
-    return Counterexample(
-        kind="rise",
-        kernel=(kernel,),
-        targets=((0.0,),) * len(outputs),
-        outputs=tuple((output,) for output in outputs),
-        loss="squared_error",
-        loss_options={},
-        rule="abadi",
-        rule_options={"R": float(rule.R)},
-        scope=rule.scope,
-    )
-
-
-def _operator_at(example: Counterexample) -> tuple[Any, Any]:
-    """Kernel and factors at a state, as the spectrum wants them."""
-    a = example.outputs_array - jnp.asarray(example.targets)
+def _operator_at(example: Counterexample | State) -> tuple[Any, Any]:
+    """Kernel and factors at a state of squared loss and one output, as the spectrum wants them."""
+    if isinstance(example, State):
+        kernel, a = jnp.asarray(example.kernel), jnp.asarray(example.outputs)
+        norms = jnp.sqrt(jnp.diagonal(kernel)) * jnp.abs(a)
+        return kernel, clipping.Abadi(example.clip_norm).factors(norms)
+    a = (example.outputs_array - jnp.asarray(example.targets))[:, 0]
     terms = example.terms
-    norms = jnp.sqrt(jnp.diagonal(terms, axis1=1, axis2=2)) * jnp.abs(a[:, 0])
+    norms = jnp.sqrt(jnp.diagonal(terms, axis1=1, axis2=2)) * jnp.abs(a)
     if example.scope == "flat":
         return terms[0], example.clipping.factors(norms[0])
     names = tuple(f"layer {r + 1}" for r in range(terms.shape[0]))
     return LayerwiseKernel(names, terms), example.clipping.factors(norms)
 
 
-def _asymmetry(example: Counterexample) -> float:
+def _asymmetry(example: Counterexample | State) -> float:
     operator = spectrum.clipped_operator(*_operator_at(example))
     return float(jnp.linalg.norm(operator - operator.T) / jnp.linalg.norm(operator))
 
 
-def _not_symmetric(example: Counterexample) -> Cell:
+def _not_symmetric(example: Counterexample | State) -> Cell:
     value = _asymmetry(example)
     return Cell(
         COLUMNS[0],
@@ -258,7 +259,7 @@ def _not_symmetric(example: Counterexample) -> Cell:
     )
 
 
-def _indefinite(example: Counterexample) -> Cell:
+def _indefinite(example: Counterexample | State) -> Cell:
     value = float(spectrum.symmetric_eigenvalues(*_operator_at(example))[0])
     return Cell(
         COLUMNS[1],
@@ -276,7 +277,7 @@ def _small_flat(key: jax.Array) -> Row:
     rule = clipping.Abadi(1.0)
     states = evidence.worst_of_states(clipping.Abadi(0.5), key)
     paths = evidence.worst_of_paths(clipping.Abadi(0.5), key)
-    pair = _state(((1.0, 0.9), (0.9, 1.0)), (1.0, 100.0), rule)
+    pair = State(((1.0, 0.9), (0.9, 1.0)), (1.0, 100.0), 1.0)
     circling = evidence.circling_network()
     never_settles = circling.highest - circling.lowest > 1 and circling.least_eigenvalue > 1e-4
     rise = counterexamples.find_smallest_rise(rule, key=key)

@@ -83,7 +83,7 @@ def test_a_whole_verification_has_the_table_in_every_form(
     noted = table_one.Cell("monotone", None, True, "rate", -1.0, True, added="More & more.")
     broken = table_one.Cell("to zero loss", True, True, "loss", 1.0, False)
     rows = (table_one.Row("small R", "H C", (cell, noted)), table_one.Row("R", "H", (broken,)))
-    monkeypatch.setattr(table_one, "compute", lambda progress: table_one.Table(rows))
+    monkeypatch.setattr(table_one, "compute", lambda: table_one.Table(rows))
     monkeypatch.setattr(claims, "names", lambda: QUICK)
     monkeypatch.chdir(tmp_path)
     done = verify("--out", "found")

@@ -1,0 +1,191 @@
+"""Noisy runs drawn from a kernel, hundreds in one batched product."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ntkdp import _progress, _validate
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._output_noise import noise_covariance, sampling, square_root
+from ntkdp._types import Array, Float, Key, PRNGKeyArray
+from ntkdp.trajectory import (
+    Measurement,
+    Trajectory,
+    check_learning_rate,
+    from_measurements,
+    recorded_steps,
+    times_of_steps,
+)
+
+
+class _Noise(eqx.Module):
+    """What a step draws: noise of the outputs, a factor of its covariance, and the batch."""
+
+    factor: Float[Array, "N N"] | None
+    divisor: Any
+    sample_rate: float = eqx.field(static=True)
+    per_output: bool = eqx.field(static=True)
+
+    def velocity(self, flow: KernelFlow, state: Any, key: PRNGKeyArray) -> Any:
+        """The step over the learning rate."""
+        of_batch, of_noise = jax.random.split(key)
+        train, _ = state
+        n, n_outputs = train.shape
+        weights = None
+        if self.sample_rate < 1:
+            drawn = jax.random.bernoulli(of_batch, self.sample_rate, (n,))
+            weights = drawn.astype(train.dtype) / self.sample_rate
+        d_train, d_test = flow.velocity(state, weights)
+        if self.factor is None:
+            return d_train, d_test
+        columns = n_outputs if self.per_output else 1
+        z = jax.random.normal(of_noise, (self.factor.shape[0], columns), train.dtype)
+        noise = (self.factor @ z).reshape(-1, n_outputs) / self.divisor
+        return d_train + noise[:n], None if d_test is None else d_test + noise[n:]
+
+
+def ensemble(
+    flow: Any,
+    initial: Any,
+    *,
+    learning_rate: Any,
+    steps: int,
+    noise_multiplier: Any = 0.0,
+    sample_rate: float = 1.0,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+    key: Any,
+) -> Trajectory:
+    r"""Draw noisy runs from a kernel: the law of DP-SGD on the linearised model.
+
+    Parameters
+    ----------
+    flow : KernelFlow
+        Kernel, targets, loss and clipping; without a preconditioner.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel.
+    learning_rate : float or optax schedule
+        Step size of the reduced loss's gradient.
+    steps : int
+        At least 1.
+    noise_multiplier : float
+        :math:`\sigma`: the noise of the summed gradient has standard deviation :math:`\sigma S` on
+        every weight, S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise).
+    sample_rate : float
+        q in (0, 1]: 1 for full batches, below it Poisson sampling.
+    noise_kernel : array or LayerwiseKernel, optional
+        The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
+        with noise if the flow has a test kernel, since the same noise moves both.
+    noise_per_group : bool
+        Layerwise only: noise of group r in proportion to its own R_r, as in ``dp_sgd.run``.
+    record_every : int
+        Record every so many steps, and the last.
+    outputs : bool
+        Record the outputs too.
+    progress : bool or callable
+        True for a bar on a terminal; a function is called with the fraction done.
+    key : PRNG key
+        One, or an array of S keys: S runs, a leading seed axis.
+
+    Returns
+    -------
+    Trajectory
+        Times are the running sum of the learning rate.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``dp_sgd.run``; a preconditioned flow; a noise kernel that does not fit.
+
+    Notes
+    -----
+    *Derived* from the step of DP-SGD; exact in law for a model that is linear in its parameters, at
+    any step size. Full covariance: memory and, once, time of the eigenvalues of an
+    ``(n K, n K)`` matrix, or ``(n, n)`` if the kernel means ``(x) I_K``.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(10.0), reduction="sum")
+    >>> runs = ntkdp.stochastic_flow.ensemble(
+    ...     flow, jnp.array([[1.0]]), learning_rate=0.5, steps=3, noise_multiplier=0.1,
+    ...     key=jax.random.split(jax.random.key(0), 100))
+    >>> runs.loss.shape
+    (100, 4)
+    """
+    if not isinstance(flow, KernelFlow):
+        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    steps = _validate.count(steps=steps)
+    record_every = _validate.count(record_every=record_every)
+    learning_rate = check_learning_rate(learning_rate, steps)
+    if not callable(learning_rate):
+        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
+    sample_rate, divisor = sampling(flow, sample_rate)
+    covariance = noise_covariance(flow, noise_multiplier, noise_kernel, noise_per_group)
+    factor = None if covariance is None else square_root(covariance)
+    noise = _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
+    state = flow.init(initial)
+    keys = _as_keys(key)
+    with _progress.listening(progress, "drawing runs") as shown:
+        measured = _draw(
+            flow, noise, state, learning_rate, keys, steps, record_every, outputs, shown
+        )
+        recorded = recorded_steps(steps, record_every)
+        times = times_of_steps(learning_rate, recorded)
+        return from_measurements(times, measured, steps=jnp.asarray(recorded))
+
+
+def _as_keys(key: Any) -> Key[Array, "*seeds"]:
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
+        raise TypeError(
+            "key must be a JAX PRNG key or an array (S,) of them, e.g. jax.random.key(0), "
+            f"got {key!r}"
+        )
+    return key
+
+
+@eqx.filter_jit
+def _draw(
+    flow: KernelFlow,
+    noise: _Noise,
+    state: Any,
+    learning_rate: Any,
+    keys: Key[Array, "*seeds"],
+    steps: int,
+    record_every: int,
+    outputs: bool,
+    shown: bool,
+) -> Measurement:
+    def one_run(key: PRNGKeyArray) -> Measurement:
+        def step(k: Any, state: Any) -> Any:
+            rate = learning_rate(k) if callable(learning_rate) else learning_rate
+            velocity = noise.velocity(flow, state, jax.random.fold_in(key, k))
+            return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)
+
+        def proceed(state: Any, start: Any, count: int) -> Any:
+            return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
+
+        def record(state: Any, start: Array) -> tuple[Any, Measurement]:
+            if shown:
+                due = start % max(record_every, steps // 100) < record_every
+                lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
+            return proceed(state, start, record_every), flow.measure(state, outputs)
+
+        full, rest = divmod(steps, record_every)
+        end, measured = lax.scan(record, state, record_every * jnp.arange(full))
+        ends = [flow.measure(end, outputs)]
+        if rest:
+            ends.append(flow.measure(proceed(end, full * record_every, rest), outputs))
+        return jax.tree.map(
+            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
+        )
+
+    return one_run(keys) if keys.ndim == 0 else jax.vmap(one_run)(keys)

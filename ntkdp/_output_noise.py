@@ -1,0 +1,95 @@
+"""The noise of DP-SGD in the outputs: its covariance, a function of the kernel."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ntkdp import _validate
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._types import Array, Float, as_constant
+from ntkdp.ntk import LayerwiseKernel
+
+#: Eigenvalues below this part of the largest, and below zero, are what rounding made of zero.
+_NEGATIVE = 1e-6
+
+
+def sampling(flow: KernelFlow, sample_rate: Any) -> tuple[float, float]:
+    """The sampling rate, and the divisor of the noisy sum."""
+    rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
+    return rate, rate * (flow.targets.shape[0] if flow.reduction == "mean" else 1)
+
+
+def noise_covariance(
+    flow: KernelFlow, sigma: Any, noise_kernel: Any, per_group: bool
+) -> Array | None:
+    """Covariance of the noise in the outputs of the summed gradient, None if there is none."""
+    sigma = _validate.non_negative(noise_multiplier=sigma)
+    sigma = as_constant(_validate.scalar(noise_multiplier=sigma))
+    if not bool(sigma > 0):
+        return None
+    rule = flow.clipping
+    if not rule.bounds_each_sample:
+        raise ValueError(
+            f"noise_multiplier must be 0 with {type(rule).__name__}, whose sensitivity is "
+            f"unbounded, got {sigma}; clip each sample, e.g. with Abadi"
+        )
+    if per_group and rule.scope == "flat":
+        raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
+    if flow.drive is not flow.operator:
+        raise ValueError(
+            "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
+            "function of the kernels"
+        )
+    terms = _noise_terms(flow, noise_kernel)
+    n_groups = terms.shape[0]
+    if per_group:
+        stds = jnp.sqrt(n_groups) * jnp.asarray(rule.group_norms(n_groups))
+    else:
+        stds = jnp.full(n_groups, jnp.asarray(rule.sensitivity(n_groups)))
+    return _as_matrix(jnp.tensordot((sigma * stds) ** 2, terms, axes=1))
+
+
+def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
+    """Terms of the kernel over all points that are followed."""
+    own = flow.terms()
+    if noise_kernel is None:
+        if flow.test_drive is not None:
+            raise ValueError(
+                "noise_kernel must be the kernel of train and test points with each other, since "
+                "the flow has a test_kernel, got None"
+            )
+        return own
+    if isinstance(noise_kernel, LayerwiseKernel):
+        layered = flow.clipping.scope == "layerwise"
+        terms = noise_kernel.values if layered else noise_kernel.total[None]
+    else:
+        terms = jnp.asarray(noise_kernel)[None]
+    followed = own.shape[1]
+    if flow.test_drive is not None:
+        per_row = 1 if own.ndim == 3 else own.shape[-1]
+        followed += flow.test_drive.shape[0] // per_row
+    expected = (own.shape[0], followed, followed, *own.shape[3:])
+    if terms.shape != expected:
+        raise ValueError(
+            f"noise_kernel must have terms of shape {expected}, train before test, "
+            f"got {terms.shape}"
+        )
+    return _validate.finite(noise_kernel=terms)
+
+
+def _as_matrix(kernel: Array) -> Array:
+    if kernel.ndim == 2:
+        return kernel
+    rows = kernel.shape[0] * kernel.shape[2]
+    return jnp.transpose(kernel, (0, 2, 1, 3)).reshape(rows, rows)
+
+
+def square_root(matrix: Float[Array, "N N"]) -> Float[Array, "N N"]:
+    """F with F F^T the matrix, which may be singular."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    if not bool(values[0] >= -_NEGATIVE * values[-1]):
+        raise ValueError(
+            "the kernel must be positive semi-definite to be a covariance, got an eigenvalue "
+            f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
+        )
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))

@@ -1,0 +1,285 @@
+"""Mean and spread of noisy training, without drawing a run."""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import _gaussian_closure, _progress, _validate
+from ntkdp._gaussian_closure import Closure, Statistics
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._output_noise import noise_covariance, sampling
+from ntkdp._types import Array, as_constant
+from ntkdp.clipping import Batch, Global
+from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
+
+
+class Moments(NamedTuple):
+    """Predicted statistics over time; a pytree.
+
+    ``loss`` and ``loss_std`` are mean and standard deviation of the reduced training loss,
+    ``accuracy`` the mean accuracy, with test twins; ``mean`` ``(T, N, K)`` and ``covariance``
+    ``(T, N K, N K)`` those of the outputs, train before test, on request. ``steps`` is None in flow
+    time.
+    """
+
+    times: Array
+    steps: Array | None
+    loss: Array
+    loss_std: Array
+    accuracy: Array | None
+    test_loss: Array | None
+    test_loss_std: Array | None
+    test_accuracy: Array | None
+    mean: Array | None
+    covariance: Array | None
+
+    def band(self, level: float = 0.9, *, test: bool = False) -> tuple[Any, Any]:
+        """Lower and upper quantile of the loss: of the gamma law with its mean and deviation."""
+        from scipy.stats import gamma
+
+        level = float(_validate.fraction(level=level))
+        chosen = (self.test_loss, self.test_loss_std) if test else (self.loss, self.loss_std)
+        if chosen[0] is None:
+            raise ValueError("test=True needs a flow with test targets")
+        mean, std = (np.asarray(values) for values in chosen)
+        certain = std <= 0
+        shape = (mean / np.where(certain, 1.0, std)) ** 2
+        low, high = (
+            np.where(certain, mean, gamma.ppf(part, shape, scale=mean / shape))
+            for part in ((1 - level) / 2, (1 + level) / 2)
+        )
+        return low, high
+
+
+def moments(
+    flow: Any,
+    initial: Any,
+    *,
+    learning_rate: Any,
+    steps: int,
+    noise_multiplier: Any = 0.0,
+    sample_rate: float = 1.0,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+) -> Moments:
+    r"""Mean and spread of noisy training, step by step, without drawing a run.
+
+    Parameters
+    ----------
+    flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise_kernel, \
+    noise_per_group, record_every, progress
+        As for :func:`ensemble`.
+    outputs : bool
+        Record mean and covariance of the outputs too.
+
+    Returns
+    -------
+    Moments
+        Times are the running sum of the learning rate.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`ensemble`; a rule with jumps (`Global`) or that couples the samples (`Batch`),
+        for which :func:`ensemble` is the way.
+
+    Notes
+    -----
+    *Derived*: Gaussian closure, exact for squared loss while nothing is clipped; see the module
+    ``_gaussian_closure`` for the equations. A step takes about four products of ``(N K, N K)``
+    matrices.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(10.0), reduction="sum")
+    >>> found = ntkdp.stochastic_flow.moments(
+    ...     flow, jnp.array([[1.0]]), learning_rate=0.5, steps=1, noise_multiplier=0.1)
+    >>> [round(v, 4) for v in found.loss.tolist()]
+    [0.5, 0.25]
+    """
+    steps = _validate.count(steps=steps)
+    record_every = _validate.count(record_every=record_every)
+    learning_rate = check_learning_rate(learning_rate, steps)
+    if not callable(learning_rate):
+        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
+    closure, mean = _closure(
+        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group
+    )
+    with _progress.listening(progress, "stepping the moments") as shown:
+        found = _step_moments(closure, mean, learning_rate, steps, record_every, outputs, shown)
+        recorded = recorded_steps(steps, record_every)
+        times = times_of_steps(learning_rate, recorded)
+        return Moments(times, jnp.asarray(recorded), *found)
+
+
+def moment_flow(
+    flow: Any,
+    initial: Any,
+    times: Any,
+    *,
+    learning_rate: float,
+    noise_multiplier: Any = 0.0,
+    sample_rate: float = 1.0,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    outputs: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-8,
+) -> Moments:
+    r"""Mean and spread of noisy training in flow time.
+
+    The noise of a learning rate :math:`\eta` enters as :math:`\sqrt\eta\, Q^{1/2} dB`, the drift is
+    that of the flow: what is left of :func:`moments` to first order in the learning rate.
+
+    Parameters
+    ----------
+    flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, outputs
+        As for :func:`moments`.
+    times : array
+        Increasing; the first is the start. In units of learning rate times steps.
+    learning_rate : float
+        The learning rate whose noise it is.
+    rtol, atol : float
+        Tolerances of the solver.
+
+    Returns
+    -------
+    Moments
+        ``steps`` is None.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`moments`; times that do not increase.
+
+    Notes
+    -----
+    *Derived*; by diffrax.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(100.0), reduction="sum")
+    >>> found = ntkdp.stochastic_flow.moment_flow(
+    ...     flow, jnp.zeros((1, 1)), [0.0, 20.0], learning_rate=0.1, noise_multiplier=0.01)
+    >>> round(found.loss[-1].item(), 4)
+    0.025
+    """
+    times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
+    rate = jnp.asarray(_validate.positive(learning_rate=learning_rate), jnp.result_type(float))
+    rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
+    closure, mean = _closure(
+        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group
+    )
+    found = _solve_moments(
+        closure, mean, times, rate, as_constant(rtol), as_constant(atol), outputs
+    )
+    return Moments(times, None, *found)
+
+
+def _closure(
+    flow: Any, initial: Any, sigma: Any, sample_rate: Any, noise_kernel: Any, per_group: bool
+) -> tuple[Closure, Array]:
+    """The closure of a flow, and the mean of all points at the start."""
+    if not isinstance(flow, KernelFlow):
+        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    if isinstance(flow.clipping, Global | Batch):
+        raise ValueError(
+            "flow must have a rule that is continuous and looks at one sample, got "
+            f"{type(flow.clipping).__name__}; use stochastic_flow.ensemble"
+        )
+    sample_rate, divisor = sampling(flow, sample_rate)
+    train, test = flow.init(initial)
+    mean = train if test is None else jnp.concatenate([train, test])
+    covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
+    size = mean.size
+    if covariance is None:
+        covariance = jnp.zeros((size, size), mean.dtype)
+    elif flow.diagonal.ndim == 2:
+        covariance = jnp.kron(covariance, jnp.eye(mean.shape[1], dtype=mean.dtype))
+    points, weights = _gaussian_closure.integration_points(mean.shape[1])
+    closure = Closure(
+        flow=flow,
+        noise=covariance / divisor**2,
+        n_outputs=mean.shape[1],
+        sample_rate=sample_rate,
+        points=jnp.asarray(points, mean.dtype),
+        weights=jnp.asarray(weights, mean.dtype),
+    )
+    return closure, mean
+
+
+@eqx.filter_jit
+def _step_moments(
+    closure: Closure,
+    mean: Array,
+    learning_rate: Any,
+    steps: int,
+    record_every: int,
+    outputs: bool,
+    shown: bool,
+) -> Statistics:
+    State = tuple[Array, Array]
+
+    def step(k: Any, state: State) -> State:
+        rate = learning_rate(k) if callable(learning_rate) else learning_rate
+        return closure.step(state[0], state[1], jnp.asarray(rate, mean.dtype))
+
+    def proceed(state: State, start: Any, count: int) -> State:
+        return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
+
+    def record(state: State, start: Array) -> tuple[State, Statistics]:
+        if shown:
+            due = start % max(record_every, steps // 100) < record_every
+            lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
+        return proceed(state, start, record_every), closure.measure(state[0], state[1], outputs)
+
+    full, rest = divmod(steps, record_every)
+    start = (mean, jnp.zeros_like(closure.noise))
+    end, measured = lax.scan(record, start, record_every * jnp.arange(full))
+    ends = [closure.measure(end[0], end[1], outputs)]
+    if rest:
+        mean, covariance = proceed(end, full * record_every, rest)
+        ends.append(closure.measure(mean, covariance, outputs))
+    return jax.tree.map(lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends)
+
+
+@eqx.filter_jit
+def _solve_moments(
+    closure: Closure,
+    mean: Array,
+    times: Array,
+    rate: Array,
+    rtol: Any,
+    atol: Any,
+    outputs: bool,
+) -> Statistics:
+    def seen(t: Any, state: tuple[Array, Array], args: Any) -> Statistics:
+        return closure.measure(state[0], state[1], outputs)
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, state, args: closure.velocity(state[0], state[1], rate)),
+        diffrax.Tsit5(),
+        t0=times[0],
+        t1=times[-1],
+        dt0=None,
+        y0=(mean, jnp.zeros_like(closure.noise)),
+        saveat=diffrax.SaveAt(
+            ts=times, fn=lambda t, state, args: closure.measure(state[0], state[1], outputs)
+        ),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=100_000,
+    )
+    found: Statistics = solution.ys
+    return found

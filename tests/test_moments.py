@@ -1,0 +1,263 @@
+"""Predicted mean and spread of noisy training against runs, closed forms and limits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+import ntkdp
+from ntkdp import clipping, dp_sgd, losses, stochastic_flow
+from ntkdp._gaussian_closure import integration_points
+
+N, P, M = 12, 20, 4
+GROUPS = {"first": "first", "second": "second"}
+RUNS = 400
+
+
+def linear(w: dict[str, Any], x: jax.Array) -> jax.Array:
+    half = P // 2
+    return x[:, :half] @ w["first"] + x[:, half:] @ w["second"]
+
+
+def problem(n_outputs: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    keys = jax.random.split(jax.random.key(3), 2)
+    x = jax.random.normal(keys[0], (N + M, P)) / np.sqrt(P)
+    w = 3 * jax.random.normal(keys[1], (P, n_outputs))
+    return {"first": w[: P // 2], "second": w[P // 2 :]}, x
+
+
+RULES = {
+    "unclipped": clipping.Abadi(1e4),
+    "abadi .5": clipping.Abadi(0.5),
+    "abadi 1": clipping.Abadi(1.0),
+    "layerwise": clipping.Abadi(np.array([0.4, 0.8]), scope="layerwise"),
+    "automatic": clipping.Automatic(0.5, gamma=0.1),
+    "psac": clipping.PSAC(0.5, 0.1),
+}
+#: Rule, loss, learning rate, noise multiplier, sampling rate, reduction, noise by group.
+SETTINGS = [
+    ("unclipped", "squared", 0.5, 2e-5, 1.0, "mean", False),
+    ("unclipped", "squared", 0.1, 2e-5, 0.5, "mean", False),
+    ("abadi .5", "squared", 1.0, 0.5, 1.0, "mean", False),
+    ("abadi 1", "squared", 0.3, 0.5, 0.5, "mean", False),
+    ("layerwise", "squared", 0.1, 0.5, 1.0, "sum", False),
+    ("layerwise", "squared", 0.5, 0.5, 0.7, "mean", True),
+    ("automatic", "softmax", 1.0, 0.5, 0.5, "mean", False),
+    ("psac", "softmax", 0.1, 1.0, 1.0, "sum", False),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_moments_of_the_loss_are_those_of_real_runs(setting: Any) -> None:
+    """Means within 1% (clipped: 3%), deviations within 5%, or three standard errors."""
+    name, kind, rate, sigma, q, reduction, per_group = setting
+    squared = kind == "squared"
+    params, x = problem(1 if squared else 3)
+    rule = RULES[name]
+    loss: Any = losses.SquaredError() if squared else losses.SoftmaxCrossEntropy()
+    y = jnp.zeros((N + M, 1)) if squared else jnp.arange(N + M) % 3
+    options = {"learning_rate": rate, "steps": 40, "noise_multiplier": sigma, "sample_rate": q}
+    options |= {"noise_per_group": per_group, "record_every": 10}
+    runs = dp_sgd.run(
+        linear,
+        params,
+        x[:N],
+        y[:N],
+        loss,
+        rule,
+        groups=GROUPS,
+        reduction=reduction,
+        test_x=x[N:],
+        test_targets=y[N:],
+        gradients="vmap",
+        key=jax.random.split(jax.random.key(7), RUNS),
+        **options,
+    )
+    kernel = ntkdp.layerwise_ntk(linear, params, x, groups=GROUPS)
+    block = ntkdp.LayerwiseKernel(kernel.names, kernel.values[:, :N, :N])
+    across = ntkdp.LayerwiseKernel(kernel.names, kernel.values[:, N:, :N])
+    flow = ntkdp.KernelFlow(
+        block, y[:N], loss, rule, reduction=reduction, test_kernel=across, test_targets=y[N:]
+    )
+    outputs = linear(params, x)
+    found = stochastic_flow.moments(
+        flow, (outputs[:N], outputs[N:]), noise_kernel=kernel, **options
+    )
+    np.testing.assert_array_equal(found.times, runs.times)
+    np.testing.assert_array_equal(found.steps, runs.steps)
+    allowed = 0.01 if name == "unclipped" else 0.03
+    for mean, std, field in (
+        (found.loss, found.loss_std, "loss"),
+        (found.test_loss, found.test_loss_std, "test_loss"),
+    ):
+        real = np.asarray(getattr(runs, field))
+        centre, spread = real.mean(0), real.std(0)
+        error = spread / np.sqrt(RUNS)
+        off = np.abs(np.asarray(mean) - centre)
+        assert np.all(off <= np.maximum(allowed * centre, 3 * error)), (field, off / centre)
+        fourth = np.mean((real - centre) ** 4, axis=0)[1:] / spread[1:] ** 4
+        of_spread = spread[1:] * np.sqrt((fourth - 1) / (4 * RUNS))
+        off = np.abs(np.asarray(std)[1:] - spread[1:])
+        assert np.all(off <= np.maximum(0.05 * spread[1:], 3 * of_spread)), (
+            field,
+            off / spread[1:],
+        )
+        assert float(std[0]) < 1e-7
+    if squared:
+        assert found.accuracy is None
+    else:
+        real = np.asarray(runs.accuracy)
+        error = real.std(0) / np.sqrt(RUNS)
+        assert np.all(np.abs(found.accuracy - real.mean(0)) <= np.maximum(0.03, 4 * error))
+
+
+def one_sample(**options: Any) -> ntkdp.KernelFlow:
+    rule = clipping.Abadi(100.0)
+    chosen = {"kernel": 2.0 * jnp.eye(1), "targets": jnp.zeros((1, 1)), "clipping": rule}
+    return ntkdp.KernelFlow(loss=losses.SquaredError(), reduction="sum", **{**chosen, **options})
+
+
+def test_moments_of_an_autoregression_are_exact() -> None:
+    """f+ = (1 - eta h) f + eta sigma R sqrt(h) z: mean, variance, mean loss and its deviation."""
+    eta, h, std, steps = 0.4, 2.0, 0.05, 9
+    found = stochastic_flow.moments(
+        one_sample(),
+        jnp.ones((1, 1)),
+        learning_rate=eta,
+        steps=steps,
+        noise_multiplier=std / 100,
+        outputs=True,
+    )
+    factor = 1 - eta * h
+    k = np.arange(steps + 1)
+    mean = factor**k
+    variance = eta**2 * h * std**2 * (1 - factor ** (2 * k)) / (1 - factor**2)
+    np.testing.assert_allclose(found.mean[:, 0, 0], mean, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(found.covariance[:, 0, 0], variance, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(found.loss, (mean**2 + variance) / 2, rtol=1e-9)
+    of_loss = np.sqrt(mean**2 * variance + variance**2 / 2)
+    np.testing.assert_allclose(found.loss_std, of_loss, rtol=1e-6, atol=1e-8)
+
+
+def test_covariance_under_poisson_sampling_of_a_linear_model_is_exact() -> None:
+    """Unclipped squared loss: second moments obey a closed recursion, iterated by NumPy."""
+    eta, q, steps = 0.15, 0.4, 6
+    kernel = np.array([[2.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.5]])
+    start = np.array([1.0, -2.0, 0.5])
+    flow = one_sample(kernel=jnp.asarray(kernel), targets=jnp.zeros((3, 1)))
+    found = stochastic_flow.moments(
+        flow,
+        jnp.asarray(start[:, None]),
+        learning_rate=eta,
+        steps=steps,
+        sample_rate=q,
+        outputs=True,
+    )
+    moved = np.eye(3) - eta * kernel
+    mean, second = start, np.outer(start, start)
+    for _ in range(steps):
+        drawn = eta**2 * (1 / q - 1) * kernel @ np.diag(np.diag(second)) @ kernel
+        mean, second = moved @ mean, moved @ second @ moved.T + drawn
+    np.testing.assert_allclose(found.mean[-1, :, 0], mean, rtol=1e-10)
+    covariance = second - np.outer(mean, mean)
+    np.testing.assert_allclose(found.covariance[-1], covariance, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.loss[-1], np.trace(second) / 2, rtol=1e-9)
+
+
+def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
+    """The gap to the recursion, sigma^2 eta fixed, falls like the learning rate."""
+    params, x = problem(1)
+    kernel = ntkdp.empirical_ntk(linear, params, x[:N])
+    rule = clipping.Automatic(0.5, gamma=0.1)
+    flow = ntkdp.KernelFlow(kernel, jnp.zeros((N, 1)), losses.SquaredError(), rule)
+    start, horizon = linear(params, x[:N]), 4.0
+    limit = stochastic_flow.moment_flow(
+        flow, start, [0.0, horizon], learning_rate=0.1, noise_multiplier=2.0, rtol=1e-8, atol=1e-11
+    )
+    assert limit.steps is None
+    gaps = []
+    rates = np.array([0.2, 0.1, 0.05])
+    for rate in rates:
+        steps = round(horizon / rate)
+        stepped = stochastic_flow.moments(
+            flow,
+            start,
+            learning_rate=rate,
+            steps=steps,
+            record_every=steps,
+            noise_multiplier=2.0 * np.sqrt(0.1 / rate),
+        )
+        ends = [
+            np.array([float(path.loss[-1]), float(path.loss_std[-1])]) for path in (stepped, limit)
+        ]
+        gaps.append(ends[0] - ends[1])
+    slopes = np.diff(np.log(np.abs(gaps)), axis=0) / np.diff(np.log(rates))[:, None]
+    np.testing.assert_allclose(slopes, 1.0, atol=0.15)
+
+
+def test_a_band_holds_its_share_of_the_runs() -> None:
+    """Two-sided binomial test at 1% at each quarter of the horizon, 600 runs."""
+    params, x = problem(1)
+    kernel = ntkdp.empirical_ntk(linear, params, x[:N])
+    flow = ntkdp.KernelFlow(kernel, jnp.zeros((N, 1)), losses.SquaredError(), clipping.Abadi(0.5))
+    start = linear(params, x[:N])
+    options: dict[str, Any] = {"learning_rate": 1.0, "steps": 40, "record_every": 10}
+    options |= {"noise_multiplier": 1.0}
+    low, high = stochastic_flow.moments(flow, start, **options).band(0.9)
+    assert np.all(low <= high)
+    np.testing.assert_allclose(low[0], high[0], rtol=1e-6)
+    runs = dp_sgd.run(
+        linear,
+        params,
+        x[:N],
+        jnp.zeros((N, 1)),
+        losses.SquaredError(),
+        clipping.Abadi(0.5),
+        key=jax.random.split(jax.random.key(8), 600),
+        **options,
+    )
+    inside = (np.asarray(runs.loss) >= low) & (np.asarray(runs.loss) <= high)
+    for share in inside[:, 1:].T:
+        assert binomtest(int(share.sum()), share.size, 0.9).pvalue > 0.01
+
+
+def test_without_noise_the_mean_is_the_recursion() -> None:
+    params, x = problem(3)
+    kernel = ntkdp.empirical_ntk(linear, params, x[:N])
+    y = jnp.arange(N) % 3
+    flow = ntkdp.KernelFlow(kernel, y, losses.SoftmaxCrossEntropy(), clipping.Abadi(0.3))
+    start = linear(params, x[:N])
+    options: dict[str, Any] = {"learning_rate": 1.0, "steps": 7, "record_every": 3}
+    found = stochastic_flow.moments(flow, start, outputs=True, **options)
+    exact = ntkdp.recursion(flow, start, outputs=True, **options)
+    np.testing.assert_allclose(found.mean, exact.outputs, rtol=1e-10)
+    np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-10)
+    np.testing.assert_allclose(found.loss_std, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [clipping.Global(1.0), clipping.Batch(1.0)])
+def test_moments_need_a_continuous_rule_of_one_sample(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"flow must have a rule.*use stochastic_flow.ensemble"):
+        stochastic_flow.moments(
+            one_sample(clipping=rule), jnp.ones((1, 1)), learning_rate=0.1, steps=1
+        )
+
+
+def test_a_band_of_test_losses_needs_test_targets() -> None:
+    found = stochastic_flow.moments(one_sample(), jnp.ones((1, 1)), learning_rate=0.1, steps=1)
+    with pytest.raises(ValueError, match="test=True needs a flow with test targets"):
+        found.band(0.9, test=True)
+    with pytest.raises(ValueError, match=r"level must be in \(0, 1\]"):
+        found.band(1.5)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2, 3, 10])
+def test_integration_points_have_the_moments_of_the_normal_law(n_outputs: int) -> None:
+    points, weights = integration_points(n_outputs)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(weights @ points, 0, atol=1e-12)
+    second = np.einsum("p,pk,pl->kl", weights, points, points)
+    np.testing.assert_allclose(second, np.eye(n_outputs), atol=1e-10)

@@ -188,6 +188,77 @@ def moment_flow(
     return Moments(times, None, *found)
 
 
+def fixed_privacy_flow(
+    flow: Any,
+    initial: Any,
+    times: Any,
+    *,
+    mu: float,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    outputs: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-8,
+) -> Moments:
+    r"""Mean and spread of full-batch training as the step shrinks at a fixed privacy budget.
+
+    Over a horizon T, K = T/eta full-batch steps are :math:`\mu`-GDP with
+    :math:`\sigma = \sqrt{K}/\mu`, so the noise per unit of time does not depend on the step:
+    :math:`dw = -\text{drift}\, dt + \tfrac{S \sqrt T}{n \mu}\, dB` with the mean loss, without
+    the n with the sum.
+
+    Parameters
+    ----------
+    flow, initial, noise_kernel, noise_per_group, outputs, rtol, atol
+        As for :func:`moment_flow`.
+    times : array
+        Increasing; from the first to the last is the horizon T that the budget is spent on.
+    mu : float
+        Budget: :math:`\mu`-GDP, neighbours differing by one sample added or removed;
+        ``ntkdp.privacy.delta(sqrt(K) / mu, 1.0, K, epsilon)`` gives the (epsilon, delta) of it.
+
+    Returns
+    -------
+    Moments
+        ``steps`` is None.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`moment_flow`; mu not positive.
+
+    Notes
+    -----
+    *Derived.*
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(100.0), reduction="sum")
+    >>> found = ntkdp.stochastic_flow.fixed_privacy_flow(
+    ...     flow, jnp.zeros((1, 1)), [0.0, 25.0], mu=1000.0)
+    >>> round(found.loss[-1].item(), 4)  # S^2 T / (4 mu^2)
+    0.0625
+    """
+    times = _validate.increasing(times=times)
+    mu = _validate.scalar(mu=_validate.positive(mu=mu))
+    horizon = float(times[-1]) - float(times[0])
+    return moment_flow(
+        flow,
+        initial,
+        times,
+        # Steps of any length do: the noise over a unit of time is the same.
+        learning_rate=1.0,
+        noise_multiplier=np.sqrt(horizon) / mu,
+        noise_kernel=noise_kernel,
+        noise_per_group=noise_per_group,
+        outputs=outputs,
+        rtol=rtol,
+        atol=atol,
+    )
+
+
 def _closure(
     flow: Any, initial: Any, sigma: Any, sample_rate: Any, noise_kernel: Any, per_group: bool
 ) -> tuple[Closure, Array]:

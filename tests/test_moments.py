@@ -1,5 +1,6 @@
 """Predicted mean and spread of noisy training against runs, closed forms and limits."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -196,6 +197,37 @@ def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
         gaps.append(ends[0] - ends[1])
     slopes = np.diff(np.log(np.abs(gaps)), axis=0) / np.diff(np.log(rates))[:, None]
     np.testing.assert_allclose(slopes, 1.0, atol=0.15)
+
+
+def test_at_fixed_privacy_the_noise_stays_as_the_step_shrinks() -> None:
+    """Eight samples, mu = 1, T = 20: runs end near 2066 +- 30 whatever the step, 909.18 without."""
+    J = np.load(Path(__file__).parent / "data" / "instances.npz")["c23_J"]
+    problem = (jnp.zeros((8, 1)), losses.SquaredError(), clipping.Abadi(1.0))
+    start = jnp.full((8, 1), 30.0)
+    flow = ntkdp.KernelFlow(jnp.asarray(J @ J.T), *problem, reduction="sum")
+    quiet = ntkdp.solve(flow, start, [0.0, 20.0])
+    assert float(quiet.loss[-1]) == pytest.approx(909.18, abs=0.01)
+    limit = stochastic_flow.fixed_privacy_flow(flow, start, [0.0, 20.0], mu=1.0)
+    weights = jnp.asarray(np.linalg.pinv(J) @ np.full((8, 1), 30.0))
+    eta = 0.05
+    runs = dp_sgd.run(
+        lambda w, x: x @ w,
+        weights,
+        J,
+        *problem,
+        learning_rate=eta,
+        steps=400,
+        record_every=400,
+        noise_multiplier=np.sqrt(400.0),
+        reduction="sum",
+        key=jax.random.split(jax.random.key(0), 600),
+    )
+    end = np.asarray(runs.loss)[:, -1]
+    error = end.std() / np.sqrt(len(end))
+    assert abs(float(limit.loss[-1]) - end.mean()) <= max(3 * error, 0.03 * end.mean())
+    # The closure is 4% low where noise outweighs what is left to learn.
+    assert float(limit.loss[-1]) == pytest.approx(2066, rel=0.05)
+    assert abs(float(limit.loss_std[-1]) / end.std() - 1) < 0.1
 
 
 def test_a_band_holds_its_share_of_the_runs() -> None:

@@ -128,6 +128,7 @@ def test_symmetric_operators_never_make_the_loss_rise(rule: Any) -> None:
     assert counterexamples.find_smallest_rise(rule, key=jax.random.key(0)) is None
 
 
+@pytest.mark.slow
 def test_batch_clipping_neither_sticks_nor_diverges() -> None:
     rule, key = clipping.Batch(0.1, **LAYERWISE), jax.random.key(0)
     assert counterexamples.find_divergent(rule, key=key) is None
@@ -140,6 +141,7 @@ def test_flat_rules_with_one_output_do_not_diverge(name: str) -> None:
     assert counterexamples.find_divergent(RULES[name], key=jax.random.key(0)) is None
 
 
+@pytest.mark.slow
 def test_flat_rules_do_not_stick() -> None:
     """H C a = 0 only where a = 0, for positive factors."""
     assert counterexamples.find_stuck(RULES["abadi"], key=jax.random.key(0)) is None
@@ -180,6 +182,7 @@ def test_layerwise_clipping_gets_stuck_with_two_samples() -> None:
     np.testing.assert_allclose(path.loss, found.measured["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_zero_one_rule_is_stuck_once_every_sample_is_dropped() -> None:
     found = stuck("global")
     assert found is not None

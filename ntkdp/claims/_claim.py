@@ -72,9 +72,9 @@ class Verdict:
     Examples
     --------
     >>> import ntkdp
-    >>> verdict = ntkdp.claims.verify("C4")
-    >>> verdict.holds, round(verdict.measured, 4)
-    (True, 2.5454)
+    >>> verdict = ntkdp.claims.verify("C3")
+    >>> verdict.holds, round(verdict.measured, 3)
+    (True, -0.334)
     """
 
     name: str

@@ -30,6 +30,7 @@ def failing(name: str) -> list[str]:
     return [finding.quantity for finding in claims.verify(name).findings if not finding.holds]
 
 
+@pytest.mark.slow
 def test_c26_fails_with_twice_the_clipping_norm(mutate: Any) -> None:
     mutate(clipping.Abadi, "_weight", lambda self, s, R: 2 * R / jnp.maximum(s, 2 * R))
     assert "p (q = 0.7, tau = 0.5, weight flow)" in failing("C26")

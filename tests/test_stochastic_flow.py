@@ -46,7 +46,17 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+#: The settings that others cover in part; `make test-slow` runs them.
+SLOW = (1, 5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(setting, marks=pytest.mark.slow if number in SLOW else ())
+        for number, setting in enumerate(SETTINGS)
+    ],
+)
 def test_drawn_runs_have_the_mean_and_the_spread_of_real_ones(setting: Any) -> None:
     """Mean and standard deviation of train and test loss, two-sided, at four standard errors."""
     name, kind, rate, sigma, q, reduction, per_group = setting

@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkdp import clipping, losses, ntk, spectrum
 from ntkdp._solve import recursion
-from ntkdp._types import Array, Float, PRNGKeyArray
+from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, WeightFlow
 from ntkdp.losses import Loss
@@ -89,7 +89,7 @@ def _rise(terms: Array, outputs: Array, targets: Array, loss: Loss, rule: Clippi
 
 
 @eqx.filter_jit
-def _states(rule: ClippingRule, keys: PRNGKeyArray) -> tuple[Array, ...]:
+def _states(rule: ClippingRule, keys: Key[Array, " n"]) -> tuple[Array, ...]:
     def one(key: PRNGKeyArray) -> tuple[Array, ...]:
         of_terms, of_outputs, of_scale = jax.random.split(key, 3)
         terms = _terms(of_terms)
@@ -121,7 +121,7 @@ def worst_of_states(rule: ClippingRule, key: PRNGKeyArray) -> Worst:
 
 
 @eqx.filter_jit
-def _losses_of_paths(rule: ClippingRule, keys: PRNGKeyArray) -> Array:
+def _losses_of_paths(rule: ClippingRule, keys: Key[Array, " n"]) -> Array:
     targets = jnp.zeros((_SAMPLES, 1))
 
     def one(key: PRNGKeyArray) -> Array:

@@ -132,7 +132,7 @@ def ensemble(
     factor = None if covariance is None else square_root(covariance)
     noise = _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
     state = flow.init(initial)
-    keys = _as_keys(key)
+    keys = _validate.keys(key=key)
     with _progress.listening(progress, "drawing runs") as shown:
         measured = _draw(
             flow, noise, state, learning_rate, keys, steps, record_every, outputs, shown
@@ -140,16 +140,6 @@ def ensemble(
         recorded = recorded_steps(steps, record_every)
         times = times_of_steps(learning_rate, recorded)
         return from_measurements(times, measured, steps=jnp.asarray(recorded))
-
-
-def _as_keys(key: Any) -> Key[Array, "*seeds"]:
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
-        raise TypeError(
-            "key must be a JAX PRNG key or an array (S,) of them, e.g. jax.random.key(0), "
-            f"got {key!r}"
-        )
-    return key
 
 
 @eqx.filter_jit

@@ -70,6 +70,7 @@ class KernelFlow(Flow):
     clipping: ClippingRule
     reduction: Reduction = eqx.field(static=True)
     n_outputs: int | None = eqx.field(static=True)
+    preconditioned: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class KernelFlow(Flow):
         self.targets = check_targets(self.loss, targets, n, n_outputs, "targets")
         self.diagonal = jnp.moveaxis(jnp.diagonal(terms, axis1=1, axis2=2), -1, 1)
         self.operator = self.drive = _as_operator(terms)
+        self.preconditioned = preconditioned_kernel is not None
         if preconditioned_kernel is not None:
             _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
             driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel")

@@ -35,7 +35,7 @@ def noise_covariance(
         )
     if per_group and rule.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
-    if flow.drive is not flow.operator:
+    if flow.preconditioned:
         raise ValueError(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
             "function of the kernels"

@@ -90,6 +90,22 @@ def count(**named: Any) -> int:
     return number
 
 
+def keys(**named: Any) -> Any:
+    """JAX PRNG keys of the new style, one ``()`` or several ``(S,)``; old ones are wrapped."""
+    name, value = _single(named)
+    key = jnp.asarray(value)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim == 0:
+            raise TypeError(f"{name} must be a JAX PRNG key, e.g. jax.random.key(0), got {key!r}")
+        width = jax.random.key_data(jax.random.key(0)).shape[-1]
+        if key.shape[-1] != width:
+            raise ValueError(f"{name} must hold {width} numbers a key, got shape {key.shape}")
+        key = jax.random.wrap_key_data(key)
+    if key.ndim > 1 or key.size == 0:
+        raise ValueError(f"{name} must be one key or an array (S,) of keys, got shape {key.shape}")
+    return key
+
+
 def finite(**named: Any) -> Any:
     """A pytree of real arrays without NaN or inf; says which leaf and how many entries."""
     name, value = _single(named)

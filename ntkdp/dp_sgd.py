@@ -290,28 +290,13 @@ def run(
     steps = _validate.count(steps=steps)
     record_every = _validate.count(record_every=record_every)
     check_learning_rate(learning_rate, steps)
-    keys = _as_keys(key)
+    keys = _validate.keys(key=key)
     state = algorithm.init(params)
     with _progress.listening(progress, "training with DP-SGD") as shown:
         measured = _run(algorithm, state, keys, steps, record_every, outputs, shown)
         recorded = recorded_steps(steps, record_every)
         times = times_of_steps(learning_rate, recorded)
         return from_measurements(times, measured, steps=jnp.asarray(recorded))
-
-
-def _as_keys(key: Any) -> Key[Array, "*seeds"]:
-    """New-style keys, ``()`` or ``(S,)``."""
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.ndim == 0:
-            raise TypeError(f"key must be a JAX PRNG key, e.g. jax.random.key(0), got {key!r}")
-        width = jax.random.key_data(jax.random.key(0)).shape[-1]
-        if key.shape[-1] != width:
-            raise ValueError(f"key must hold {width} numbers a key, got shape {key.shape}")
-        key = jax.random.wrap_key_data(key)
-    if key.ndim > 1 or key.size == 0:
-        raise ValueError(f"key must be one key or an array (S,) of keys, got shape {key.shape}")
-    return key
 
 
 @eqx.filter_jit

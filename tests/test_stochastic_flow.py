@@ -155,6 +155,16 @@ def test_without_noise_it_is_the_recursion() -> None:
     np.testing.assert_array_equal(drawn.times, exact.times)
 
 
+def test_a_flow_that_went_through_a_transformation_is_still_not_preconditioned() -> None:
+    options: dict[str, Any] = {"learning_rate": 0.1, "steps": 2, "noise_multiplier": 0.01}
+    again = jax.tree.map(lambda leaf: leaf * 1, one_sample())
+    drawn = [
+        stochastic_flow.ensemble(flow, jnp.ones((1, 1)), key=jax.random.key(1), **options).loss
+        for flow in (one_sample(), again)
+    ]
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_the_same_key_draws_the_same_and_a_schedule_is_followed() -> None:
     options: dict[str, Any] = {"steps": 5, "noise_multiplier": 0.01}
     keys = jax.random.split(jax.random.key(4), 3)

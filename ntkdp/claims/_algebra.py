@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,7 @@ def norms_are_on_the_diagonal_of_the_kernel() -> list[Finding]:
         rule = _instances.unclipped("layerwise")
         options: dict[str, Any] = {"groups": _by_leaf, "learning_rate": 1.0, "gradients": "vmap"}
         algorithm = dp_sgd.build(apply, x, targets, loss, rule, **options)
-        step = eqx.filter_jit(algorithm.step)
+        step = algorithm.compile()
         plain = step(jax.random.key(0), algorithm.init(params))[1].norms
         factored = ntk.per_sample_gradient_norms(apply, params, x, a, groups=_by_leaf)
         for way, norms in (("plain", plain), ("factored", factored)):

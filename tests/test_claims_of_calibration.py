@@ -1,29 +1,11 @@
 """The claims about calibration hold, and fail for implementations that are wrong on purpose."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import pytest
 
 from ntkdp import calibration, claims, clipping
-
-
-@pytest.fixture
-def mutate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
-    """Patch, with nothing compiled before or left behind."""
-
-    def patch(owner: Any, name: str, wrong: Any) -> None:
-        monkeypatch.setattr(owner, name, wrong)
-        jax.clear_caches()
-        eqx.clear_caches()
-
-    yield patch
-    monkeypatch.undo()
-    jax.clear_caches()
-    eqx.clear_caches()
 
 
 def failing(name: str) -> list[str]:

@@ -1,9 +1,7 @@
 """Claims C22-C25 and C33-C36 hold, and fail for implementations that are wrong on purpose."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,21 +9,6 @@ import pytest
 from ntkdp import claims, clipping
 from ntkdp._dp_step import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
-
-
-@pytest.fixture
-def mutate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
-    """Patch, with nothing compiled before or left behind."""
-
-    def patch(owner: Any, name: str, wrong: Any) -> None:
-        monkeypatch.setattr(owner, name, wrong)
-        jax.clear_caches()
-        eqx.clear_caches()
-
-    yield patch
-    monkeypatch.undo()
-    jax.clear_caches()
-    eqx.clear_caches()
 
 
 def failing(name: str) -> set[str]:

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow verify accuracy bench pins clean
+.PHONY: help lint format types architecture test test-slow verify accuracy bench figures pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ accuracy:  ## The accuracy figures of the README, on real data (about ten minute
 
 bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py
+
+figures:  ## Draw the figures of the pages in docs/ and print their tables (about two minutes)
+	uv run python docs/figures/high_dimensional_sgd.py
 
 pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
 	uv run python benchmarks/pin_versions.py

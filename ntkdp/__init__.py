@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ntkdp.ntk import layerwise_infinite_ntk as layerwise_infinite_ntk
     from ntkdp.ntk import layerwise_ntk as layerwise_ntk
     from ntkdp.ntk import per_sample_gradient_norms as per_sample_gradient_norms
+    from ntkdp.ntk import two_time_kernel as two_time_kernel
     from ntkdp.trajectory import Trajectory as Trajectory
 
 _MODULES = (
@@ -75,6 +76,7 @@ _HOMES = {
     "per_sample_gradient_norms": "ntk",
     "recursion": "_solve",
     "solve": "_solve",
+    "two_time_kernel": "ntk",
 }
 
 __version__ = "0.1.0"

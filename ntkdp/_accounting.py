@@ -1,4 +1,7 @@
-"""The numbers behind :mod:`ntkdp.privacy`: bounds by each method, and the search for the noise."""
+"""The numbers behind :mod:`ntkdp.privacy`: bounds by each method, and the search for the noise.
+
+The accountants and SciPy are imported when they are used: every run imports this module.
+"""
 
 import logging
 import math
@@ -8,8 +11,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 #: Below this a discretised delta holds rounding.
 _SMALLEST_DELTA = 1e-10
@@ -147,6 +148,8 @@ def _without_notes_on_orders() -> Iterator[None]:
 
 def gaussian_log_delta(mu: float, epsilon: float) -> float:
     """Log of the hockey-stick divergence between N(0, 1) and N(mu, 1)."""
+    from scipy.special import log_ndtr
+
     hit = float(log_ndtr(mu / 2 - epsilon / mu))
     miss = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
     return hit + math.log(-math.expm1(miss - hit)) if miss < hit else -math.inf
@@ -154,6 +157,8 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Epsilon of mu-GDP, rounded up."""
+    from scipy.optimize import brentq
+
     if math.isinf(mu):
         return math.inf
     log_delta = math.log(delta)
@@ -171,8 +176,30 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(excess, 0.0, largest, xtol=1e-12 * largest)) + 2e-12 * largest
 
 
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Mu of the Gaussian mechanism that is (epsilon, delta)-private, rounded down."""
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    log_delta = math.log(delta)
+
+    def excess(mu: float) -> float:
+        # Bounded for the root search, which cannot use infinity.
+        return max(gaussian_log_delta(mu, epsilon) - log_delta, -100.0)
+
+    # From delta <= Phi(mu/2 - epsilon/mu).
+    z = float(ndtri(delta))
+    root = math.hypot(z, math.sqrt(2) * math.sqrt(epsilon))
+    low = z + root if z > 0 else 2 * (epsilon / (root - z))
+    high = 2 * low
+    while excess(high) <= 0:
+        low, high = high, 2 * high
+    return float(brentq(excess, low, high, xtol=1e-12 * low)) * (1 - 2e-12)
+
+
 def _least_sigma(figure: Callable[[float], float], budget: float, start: float) -> float | None:
     """Least noise multiplier, to the tolerance of the search, whose epsilon keeps the budget."""
+    from scipy.optimize import brentq
 
     @cache
     def excess(log_sigma: float) -> float:

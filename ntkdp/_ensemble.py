@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _progress, _validate
+from ntkdp import _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
@@ -74,9 +74,10 @@ def ensemble(
         Step size of the reduced loss's gradient.
     steps : int
         At least 1.
-    noise_multiplier : float
+    noise_multiplier : float or privacy.Budget
         :math:`\sigma`: the noise of the summed gradient has standard deviation :math:`\sigma S` on
-        every weight, S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise).
+        every weight, S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is
+        spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
     noise_kernel : array or LayerwiseKernel, optional
@@ -128,6 +129,7 @@ def ensemble(
     if not callable(learning_rate):
         learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
     sample_rate, divisor = sampling(flow, sample_rate)
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
     covariance = noise_covariance(flow, noise_multiplier, noise_kernel, noise_per_group)
     factor = None if covariance is None else square_root(covariance)
     noise = _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)

@@ -13,7 +13,8 @@ the kinks of clipping are averaged. Q holds the noise, :math:`(\sigma S/B)^2 H`,
 :math:`\tfrac{1}{n^2}(\tfrac1q - 1) \sum_i E\, d_i d_i^\top` with
 :math:`d_i = \sum_r H_r(\cdot, i) \varphi_{ir}`, and, step by step, what the linear part leaves of
 the variance of :math:`\varphi`. In flow time
-:math:`\dot\Sigma = A\Sigma + \Sigma A^\top + \eta Q`.
+:math:`\dot\Sigma = A\Sigma + \Sigma A^\top + \eta Q`. What the spread of the loss has over that
+of a Gaussian is followed beside it, see ``_excess_variance``.
 """
 
 from typing import Any, NamedTuple
@@ -22,16 +23,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from ntkdp import _excess_variance
+from ntkdp._covariance_forms import CovarianceForm
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
-from ntkdp.losses import Loss
+from ntkdp.clipping import norms_from_squares
 
 #: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
 _NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256
 #: Outputs up to which the points are dense enough for Stein's identity, and the deviation, relative
 #: to one and the gradients, below which it would lose digits.
 _MOST_OF_STEIN, _NARROW = 2, 1e-6
+#: Numbers that the integrals of some samples may take at once.
+_NUMBERS = 2**25
 
 
 class Statistics(NamedTuple):
@@ -45,35 +51,25 @@ class Statistics(NamedTuple):
     test_accuracy: Array | None
     mean: Array | None
     covariance: Array | None
+    truncation: Array
+
+
+class State(NamedTuple):
+    """Mean ``(N, K)``, covariance as the form has it, excess variances of the summed losses."""
+
+    mean: Array
+    covariance: Any
+    excess: Array
 
 
 class Closure(eqx.Module):
-    """Drift and diffusion of a Gaussian state over all points, train before test.
-
-    ``noise`` is the covariance of a step's noise over the squared learning rate, ``(N K, N K)``.
-    """
+    """Drift and diffusion of a Gaussian state over all points, train before test."""
 
     flow: KernelFlow
-    noise: Float[Array, "NK NK"]
-    n_outputs: int = eqx.field(static=True)
+    form: CovarianceForm
     sample_rate: float = eqx.field(static=True)
     points: Float[Array, "p K"]
     weights: Float[Array, " p"]
-
-    def _operator(self) -> Array:
-        """``(N K, R, n, K)`` over the divisor of the reduction."""
-        flow, n_outputs = self.flow, self.n_outputs
-        rows = [flow.operator, *([] if flow.test_drive is None else [flow.test_drive])]
-        operator = jnp.concatenate(rows)
-        n_groups, n = flow.diagonal.shape[:2]
-        if flow.diagonal.ndim == 2:
-            split = operator.reshape(-1, n_groups, n)
-            eye = jnp.eye(n_outputs, dtype=operator.dtype)
-            full = jnp.einsum("arn,kl->akrnl", split, eye)
-            operator = full.reshape(-1, n_groups, n, n_outputs)
-        else:
-            operator = operator.reshape(-1, n_groups, n, n_outputs)
-        return operator / n if flow.reduction == "mean" else operator
 
     def _clipped(self, outputs: Array, targets: Array, diagonal: Array) -> Array:
         """One sample's clipped output gradients, ``(R, K)``."""
@@ -83,167 +79,201 @@ class Closure(eqx.Module):
             squares = diagonal * jnp.sum(a**2)
         else:
             squares = jnp.einsum("k,rkl,l->r", a, diagonal, a)
-        positive = squares > 0
-        norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+        norms = norms_from_squares(squares)
         if flow.clipping.scope == "flat":
             factors = flow.clipping.factors(norms[:1])
         else:
             factors = flow.clipping.factors(norms[:, None])[:, 0]
         return factors[:, None] * a[None]
 
-    def own_blocks(self, covariance: Array) -> Array:
-        """Each point's own covariance, ``(N, K, K)``."""
-        n_points = covariance.shape[0] // self.n_outputs
-        split = covariance.reshape(n_points, self.n_outputs, n_points, self.n_outputs)
-        return jnp.moveaxis(jnp.diagonal(split, axis1=0, axis2=2), -1, 0)
-
-    def _axes(self, covariance: Array) -> tuple[Array, Array]:
-        """Principal axes of each point's own covariance, ``(N, K, K)``, and deviations on them."""
-        values, vectors = jnp.linalg.eigh(self.own_blocks(covariance))
-        return vectors, jnp.sqrt(jnp.maximum(values, 0))
-
-    def drawn(self, mean: Array, covariance: Array) -> Array:
-        """Points of each sample's Gaussian, ``(N, p, K)``."""
-        vectors, deviations = self._axes(covariance)
-        roots = vectors * deviations[:, None, :]
-        return mean[:, None] + jnp.einsum("nkl,pl->npk", roots, self.points)
-
-    def _mean_slope(self, covariance: Array, clipped: Array, slopes: Array) -> Array:
-        r"""E of the derivative of clipped gradients, ``(n, R, K, K)``.
+    def _mean_slope(self, axes: Array, deviations: Array, clipped: Array, slopes: Array) -> Array:
+        r"""E of the derivative of one sample's clipped gradients, ``(R, K, K)``.
 
         By Stein's identity, :math:`E\,\partial\varphi = E[\varphi\,(f - m)^\top] \Sigma^{-1}`:
         where the Gaussian is wide, the derivative is a spike that falls between the points. Where
         it is narrow the derivative itself is taken.
         """
-        direct = jnp.einsum("p,nprkl->nrkl", self.weights, slopes)
-        if self.n_outputs > _MOST_OF_STEIN:
+        direct = jnp.einsum("p,prkl->rkl", self.weights, slopes)
+        if self.points.shape[1] > _MOST_OF_STEIN:
             return direct
-        vectors, deviations = self._axes(covariance)
-        n = clipped.shape[0]
-        vectors, deviations = vectors[:n], deviations[:n]
-        wide = deviations > _NARROW * (1 + jnp.max(jnp.abs(clipped), axis=(1, 2, 3)))[:, None]
-        safe = jnp.where(wide, deviations, 1.0)
-        products = jnp.einsum("p,nprk,pl->nrkl", self.weights, clipped, self.points)
-        along = jnp.where(
-            wide[:, None, None], products / safe[:, None, None], direct @ vectors[:, None]
-        )
-        return along @ jnp.swapaxes(vectors, 1, 2)[:, None]
+        wide = deviations > _NARROW * (1 + jnp.max(jnp.abs(clipped)))
+        products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, self.points)
+        along = jnp.where(wide, products / jnp.where(wide, deviations, 1.0), direct @ axes)
+        return along @ axes.T
 
-    def rates(self, mean: Array, covariance: Array) -> tuple[Array, Array, Array, Array]:
-        """Drift of the mean, A, and the parts of Q: noise with sampling, and what is left over."""
+    def integrals(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:
+        """Of clipped gradients over each sample's Gaussian, whose covariance is ``own``.
+
+        Mean ``(n, R, K)``, mean derivative ``(n, R, K, K)``, second moment ``(n, R, K, R, K)``, and
+        what the linear part leaves of the covariance.
+        """
         flow = self.flow
-        n = flow.diagonal.shape[1]
-        samples = self.drawn(mean, covariance)[:n]
-        own = self.own_blocks(covariance)[:n]
-        diagonal = jnp.moveaxis(flow.diagonal, 1, 0)
 
-        def of_sample(drawn: Array, targets: Array, diagonal: Array) -> tuple[Array, Array]:
+        def of_sample(sample: tuple[Array, ...]) -> tuple[Array, Array, Array, Array]:
+            mean, own, targets, diagonal = sample
+
             def at(outputs: Array) -> Array:
                 return self._clipped(outputs, targets, diagonal)
 
-            return jax.vmap(at)(drawn), jax.vmap(jax.jacfwd(at))(drawn)
+            axes, deviations = _principal_axes(own)
+            drawn = mean + (self.points * deviations) @ axes.T
+            clipped, slopes = jax.vmap(at)(drawn), jax.vmap(jax.jacfwd(at))(drawn)
+            first = jnp.einsum("p,prk->rk", self.weights, clipped)
+            slope = self._mean_slope(axes, deviations, clipped, slopes)
+            second = jnp.einsum("p,prk,psl->rksl", self.weights, clipped, clipped)
+            linear = jnp.einsum("rka,ab,slb->rksl", slope, own, slope)
+            centred = second - jnp.einsum("rk,sl->rksl", first, first)
+            return first, slope, second, centred - linear
 
-        clipped, slopes = jax.vmap(of_sample)(samples, flow.targets, diagonal)
-        mean_clipped = jnp.einsum("p,nprk->nrk", self.weights, clipped)
-        slope = self._mean_slope(covariance, clipped, slopes)
-        second = jnp.einsum("p,nprk,npsl->nrksl", self.weights, clipped, clipped)
-        linear = jnp.einsum("nrka,nab,nslb->nrksl", slope, own, slope)
-        centred = second - jnp.einsum("nrk,nsl->nrksl", mean_clipped, mean_clipped)
+        n = flow.targets.shape[0]
+        samples = (mean[:n], own[:n], flow.targets, jnp.moveaxis(flow.diagonal, 1, 0))
+        found: tuple[Array, Array, Array, Array] = self._of_samples(of_sample, samples)
+        return found
 
-        operator = self._operator()
-        drift = -jnp.einsum("arnk,nrk->a", operator, mean_clipped).reshape(mean.shape)
-        towards = -jnp.einsum("arnk,nrkl->anl", operator, slope)
-        n_rows = operator.shape[0]
-        linear_map = jnp.zeros((n_rows, n_rows), operator.dtype)
-        linear_map = linear_map.at[:, : n * self.n_outputs].set(towards.reshape(n_rows, -1))
+    def _of_samples(self, function: Any, samples: Any) -> Any:
+        """Of each sample, as many at a time as fit in little memory."""
+        n_groups, n_outputs = self.flow.diagonal.shape[0], self.points.shape[1]
+        numbers = self.weights.size * n_groups * n_outputs * (n_outputs + 1)
+        n = jax.tree.leaves(samples)[0].shape[0]
+        at_a_time = max(1, _NUMBERS // numbers)
+        if at_a_time >= n:
+            return jax.vmap(function)(samples)
+        return lax.map(function, samples, batch_size=at_a_time)
 
-        def spread(blocks: Array) -> Array:
-            moved = jnp.einsum("arnk,nrksl->asnl", operator, blocks)
-            return moved.reshape(n_rows, -1) @ operator.reshape(n_rows, -1).T
+    def zero(self, mean: Array) -> State:
+        """Outputs that are known."""
+        count = 1 if self.flow.test_targets is None else 2
+        return State(mean, self.form.zero(), jnp.zeros(count, mean.dtype))
 
-        diffusion = self.noise
-        if self.sample_rate < 1:
-            diffusion = diffusion + (1 / self.sample_rate - 1) * spread(second)
-        return drift, linear_map, diffusion, spread(centred - linear)
-
-    def step(self, mean: Array, covariance: Array, rate: Array) -> tuple[Array, Array]:
+    def step(self, state: State, rate: Array) -> State:
         """One discrete step."""
-        drift, linear_map, diffusion, left_over = self.rates(mean, covariance)
-        moved = jnp.eye(linear_map.shape[0], dtype=linear_map.dtype) + rate * linear_map
-        covariance = moved @ covariance @ moved.T + rate**2 * (diffusion + left_over)
-        return mean + rate * drift, (covariance + covariance.T) / 2
+        mean, covariance, excess = state
+        own = self.form.own_blocks(covariance)
+        first, slope, second, left_over = self.integrals(mean, own)
+        spread = (1 / self.sample_rate - 1) * second + left_over
+        coefficients, source = self._excess_rates(state, own, rate)
+        factors = jnp.maximum(1 + rate * coefficients, 0)
+        return State(
+            mean + rate * self.form.drift(first),
+            self.form.step(covariance, slope, spread, rate),
+            factors**2 * excess + rate * source,
+        )
 
-    def velocity(self, mean: Array, covariance: Array, rate: Array) -> tuple[Array, Array]:
+    def velocity(self, state: State, rate: Array) -> State:
         """In flow time, of the process whose noise belongs to this learning rate."""
-        drift, linear_map, diffusion, _ = self.rates(mean, covariance)
-        half = linear_map @ covariance
-        return drift, half + half.T + rate * diffusion
+        mean, covariance, excess = state
+        own = self.form.own_blocks(covariance)
+        first, slope, second, _ = self.integrals(mean, own)
+        sampled = (1 / self.sample_rate - 1) * second
+        coefficients, source = self._excess_rates(state, own, rate)
+        return State(
+            self.form.drift(first),
+            self.form.velocity(covariance, slope, sampled, rate),
+            2 * coefficients * excess + source,
+        )
 
-    def measure(self, mean: Array, covariance: Array, outputs: bool) -> Statistics:
-        """Mean and standard deviation of the losses, mean accuracies."""
+    def _parts(self) -> list[tuple[slice, Array]]:
+        """Rows and targets of the losses, train and test."""
+        n = self.flow.targets.shape[0]
+        parts = [(slice(0, n), self.flow.targets)]
+        if self.flow.test_targets is not None:
+            parts.append((slice(n, n + self.flow.test_targets.shape[0]), self.flow.test_targets))
+        return parts
+
+    def _excess_rates(self, state: State, own: Array, rate: Array) -> tuple[Array, Array]:
+        """Coefficient and source of the excess variance of each loss."""
         flow, n = self.flow, self.flow.targets.shape[0]
-        drawn = self.drawn(mean, covariance)
 
-        def of(rows: slice, targets: Array) -> tuple[Array, Array, Array | None]:
-            scale = 1 / mean[rows].shape[0] if flow.reduction == "mean" else 1.0
-            return _loss_statistics(
-                flow.loss,
-                drawn[rows],
-                targets,
-                self.weights,
-                self._block(covariance, rows),
-                scale,
+        def of_sample(sample: tuple[Any, ...]) -> Array:
+            mean, own, targets, diagonal, links = sample
+            axes, deviations = _principal_axes(own)
+            drawn = mean + (self.points * deviations) @ axes.T
+            clipped = jax.vmap(lambda outputs: self._clipped(outputs, targets, diagonal))(drawn)
+            return _excess_variance.of_sample(
+                links, axes, deviations, clipped, self.points, self.weights
             )
 
-        train = of(slice(0, n), flow.targets)
-        test: tuple[Any, Any, Any] = (None, None, None)
-        if flow.test_targets is not None:
-            test = of(slice(n, mean.shape[0]), flow.test_targets)
-        kept = (mean, covariance) if outputs else (None, None)
-        return Statistics(*train, *test, *kept)
+        found = []
+        for rows, targets in self._parts():
+            _, g, W, *_ = self._expand(state.mean[rows], own[rows], targets)
+            links = self.form.links(state.covariance, rows, g, W)
+            diagonal = jnp.moveaxis(flow.diagonal, 1, 0)
+            samples = (state.mean[:n], own[:n], flow.targets, diagonal, links)
+            variance = self.form.variance(state.covariance, rows, g, W)
+            parts = self._of_samples(of_sample, samples)
+            found.append(_excess_variance.rates(parts, variance, self.sample_rate, rate))
+        coefficients, sources = zip(*found, strict=True)
+        return jnp.stack(coefficients), jnp.stack(sources)
 
-    def _block(self, covariance: Array, rows: slice) -> Array:
-        """Covariance of some points, ``(m, K, m, K)``."""
-        n_points = covariance.shape[0] // self.n_outputs
-        split = covariance.reshape(n_points, self.n_outputs, n_points, self.n_outputs)
-        return split[rows][:, :, rows]
+    def measure(self, state: State, outputs: bool) -> Statistics:
+        """Mean and standard deviation of the losses, mean accuracies."""
+        mean, covariance, excess = state
+        own = self.form.own_blocks(covariance)
+        found = [
+            self._loss_statistics(mean, covariance, own, more, rows, targets)
+            for (rows, targets), more in zip(self._parts(), excess, strict=True)
+        ]
+        loss, std, accuracy = found[0]
+        test_loss, test_std, test_accuracy = found[1] if len(found) == 2 else (None, None, None)
+        return Statistics(
+            loss=loss,
+            loss_std=std,
+            accuracy=accuracy,
+            test_loss=test_loss,
+            test_loss_std=test_std,
+            test_accuracy=test_accuracy,
+            mean=mean if outputs else None,
+            covariance=self.form.matrix(covariance) if outputs else None,
+            truncation=self.form.truncation(covariance),
+        )
+
+    def _loss_statistics(
+        self, mean: Array, covariance: Any, own: Array, excess: Array, rows: slice, targets: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Mean and standard deviation of the reduced loss, and mean accuracy.
+
+        The covariance of two samples' losses is that of their second-order expansions, a sample's
+        own variance is integrated.
+        """
+        first, g, W, more, accuracy = self._expand(mean[rows], own[rows], targets)
+        total = self.form.variance(covariance, rows, g, W) + jnp.sum(more) + excess
+        scale = 1 / first.shape[0] if self.flow.reduction == "mean" else 1.0
+        std = scale * jnp.sqrt(jnp.maximum(total, 0.0))
+        return scale * jnp.sum(first), std, None if accuracy is None else jnp.mean(accuracy)
+
+    def _expand(self, mean: Array, own: Array, targets: Array) -> tuple[Any, ...]:
+        """Samples' mean losses, mean first and second derivatives, what the variance has over that
+        of the expansion, and mean accuracies.
+        """
+        loss = self.flow.loss
+
+        def of_sample(sample: tuple[Array, ...]) -> tuple[Any, ...]:
+            mean, own, target = sample
+            axes, deviations = _principal_axes(own)
+            drawn = mean + (self.points * deviations) @ axes.T
+            repeated = jnp.broadcast_to(target, (drawn.shape[0], *target.shape))
+            values = loss(drawn, repeated)
+
+            def gradient(f: Array) -> Array:
+                return loss.output_gradient(f[None], target[None])[0]
+
+            first = values @ self.weights
+            g = self.weights @ jax.vmap(gradient)(drawn)
+            W = jnp.einsum("p,pkl->kl", self.weights, jax.vmap(jax.jacfwd(gradient))(drawn))
+            through = W @ own
+            expanded = g @ own @ g + 0.5 * jnp.sum(through * through.T)
+            more = (values - first) ** 2 @ self.weights - expanded
+            correct = loss.correct(drawn, repeated)
+            return first, g, W, more, None if correct is None else correct @ self.weights
+
+        found: tuple[Any, ...] = self._of_samples(of_sample, (mean, own, targets))
+        return found
 
 
-def _loss_statistics(
-    loss: Loss, drawn: Array, targets: Array, weights: Array, covariance: Array, scale: float
-) -> tuple[Array, Array, Array | None]:
-    """Mean and standard deviation of the reduced loss, and mean accuracy.
-
-    The covariance of two samples' losses is that of their second-order expansions, a sample's own
-    variance is integrated.
-    """
-
-    def of_sample(points: Array, target: Array) -> tuple[Array, Array, Array, Array | None]:
-        repeated = jnp.broadcast_to(target, (points.shape[0], *target.shape))
-        values = loss(points, repeated)
-
-        def gradient(f: Array) -> Array:
-            return loss.output_gradient(f[None], target[None])[0]
-
-        first = jax.vmap(gradient)(points)
-        second = jax.vmap(jax.jacfwd(gradient))(points)
-        correct = loss.correct(points, repeated)
-        return values, first, second, correct
-
-    values, first, second, correct = jax.vmap(of_sample)(drawn, targets)
-    means = values @ weights
-    own = (values - means[:, None]) ** 2 @ weights
-    g = jnp.einsum("p,npk->nk", weights, first)
-    W = jnp.einsum("p,npkl->nkl", weights, second)
-    through = jnp.einsum("ikl,iljm->ikjm", W, covariance)
-    between = jnp.einsum("ik,ikjl,jl->ij", g, covariance, g)
-    between = between + 0.5 * jnp.einsum("ikjm,jmil->ijkl", through, through).trace(
-        axis1=2, axis2=3
-    )
-    total = jnp.sum(between) - jnp.trace(between) + jnp.sum(own)
-    std = scale * jnp.sqrt(jnp.maximum(total, 0.0))
-    accuracy = None if correct is None else jnp.mean(correct @ weights)
-    return scale * jnp.sum(means), std, accuracy
+def _principal_axes(covariance: Float[Array, "K K"]) -> tuple[Array, Array]:
+    """Columns of unit length, and the deviations on them."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    return vectors, jnp.sqrt(jnp.maximum(values, 0))
 
 
 def integration_points(n_outputs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ def infinite_ntk(
             "kernel_fn=None; use empirical_ntk, or a model built with ntkdp.models.mlp, cnn, "
             "serial or from_stax"
         )
-    x1, x2 = _check_infinite_inputs(x1, x2)
+    x1, x2 = check_infinite_inputs(x1, x2)
     _require_infinite(1, x1, x2)
     return _compiled(model.kernel_fn, x1, x2, "ntk")
 
@@ -95,7 +95,7 @@ def layerwise_infinite_ntk(
             f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
         )
-    x1, x2 = _check_infinite_inputs(x1, x2)
+    x1, x2 = check_infinite_inputs(x1, x2)
     params = jax.eval_shape(model.init, jax.random.key(0), x1)
     _require_infinite(_groups.resolve(params).size, x1, x2)
     terms = _compiled(model.layer_kernel_fn, x1, x2)
@@ -118,7 +118,7 @@ def _require_infinite(n_terms: int, x1: Array, x2: Array | None) -> None:
     )
 
 
-def _check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
+def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
     checked: list[Any] = []
     for name, x in (("x1", x1), ("x2", x2)):
         if x is None:

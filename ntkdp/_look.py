@@ -39,6 +39,7 @@ STYLES = (
     ("#56B4E9", (0, (5, 1, 1, 1, 1, 1)), "P"),
 )
 RUN_STYLE: dict[str, Any] = {"color": "0.72", "linewidth": 5.0, "solid_capstyle": "round"}
+_RUN_BAND: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.65", "linewidth": 0.8}
 _SIZE = (4.8, 3.4)
 
 
@@ -70,6 +71,22 @@ def prediction_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: int, label: s
     return line
 
 
+def run_band(ax: Axes, x: Any, low: np.ndarray, high: np.ndarray, label: str) -> None:
+    """The spread of runs in grey, edged so that it shows beneath that of a prediction."""
+    ax.fill_between(x, low, high, label=label, **_RUN_BAND)
+
+
+def prediction_band(
+    ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, style: int, label: str
+) -> None:
+    """The spread of an ensemble, between lines of its colour and dashes: grey tints look alike."""
+    colour, dashes, _ = STYLES[style % len(STYLES)]
+    ax.fill_between(
+        x, low, high, facecolor=(colour, 0.1), edgecolor=(colour, 0.9), linestyle=dashes,
+        linewidth=0.8, label=label,
+    )  # fmt: skip
+
+
 def limit_log_loss(*axes: Axes, has_run: bool) -> None:
     """Show what is within a factor of ten of the run, whatever a failed prediction does.
 
@@ -78,6 +95,8 @@ def limit_log_loss(*axes: Axes, has_run: bool) -> None:
     low, high = np.inf, 0.0
     for ax in axes:
         drawn = [np.asarray(line.get_ydata(), np.float64) for line in ax.lines]
+        bands = [path for shaded in ax.collections for path in shaded.get_paths()]
+        drawn += [np.asarray(path.vertices)[:, 1] for path in bands]
         usable = [y[np.isfinite(y) & (y > 0)] for y in drawn]
         if has_run and usable[0].size:
             around = np.min(usable[0]) / 10, np.max(usable[0]) * 10

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import jax
 
@@ -13,6 +13,19 @@ InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
 KernelFn: TypeAlias = Callable[..., Any]
 #: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
 LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
+
+
+class TwoTimeRule(NamedTuple):
+    """Infinite-width kernels between times at which noise has been added to the weights.
+
+    ``check(x)`` raises unless the layers have such kernels, and names those with parameters.
+    ``kernel(x1, x2, covariances)`` gives the covariance of the outputs ``(n1, n2)`` and the terms
+    ``{name: (n1, n2)}`` of the tangent kernel, for covariances (c_tt, c_ts, c_ss) of the weights of
+    each layer by name.
+    """
+
+    check: Callable[[Array], tuple[str, ...]]
+    kernel: Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
 @final
@@ -33,6 +46,8 @@ class Model:
         ``layer_kernel_fn(x1, x2) -> {name: term}``, the infinite-width neural tangent kernel as a
         sum over the layers that have parameters; each term (n1, n2), named as the default groups of
         the parameters are. None for a model whose layers are not known.
+    two_time
+        Kernels between times under noise, or None for a model whose layers are not known.
 
     Examples
     --------
@@ -53,6 +68,7 @@ class Model:
     apply: ApplyFn
     kernel_fn: KernelFn | None = None
     layer_kernel_fn: LayerKernelFn | None = None
+    two_time: TwoTimeRule | None = None
 
 
 def checked_model(
@@ -60,6 +76,7 @@ def checked_model(
     apply: ApplyFn,
     kernel_fn: KernelFn | None = None,
     layer_kernel_fn: LayerKernelFn | None = None,
+    two_time: TwoTimeRule | None = None,
 ) -> Model:
     """A `Model` whose outputs are checked to be (n, K), already on ``init``."""
 
@@ -80,4 +97,4 @@ def checked_model(
         jax.eval_shape(checked_apply, params, x)
         return params
 
-    return Model(checked_init, checked_apply, kernel_fn, layer_kernel_fn)
+    return Model(checked_init, checked_apply, kernel_fn, layer_kernel_fn, two_time)

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _gaussian_closure, _progress, _validate
-from ntkdp._gaussian_closure import Closure, Statistics
+from ntkdp import _covariance_forms, _gaussian_closure, _progress, _validate, privacy
+from ntkdp._covariance_forms import CovarianceForm
+from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
 from ntkdp._types import Array, as_constant
 from ntkdp.clipping import Batch, Global
 from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
+
+#: Outputs, of all points, up to which the whole covariance is followed.
+_LARGEST_FULL = 3000
 
 
 class Moments(NamedTuple):
@@ -23,8 +27,9 @@ class Moments(NamedTuple):
 
     ``loss`` and ``loss_std`` are mean and standard deviation of the reduced training loss,
     ``accuracy`` the mean accuracy, with test twins; ``mean`` ``(T, N, K)`` and ``covariance``
-    ``(T, N K, N K)`` those of the outputs, train before test, on request. ``steps`` is None in flow
-    time.
+    ``(T, N K, N K)`` those of the outputs, train before test, on request. ``truncation`` is the
+    share of the variance whose correlations are dropped, 0 with the whole covariance. ``steps`` is
+    None in flow time.
     """
 
     times: Array
@@ -37,6 +42,7 @@ class Moments(NamedTuple):
     test_accuracy: Array | None
     mean: Array | None
     covariance: Array | None
+    truncation: Array
 
     def band(self, level: float = 0.9, *, test: bool = False) -> tuple[Any, Any]:
         """Lower and upper quantile of the loss: of the gamma law with its mean and deviation."""
@@ -66,6 +72,7 @@ def moments(
     sample_rate: float = 1.0,
     noise_kernel: Any = None,
     noise_per_group: bool = False,
+    rank: int | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Any = False,
@@ -77,6 +84,10 @@ def moments(
     flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise_kernel, \
     noise_per_group, record_every, progress
         As for :func:`ensemble`.
+    rank : int, optional
+        Modes of the noise that are followed with all their correlations; the others are followed
+        each by itself. By default all of them up to N K = 3000 outputs of train and test points,
+        beyond it as many as hold 99% of the noise's trace, up to 500; N K means all.
     outputs : bool
         Record mean and covariance of the outputs too.
 
@@ -93,9 +104,10 @@ def moments(
 
     Notes
     -----
-    *Derived*: Gaussian closure, exact for squared loss while nothing is clipped; see the module
-    ``_gaussian_closure`` for the equations. A step takes about four products of ``(N K, N K)``
-    matrices.
+    *Derived*: Gaussian closure, exact in the mean and covariance for squared loss while nothing is
+    clipped; see the modules ``_gaussian_closure`` for the equations, ``_excess_variance`` for the
+    spread of the loss and ``_covariance_forms`` for that of low rank. A step takes about ten
+    products of ``(N K, N K)`` matrices with the whole covariance, ``n K rank^2`` with a rank.
 
     Examples
     --------
@@ -112,8 +124,9 @@ def moments(
     learning_rate = check_learning_rate(learning_rate, steps)
     if not callable(learning_rate):
         learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
     closure, mean = _closure(
-        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group
+        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     with _progress.listening(progress, "stepping the moments") as shown:
         found = _step_moments(closure, mean, learning_rate, steps, record_every, outputs, shown)
@@ -132,6 +145,7 @@ def moment_flow(
     sample_rate: float = 1.0,
     noise_kernel: Any = None,
     noise_per_group: bool = False,
+    rank: int | None = None,
     outputs: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-8,
@@ -143,7 +157,7 @@ def moment_flow(
 
     Parameters
     ----------
-    flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, outputs
+    flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank, outputs
         As for :func:`moments`.
     times : array
         Increasing; the first is the start. In units of learning rate times steps.
@@ -180,7 +194,7 @@ def moment_flow(
     rate = jnp.asarray(_validate.positive(learning_rate=learning_rate), jnp.result_type(float))
     rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
     closure, mean = _closure(
-        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group
+        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     found = _solve_moments(
         closure, mean, times, rate, as_constant(rtol), as_constant(atol), outputs
@@ -193,9 +207,10 @@ def fixed_privacy_flow(
     initial: Any,
     times: Any,
     *,
-    mu: float,
+    mu: Any,
     noise_kernel: Any = None,
     noise_per_group: bool = False,
+    rank: int | None = None,
     outputs: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-8,
@@ -209,13 +224,13 @@ def fixed_privacy_flow(
 
     Parameters
     ----------
-    flow, initial, noise_kernel, noise_per_group, outputs, rtol, atol
+    flow, initial, noise_kernel, noise_per_group, rank, outputs, rtol, atol
         As for :func:`moment_flow`.
     times : array
         Increasing; from the first to the last is the horizon T that the budget is spent on.
-    mu : float
-        Budget: :math:`\mu`-GDP, neighbours differing by one sample added or removed;
-        ``ntkdp.privacy.delta(sqrt(K) / mu, 1.0, K, epsilon)`` gives the (epsilon, delta) of it.
+    mu : float or privacy.Budget
+        :math:`\mu`-GDP, neighbours differing by one sample added or removed. Of an (epsilon, delta)
+        budget its ``mu``, which is exact for full batches.
 
     Returns
     -------
@@ -242,6 +257,7 @@ def fixed_privacy_flow(
     0.0625
     """
     times = _validate.increasing(times=times)
+    mu = mu.mu if isinstance(mu, privacy.Budget) else mu
     mu = _validate.scalar(mu=_validate.positive(mu=mu))
     horizon = float(times[-1]) - float(times[0])
     return moment_flow(
@@ -253,6 +269,7 @@ def fixed_privacy_flow(
         noise_multiplier=np.sqrt(horizon) / mu,
         noise_kernel=noise_kernel,
         noise_per_group=noise_per_group,
+        rank=rank,
         outputs=outputs,
         rtol=rtol,
         atol=atol,
@@ -260,7 +277,13 @@ def fixed_privacy_flow(
 
 
 def _closure(
-    flow: Any, initial: Any, sigma: Any, sample_rate: Any, noise_kernel: Any, per_group: bool
+    flow: Any,
+    initial: Any,
+    sigma: Any,
+    sample_rate: Any,
+    noise_kernel: Any,
+    per_group: bool,
+    rank: Any,
 ) -> tuple[Closure, Array]:
     """The closure of a flow, and the mean of all points at the start."""
     if not isinstance(flow, KernelFlow):
@@ -270,20 +293,21 @@ def _closure(
             "flow must have a rule that is continuous and looks at one sample, got "
             f"{type(flow.clipping).__name__}; use stochastic_flow.ensemble"
         )
+    rank = None if rank is None else _validate.count(rank=rank)
     sample_rate, divisor = sampling(flow, sample_rate)
     train, test = flow.init(initial)
     mean = train if test is None else jnp.concatenate([train, test])
     covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
-    size = mean.size
-    if covariance is None:
-        covariance = jnp.zeros((size, size), mean.dtype)
-    elif flow.diagonal.ndim == 2:
-        covariance = jnp.kron(covariance, jnp.eye(mean.shape[1], dtype=mean.dtype))
-    points, weights = _gaussian_closure.integration_points(mean.shape[1])
+    noise = None if covariance is None else covariance / divisor**2
+    n_outputs = mean.shape[1]
+    if mean.size <= (_LARGEST_FULL if rank is None else rank):
+        form: CovarianceForm = _covariance_forms.full(flow, noise, n_outputs)
+    else:
+        form = _covariance_forms.low_rank(flow, noise, n_outputs, rank)
+    points, weights = _gaussian_closure.integration_points(n_outputs)
     closure = Closure(
         flow=flow,
-        noise=covariance / divisor**2,
-        n_outputs=mean.shape[1],
+        form=form,
         sample_rate=sample_rate,
         points=jnp.asarray(points, mean.dtype),
         weights=jnp.asarray(weights, mean.dtype),
@@ -301,11 +325,9 @@ def _step_moments(
     outputs: bool,
     shown: bool,
 ) -> Statistics:
-    State = tuple[Array, Array]
-
     def step(k: Any, state: State) -> State:
         rate = learning_rate(k) if callable(learning_rate) else learning_rate
-        return closure.step(state[0], state[1], jnp.asarray(rate, mean.dtype))
+        return closure.step(state, jnp.asarray(rate, mean.dtype))
 
     def proceed(state: State, start: Any, count: int) -> State:
         return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
@@ -314,15 +336,13 @@ def _step_moments(
         if shown:
             due = start % max(record_every, steps // 100) < record_every
             lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-        return proceed(state, start, record_every), closure.measure(state[0], state[1], outputs)
+        return proceed(state, start, record_every), closure.measure(state, outputs)
 
     full, rest = divmod(steps, record_every)
-    start = (mean, jnp.zeros_like(closure.noise))
-    end, measured = lax.scan(record, start, record_every * jnp.arange(full))
-    ends = [closure.measure(end[0], end[1], outputs)]
+    end, measured = lax.scan(record, closure.zero(mean), record_every * jnp.arange(full))
+    ends = [closure.measure(end, outputs)]
     if rest:
-        mean, covariance = proceed(end, full * record_every, rest)
-        ends.append(closure.measure(mean, covariance, outputs))
+        ends.append(closure.measure(proceed(end, full * record_every, rest), outputs))
     return jax.tree.map(lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends)
 
 
@@ -336,19 +356,14 @@ def _solve_moments(
     atol: Any,
     outputs: bool,
 ) -> Statistics:
-    def seen(t: Any, state: tuple[Array, Array], args: Any) -> Statistics:
-        return closure.measure(state[0], state[1], outputs)
-
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, state, args: closure.velocity(state[0], state[1], rate)),
+        diffrax.ODETerm(lambda t, state, args: closure.velocity(state, rate)),
         diffrax.Tsit5(),
         t0=times[0],
         t1=times[-1],
         dt0=None,
-        y0=(mean, jnp.zeros_like(closure.noise)),
-        saveat=diffrax.SaveAt(
-            ts=times, fn=lambda t, state, args: closure.measure(state[0], state[1], outputs)
-        ),
+        y0=closure.zero(mean),
+        saveat=diffrax.SaveAt(ts=times, fn=lambda t, state, args: closure.measure(state, outputs)),
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
         max_steps=100_000,
     )

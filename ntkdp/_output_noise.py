@@ -4,9 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ntkdp import _validate
+from ntkdp import _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._types import Array, Float, as_constant
+from ntkdp._types import Array, Float
+from ntkdp._weight_noise import deviations
 from ntkdp.ntk import LayerwiseKernel
 
 #: Eigenvalues below this part of the largest, and below zero, are what rounding made of zero.
@@ -23,30 +24,17 @@ def noise_covariance(
     flow: KernelFlow, sigma: Any, noise_kernel: Any, per_group: bool
 ) -> Array | None:
     """Covariance of the noise in the outputs of the summed gradient, None if there is none."""
-    sigma = _validate.non_negative(noise_multiplier=sigma)
-    sigma = as_constant(_validate.scalar(noise_multiplier=sigma))
-    if not bool(sigma > 0):
+    sigma = privacy.as_noise_multiplier(sigma, steps=None)
+    stds = deviations(flow.clipping, sigma, flow.diagonal.shape[0], per_group)
+    if not bool(jnp.any(stds > 0)):
         return None
-    rule = flow.clipping
-    if not rule.bounds_each_sample:
-        raise ValueError(
-            f"noise_multiplier must be 0 with {type(rule).__name__}, whose sensitivity is "
-            f"unbounded, got {sigma}; clip each sample, e.g. with Abadi"
-        )
-    if per_group and rule.scope == "flat":
-        raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
     if flow.preconditioned:
         raise ValueError(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
             "function of the kernels"
         )
     terms = _noise_terms(flow, noise_kernel)
-    n_groups = terms.shape[0]
-    if per_group:
-        stds = jnp.sqrt(n_groups) * jnp.asarray(rule.group_norms(n_groups))
-    else:
-        stds = jnp.full(n_groups, jnp.asarray(rule.sensitivity(n_groups)))
-    return _as_matrix(jnp.tensordot((sigma * stds) ** 2, terms, axes=1))
+    return _as_matrix(jnp.tensordot(stds**2, terms, axes=1))
 
 
 def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:

@@ -2,15 +2,23 @@ r"""How far a prediction is from a run: relative errors at the times that both r
 
 The error of a prediction is :math:`\sup_t |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t)` over the
 recorded times after the start. Steps of a run meet the time of a flow at t = learning_rate * step.
+Where the prediction is an ensemble of runs, its distribution is compared too: its band, how often
+runs are inside, and its CRPS.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import jax.numpy as jnp
 import numpy as np
 
+from ntkdp import _scores
+from ntkdp._scores import Band as Band
+from ntkdp._scores import Coverage as Coverage
+from ntkdp._scores import band as band
+from ntkdp._scores import band_coverage as band_coverage
+from ntkdp._scores import crps as crps
+from ntkdp._scores import standardised_error as standardised_error
 from ntkdp.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -21,17 +29,17 @@ if TYPE_CHECKING:
 _TIME_ROUNDINGS = 8
 
 #: What is compared, in this order.
-_TITLES = {
-    "loss": "training loss",
-    "accuracy": "training accuracy",
-    "outputs": "training outputs",
-    "clip_fraction": "clip fraction",
-    "test_loss": "test loss",
-    "test_accuracy": "test accuracy",
-    "test_outputs": "test outputs",
-}
+QUANTITIES = (
+    "loss",
+    "accuracy",
+    "outputs",
+    "clip_fraction",
+    "test_loss",
+    "test_accuracy",
+    "test_outputs",
+)
 #: Compared by the difference, for these are shares already; everything else relative to the run.
-_SHARES = ("accuracy", "clip_fraction", "test_accuracy")
+SHARES = ("accuracy", "clip_fraction", "test_accuracy")
 _OUTPUTS = ("outputs", "test_outputs")
 
 
@@ -46,63 +54,6 @@ class Errors(NamedTuple):
     sup: float
     mean: float
     time_of_sup: float
-
-
-class Band(NamedTuple):
-    """Statistics over seeds, each ``(T,)``; ``quantiles`` is ``(n_levels, T)``."""
-
-    mean: np.ndarray
-    standard_deviation: np.ndarray
-    standard_error: np.ndarray
-    quantiles: np.ndarray
-
-
-def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
-    r"""Mean and spread over the leading seed axis.
-
-    Parameters
-    ----------
-    values : array
-        ``(S, T)``, e.g. the loss of a run with S keys.
-    levels : sequence of float
-        Levels of the quantiles, in [0, 1].
-
-    Returns
-    -------
-    Band
-        The standard deviation is the unbiased one (divisor S - 1) and the standard error is it over
-        :math:`\sqrt{S}`; both are NaN for a single seed.
-
-    Raises
-    ------
-    ValueError
-        If there is no seed axis, or a level is outside [0, 1].
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from ntkdp.comparison import band
-    >>> spread = band(np.array([[1.0, 4.0], [3.0, 4.0]]))
-    >>> spread.mean.tolist(), spread.standard_error.tolist()
-    ([2.0, 4.0], [1.0, 0.0])
-    """
-    array = np.asarray(values, np.float64)
-    if array.ndim != 2 or array.shape[0] == 0:
-        raise ValueError(f"values must have shape (S, T) with S >= 1, got {array.shape}")
-    at = np.asarray(levels, np.float64)
-    if not np.all((at >= 0) & (at <= 1)):
-        raise ValueError(f"levels must be in [0, 1], got {levels!r}")
-    n_seeds = array.shape[0]
-    deviation = np.full(array.shape[1], np.nan)
-    with np.errstate(invalid="ignore"):  # of runs that diverged
-        if n_seeds > 1:
-            deviation = np.std(array, axis=0, ddof=1)
-        return Band(
-            mean=np.mean(array, axis=0),
-            standard_deviation=deviation,
-            standard_error=deviation / np.sqrt(n_seeds),
-            quantiles=np.quantile(array, at, axis=0),
-        )
 
 
 @final
@@ -200,15 +151,114 @@ class Comparison:
 
     @property
     def observed_band(self) -> Band | None:
-        """Spread of the run's training loss over its seeds; None without a seed axis."""
+        """Spread of the run's training loss over its seeds; None without a seed axis.
+
+        The quantiles of this and of ``predicted_band`` are at 5%, 50% and 95%.
+        """
         loss = np.asarray(self.observed.loss)
         return band(loss) if loss.ndim == 2 else None
+
+    @property
+    def predicted_band(self) -> Band | None:
+        """Spread of the predicted training loss; None if the prediction is no ensemble."""
+        return band(self.predicted.loss) if self._is_ensemble else None
+
+    @property
+    def band_coverage(self) -> Coverage | None:
+        """How often runs are inside the predicted 90% band, at each of ``times``.
+
+        By :func:`ntkdp.comparison.band_coverage`, which takes other levels. Not ``coverage``, which
+        counts times. None if the prediction is no ensemble.
+        """
+        return _scores.band_coverage(*self._losses) if self._is_ensemble else None
+
+    @property
+    def crps(self) -> np.ndarray:
+        """Score of the predicted distribution, ``(T,)``, in the unit of the training loss.
+
+        By :func:`ntkdp.comparison.crps`; the mean absolute error if the prediction is no ensemble.
+        """
+        return _scores.crps(*self._losses)
+
+    @property
+    def mean_crps(self) -> float:
+        """Mean of ``crps`` over the shared times."""
+        return float(np.mean(self.crps))
+
+    @property
+    def standardised_error(self) -> np.ndarray | None:
+        """Error of the predicted mean in standard errors, ``(T,)``.
+
+        By :func:`ntkdp.comparison.standardised_error`. None for one run, or an ensemble of one,
+        whose mean has an unknown error.
+        """
+        predicted, observed = self._losses
+        if np.shape(observed)[:-1] in ((), (1,)) or np.shape(predicted)[:-1] == (1,):
+            return None
+        return _scores.standardised_error(predicted, observed)
+
+    def skill(self, reference: "Comparison | None" = None) -> float:
+        """Share by which ``mean_crps`` is below that of a reference.
+
+        Parameters
+        ----------
+        reference : Comparison, optional
+            Of another prediction with the same run at the same times. By default the prediction's
+            own mean, as a forecast without spread.
+
+        Returns
+        -------
+        float
+            At most 1, up to chance; zero for no gain, below zero for a loss. Minus infinity if the
+            prediction is not finite.
+
+        Raises
+        ------
+        TypeError
+            If the reference is no Comparison.
+        ValueError
+            If it is of another run, or other times.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> t, zero = jnp.arange(2.0), jnp.zeros(2)
+        >>> run = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.0]), clip_fraction=zero)
+        >>> far = ntkdp.Trajectory(t, loss=jnp.array([4.0, 6.0]), clip_fraction=zero)
+        >>> near = ntkdp.Trajectory(t, loss=jnp.array([4.0, 3.0]), clip_fraction=zero)
+        >>> ntkdp.compare(near, run).skill(ntkdp.compare(far, run))
+        0.75
+        """
+        predicted, observed = self._losses
+        if reference is None:
+            mean = np.mean(predicted, axis=0) if predicted.ndim == 2 else predicted
+            other = float(np.mean(_scores.crps(mean, observed)))
+        else:
+            other = _mean_crps_beside(self, reference)
+        own = self.mean_crps
+        if not np.isfinite(own):
+            return -np.inf
+        if own == other:
+            return 0.0
+        return 1 - own / other if other else -np.inf
+
+    @property
+    def _is_ensemble(self) -> bool:
+        return np.ndim(self.predicted.loss) == 2 and len(self.predicted.loss) > 1
+
+    @property
+    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training losses of either side at ``times``, which leave a shared start out."""
+        n_times = len(self.times)
+        sides = (self.predicted, self.observed)
+        predicted, observed = (np.asarray(side.loss, np.float64)[..., -n_times:] for side in sides)
+        return predicted, observed
 
     @property
     def final(self) -> dict[str, dict[str, float | None]]:
         """Loss and accuracy, ``"predicted"`` and ``"observed"``, at the last shared time."""
         return {
-            side: {name: _last(trajectory, name) for name in ("loss", "accuracy")}
+            side: {name: last_value(trajectory, name) for name in ("loss", "accuracy")}
             for side, trajectory in (("predicted", self.predicted), ("observed", self.observed))
         }
 
@@ -229,28 +279,9 @@ class Comparison:
         >>> ntkdp.compare(run, run).table().row_count
         2
         """
-        from rich.table import Table
+        from ntkdp import _comparison_table
 
-        shown = f"{len(self.times)} times, t = {self.times[0]:.4g} to {self.times[-1]:.4g}"
-        caption = [] if self.message == "success" else [self.message]
-        if self.coverage < 1:
-            caption.append(f"{self.coverage:.0%} of the run's recorded times have a prediction")
-        table = Table(
-            title=f"Prediction against run at {shown}", caption="\n".join(caption) or None
-        )
-        table.add_column("")
-        for heading in ("predicted", "observed", "largest error", "at t", "mean error"):
-            table.add_column(heading, justify="right")
-        for name, errors in self.errors.items():
-            final_values = [_last(side, name) for side in (self.predicted, self.observed)]
-            table.add_row(
-                _TITLES[name],
-                *("" if value is None else f"{value:.4g}" for value in final_values),
-                _readable(errors.sup, name),
-                f"{errors.time_of_sup:.4g}",
-                _readable(errors.mean, name),
-            )
-        return table
+        return _comparison_table.table(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted and observed training loss over time, by :func:`ntkdp.plotting.loss_curves`.
@@ -278,9 +309,11 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     Parameters
     ----------
     prediction : Trajectory
-        Of :func:`ntkdp.solve` or :func:`ntkdp.recursion`.
+        Of :func:`ntkdp.solve` or :func:`ntkdp.recursion`, or a whole ensemble, of
+        :func:`ntkdp.stochastic_flow.ensemble`.
     run : Trajectory
-        Of :func:`ntkdp.dp_sgd.run`. Of a leading seed axis, on either side, the mean is compared.
+        Of :func:`ntkdp.dp_sgd.run`. Of a leading seed axis, on either side, the mean is compared;
+        of an ensemble also the distribution, see ``band_coverage``, ``crps`` and ``skill``.
 
     Returns
     -------
@@ -337,7 +370,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
 
     errors: dict[str, Errors] = {}
     per_output: dict[str, np.ndarray | None] = dict.fromkeys(_OUTPUTS)
-    for name in _TITLES:
+    for name in QUANTITIES:
         pair = [_mean_over_seeds(side, name) for side in (predicted, observed)]
         if pair[0] is None or pair[1] is None:
             continue
@@ -350,7 +383,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
         if name in _OUTPUTS:
             per_output[name] = np.max(_relative_distance(p, o, axis=1), axis=0)
             over_time = _relative_distance(p, o, axis=(1, 2))
-        elif name in _SHARES:
+        elif name in SHARES:
             over_time = _distance(p, o)
         else:
             over_time = _relative_distance(p[:, None], o[:, None], axis=1)
@@ -367,6 +400,22 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
         test_output_errors=per_output["test_outputs"],
         coverage=len(times) / int(np.sum(run_times > start)),
     )
+
+
+def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
+    """That of the reference, if it can be compared."""
+    if not isinstance(reference, Comparison):
+        raise TypeError(f"reference must be a Comparison, got {type(reference).__name__}")
+    times, run = comparison.times, comparison._losses[1]
+    if not (
+        np.array_equal(reference.times, times)
+        and np.array_equal(reference._losses[1], run, equal_nan=True)
+    ):
+        raise ValueError(
+            "reference must compare with the same run at the same times, "
+            f"got {_range(reference.times)} beside {_range(times)}"
+        )
+    return reference.mean_crps
 
 
 def _check_shape(name: str, trajectory: Trajectory) -> None:
@@ -444,12 +493,6 @@ def _relative_distance(p: np.ndarray, o: np.ndarray, axis: int | tuple[int, ...]
     return np.select([distance == 0, distance == np.inf], [0.0, np.inf], ratio)
 
 
-def _last(trajectory: Trajectory, name: str) -> float | None:
+def last_value(trajectory: Trajectory, name: str) -> float | None:
     value = _mean_over_seeds(trajectory, name)
     return None if value is None or value.ndim > 1 else float(value[-1])
-
-
-def _readable(error: float, name: str) -> str:
-    if not np.isfinite(error):
-        return "infinite"
-    return f"{error:.3g}" if name in _SHARES else f"{100 * error:.3g} %"

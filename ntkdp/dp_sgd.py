@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ntkdp import _progress, _validate, clipping, losses
+from ntkdp import _progress, _validate, clipping, losses, privacy
 from ntkdp._dp_step import Algorithm, State
 from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
@@ -61,7 +61,8 @@ def build(
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, optimizer, \
     groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size
-        As for :func:`run`.
+        As for :func:`run`, but for a budget in place of ``noise_multiplier``: the number of steps
+        is not known here, so give ``budget.noise_multiplier(steps, sample_rate)``.
 
     Returns
     -------
@@ -94,6 +95,7 @@ def build(
     _validate.choice(("mean", "sum"), reduction=reduction)
     _validate.choice(("structured", "vmap"), gradients=gradients)
     sample_rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps=None)
     noise_multiplier = _validate.non_negative(noise_multiplier=noise_multiplier)
     noise_multiplier = as_constant(_validate.scalar(noise_multiplier=noise_multiplier))
     noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
@@ -210,10 +212,10 @@ def run(
         Step size of the reduced loss's gradient; a schedule maps the step number to it.
     steps : int
         At least 1.
-    noise_multiplier : float
+    noise_multiplier : float or privacy.Budget
         :math:`\sigma`: the noise of the summed gradient has standard deviation
         :math:`\sigma S` on every weight, S the sensitivity (R flat,
-        :math:`\sqrt{\sum_r R_r^2}` layerwise).
+        :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
     optimizer : callable, optional
@@ -269,6 +271,8 @@ def run(
     >>> run.times.tolist(), run.loss.tolist()
     ([0.0, 0.5, 1.0], [4.5, 3.125, 2.0])
     """
+    steps = _validate.count(steps=steps)
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
     algorithm = build(
         apply_fn,
         x,
@@ -287,7 +291,6 @@ def run(
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
     )
-    steps = _validate.count(steps=steps)
     record_every = _validate.count(record_every=record_every)
     check_learning_rate(learning_rate, steps)
     keys = _validate.keys(key=key)

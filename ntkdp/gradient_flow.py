@@ -10,6 +10,7 @@ enter these flows.
 from ntkdp._flow import Flow as Flow
 from ntkdp._heavy_ball_flow import HeavyBallFlow as HeavyBallFlow
 from ntkdp._kernel_flow import KernelFlow as KernelFlow
+from ntkdp._modified_flow import ModifiedFlow as ModifiedFlow
 from ntkdp._solve import recursion as recursion
 from ntkdp._solve import solve as solve
 from ntkdp._weight_flow import WeightFlow as WeightFlow

@@ -146,6 +146,11 @@ class HighDimensionalSGD(eqx.Module):
         r"""Excess risk :math:`\sum_j \lambda_j \rho_j`."""
         return modes @ jnp.asarray(self.eigenvalues, modes.dtype)
 
+    def clip_fraction(self, modes: Float[Array, "*axes d"]) -> Float[Array, "*axes"]:
+        r"""Share of clipped samples, :math:`1 - \mu`."""
+        variance = self.risk(modes) + self.label_noise**2
+        return 1 - _clipped_residual(variance, self.residual_threshold)[0]
+
     def velocity(self, modes: Float[Array, " d"]) -> Float[Array, " d"]:
         r"""Time derivative of the modes :math:`\rho_j`, shape ``(d,)``."""
         variance = self.risk(modes) + self.label_noise**2

@@ -4,17 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
-import jax
-import jax.numpy as jnp
-
-from ntkdp import _neural_tangents
+from ntkdp import _neural_tangents, _stax_kernels
 from ntkdp._adapters import from_equinox, from_flax, from_function
-from ntkdp._model import KernelFn, Model, checked_model
+from ntkdp._model import Model, TwoTimeRule, checked_model
+from ntkdp._stax_kernels import StaxLayer
 from ntkdp._types import Array, Float, Params, PRNGKeyArray
 from ntkdp._validate import choice, count, non_negative, positive
-
-#: A layer of neural-tangents' stax: ``(init_fn, apply_fn, kernel_fn)``.
-StaxLayer: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 
@@ -313,7 +308,7 @@ def from_stax(
 def _from_layers(
     layers: Sequence[StaxLayer], prepare: Callable[[Array], Array] = lambda x: x
 ) -> Model:
-    """`stax.serial(*layers)` on ``prepare(x)``, with layer terms."""
+    """`stax.serial(*layers)` on ``prepare(x)``, with layer terms and kernels between times."""
     init_fn, apply_fn, kernel_fn = _neural_tangents.stax.serial(*layers)
 
     def pair(x1: Array, x2: Array | None) -> tuple[Array, Array | None]:
@@ -328,50 +323,23 @@ def _from_layers(
     def kernel(x1: Array, x2: Array | None = None, get: Any = None, **options: Any) -> Any:
         return kernel_fn(*pair(x1, x2), get, **options)
 
+    def positions_of(x: Array) -> list[int]:
+        return _stax_kernels.layers_with_parameters(init_fn, prepare(x).shape)
+
     def layer_kernel(x1: Array, x2: Array | None = None) -> dict[str, Float[Array, "n1 n2"]]:
-        x1, x2 = pair(x1, x2)
-        positions = _layers_with_parameters(init_fn, x1.shape)
-        from_layer = [_kernel_from(layers, position)(x1, x2, "ntk") for position in positions]
-        from_layer.append(jnp.zeros_like(from_layer[0]))
-        return {
-            str(position): from_layer[r] - from_layer[r + 1] for r, position in enumerate(positions)
-        }
+        return _stax_kernels.layer_terms(layers, positions_of(x1), *pair(x1, x2))
 
-    return checked_model(init, apply, kernel, layer_kernel)
+    def check_two_time(x: Array) -> tuple[str, ...]:
+        positions = positions_of(x)
+        _stax_kernels.check_two_time(layers, positions, prepare(x).shape)
+        return tuple(map(str, positions))
 
+    def two_time_kernel(x1: Array, x2: Array, covariances: Any) -> tuple[Array, dict[str, Array]]:
+        x1, x2 = prepare(x1), prepare(x2)
+        return _stax_kernels.two_time_terms(layers, positions_of(x1), x1, x2, covariances)
 
-def _layers_with_parameters(init_fn: Callable[..., Any], shape: tuple[int, ...]) -> list[int]:
-    params = jax.eval_shape(lambda key: init_fn(key, shape)[1], jax.random.key(0))
-    positions = [position for position, entry in enumerate(params) if jax.tree.leaves(entry)]
-    if not positions:
-        raise ValueError("layers must hold parameters for the kernel to have terms, got none")
-    # The default groups would descend into a block that holds everything; its layers are hidden.
-    only = params[positions[0]]
-    if len(positions) == 1 and any(isinstance(child, list | tuple | dict) for child in only):
-        raise ValueError(
-            f"layers[{positions[0]}] holds all parameters in nested layers, whose kernel terms "
-            "cannot be told apart; pass these layers themselves to serial"
-        )
-    return positions
-
-
-def _kernel_from(layers: Sequence[StaxLayer], position: int) -> KernelFn:
-    """The kernel whose neural tangent part counts only the layers from ``position`` on."""
-    stax, kernel_type = _neural_tangents.stax, _neural_tangents.Kernel
-
-    def forget_ntk(kernels: Any, **_: Any) -> Any:
-        return jax.tree.map(
-            lambda kernel: kernel.replace(ntk=jnp.zeros_like(kernel.ntk)),
-            kernels,
-            is_leaf=lambda node: isinstance(node, kernel_type),
-        )
-
-    boundary = (
-        lambda key, shape: (shape, ()),
-        lambda params, x, **_: x,
-        stax.requires()(forget_ntk),
-    )
-    return stax.serial(*layers[:position], boundary, *layers[position:])[2]
+    two_time = TwoTimeRule(check_two_time, two_time_kernel)
+    return checked_model(init, apply, kernel, layer_kernel, two_time)
 
 
 def _flatten(x: Array) -> Array:

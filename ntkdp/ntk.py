@@ -18,10 +18,19 @@ from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
 from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
 from ntkdp._layerwise_kernel import LayerwiseKernel
+from ntkdp._two_time_kernel import (
+    TwoTimeKernel,
+    between_times,
+    check_two_time,
+    two_time_kernel,
+)
 from ntkdp._types import ApplyFn, Array, Float, Params, Real
 
 __all__ = [
     "LayerwiseKernel",
+    "TwoTimeKernel",
+    "between_times",
+    "check_two_time",
     "empirical_ntk",
     "gradient_structure",
     "grouped_squared_norms",
@@ -30,6 +39,7 @@ __all__ = [
     "layerwise_ntk",
     "per_sample_gradient_norms",
     "preconditioned_ntk",
+    "two_time_kernel",
 ]
 
 _WAYS_OUT = "use fewer samples, float32, one output, or the infinite-width kernel (n, n)"

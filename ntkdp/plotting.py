@@ -1,8 +1,10 @@
 r"""Pictures of predictions and runs in one look, readable in print and without colour vision.
 
 The run is a thick grey line; predictions lie on it in thin lines that differ in colour (Okabe and
-Ito's palette), dashes and markers. Times are in units of learning rate times steps. Functions draw
-on the Axes that they are given, or on a new figure; neither pyplot nor ``rcParams`` is touched.
+Ito's palette), dashes and markers. Bands of several seeds are shaded, those of predictions between
+thin lines of the prediction's own colour and dashes. Times are in units of learning rate times
+steps. Functions draw on the Axes that they are given, or on a new figure; neither pyplot nor
+``rcParams`` is touched.
 """
 
 import os
@@ -16,22 +18,21 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp import _look
 from ntkdp._certificate_plot import certificate as certificate
+from ntkdp._clip_norm_plot import clipping_norm_curve as clipping_norm_curve
+from ntkdp._curves import TIME, check_trajectory, draw, recorded
 from ntkdp._files import replacing
 from ntkdp._validate import positive
-from ntkdp.comparison import band, compare
+from ntkdp.comparison import compare
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
 #: One prediction, or several under the names that the legend shows.
 Predictions = Trajectory | Mapping[str, Trajectory]
 
-_BAND_LEVELS = (0.05, 0.95)
-_TIME = r"time $t$ = learning rate × step"
 _FORMATS = ("png", "pdf", "svg")
 
 
@@ -48,9 +49,10 @@ def loss_curves(
     Parameters
     ----------
     predictions : Trajectory or mapping of str to Trajectory
-        One, or several with the names that the legend shows.
+        One, or several with the names that the legend shows. With a seed axis: the mean, in a band
+        from the 5% to the 95% quantile.
     run : Trajectory, optional
-        With a seed axis: its mean, in a band from the 5% to the 95% quantile.
+        The same, in grey.
     test : bool
         The loss on the test set.
     log : bool
@@ -84,7 +86,7 @@ def loss_curves(
         ax = _look.axes_or_new(ax)
         if log:
             ax.set_yscale("log", nonpositive="mask")
-        _curves(ax, name, _named(predictions), run)
+        draw(ax, name, _named(predictions), run)
         ax.set_ylabel("test loss" if test else "training loss")
         if log:
             _look.limit_log_loss(ax, has_run=run is not None)
@@ -155,11 +157,11 @@ def relative_error(
         for style, (label, prediction) in enumerate(_named(predictions).items()):
             comparison = compare(prediction, run)
             for who, side in ((f"predictions[{label!r}]", prediction), ("run", run)):
-                _recorded(side, name, who)
+                recorded(side, name, who)
             errors = comparison.errors[name]
             shown = f"{label}: at most {_percent(errors.sup)}"
             _look.prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
-        ax.set_xlabel(_TIME)
+        ax.set_xlabel(TIME)
         ax.set_ylabel(f"relative error of the {'test' if test else 'training'} loss (%)")
         _look.readable_log_ticks(ax)
         ax.legend(loc="best")
@@ -278,7 +280,7 @@ def comparison_grid(
                 ax.remove()
                 continue
             run, predictions = panels[place]
-            lines = _curves(ax, "loss", dict(predictions), run, names)
+            lines = draw(ax, "loss", dict(predictions), run, names)
             for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
                 if handle not in lines.values():
                     observed.setdefault(label, handle)
@@ -292,7 +294,7 @@ def comparison_grid(
             is_lowest = not any(
                 (row, place[1]) in panels for row in rows[rows.index(place[0]) + 1 :]
             )
-            ax.set_xlabel(_TIME if is_lowest else "")
+            ax.set_xlabel(TIME if is_lowest else "")
             is_first = not any((place[0], c) in panels for c in columns[: columns.index(place[1])])
             ax.set_ylabel("training loss" if is_first else "")
             ax.tick_params(labelleft=is_first)
@@ -365,13 +367,8 @@ def _named(predictions: Any) -> dict[str, Trajectory]:
     if not predictions:
         raise ValueError("predictions must hold at least one Trajectory, got none")
     for name, prediction in predictions.items():
-        _check_trajectory(f"predictions[{name!r}]", prediction)
+        check_trajectory(f"predictions[{name!r}]", prediction)
     return dict(predictions)
-
-
-def _check_trajectory(name: str, value: Any) -> None:
-    if not isinstance(value, Trajectory):
-        raise TypeError(f"{name} must be a Trajectory, got {type(value).__name__}")
 
 
 def _check_panels(panels: Any) -> None:
@@ -390,48 +387,8 @@ def _check_panels(panels: Any) -> None:
                 f"panels[{place!r}] must be a pair of a run and a mapping of names to predictions, "
                 f"got {type(panel).__name__}"
             )
-        _check_trajectory(f"the run of panels[{place!r}]", panel[0])
+        check_trajectory(f"the run of panels[{place!r}]", panel[0])
         _named(panel[1])
-
-
-def _recorded(trajectory: Trajectory, name: str, who: str) -> np.ndarray:
-    value = getattr(trajectory, name)
-    if value is None:
-        way_out = "; pass test data where it is made" if name.startswith("test") else ""
-        raise ValueError(f"{who} records no {name.replace('_', ' ')}{way_out}")
-    return np.asarray(value, np.float64)
-
-
-def _curves(
-    ax: Axes,
-    name: str,
-    predictions: dict[str, Trajectory],
-    run: Trajectory | None,
-    names: list[str] | None = None,
-) -> dict[str, Line2D]:
-    """Draw the run, then the predictions upon it, with the styles of their places in ``names``."""
-    ax.set_xlabel(_TIME)
-    if run is not None:
-        _check_trajectory("run", run)
-        values, label = _recorded(run, name, "run"), "observed"
-        if values.ndim == 2:
-            spread = band(values, _BAND_LEVELS)
-            low, high = (f"{100 * level:g}" for level in _BAND_LEVELS)
-            ax.fill_between(
-                run.times, *spread.quantiles, color="0.88", linewidth=0,
-                label=f"{low} to {high}% of runs",
-            )  # fmt: skip
-            label, values = f"observed, mean of {len(values)}", spread.mean
-        ax.plot(run.times, _look.drawable(ax, values), label=label, **_look.RUN_STYLE)
-    names = list(predictions) if names is None else names
-    lines = {}
-    for label, prediction in predictions.items():
-        values = _recorded(prediction, name, f"predictions[{label!r}]")
-        values = np.mean(values, axis=0) if values.ndim == 2 else values
-        times, finite = np.asarray(prediction.times), np.isfinite(values)
-        note = "" if np.all(finite) else f" (not finite at t = {times[~finite][0]:.3g})"
-        lines[label] = _look.prediction_line(ax, times, values, names.index(label), label + note)
-    return lines
 
 
 def _share_curves(
@@ -439,7 +396,7 @@ def _share_curves(
 ) -> Axes:
     with mpl.rc_context(_look.LOOK):
         ax = _look.axes_or_new(ax)
-        _curves(ax, name, _named(predictions), run)
+        draw(ax, name, _named(predictions), run)
         ax.set_ylabel(label)
         ax.set_ylim(-0.03, 1.03)
         ax.legend(loc="best")

@@ -25,7 +25,7 @@ _UNCHECKED = {"__init__", "_neural_tangents", "cli"}
 _PACKAGE = Path(__file__).parent.parent / "ntkdp"
 
 install_import_hook(
-    [f"ntkdp.{path.stem}" for path in _PACKAGE.glob("*.py") if path.stem not in _UNCHECKED],
+    [f"ntkdp.{path.stem}" for path in _PACKAGE.iterdir() if path.stem not in _UNCHECKED],
     "strict_types.check",
 )
 

@@ -13,6 +13,7 @@ KERNELS = {
     "ntk",
     "_infinite_ntk",
     "_layerwise_kernel",
+    "_two_time_kernel",
     "_kernel_blocks",
     "_per_sample_gradients",
     "_gradient_sites",
@@ -29,6 +30,16 @@ EXAMPLES = {
     "_table_one_evidence",
 }
 
+COMPARISON = {
+    "comparison",
+    "_comparison_table",
+    "_scores",
+    "plotting",
+    "_certificate_plot",
+    "_clip_norm_plot",
+    "_curves",
+}
+
 CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
@@ -38,6 +49,7 @@ LAYERS: dict[int, set[str]] = {
         "models",
         "_model",
         "_adapters",
+        "_stax_kernels",
         "datasets",
         "_dataset",
         "_data_files",
@@ -52,18 +64,26 @@ LAYERS: dict[int, set[str]] = {
         "_kernel_flow",
         "_weight_flow",
         "_heavy_ball_flow",
+        "_modified_flow",
         "_solve",
         "stochastic_flow",
+        "_covariance_forms",
         "_ensemble",
+        "_excess_variance",
         "_gaussian_closure",
         "_moments",
         "_output_noise",
+        "_output_process",
+        "_two_time_ensemble",
+        "_two_time_flow",
+        "_volterra",
+        "_weight_noise",
         "certificates",
         "high_dimensional_sgd",
         "dp_sgd",
         "_dp_step",
     },
-    4: {"comparison", "plotting", "_certificate_plot", *EXAMPLES, "claims"},
+    4: {*COMPARISON, *EXAMPLES, "claims"},
     5: {
         "_config",
         "experiment",
@@ -78,24 +98,32 @@ LAYERS: dict[int, set[str]] = {
 #: Modules that may import others of their own layer, as parts of one family.
 FAMILIES = (
     {"_types", "_validate", "_files", "_memory", "_progress"},
-    {"models", "_model", "_adapters"},
+    {"models", "_model", "_adapters", "_stax_kernels"},
     {"datasets", "_dataset", "_data_files"},
     KERNELS,
     {
         "gradient_flow",
         "stochastic_flow",
+        "_covariance_forms",
         "_ensemble",
+        "_excess_variance",
         "_gaussian_closure",
         "_moments",
         "_output_noise",
+        "_output_process",
+        "_two_time_ensemble",
+        "_two_time_flow",
+        "_volterra",
+        "_weight_noise",
         "_flow",
         "_kernel_flow",
         "_weight_flow",
         "_heavy_ball_flow",
+        "_modified_flow",
         "_solve",
     },
     {"dp_sgd", "_dp_step"},
-    {"comparison", "plotting", "_certificate_plot"},
+    COMPARISON,
     EXAMPLES,
     LAYERS[5],
     {"spectrum", "_matrix_free_spectrum", *KERNELS},
@@ -105,7 +133,7 @@ FAMILIES = (
 PREDICTION = FAMILIES[4]
 OBSERVATION = FAMILIES[5]
 #: What the two sides may share, besides layer 0.
-SHARED = {"losses", "clipping", "trajectory", *FAMILIES[3]}
+SHARED = {"losses", "clipping", "trajectory", "privacy", *FAMILIES[3]}
 
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 #: A folder is one module: its files are one family.

@@ -2,6 +2,8 @@
 
 import inspect
 import io
+import itertools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,8 @@ def test_errors_of_a_known_pair():
         "observed": {"loss": 1.0, "accuracy": None},
     }
     for unrecorded in ("output_error", "accuracy_error", "test_sup_relative_error",
-                       "test_output_error", "test_accuracy_error", "observed_band"):  # fmt: skip
+                       "test_output_error", "test_accuracy_error", "observed_band",
+                       "predicted_band", "band_coverage", "standardised_error"):  # fmt: skip
         assert getattr(result, unrecorded) is None
     assert result.output_errors is None
     assert result.test_output_errors is None
@@ -340,6 +343,239 @@ def test_only_the_start_is_shared():
         compare(trajectory([8.0], [0.0]), RUN)
 
 
+# --- distributions -------------------------------------------------------------------------------
+
+ONES = np.ones((2, 2))
+
+
+def integrals(sample, y):
+    """Of (F - 1{x >= y})^2 and F (1 - F), F the empirical law; both are constant between points."""
+    points = np.sort(np.append(sample, y))
+    middle, width = (points[1:] + points[:-1]) / 2, np.diff(points)
+    law = np.mean(sample[:, None] <= middle, axis=0)
+    return width @ (law - (middle >= y)) ** 2, width @ (law * (1 - law))
+
+
+def test_crps_against_the_integral_of_the_squared_difference():
+    """Fair: the integral for the empirical law, less its own spread over S - 1."""
+    generator = np.random.default_rng(3)
+    predicted, observed = generator.gamma(2.0, size=(7, 5)), generator.gamma(2.0, size=(3, 5))
+    expected = np.zeros((3, 5))
+    for run, t in np.ndindex(3, 5):
+        of_law, spread = integrals(predicted[:, t], observed[run, t])
+        expected[run, t] = of_law - spread / 6
+    np.testing.assert_allclose(
+        comparison.crps(predicted, observed), expected.mean(axis=0), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("n_predicted", [2, 5])
+def test_crps_of_gaussian_ensembles_is_unbiased(n_predicted):
+    """sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)), for ensembles of any size."""
+    mean, sd, y = 1.0, 0.5, 1.4
+    z = (y - mean) / sd
+    expected = sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - np.pi**-0.5)
+    predicted = np.random.default_rng(4).normal(mean, sd, (n_predicted, 20_000))
+    scores = comparison.crps(predicted, np.full(20_000, y))
+    assert abs(np.mean(scores) - expected) < 4 * stats.sem(scores)
+
+
+def test_crps_without_spread_is_the_absolute_error():
+    observed = np.array([[1.0, 2.0], [4.0, 2.0]])
+    prediction = np.array([2.0, 5.0])
+    for predicted in (prediction, prediction[None], np.stack([prediction] * 3)):
+        np.testing.assert_array_equal(comparison.crps(predicted, observed), [1.5, 3.0])
+
+
+def test_coverage_against_all_orders_of_exchangeable_runs():
+    """Three predicted runs and two observed: inside is between the extremes of the three."""
+    orders = list(itertools.permutations(range(5)))
+    counts = Counter(sum(min(o[:3]) < y < max(o[:3]) for y in o[3:]) for o in orders)
+    probability = {k: count / len(orders) for k, count in counts.items()}
+    assert sum(k * p for k, p in probability.items()) / 2 == pytest.approx(2 / 4)
+    for order in orders:
+        values = np.array(order, np.float64)[:, None]
+        found = comparison.band_coverage(values[:3], values[3:])
+        inside = round(2 * found.share[0])
+        expected = sum(p for p in probability.values() if p <= probability[inside] + 1e-12)
+        assert found.level == 0.5
+        assert found.p_value[0] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("inside", [20, 33, 36, 40])
+def test_coverage_by_a_known_law_is_binomial(inside):
+    """A predicted ensemble without end leaves no doubt about the band."""
+    predicted = stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)[:, None]
+    observed = np.where(np.arange(40) < inside, 0.0, 3.0)[:, None]
+    found = comparison.band_coverage(predicted, observed)
+    expected = stats.binomtest(inside, 40, found.level).pvalue
+    assert found.level == pytest.approx(0.9, abs=1e-5)
+    assert found.p_value[0] == pytest.approx(expected, rel=0.02)
+
+
+def test_coverage_of_runs_of_the_same_law_and_of_another():
+    """Four thousand trials of 19 predicted runs and 20 observed; a skewed law."""
+    generator = np.random.default_rng(5)
+    predicted, observed = (
+        generator.gamma(0.7, size=(19, 4000)),
+        generator.gamma(0.7, size=(20, 4000)),
+    )
+    found = comparison.band_coverage(predicted, observed)
+    assert found.level == 0.9
+    assert abs(np.mean(found.share) - 0.9) < 4 * stats.sem(found.share)
+    rejected = np.mean(found.p_value <= 0.05)
+    assert 0.005 < rejected < 0.05 + 4 * (0.05 * 0.95 / 4000) ** 0.5
+    # A binomial law would forget that the band is random too.
+    naive = [stats.binomtest(k, 20, 0.9).pvalue for k in range(21)]
+    assert np.mean(np.take(naive, np.rint(20 * found.share).astype(int)) <= 0.05) > 2 * 0.05
+    narrow = comparison.band_coverage(0.2 * predicted, observed)
+    assert np.mean(narrow.p_value <= 0.05) > 0.5
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
+def test_coverage_knows_ranks_only(n_predicted, level, seed):
+    generator = np.random.default_rng(seed)
+    predicted, observed = generator.normal(size=(n_predicted, 3)), generator.normal(size=(4, 3))
+    found = comparison.band_coverage(predicted, observed, level)
+    size = n_predicted + 1
+    possible = np.array([(size - 2 * j) / size for j in range(1, n_predicted // 2 + 1)])
+    assert abs(found.level - level) <= np.min(np.abs(possible - level)) + 1e-12
+    assert found.level in possible
+    mapped = comparison.band_coverage(np.exp(predicted), np.exp(observed), level)
+    np.testing.assert_array_equal(mapped.share, found.share)
+    np.testing.assert_array_equal(mapped.p_value, found.p_value)
+    assert np.all((found.p_value > 0) & (found.p_value <= 1))
+
+
+def test_standardised_error_against_scipy():
+    generator = np.random.default_rng(6)
+    predicted, observed = generator.normal(1.0, 2.0, (9, 4)), generator.gamma(2.0, size=(5, 4))
+    welch = stats.ttest_ind(predicted, observed, equal_var=False)
+    np.testing.assert_allclose(
+        comparison.standardised_error(predicted, observed), welch.statistic, rtol=1e-12
+    )
+    of_mean = stats.ttest_1samp(observed, predicted[0])
+    np.testing.assert_allclose(
+        comparison.standardised_error(predicted[0], observed), -of_mean.statistic, rtol=1e-12
+    )
+    same = np.ones((2, 2))
+    np.testing.assert_array_equal(comparison.standardised_error(same, same), 0.0)
+    np.testing.assert_array_equal(comparison.standardised_error(same - 1, same), -np.inf)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_distributions_that_are_not_finite_are_never_close(bad):
+    good, broken = np.arange(6.0).reshape(3, 2), np.arange(6.0).reshape(3, 2)
+    broken[1, 1] = bad
+    for predicted, observed in ((good, broken), (broken, good), (broken, broken)):
+        assert np.all(np.isfinite(comparison.crps(predicted, observed)) == [True, False])
+        z = comparison.standardised_error(predicted, observed)
+        assert np.all(np.isfinite(z) == [True, False])
+    assert comparison.band_coverage(good, broken).share[1] == pytest.approx(2 / 3)
+
+
+def test_a_band_of_coinciding_runs_has_no_p_value():
+    predicted = np.array([[1.0, 1.0], [1.0, 2.0]])
+    found = comparison.band_coverage(predicted, np.array([[1.0, 1.5], [3.0, 1.5]]))
+    np.testing.assert_array_equal(found.share, [0.5, 1.0])
+    np.testing.assert_array_equal(np.isnan(found.p_value), [True, False])
+
+
+def test_an_ensemble_is_compared_after_the_start():
+    """By hand: runs 1 and 3 against 2 and 5, and a start that all share."""
+    prediction = trajectory([[8.0, 1.0], [8.0, 3.0]], TIMES[:2])
+    result = compare(prediction, trajectory([[8.0, 2.0], [8.0, 5.0]], TIMES[:2]))
+    np.testing.assert_array_equal(result.predicted_band.mean, [8.0, 2.0])
+    np.testing.assert_allclose(result.predicted_band.quantiles[:, 1], [1.1, 2.0, 2.9])
+    assert result.band_coverage.level == pytest.approx(1 / 3)
+    np.testing.assert_array_equal(result.band_coverage.share, [0.5])
+    # Distances 1, 1 and 4, 2: means 1 and 3, each less half the gap of 2.
+    np.testing.assert_array_equal(result.crps, [1.0])
+    assert result.mean_crps == 1.0
+    # The mean, 2, alone: distances 0 and 3.
+    assert result.skill() == pytest.approx(1 - 1.0 / 1.5)
+    np.testing.assert_allclose(result.standardised_error, [-1.5 / (1 + 1.5**2) ** 0.5])
+    assert result.coverage == 1.0
+
+
+def test_what_is_no_ensemble_has_no_distribution():
+    run = trajectory(np.stack([RUN.loss, 3 * RUN.loss]))
+    for prediction in (RUN, trajectory(RUN.loss[None])):
+        result = compare(prediction, run)
+        assert result.predicted_band is None
+        assert result.band_coverage is None
+        np.testing.assert_array_equal(result.crps, RUN.loss[1:])
+        assert result.skill() == 0.0
+        assert result.table().row_count == 2
+    np.testing.assert_allclose(compare(RUN, run).standardised_error, -1.0)
+    assert compare(trajectory(RUN.loss[None]), run).standardised_error is None
+    assert compare(run, RUN).standardised_error is None
+    assert compare(run, RUN).band_coverage.n_runs == 1
+
+
+def test_skill_over_another_prediction():
+    generator = np.random.default_rng(7)
+    losses = np.asarray(RUN.loss) * generator.lognormal(0.0, 0.3, (30, 4))
+    run, ensemble = trajectory(losses[:10]), trajectory(losses[10:])
+    ours, theirs = compare(ensemble, run), compare(RUN, run)
+    assert ours.skill(theirs) == pytest.approx(1 - ours.mean_crps / theirs.mean_crps)
+    assert ours.skill(theirs) > 0
+    assert ours.skill(ours) == 0.0
+    assert compare(run, RUN).skill(compare(RUN, RUN)) == -np.inf
+    failed = compare(trajectory(np.full(4, np.nan)), run)
+    assert failed.skill(theirs) == failed.skill() == -np.inf
+    assert ours.skill(failed) == 1.0
+    for other in (compare(RUN, RUN), compare(RUN, trajectory(losses[:10, :3], TIMES[:3]))):
+        with pytest.raises(ValueError, match="same run at the same times"):
+            ours.skill(other)
+    with pytest.raises(TypeError, match="reference must be a Comparison, got str"):
+        inspect.unwrap(comparison.Comparison.skill)(ours, "frozen")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [(lambda: comparison.band_coverage(ONES[:1], ONES), "predicted must hold at least 2"),
+     (lambda: comparison.band_coverage(ONES, np.ones(3)), "must have the same times"),
+     (lambda: comparison.band_coverage(ONES, ONES, 1.0), r"level must be in \(0, 1\), got 1.0"),
+     (lambda: comparison.band_coverage(ONES, ONES, np.nan), "level must be in"),
+     (lambda: comparison.crps(1.0, ONES), r"predicted must have shape \(S, T\).*got \(\)"),
+     (lambda: comparison.crps(ONES, np.ones((0, 2))), "observed must have shape"),
+     (lambda: comparison.standardised_error(ONES, ONES[0]), "observed must hold at least 2 runs"),
+     (lambda: comparison.standardised_error(ONES[:1], ONES), "predicted must hold at least 2")],
+)  # fmt: skip
+def test_wrong_distributions(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_noisy_runs_of_a_linear_model_are_inside_the_band_of_their_kernel():
+    """And not inside that of a third of the noise; the frozen flow has a worse score."""
+    key_x, key_y, of_runs, of_ensemble = jax.random.split(jax.random.key(8), 4)
+    x, y = jax.random.normal(key_x, (8, 12)), jax.random.normal(key_y, (8, 1))
+    loss, rule = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
+    options = {"learning_rate": 0.2, "steps": 40, "record_every": 10, "sample_rate": 0.5}
+    run = ntkdp.dp_sgd.run(
+        lambda w, x: x @ w, jnp.zeros((12, 1)), x, y, loss, rule,
+        noise_multiplier=1.5, key=jax.random.split(of_runs, 50), **options,
+    )  # fmt: skip
+    flow = ntkdp.KernelFlow(x @ x.T, y, loss, rule)
+    keys = jax.random.split(of_ensemble, 199)
+    right, quiet = (
+        compare(ntkdp.stochastic_flow.ensemble(
+            flow, jnp.zeros((8, 1)), noise_multiplier=noise, key=keys, **options), run)
+        for noise in (1.5, 0.5)
+    )  # fmt: skip
+    assert right.band_coverage.level == 0.9
+    assert np.min(right.band_coverage.p_value) > 0.01
+    assert np.max(np.abs(right.standardised_error)) < 3
+    assert np.min(quiet.band_coverage.p_value) < 1e-4
+    assert right.skill(quiet) > 0
+    frozen = compare(ntkdp.solve(flow, jnp.zeros((8, 1)), run.times), run)
+    assert right.skill(frozen) > 0.2
+    assert right.skill() > 0.1
+
+
 # --- wrong calls ---------------------------------------------------------------------------------
 
 
@@ -383,6 +619,18 @@ def test_table_shows_the_numbers():
     assert [cell.strip() for cell in loss[2:7]] == ["nan", "1", "infinite", "4", "infinite"]
     (accuracy,) = [line.split("│") for line in lines if "training accuracy" in line]
     assert [cell.strip() for cell in accuracy[2:7]] == ["0.5", "0.5", "0.25", "2", "0.0833"]
+
+
+def test_table_shows_the_distribution():
+    prediction = trajectory([[8.0, 1.0], [8.0, 3.0]], TIMES[:2])
+    result = compare(prediction, trajectory([[8.0, 2.0], [8.0, 5.0]], TIMES[:2]))
+    console = rich.console.Console(width=120, file=io.StringIO())
+    console.print(result.table())
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if "│" in line]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert cells["runs in the band"] == ["0.3333", "0.5", "0.167", "1", "0.167"]
+    assert cells["CRPS"] == ["", "", "1", "1", "1"]
+    assert cells["error in std. errors"] == ["", "", "0.832", "1", "0.832"]
 
 
 def test_plot_draws_both():

@@ -1,5 +1,7 @@
 """The equation of clipped SGD in high dimension: closed forms, SciPy, invariants, simulation."""
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +19,7 @@ from ntkdp import high_dimensional_sgd
 from ntkdp.high_dimensional_sgd import HighDimensionalSGD, risk_by_clip_norm, simulate, solve
 
 TIMES = np.linspace(0.0, 1.0, 5)
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def two_modes(**changes: Any) -> HighDimensionalSGD:
@@ -112,10 +115,20 @@ def test_simulations_follow_the_equation() -> None:
     blocks = np.mean(runs.modes, axis=0).reshape(3, 2, 50).sum(2)
     np.testing.assert_allclose(np.mean(runs.risk, axis=0), path.risk, rtol=0.02)
     np.testing.assert_allclose(blocks, path.modes.reshape(3, 2, 50).sum(2), rtol=0.02)
-    share = high_dimensional_sgd._clipped_residual(
-        path.risk[-1] + 0.4**2, problem.residual_threshold
-    )[0]
+    share = problem.clip_fraction(path.modes[-1])
     assert 0.2 < float(share) < 0.8
+
+
+def test_the_share_of_clipped_samples_is_that_of_drawn_ones() -> None:
+    """Gradients of 20,000 samples at the start and at no error; those of the norm in 100 modes."""
+    problem = two_modes()
+    lam, generator = np.repeat([2.0, 0.5], 50), np.random.default_rng(3)
+    for modes in (np.repeat([0.004, 0.024], 50), np.zeros(100)):
+        x = generator.normal(size=(20_000, 100)) * np.sqrt(lam)
+        residual = x @ np.sqrt(modes) + 0.4 * generator.normal(size=20_000)
+        drawn = np.mean(np.abs(residual) * np.linalg.norm(x, axis=1) > 8.0)
+        # 1 % for the randomness of the norm in finite dimension.
+        assert abs(float(problem.clip_fraction(jnp.asarray(modes))) - drawn) < 0.02
 
 
 def test_one_key_is_one_of_many_and_records_the_last_step() -> None:
@@ -182,6 +195,22 @@ def test_the_best_clipping_norm_is_inside_and_clips_most_samples() -> None:
     # Without noise more of the gradient is always better here.
     quiet = eqx.tree_at(lambda p: p.noise_multiplier, problem, 0.0)
     assert np.all(np.diff(risk_by_clip_norm(quiet, norms[:20])) < 0)
+
+
+def test_the_page_shows_what_the_equation_gives() -> None:
+    """A row of its table of the best norms, and the equation's columns of the others."""
+    page = (DOCS / "high_dimensional_sgd.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page if line[:1] == "|"]
+    figure = runpy.run_path(str(DOCS / "figures" / "high_dimensional_sgd.py"))
+    assert figure["best_row"](0.06) in page
+    at = rows.index(["t", "equation", "simulated"]) + 2
+    path = solve(figure["problem"](0.5, 0.2**0.5 / 50**0.5, 0.3), [0.0, 0.25, 0.5, 0.75, 1.0])
+    assert [row[1] for row in rows[at : at + 4]] == [f"{r:.3f}" for r in path.risk[1:]]
+    at = next(k for k, row in enumerate(rows) if row[0] == "c") + 2
+    for column, noise in enumerate(figure["NOISE_MULTIPLIERS"]):
+        risk = risk_by_clip_norm(figure["problem"](1.0, noise, 1.0), figure["SIMULATED"] * 200**0.5)
+        shown = [row[1 + 2 * column] for row in rows[at : at + len(risk)]]
+        assert shown == [f"{r:.3f}" for r in risk]
 
 
 def test_it_works_in_single_precision_and_under_transformations() -> None:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -127,10 +128,59 @@ def test_a_diverged_seed_does_not_stop_the_drawing():
     assert np.all(np.isnan(observed[8:]))
 
 
-def test_predictions_over_seeds_are_averaged():
+def extent(shaded, t):
+    corners = shaded.get_paths()[0].vertices
+    at_t = corners[corners[:, 0] == t, 1]
+    return at_t.min(), at_t.max()
+
+
+@pytest.mark.parametrize(
+    ("draw", "field"),
+    [(plotting.loss_curves, "loss"), (plotting.accuracy, "accuracy"),
+     (plotting.clip_fraction, "clip_fraction")],
+)  # fmt: skip
+def test_ensembles_are_drawn_as_mean_and_band(draw, field):
     prediction = seeds()
-    drawn = curves(plotting.loss_curves(prediction))
-    np.testing.assert_allclose(drawn["predicted"], prediction.loss.mean(axis=0), rtol=1e-14)
+    values = np.asarray(getattr(prediction, field))
+    ax = draw({"flow": RUN, "ensemble": prediction}, seeds())
+    np.testing.assert_allclose(curves(ax)["ensemble"], values.mean(axis=0), rtol=1e-14)
+    of_run, of_ensemble = ax.collections
+    for t, low, high in zip(TIMES, *np.quantile(values, [0.05, 0.95], axis=0), strict=True):
+        assert extent(of_ensemble, t) == pytest.approx((low, high), rel=1e-14)
+    assert texts(ax.get_legend()) == [
+        "5 to 95% of runs", "observed, mean of 5", "flow", "ensemble", "ensemble, 5 to 95% of 5",
+    ]  # fmt: skip
+    line = {line.get_label(): line for line in ax.lines}["ensemble"]
+    assert to_rgb(of_ensemble.get_edgecolor()[0]) == pytest.approx(to_rgb(line.get_color()))
+    assert rgb_to_hsv(to_rgb(of_run.get_facecolor()[0]))[1] == 0
+
+
+def test_bands_differ_without_colour():
+    """By the dashes of their edges, which are those of their means; each lets others through."""
+    ensembles = {str(i): seeds() for i in range(6)}
+    bands = plotting.loss_curves(ensembles).collections
+    assert len({str(band.get_linestyle()) for band in bands}) == 6
+    assert all(band.get_facecolor()[0, 3] < 0.2 for band in bands)
+
+
+def test_an_ensemble_of_one_has_no_band():
+    ax = plotting.loss_curves(trajectory(loss=np.asarray(RUN.loss)[None]))
+    assert not ax.collections
+    np.testing.assert_array_equal(curves(ax)["predicted"], RUN.loss)
+
+
+def test_bands_are_inside_the_axis():
+    """That of the ensemble reaches a fifth of its mean, and five times it."""
+    losses = np.asarray(RUN.loss) * np.array([0.2, 1.0, 5.0])[:, None]
+    low, high = plotting.loss_curves(trajectory(loss=losses), RUN).get_ylim()
+    quantiles = np.quantile(losses, [0.05, 0.95], axis=0)
+    assert low < quantiles.min() < quantiles.max() < high
+
+
+def test_grid_names_the_bands_of_ensembles():
+    figure = plotting.comparison_grid({("flat", "R = 1"): (RUN, {"ensemble": seeds()})})
+    (shared,) = figure.legends
+    assert texts(shared) == ["observed", "ensemble, 5 to 95% of 5", "ensemble"]
 
 
 def test_given_axes_are_used():
@@ -335,6 +385,74 @@ def test_spectrum_of_eigenvalues():
 def test_wrong_kernels(kernel, message):
     with pytest.raises(ValueError, match=message):
         plotting.kernel_spectrum(kernel)
+
+
+# --- clipping norms ------------------------------------------------------------------------------
+
+NORMS = np.array([0.1, 1.0, 10.0, 100.0])
+
+
+def test_clipping_norm_curve_marks_the_least():
+    predicted = {"quiet": [4.0, 2.0, 1.0, 3.0], "noisy": [4.0, 2.5, 3.0, 9.0]}
+    ax = plotting.clipping_norm_curve(NORMS, predicted, ylabel="risk", xlabel="norm")
+    quiet, star, noisy, other_star = ax.lines
+    np.testing.assert_array_equal(quiet.get_xydata(), np.stack([NORMS, [4, 2, 1, 3]], axis=1))
+    np.testing.assert_array_equal(star.get_xydata(), [[10.0, 1.0]])
+    np.testing.assert_array_equal(other_star.get_xydata(), [[1.0, 2.5]])
+    assert texts(ax.get_legend()) == ["quiet, least at 10", "noisy, least at 1"]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("norm", "risk")
+    assert quiet._dash_pattern != noisy._dash_pattern
+
+
+def test_clipping_norm_curve_shows_runs_with_their_errors():
+    runs = np.random.default_rng(8).gamma(4.0, size=(6, 2))
+    at = np.array([0.5, 5.0])
+    predicted = {"a": np.ones(4), "b": np.full(4, 2.0)}
+    ax = plotting.clipping_norm_curve(NORMS, predicted, {"b": runs}, observed_clip_norms=at)
+    points, legend_entry = ax.containers
+    data, _, (bars,) = points.lines
+    np.testing.assert_allclose(data.get_xydata(), np.stack([at, runs.mean(axis=0)], axis=1))
+    for bar, column in zip(bars.get_segments(), runs.T, strict=True):
+        reach = 2 * scipy.stats.sem(column) * np.array([-1, 1])
+        np.testing.assert_allclose(bar[:, 1], column.mean() + reach, rtol=1e-12)
+    assert legend_entry.get_label() == "6 runs, ± 2 std. errors"
+    colour_of_b = next(line for line in ax.lines if line.get_label().startswith("b")).get_color()
+    assert data.get_color() == colour_of_b
+    ax.figure.draw_without_rendering()
+
+
+def test_clipping_norm_curve_says_what_is_not_inside_or_not_finite():
+    ax = plotting.clipping_norm_curve(
+        NORMS, {"a": [np.nan, 2.0, 3.0, 4.0], "b": [1.0, 2.0, 3.0, 4.0], "c": np.full(4, np.nan)},
+        {"a": np.array([1.0, 0.0, np.nan, 2.0])},
+    )  # fmt: skip
+    assert texts(ax.get_legend()) == [
+        "a, least at 1", "b, least at 0.1, an end", "c, not finite", "observed",
+    ]  # fmt: skip
+    ax.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((NORMS[::-1], np.ones(4)), {}, ValueError, "clip_norms must be strictly increasing"),
+        ((NORMS - 0.1, np.ones(4)), {}, ValueError, "clip_norms must be positive"),
+        (([1.0], [1.0]), {}, ValueError, "clip_norms must be a one-dimensional array of two"),
+        ((NORMS, np.ones(3)), {}, ValueError, r"predicted must have shape \(m,\), m = 4.*\(3,\)"),
+        ((NORMS, {}), {}, ValueError, "predicted must hold at least one array"),
+        ((NORMS, {"a": np.ones((2, 4))}), {}, ValueError, r"predicted\['a'\] must have shape"),
+        ((NORMS, np.ones(4), np.ones((5, 3))), {}, ValueError, r"\(m,\) or \(S, m\).*\(5, 3\)"),
+        ((NORMS, np.ones(4), np.ones((0, 4))), {}, ValueError, "observed must have shape"),
+        ((NORMS, np.ones(4), {"b": np.ones(4)}), {}, ValueError, "predicted; got 'b'"),
+        ((NORMS, np.ones(4), np.ones(4)), {"observed_clip_norms": NORMS[:2]}, ValueError, "m = 2"),
+        ((NORMS, np.ones(4)), {"ax": 1}, TypeError, "ax must be a matplotlib Axes"),
+        ((NORMS, "loss"), {}, ValueError, "could not convert"),
+    ],
+)
+def test_wrong_clipping_norm_curves(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        inspect.unwrap(plotting.clipping_norm_curve)(*arguments, **options)
 
 
 # --- wrong calls ---------------------------------------------------------------------------------

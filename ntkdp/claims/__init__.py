@@ -22,6 +22,7 @@ from ntkdp.claims import (
     _layerwise,
     _noise,
     _privacy,
+    _two_times,
 )
 from ntkdp.claims._claim import Claim, Finding, Verdict
 
@@ -37,6 +38,7 @@ _MODULES = (
     _calibration,
     _privacy,
     _beyond_frozen_kernel,
+    _two_times,
 )
 _CLAIMS = {
     value.name: value

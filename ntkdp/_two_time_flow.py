@@ -1,0 +1,203 @@
+"""DP training of an infinitely wide network, whose kernel noise moves."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp import _validate, clipping, losses
+from ntkdp._flow import Reduction, check_clipping, check_targets, measurement
+from ntkdp._types import Array, Float
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
+from ntkdp.trajectory import Measurement
+
+
+class TwoTimeFlow(eqx.Module):
+    r"""Clipped training of an infinitely wide network under noise.
+
+    .. math::
+        f_t = g_t - \frac1n \int_0^t \sum_r \Theta_r(t, s)\, C_{ir}(s)\, a(s)\, ds,
+        \qquad g \sim GP(0, \Sigma(t, s) \otimes I_K),
+
+    with the kernels between times of :func:`ntkdp.two_time_kernel`. Noise on every weight moves
+    the kernel however wide the network is; the drift of the weights does not.
+
+    Parameters
+    ----------
+    model : Model
+        Layers that are known, in NTK parameterisation: :func:`ntkdp.models.mlp`, ``cnn``, or
+        ``serial``.
+    x : array
+        Training inputs ``(n, ...)``.
+    targets : array
+        As the loss wants them.
+    loss : Loss or callable
+        One of :mod:`ntkdp.losses`, or a function of one sample's outputs and target.
+    clipping : ClippingRule
+        One of :mod:`ntkdp.clipping` but `Batch`; with ``scope="layerwise"`` a group is a layer.
+    reduction : {"mean", "sum"}
+        Loss and drift are averaged over samples, or summed (the paper's form).
+    test_x : array, optional
+        Test inputs ``(m, ...)``.
+    test_targets : array, optional
+        Needed for a test loss.
+    frozen : bool
+        Keep the kernels of the start, :math:`\Theta(0, 0)` and
+        :math:`\Sigma(0, 0) + \min(v_t, v_s) \Theta(0, 0)`: first order in the variance, for
+        comparison.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A model without kernels between times, shapes that do not fit, a rule that couples samples.
+
+    Notes
+    -----
+    *Derived*; see :func:`ntkdp.two_time_kernel`. Draw runs with
+    :func:`ntkdp.stochastic_flow.two_time_ensemble`, or in the limit of small steps with
+    :func:`ntkdp.stochastic_flow.two_time_flow`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> model = ntkdp.models.mlp([16], 1)
+    >>> flow = ntkdp.stochastic_flow.TwoTimeFlow(
+    ...     model, jnp.eye(3), jnp.zeros(3), ntkdp.losses.SquaredError(),
+    ...     ntkdp.clipping.Abadi(1.0))
+    >>> flow.names
+    ('0', '2')
+    """
+
+    points: Array
+    targets: Array
+    test_targets: Array | None
+    loss: Loss
+    clipping: ClippingRule
+    model: Any = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
+    reduction: Reduction = eqx.field(static=True)
+    n_outputs: int = eqx.field(static=True)
+    frozen: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model: Any,
+        x: Any,
+        targets: Any,
+        loss: Any,
+        clipping: ClippingRule,
+        *,
+        reduction: Reduction = "mean",
+        test_x: Any = None,
+        test_targets: Any = None,
+        frozen: bool = False,
+    ) -> None:
+        self.loss = losses.as_loss(loss)
+        self.clipping = check_clipping(clipping)
+        if clipping.needs_total_norm:
+            raise ValueError(
+                f"clipping must treat each sample by itself, got {clipping!r}; without noise, "
+                "recursion on a KernelFlow of infinite_ntk follows it"
+            )
+        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        x = _inputs(x, None, "x")
+        self.model, self.frozen = model, bool(frozen)
+        self.names = check_two_time(model, x)
+        clipping.check_groups(len(self.names))
+        params = jax.eval_shape(model.init, jax.random.key(0), x)
+        self.n_outputs = jax.eval_shape(model.apply, params, x).shape[1]
+        n = x.shape[0]
+        self.targets = check_targets(self.loss, targets, n, self.n_outputs, "targets")
+        self.points, self.test_targets = x, None
+        if test_x is None and test_targets is not None:
+            raise ValueError("test_targets need test_x, got test_x=None")
+        if test_x is not None:
+            test_x = _inputs(test_x, x, "test_x")
+            self.points = jnp.concatenate([x, test_x])
+        if test_targets is not None:
+            m = self.points.shape[0] - n
+            self.test_targets = check_targets(
+                self.loss, test_targets, m, self.n_outputs, "test_targets"
+            )
+
+    @property
+    def n_samples(self) -> int:
+        """Training samples n."""
+        return self.targets.shape[0]
+
+    @property
+    def n_terms(self) -> int:
+        """Terms of the kernel that clipping tells apart: 1 flat, R layerwise."""
+        return 1 if self.clipping.scope == "flat" else len(self.names)
+
+    def initial(self, initial: Any) -> Float[Array, "N K"] | None:
+        """Initial outputs of all points, checked; None stands for random ones."""
+        if initial is None:
+            return None
+        pair = isinstance(initial, tuple | list)
+        n, n_points = self.n_samples, self.points.shape[0]
+        if pair != (n_points > n):
+            raise ValueError(
+                "initial must be a (train, test) pair of outputs with test_x, one array (n, K) "
+                f"without, or None for random ones, got {'a pair' if pair else 'one array'}"
+            )
+        parts = [jnp.asarray(part) for part in (initial if pair else (initial,))]
+        for part, rows in zip(parts, (n, n_points - n), strict=False):
+            if part.shape != (rows, self.n_outputs):
+                raise ValueError(
+                    f"initial must have outputs of shape {(rows, self.n_outputs)}, got {part.shape}"
+                )
+        outputs = jnp.concatenate(parts)
+        return _validate.finite(initial=outputs.astype(jnp.result_type(outputs, float)))
+
+    def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
+        return between_times(self.model.two_time.kernel, self.names, self.points, x, v1, v2)
+
+    def covariance(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "N N"]:
+        """Covariance of the undriven outputs of all points, between noise variances by layer."""
+        if not self.frozen:
+            return self._between(self.points, v1, v2).nngp
+        start = self._between(self.points, jnp.zeros_like(v1), jnp.zeros_like(v2))
+        return start.nngp + jnp.tensordot(jnp.minimum(v1, v2), start.ntk.values, axes=1)
+
+    def drive(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "T N n"]:
+        """Tangent kernel of all points with the training points, by the terms that count."""
+        if self.frozen:
+            v1, v2 = jnp.zeros_like(v1), jnp.zeros_like(v2)
+        terms = self._between(self.points[: self.n_samples], v1, v2).ntk
+        return terms.total[None] if self.clipping.scope == "flat" else terms.values
+
+    def clipped(
+        self, outputs: Float[Array, "n K"], diagonal: Float[Array, "T n"]
+    ) -> tuple[Float[Array, "T n K"], Array]:
+        """Clipped output gradients by term, over the divisor of the reduction; and the factors."""
+        a = self.loss.output_gradient(outputs, self.targets)
+        norms = clipping.norms_from_squares(diagonal * jnp.sum(a**2, axis=1))
+        flat = self.clipping.scope == "flat"
+        factors = self.clipping.factors(norms[0] if flat else norms)
+        weighted = jnp.atleast_2d(factors)[:, :, None] * a
+        return weighted / (self.n_samples if self.reduction == "mean" else 1), factors
+
+    def measure(
+        self, outputs: Float[Array, "N K"], factors: Array, keep_outputs: bool
+    ) -> Measurement:
+        """Losses, accuracies and clip fraction at outputs of all points."""
+        n = self.n_samples
+        test = None
+        if self.points.shape[0] > n:
+            test = (outputs[n:], self.test_targets)
+        train = (outputs[:n], self.targets)
+        return measurement(self.loss, self.reduction, factors, train, test, keep_outputs)
+
+
+def _inputs(x: Any, like: Array | None, name: str) -> Array:
+    x = jnp.asarray(x)
+    x = x.astype(jnp.result_type(x, np.float32))
+    if x.ndim < 2 or x.shape[0] == 0 or (like is not None and x.shape[1:] != like.shape[1:]):
+        samples = "(n, ...)" if like is None else f"(m, {', '.join(map(str, like.shape[1:]))})"
+        raise ValueError(f"{name} must have shape {samples} and not be empty, got {x.shape}")
+    return _validate.finite(**{name: x})

@@ -1,0 +1,126 @@
+"""Infinite-width kernels between two times at which noise has moved the weights."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp import _validate
+from ntkdp._infinite_ntk import check_infinite_inputs
+from ntkdp._layerwise_kernel import LayerwiseKernel
+from ntkdp._types import Array, Float
+
+
+class TwoTimeKernel(NamedTuple):
+    r"""Kernels between inputs at one time and inputs at another; a pytree.
+
+    ``ntk`` holds the terms of :math:`\Theta(t, s) = J(w_t) J(w_s)^\top`, values ``(R, n1, n2)``
+    meaning :math:`\otimes I_K`, and ``nngp`` ``(n1, n2)`` the covariance :math:`\Sigma(t, s)` of
+    the outputs of a network whose weights are its random initial ones and noise.
+    """
+
+    ntk: LayerwiseKernel
+    nngp: Float[Array, "n1 n2"]
+
+
+def two_time_kernel(
+    model: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    variance1: Any,
+    variance2: Any,
+) -> TwoTimeKernel:
+    r"""Kernels at infinite width between two times of training under noise.
+
+    Noise of accumulated variance :math:`v_t` on every weight leaves the weights of a network in
+    NTK parameterisation Gaussian, with covariance :math:`c_{ts} = 1 + \min(v_t, v_s)` between
+    times. From :math:`\Sigma_{ts} = c_{ts} (W^2 x \cdot x'/d + b^2)` and
+    :math:`\Theta_{ts} = W^2 x \cdot x'/d + b^2` the layers give
+
+    .. math::
+        \Sigma'_{ts} &= c_{ts} (W^2 E[\phi(u) \phi(v)] + b^2), \\
+        \Theta'_{ts} &= W^2 E[\phi(u) \phi(v)] + b^2
+                        + W^2 c_{ts} E[\phi'(u) \phi'(v)] \Theta_{ts},
+
+    with (u, v) Gaussian of covariances :math:`\Sigma_{tt}, \Sigma_{ts}, \Sigma_{ss}`.
+
+    Parameters
+    ----------
+    model : Model
+        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``, dense and
+        convolutional layers in NTK parameterisation and any layers without parameters.
+    x1, x2 : array
+        Inputs ``(n1, ...)`` at the first time and ``(n2, ...)`` at the second; without ``x2``, x1
+        at both.
+    variance1, variance2 : float or array
+        :math:`v_t` and :math:`v_s`, variances of the noise that each weight has gathered, at least
+        0; one, or one for each layer with parameters ``(R,)``. The weights at the start have
+        variance one.
+
+    Returns
+    -------
+    TwoTimeKernel
+        Its ``ntk`` is named as the parameter groups of the model.
+
+    Raises
+    ------
+    ValueError
+        A model without such kernels, a negative variance, inputs that are empty or not finite.
+
+    Notes
+    -----
+    *Derived*; for unclipped Langevin training compare the neural dynamical kernel of Avidan, Li
+    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> model = ntkdp.models.mlp([16], 1, activation="erf")
+    >>> kernel = ntkdp.two_time_kernel(model, jnp.eye(3), variance1=0.5, variance2=0.0)
+    >>> kernel.ntk.names, kernel.nngp.shape
+    (('0', '2'), (3, 3))
+    """
+    x1, x2 = check_infinite_inputs(x1, x2)
+    names = check_two_time(model, x1)
+    variances = [
+        _by_layer(_validate.non_negative(**{name: value}), len(names), name)
+        for name, value in (("variance1", variance1), ("variance2", variance2))
+    ]
+    return _compiled(model.two_time.kernel, names, x1, x1 if x2 is None else x2, *variances)
+
+
+def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
+    """Names of a model's layers with parameters; raises if it has no kernels between times."""
+    if getattr(model, "two_time", None) is None:
+        raise ValueError(
+            f"model must have layers that are known, for kernels between times, got "
+            f"{type(model).__name__} without; build it with ntkdp.models.mlp, cnn or serial"
+        )
+    names: tuple[str, ...] = model.two_time.check(jnp.asarray(x))
+    return names
+
+
+def between_times(
+    kernel: Any, names: tuple[str, ...], x1: Array, x2: Array, v1: Array, v2: Array
+) -> TwoTimeKernel:
+    """The kernels for variances ``(R,)`` by layer; ``kernel`` is that of a model's rule."""
+    covariances = {
+        name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r]) for r, name in enumerate(names)
+    }
+    nngp, terms = kernel(x1, x2, covariances)
+    return TwoTimeKernel(LayerwiseKernel(names, jnp.stack([terms[name] for name in names])), nngp)
+
+
+_compiled = eqx.filter_jit(between_times)
+
+
+def _by_layer(variance: Any, n_layers: int, name: str) -> Array:
+    shape = np.shape(variance)
+    if shape not in ((), (n_layers,)):
+        raise ValueError(
+            f"{name} must be one number, or one for each of the {n_layers} layers with "
+            f"parameters, got shape {shape}"
+        )
+    return jnp.broadcast_to(jnp.asarray(variance, jnp.result_type(float)), (n_layers,))

@@ -1,0 +1,245 @@
+r"""Steps of a Volterra equation whose kernel is known between nodes of time.
+
+.. math:: f_k = g_k - \sum_{j < k} h_j\, \Theta(k, j)\, \varphi(f_j)
+
+Steps are grouped in cells between nodes. Within a cell lies :math:`\lambda \in [0, 1]` of a step
+between the two nodes A and A + 1, and the kernel is linear in it: for an earlier cell between the
+kernels of the nodes, in the cell itself on the triangle of :math:`\Theta(A, A)`,
+:math:`\Theta(A + 1, A)` and :math:`\Theta(A + 1, A + 1)`. So the past reduces to a charge at each
+node, and the cell's own past to two sums, of the clipped gradients and of them times
+:math:`\lambda`. With a node at every step nothing is interpolated.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import _progress
+from ntkdp._output_process import OutputProcess
+from ntkdp._two_time_flow import TwoTimeFlow
+from ntkdp._types import Array, Float, Key
+from ntkdp.trajectory import Measurement
+
+
+class Steps(NamedTuple):
+    """A grid of steps in cells between nodes; arrays are ``(M, p)``, a cell a row.
+
+    ``along`` is how far between its nodes a step is, ``following`` how far the next one is, 1 at
+    the end of the cell, ``slot`` where its state is recorded, and ``before`` and ``after`` the
+    lengths of the steps on its two sides.
+    """
+
+    number: Array
+    along: Array
+    following: Array
+    slot: Array
+    before: Array
+    after: Array
+
+
+def grid(times: np.ndarray, noise: np.ndarray, recorded: np.ndarray, per_cell: int) -> Steps:
+    """Steps at ``times``, in cells of ``per_cell``; the last step stands inside a cell."""
+    steps = len(times) - 1
+    n_cells = steps // per_cell + 1
+    number = np.arange(n_cells * per_cell).reshape(n_cells, per_cell)
+    inside = np.minimum(number, steps)
+    ends = noise[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
+    span = np.diff(ends)[:, None]
+    along = (noise[inside] - ends[:-1, None]) / np.where(span > 0, span, 1.0)
+    slot = np.full(steps + 1, len(recorded))
+    slot[recorded] = np.arange(len(recorded))
+    lengths = np.concatenate([[0.0], np.diff(times), np.zeros(number.size - steps)])
+    parts = (
+        number,
+        along,
+        np.append(along[:, 1:], np.ones((n_cells, 1)), axis=1),
+        np.where(number <= steps, slot[inside], len(recorded)),
+        np.where(number <= steps, lengths[number], 0.0),
+        lengths[number + 1],
+    )
+    return Steps(*map(jnp.asarray, parts))
+
+
+class _Nodes(NamedTuple):
+    """What the steps of a cell need of its two nodes: kernels, outputs without drift, drift."""
+
+    here: Float[Array, "T N n"]
+    across: Float[Array, "T N n"]
+    ahead: Float[Array, "T N n"]
+    path_here: Float[Array, "N C"]
+    path_ahead: Float[Array, "N C"]
+    bridge: Float[Array, "N N"] | None
+
+
+class _Past(NamedTuple):
+    """Sums over the cell's own steps, its bridge, the last clipped gradients and the record."""
+
+    gradients: Float[Array, "T n C"]
+    moments: Float[Array, "T n C"]
+    bridge: Float[Array, "N C"]
+    last: Float[Array, "T n C"]
+    record: Measurement
+
+
+class _Runs(eqx.Module):
+    """Steps of all seeds at once; C columns stand for seeds and outputs."""
+
+    flow: TwoTimeFlow
+    variances: Float[Array, "nodes R"]
+    keys: Key[Array, " S"]
+    sample_rate: float = eqx.field(static=True)
+    trapezoidal: bool = eqx.field(static=True)
+    outputs: bool = eqx.field(static=True)
+
+    def kernels(self, later: Array) -> Float[Array, "nodes T N n"]:
+        """Kernels of one node with all nodes up to it, zero beyond."""
+        flow, variances = self.flow, self.variances
+        zeros = jnp.zeros((flow.n_terms, flow.points.shape[0], flow.n_samples), flow.points.dtype)
+
+        def with_node(earlier: Array) -> Array:
+            return lax.cond(
+                earlier <= later,
+                lambda: flow.drive(variances[later], variances[earlier]),
+                lambda: zeros,
+            )
+
+        return lax.map(with_node, jnp.arange(variances.shape[0]))
+
+    def by_seed(self, columns: Array) -> Float[Array, "S rows K"]:
+        split = columns.reshape(columns.shape[0], self.keys.size, self.flow.n_outputs)
+        return jnp.moveaxis(split, 1, 0)
+
+    def gradients(self, f: Array, kernel: Array, batch: Array | None) -> tuple[Array, Array]:
+        """Clipped gradients ``(T, n, C)``, and the factors by seed."""
+        n = self.flow.n_samples
+        diagonal = jnp.diagonal(kernel[:, :n], axis1=1, axis2=2)
+        clipped, factors = jax.vmap(lambda one: self.flow.clipped(one, diagonal))(
+            self.by_seed(f[:n])
+        )
+        if batch is not None:
+            clipped = clipped * batch[:, None, :, None]
+        return jnp.moveaxis(clipped, 0, 2).reshape(*clipped.shape[1:3], -1), factors
+
+    def measure(self, f: Array, factors: Array) -> Measurement:
+        return jax.vmap(lambda f, c: self.flow.measure(f, c, self.outputs))(
+            self.by_seed(f), factors
+        )
+
+    def batch(self, keys: Key[Array, " S"]) -> Array | None:
+        """Weights ``(S, n)`` of the samples of each seed's batch."""
+        if self.sample_rate == 1:
+            return None
+        n = self.flow.n_samples
+        drawn = jax.vmap(lambda key: jax.random.bernoulli(key, self.sample_rate, (n,)))(keys)
+        return drawn.astype(self.flow.points.dtype) / self.sample_rate
+
+    def step(self, nodes: _Nodes, past: _Past, at: Steps) -> _Past:
+        dtype = nodes.here.dtype
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
+        along, before, after = (v.astype(dtype) for v in (at.along, at.before, at.after))
+        f = (1 - along) * nodes.path_here + along * nodes.path_ahead
+        if nodes.bridge is not None:
+            kernels = jnp.stack([nodes.here, nodes.across, nodes.ahead])
+            charges = [
+                (1 - along) * past.gradients,
+                along * past.gradients - past.moments,
+                past.moments,
+            ]
+            f = f - _apply(kernels, jnp.stack(charges)) + nodes.bridge @ past.bridge
+        own = (1 - along) * nodes.here + along * nodes.ahead
+        batch = self.batch(keys)
+        weight = after
+        if self.trapezoidal:
+            # The end of a step stands on both sides: two rounds are second order.
+            guess = f - before / 2 * _apply(own, past.last)
+            f = f - before / 2 * _apply(own, self.gradients(guess, own, batch)[0])
+            weight = (before + after) / 2
+        clipped, factors = self.gradients(f, own, batch)
+        record = jax.tree.map(
+            lambda path, now: path.at[at.slot].set(now), past.record, self.measure(f, factors)
+        )
+        bridge = past.bridge
+        if nodes.bridge is not None:
+            bridge = self.follow_bridge(bridge, along, at.following.astype(dtype), keys)
+        return _Past(
+            past.gradients + weight * clipped,
+            past.moments + along * weight * clipped,
+            bridge,
+            clipped,
+            record,
+        )
+
+    def follow_bridge(self, path: Array, along: Array, following: Array, keys: Array) -> Array:
+        """A step of standard Brownian bridges that end at 1, ``(N, C)``."""
+        left = jnp.where(along < 1, 1 - along, 1.0)
+        shape = (path.shape[0], self.flow.n_outputs)
+        drawn = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape, path.dtype)
+        )(keys)
+        noise = jnp.moveaxis(drawn, 0, 1).reshape(path.shape)
+        variance = jnp.maximum((1 - following) * (following - along) / left, 0)
+        return path * (1 - following) / left + jnp.sqrt(variance) * noise
+
+
+def _apply(kernels: Array, charges: Array) -> Float[Array, "N C"]:
+    """Sum over leading axes, terms and samples."""
+    return jnp.einsum("...tNn,...tnc->Nc", kernels, charges)
+
+
+@eqx.filter_jit
+def run(
+    flow: TwoTimeFlow,
+    process: OutputProcess,
+    variances: Float[Array, "nodes R"],
+    steps: Steps,
+    keys: Key[Array, " S"],
+    n_recorded: int,
+    sample_rate: float,
+    trapezoidal: bool,
+    outputs: bool,
+    shown: bool,
+) -> Measurement:
+    """Measurements ``(n_recorded, S)`` of runs over the grid of steps."""
+    of_process, of_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    runs = _Runs(flow, variances, of_steps, sample_rate, trapezoidal, outputs)
+    n_nodes = variances.shape[0]
+    undriven = process.draw(of_process, flow.n_outputs)
+    undriven = undriven.reshape(*undriven.shape[:2], -1)
+    bridges = process.bridges() if steps.number.shape[1] > 1 else None
+
+    def cell(carry: Any, of_cell: Any) -> tuple[Any, None]:
+        row, charges, last, record = carry
+        place, steps, bridge = of_cell
+        if shown:
+            _progress.report(place / (n_nodes - 1))
+        following = runs.kernels(place + 1)
+        nodes = _Nodes(
+            row[place],
+            following[place],
+            following[place + 1],
+            undriven[place] - _apply(row, charges),
+            undriven[place + 1] - _apply(following, charges),
+            bridge,
+        )
+        zeros = jnp.zeros_like(last)
+        start = _Past(zeros, zeros, jnp.zeros_like(nodes.path_here), last, record)
+        past, _ = lax.scan(lambda past, at: (runs.step(nodes, past, at), None), start, steps)
+        charges = charges.at[place].add(past.gradients - past.moments)
+        charges = charges.at[place + 1].add(past.moments)
+        return (following, charges, past.last, past.record), None
+
+    first = runs.kernels(jnp.zeros((), int))
+    none = jnp.zeros_like(undriven[0, : flow.n_samples])
+    one = jax.eval_shape(
+        lambda f: runs.measure(f, runs.gradients(f, first[0], None)[1]), undriven[0]
+    )
+    # One place more, for what is not recorded.
+    record = jax.tree.map(lambda leaf: jnp.zeros((n_recorded + 1, *leaf.shape), leaf.dtype), one)
+    charges = jnp.zeros((n_nodes, flow.n_terms, *none.shape), none.dtype)
+    carry = (first, charges, charges[0], record)
+    (_, _, _, record), _ = lax.scan(cell, carry, (jnp.arange(n_nodes - 1), steps, bridges))
+    return jax.tree.map(lambda path: path[:-1], record)

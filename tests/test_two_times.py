@@ -1,0 +1,467 @@
+"""Kernels between times, and runs of infinitely wide networks."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ntkdp
+from ntkdp import clipping, losses, models, stochastic_flow
+from ntkdp._neural_tangents import stax
+from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
+
+X = jax.random.normal(jax.random.key(0), (5, 4))
+X_TEST = jax.random.normal(jax.random.key(1), (3, 4))
+Y = jnp.sin(X[:, :2])
+SQUARED = losses.SquaredError()
+
+
+def _arc_cosine(kind: int, cross: Any, one: Any, other: Any) -> Any:
+    """E relu(u) relu(v), or E relu'(u) relu'(v) (Cho and Saul 2009)."""
+    norms = np.sqrt(np.outer(one, other))
+    angle = np.arccos(np.clip(cross / norms, -1, 1))
+    if kind == 0:
+        return (np.pi - angle) / (2 * np.pi)
+    return norms * (np.sin(angle) + (np.pi - angle) * np.cos(angle)) / (2 * np.pi)
+
+
+def _arc_sine(kind: int, cross: Any, one: Any, other: Any) -> Any:
+    """E erf(u) erf(v), or E erf'(u) erf'(v) (Williams 1997)."""
+    norms = np.outer(1 + 2 * one, 1 + 2 * other)
+    if kind == 0:
+        return 4 / np.pi / np.sqrt(norms - 4 * cross**2)
+    return 2 / np.pi * np.arcsin(2 * cross / np.sqrt(norms))
+
+
+@pytest.mark.parametrize(("activation", "expectation"), [("relu", _arc_cosine), ("erf", _arc_sine)])
+def test_two_hidden_layers_follow_the_closed_form(activation: str, expectation: Any) -> None:
+    W, b = 1.3, 0.4
+    v1, v2 = np.array([0.5, 0.7, 0.2]), np.array([0.1, 0.9, 0.2])
+    model = models.mlp([3, 3], 1, activation=activation, W_std=W, b_std=b, output_W_std=0.8)
+    kernel = ntkdp.two_time_kernel(model, X, X_TEST, variance1=v1, variance2=v2)
+
+    c1, c12, c2 = 1 + v1, 1 + np.minimum(v1, v2), 1 + v2
+    terms: list[Any] = []
+    plain = W**2 * X @ X_TEST.T / 4 + b**2
+    own1, own2 = (W**2 * np.sum(x**2, 1) / 4 + b**2 for x in (X, X_TEST))
+    for layer, scale in enumerate((W, W, 0.8)):
+        if layer > 0:
+            cross, one, other = c12[layer - 1] * plain, c1[layer - 1] * own1, c2[layer - 1] * own2
+            slope = expectation(0, cross, one, other)
+            terms = [scale**2 * c12[layer] * slope * term for term in terms]
+            plain = scale**2 * expectation(1, cross, one, other) + b**2
+            own1, own2 = (
+                scale**2 * np.diag(expectation(1, np.diag(v), v, v)) + b**2 for v in (one, other)
+            )
+        terms.append(plain)
+    np.testing.assert_allclose(kernel.nngp, c12[2] * plain, rtol=1e-12)
+    np.testing.assert_allclose(kernel.ntk.values, np.stack(terms), rtol=1e-12)
+    assert kernel.ntk.names == ("0", "2", "4")
+
+
+NETWORKS = {
+    "dense": (models.mlp([3, 3], 1), X),
+    "convolutions": (models.cnn([3, 3], 1, activation="erf"), np.ones((2, 3, 3, 2))),
+    "pooled": (models.cnn([3], 1, pooling="global"), np.ones((2, 3, 3, 2))),
+    "normalised": (
+        models.serial(stax.Dense(3, 1.2, 0.3), stax.LayerNorm(), stax.Gelu(), stax.Dense(1)),
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_noise_they_are_the_kernels_of_the_start(name: str) -> None:
+    model, x = NETWORKS[name]
+    x = x + jax.random.normal(jax.random.key(2), x.shape)
+    kernel = ntkdp.two_time_kernel(model, x, variance1=0.0, variance2=0.0)
+    assert model.kernel_fn is not None
+    np.testing.assert_allclose(kernel.nngp, model.kernel_fn(x, None, "nngp"), rtol=1e-9)
+    np.testing.assert_allclose(kernel.ntk.total, model.kernel_fn(x, None, "ntk"), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_term_is_the_slope_of_the_covariance_in_its_layer(name: str) -> None:
+    # J_r(t) J_r(s)^T = d Sigma(t, s) / d c_r(t, s).
+    model, x = NETWORKS[name]
+    x = jnp.asarray(x + np.asarray(jax.random.normal(jax.random.key(3), x.shape)))
+    assert model.two_time is not None
+    names, step = model.two_time.check(x), 1e-4
+    rule = jax.jit(model.two_time.kernel)
+    at = dict.fromkeys(names, (1.5, 1.2, 1.3))
+    _, terms = rule(x, x, at)
+    for name_of_layer in names:
+        low, high = (
+            rule(x, x, at | {name_of_layer: (1.5, 1.2 + sign * step, 1.3)})[0] for sign in (-1, 1)
+        )
+        slope = (high - low) / (2 * step)
+        np.testing.assert_allclose(terms[name_of_layer], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "normalised"])
+def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
+    width, later, earlier = 300, 0.6, 0.2
+    model = {
+        "convolutions": models.cnn([width], 1, activation="erf"),
+        "normalised": models.serial(
+            stax.Dense(width, 1.2, 0.3), stax.LayerNorm(), stax.Relu(), stax.Dense(1)
+        ),
+    }[name]
+    x = jnp.asarray(NETWORKS[name][1][:2])
+    x = x + jax.random.normal(jax.random.key(4), x.shape)
+    limit = ntkdp.two_time_kernel(model, x, variance1=later, variance2=earlier)
+
+    @jax.jit
+    def terms(key: Any) -> Any:
+        keys = jax.random.split(key, 3)
+        start, treedef = jax.tree.flatten(model.init(keys[0], x))
+
+        def noisy(leaves: Any, key: Any, variance: float) -> Any:
+            each = jax.random.split(key, len(leaves))
+            return [
+                leaf + variance**0.5 * jax.random.normal(k, leaf.shape)
+                for leaf, k in zip(leaves, each, strict=True)
+            ]
+
+        before = noisy(start, keys[1], earlier)
+        after = noisy(before, keys[2], later - earlier)
+        jacobian = jax.jacobian(lambda leaves: model.apply(treedef.unflatten(leaves), x)[:, 0])
+        return sum(
+            a.reshape(len(x), -1) @ b.reshape(len(x), -1).T
+            for a, b in zip(jacobian(after), jacobian(before), strict=True)
+        )
+
+    found = np.mean([terms(key) for key in jax.random.split(jax.random.key(5), 12)], axis=0)
+    error = np.linalg.norm(found - limit.ntk.total) / np.linalg.norm(limit.ntk.total)
+    assert error < 0.05
+    still = ntkdp.two_time_kernel(model, x, variance1=0.0, variance2=0.0).ntk.total
+    assert np.linalg.norm(found - still) / np.linalg.norm(found) > 0.1
+
+
+def _flow(
+    model: Any, rule: Any = None, *, test: bool = False, loss: Any = SQUARED, **options: Any
+) -> TwoTimeFlow:
+    rule = clipping.Abadi(0.5) if rule is None else rule
+    if test:
+        options |= {"test_x": X_TEST, "test_targets": jnp.zeros((3, 2))}
+    return TwoTimeFlow(model, X, Y, loss, rule, **options)
+
+
+ERF = models.mlp([8], 2, activation="erf")
+START = (jnp.cos(X[:, :2]), jnp.cos(X_TEST[:, :2]))
+
+
+@pytest.mark.parametrize("rule", [clipping.Abadi(0.5), clipping.Abadi(0.3, scope="layerwise")])
+@pytest.mark.parametrize("options", [{}, {"nodes": 4}, {"nodes": 3, "rank": 2}])
+def test_without_noise_runs_are_steps_of_the_kernel(rule: Any, options: Any) -> None:
+    kernel = ntkdp.layerwise_infinite_ntk(ERF, X)
+    test_kernel = ntkdp.layerwise_infinite_ntk(ERF, X_TEST, X)
+    flow = ntkdp.KernelFlow(
+        kernel, Y, SQUARED, rule, test_kernel=test_kernel, test_targets=jnp.zeros((3, 2))
+    )
+    schedule = {"learning_rate": lambda k: 0.8 / (1 + 0.1 * k), "steps": 13, "record_every": 3}
+    expected = ntkdp.recursion(flow, START, outputs=True, **schedule)
+    found = two_time_ensemble(
+        _flow(ERF, rule, test=True),
+        START,
+        outputs=True,
+        key=jax.random.key(0),
+        **schedule,
+        **options,
+    )
+    for name in ("times", "steps", "loss", "outputs", "test_outputs", "test_loss", "clip_fraction"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12, err_msg=name
+        )
+
+
+def test_without_noise_paths_are_second_order_in_the_step() -> None:
+    rule = clipping.Automatic(0.5)
+    kernel = ntkdp.infinite_ntk(ERF, X)
+    times = [0.0, 1.0, 3.0, 6.0]
+    exact = ntkdp.solve(
+        ntkdp.KernelFlow(kernel, Y, SQUARED, rule), START[0], times, rtol=1e-11, atol=1e-13
+    )
+    errors = []
+    for steps in (24, 48, 96):
+        path = two_time_flow(
+            _flow(ERF, rule), START[0], times, variance=0.0, steps=steps, nodes=4,
+            key=jax.random.key(0),
+        )  # fmt: skip
+        errors.append(float(np.max(np.abs(path.loss - exact.loss))))
+    orders = -np.diff(np.log2(errors))
+    assert np.all(np.abs(orders - 2) < 0.15)
+
+
+def _linear_moments(
+    theta: Any, start: Any, targets: Any, rate: float, steps: int, variance: float
+) -> tuple[Any, Any]:
+    """Mean outputs and their covariance after each step of the linear model; variance a step."""
+    means, covariances = [start], [np.zeros_like(theta)]
+    contract = np.eye(len(theta)) - rate * theta
+    for _ in range(steps):
+        means.append(means[-1] - rate * theta @ (means[-1] - targets))
+        covariances.append(contract @ covariances[-1] @ contract.T + variance * theta)
+    return np.array(means), np.array(covariances)
+
+
+@pytest.mark.parametrize("options", [{}, {"nodes": 4}], ids=["every step", "coarse"])
+def test_a_linear_model_has_the_moments_of_the_linear_recursion(options: Any) -> None:
+    # The tangent kernel of a linear model does not move, and its outputs are Brownian: coarse
+    # nodes with bridges between them are exact as well.
+    model, rule = models.mlp([], 1, b_std=0.3), clipping.Abadi(1e3)
+    n, steps, rate, n_runs = len(X), 12, 0.9, 4000
+    flow = TwoTimeFlow(model, X, Y[:, :1], SQUARED, rule)
+    sigma = 0.4 / 1e3 * n
+    runs = two_time_ensemble(
+        flow, START[0][:, :1], learning_rate=rate, steps=steps, noise_multiplier=sigma,
+        outputs=True, key=jax.random.split(jax.random.key(2), n_runs), **options,
+    )  # fmt: skip
+    theta = X @ X.T / 4 + 0.3**2
+    means, covariances = _linear_moments(
+        theta, START[0][:, 0], Y[:, 0], rate / n, steps, (0.4 * rate) ** 2
+    )
+    assert runs.outputs is not None
+    f = np.asarray(runs.outputs)[..., 0]
+    spread = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2)) + 1e-12
+    z = (f.mean(0) - means) / spread * np.sqrt(n_runs)
+    assert np.max(np.abs(z[1:])) < 4.5
+    ratios = f.var(0)[1:] / spread[1:] ** 2 - 1
+    assert np.max(np.abs(ratios)) < 4.5 * np.sqrt(2 / n_runs)
+    # The spread of a random start, which is drawn from the same law, adds to it.
+    free = two_time_ensemble(
+        flow, learning_rate=rate, steps=1, noise_multiplier=0.0, outputs=True,
+        key=jax.random.split(jax.random.key(3), n_runs),
+    )  # fmt: skip
+    assert free.outputs is not None
+    first = np.asarray(free.outputs)[:, 0, :, 0]
+    # The covariance of a linear model's outputs is its tangent kernel.
+    error = np.cov(first.T) - theta
+    assert np.max(np.abs(error)) < 5 * np.max(theta) * np.sqrt(2 / n_runs)
+
+
+def test_frozen_kernels_have_the_law_of_the_frozen_ensemble() -> None:
+    kernel = ntkdp.layerwise_infinite_ntk(ERF, X)
+    rule = clipping.Abadi(np.array([0.3, 0.2]), scope="layerwise")
+    mechanism: Any = {
+        "learning_rate": 1.5, "steps": 10, "noise_multiplier": 2.0, "sample_rate": 0.7,
+        "noise_per_group": True, "key": jax.random.split(jax.random.key(4), 3000),
+    }  # fmt: skip
+    expected = stochastic_flow.ensemble(
+        ntkdp.KernelFlow(kernel, Y, SQUARED, rule), START[0], **mechanism
+    )
+    found = two_time_ensemble(_flow(ERF, rule, frozen=True), START[0], **mechanism)
+    z = ntkdp.comparison.standardised_error(found.loss, expected.loss)[1:]
+    assert np.max(np.abs(z)) < 4
+    ratio = np.std(found.loss, axis=0)[1:] / np.std(expected.loss, axis=0)[1:]
+    assert np.max(np.abs(ratio - 1)) < 0.08
+    # Moving kernels do not have it.
+    moving = two_time_ensemble(_flow(ERF, rule), START[0], **mechanism)
+    assert abs(ntkdp.comparison.standardised_error(moving.loss, expected.loss)[-1]) > 8
+
+
+def test_the_frozen_kernel_is_the_limit_of_little_noise() -> None:
+    # One key, and kernels that differ in the first order of the variance.
+    differences = []
+    for variance in (0.04, 0.02, 0.01):
+        losses_of = [
+            np.mean(
+                two_time_flow(
+                    _flow(ERF, frozen=frozen), START[0], [0.0, 2.0], variance=variance, steps=10,
+                    key=jax.random.split(jax.random.key(5), 400),
+                ).loss[:, -1]
+            )
+            for frozen in (False, True)
+        ]  # fmt: skip
+        differences.append(abs(losses_of[0] - losses_of[1]))
+    orders = -np.diff(np.log2(differences))
+    assert np.all(np.abs(orders - 1) < 0.3)
+
+
+def test_coarse_nodes_come_close_to_a_node_at_every_step() -> None:
+    flow = _flow(models.mlp([8, 8], 2))
+    mechanism: Any = {
+        "learning_rate": 1.0, "steps": 48, "noise_multiplier": 5 / 48**0.5, "record_every": 12,
+        "key": jax.random.split(jax.random.key(6), 2500),
+    }  # fmt: skip
+    every, fine, coarse = (
+        two_time_ensemble(flow, START[0], nodes=nodes, **mechanism).loss for nodes in (49, 17, 3)
+    )
+    errors = [ntkdp.comparison.standardised_error(path, every)[1:] for path in (fine, coarse)]
+    assert np.max(np.abs(errors[0])) < 4
+    assert np.max(np.abs(np.mean(fine, 0) / np.mean(every, 0) - 1)) < 0.05
+    assert np.max(np.abs(errors[1])) > 5
+
+
+def test_bridges_between_nodes_have_the_increments_covariance() -> None:
+    # Without drift, with a clipping norm next to nothing, outputs are the process itself.
+    flow = _flow(ERF, clipping.Abadi(1e-12))
+    runs = two_time_flow(
+        flow, None, np.arange(7.0), variance=0.8, steps=6, nodes=3, outputs=True,
+        key=jax.random.split(jax.random.key(7), 6000),
+    )  # fmt: skip
+    assert runs.outputs is not None
+    f = np.asarray(runs.outputs)[:, :, 0, 0]
+    for later, earlier in ((3, 0), (4, 2), (5, 5), (6, 3), (1, 0)):
+        exact = ntkdp.two_time_kernel(
+            ERF, X[:1], variance1=0.8 * later / 6, variance2=0.8 * earlier / 6
+        ).nngp[0, 0]
+        found = np.mean(f[:, later] * f[:, earlier])
+        error = np.std(f[:, later] * f[:, earlier]) / np.sqrt(len(f))
+        assert abs(found - exact) < 4 * error + 0.01 * exact
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.01, 3.0), st.floats(0.0, 1.0))
+def test_covariances_between_times_are_positive(later: float, share: float) -> None:
+    times = jnp.array([later, share * later, 0.0])
+    between = jax.vmap(_covariance_of(), (None, 0))
+    whole = np.asarray(jax.vmap(between, (0, None))(times, times))
+    values = np.linalg.eigvalsh(np.swapaxes(whole, 1, 2).reshape(15, 15))
+    assert values[0] > -1e-10 * values[-1]
+
+
+@cache
+def _covariance_of() -> Any:
+    flow = _flow(ERF)
+    return jax.jit(lambda a, b: flow.covariance(jnp.full(2, a), jnp.full(2, b)))
+
+
+def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:
+    flow = _flow(ERF)
+    keys = jax.random.split(jax.random.key(8), 3)
+    mechanism: Any = {"learning_rate": 0.5, "steps": 4, "noise_multiplier": 1.0, "sample_rate": 0.6}
+    several = two_time_ensemble(flow, key=keys, **mechanism)
+    one = two_time_ensemble(flow, key=keys[1], **mechanism)
+    assert several.loss.shape == (3, 5)
+    assert one.loss.shape == (5,)
+    np.testing.assert_allclose(several.loss[1], one.loss, rtol=1e-9)
+    assert len({float(v) for v in several.loss[:, -1]}) == 3
+
+
+def test_what_is_recorded_has_its_shape_and_progress_is_reported() -> None:
+    told: list[float] = []
+    runs = two_time_ensemble(
+        _flow(ERF, test=True), START, learning_rate=0.5, steps=7, record_every=3, outputs=True,
+        noise_multiplier=0.5, nodes=3, progress=told.append,
+        key=jax.random.split(jax.random.key(9), 2),
+    )  # fmt: skip
+    assert runs.steps is not None
+    assert runs.test_outputs is not None
+    assert runs.steps.tolist() == [0, 3, 6, 7]
+    assert runs.test_outputs.shape == (2, 4, 3, 2)
+    np.testing.assert_allclose(runs.test_outputs[:, 0], np.stack([START[1]] * 2), rtol=1e-12)
+    assert told[-1] == 1.0
+    assert told == sorted(told)
+
+
+def test_weight_noise_variance_is_that_of_the_weights() -> None:
+    # Of a run without drift: weights that no sample moves.
+    rule = clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise")
+    n, steps, sigma = 4, 6, 1.3
+    rates = lambda k: 0.5 / (1 + k)  # noqa: E731
+    found = stochastic_flow.weight_noise_variance(
+        rule, n, learning_rate=rates, steps=steps, noise_multiplier=sigma, sample_rate=0.5,
+        n_groups=2,
+    )  # fmt: skip
+    run = ntkdp.dp_sgd.run(
+        lambda w, x: 0 * (x @ (w["a"] + w["b"])) + w["a"].sum() * 0, {
+            "a": jnp.zeros((1, 1)), "b": jnp.zeros((1, 1))},
+        jnp.ones((n, 1)), jnp.zeros((n, 1)), SQUARED, rule, learning_rate=rates, steps=steps,
+        noise_multiplier=sigma, sample_rate=0.5, groups={"a": "a", "b": "b"},
+        key=jax.random.key(0),
+    )  # fmt: skip
+    expected = np.cumsum([(rates(k) * sigma * 0.5 / (0.5 * n)) ** 2 for k in range(steps)])
+    np.testing.assert_allclose(found[1:, 0], expected, rtol=1e-12)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=0)
+    np.testing.assert_allclose(run.times[-1], sum(rates(k) for k in range(steps)), rtol=1e-12)
+
+
+def test_what_has_no_kernels_between_times_is_refused() -> None:
+    standard = models.mlp([4], 1, parameterization="standard")
+    block = models.serial(stax.Dense(4), stax.serial(stax.Relu(), stax.Dense(4)), stax.Dense(1))
+    unknown = models.from_stax(*stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(1)))
+    for model, message in (
+        (standard, "parameterization='ntk'"),
+        (block, "must be one of Dense"),
+        (unknown, "layers that are known"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ntkdp.two_time_kernel(model, X, variance1=0.1, variance2=0.0)
+        with pytest.raises(ValueError, match=message):
+            TwoTimeFlow(model, X, Y[:, :1], SQUARED, clipping.Abadi(1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"variance1": -0.1}, ValueError, "variance1 must be at least 0"),
+        ({"variance2": [0.1, 0.2, 0.3]}, ValueError, "each of the 2 layers"),
+        ({"x2": np.ones((2, 3))}, ValueError, "samples of the shape of x1's"),
+        ({"x2": np.full((2, 4), np.nan)}, ValueError, "must be finite"),
+    ],
+)
+def test_kernels_refuse_what_does_not_fit(change: Any, error: Any, message: str) -> None:
+    arguments: dict[str, Any] = {"x2": None, "variance1": 0.1, "variance2": 0.0} | change
+    with pytest.raises(error, match=message):
+        ntkdp.two_time_kernel(ERF, X, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": clipping.Batch(1.0)}, "each sample by itself"),
+        ({"rule": clipping.Abadi([1.0, 1.0, 1.0], scope="layerwise")}, "3"),
+        ({"targets": np.zeros((4, 2))}, "targets"),
+        ({"test_targets": jnp.zeros((3, 2))}, "need test_x"),
+        ({"test_x": np.ones((3, 5))}, "test_x must have shape"),
+    ],
+)
+def test_flows_refuse_what_does_not_fit(change: Any, message: str) -> None:
+    arguments: dict[str, Any] = {"targets": Y, "rule": clipping.Abadi(1.0)} | change
+    targets, rule = arguments.pop("targets"), arguments.pop("rule")
+    with pytest.raises(ValueError, match=message):
+        TwoTimeFlow(ERF, X, targets, SQUARED, rule, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"initial": START}, ValueError, "one array"),
+        ({"initial": np.zeros((5, 3))}, ValueError, "initial must have outputs of shape"),
+        ({"initial": np.full((5, 2), np.nan)}, ValueError, "finite"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"nodes": 0}, ValueError, "nodes"),
+        ({"rank": -1}, ValueError, "rank"),
+        ({"sample_rate": 0.0}, ValueError, "sample_rate"),
+        ({"noise_multiplier": -1.0}, ValueError, "noise_multiplier"),
+        ({"noise_per_group": True}, ValueError, "layerwise"),
+        ({"key": 3}, TypeError, "key"),
+    ],
+)
+def test_ensembles_refuse_what_does_not_fit(change: Any, error: Any, message: str) -> None:
+    arguments: dict[str, Any] = {
+        "initial": START[0], "learning_rate": 0.5, "steps": 3, "key": jax.random.key(0),
+    } | change  # fmt: skip
+    initial = arguments.pop("initial")
+    with pytest.raises(error, match=message):
+        two_time_ensemble(_flow(ERF), initial, **arguments)
+
+
+def test_noise_needs_a_bounded_rule() -> None:
+    mechanism: Any = {"learning_rate": 0.5, "steps": 3, "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match="unbounded"):
+        two_time_ensemble(_flow(ERF, clipping.NoClipping()), noise_multiplier=1.0, **mechanism)
+    with pytest.raises(ValueError, match="variance must be one number"):
+        two_time_flow(_flow(ERF), None, [0.0, 1.0], variance=[0.1, 0.2, 0.3], key=jax.random.key(0))
+
+
+def test_what_does_not_fit_in_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match="fewer seeds"):
+        two_time_ensemble(_flow(ERF), learning_rate=0.5, steps=3, key=jax.random.key(0))

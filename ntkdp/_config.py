@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ntkdp import _validate
+from ntkdp import _validate, privacy
 
 PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
 
@@ -72,11 +72,50 @@ class TrainingConfig(_Section):
         ge=0,
         description="sigma; the noise of the clipped sum has deviation sigma x sensitivity",
     )
+    epsilon: float | None = Field(
+        None, gt=0, description="with delta, the budget that sets the noise, in its place"
+    )
+    delta: float | None = Field(None, gt=0, lt=1, description="of the budget")
+    mu: float | None = Field(
+        None, gt=0, description="the budget as that of Gaussian differential privacy"
+    )
     sample_rate: float = Field(
         1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
     )
     reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
     n_seeds: int = Field(1, ge=1, description="repeated runs, which differ in noise and sampling")
+    n_predicted: int = Field(
+        200, ge=2, description="runs that a prediction with noise or sampling draws"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_set_the_noise(self) -> "TrainingConfig":
+        if (self.epsilon is None) != (self.delta is None):
+            raise ValueError(
+                "training.epsilon and training.delta must come together, "
+                f"got epsilon = {self.epsilon}, delta = {self.delta}"
+            )
+        ways = {
+            "noise_multiplier": self.noise_multiplier > 0,
+            "epsilon": self.epsilon is not None,
+            "mu": self.mu is not None,
+        }
+        if sum(ways.values()) > 1:
+            given = " and ".join(f"training.{name}" for name, used in ways.items() if used)
+            raise ValueError(f"one way to set the noise is enough, got {given}")
+        return self
+
+    @property
+    def noisy(self) -> bool:
+        """Whether runs add noise."""
+        return self.noise_multiplier > 0 or self.epsilon is not None or self.mu is not None
+
+    def sigma(self, steps: int) -> float:
+        """The noise multiplier of a run of so many steps, of a budget if there is one."""
+        if self.epsilon is None and self.mu is None:
+            return self.noise_multiplier
+        budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
+        return budget.noise_multiplier(steps, self.sample_rate)
 
 
 class ClippingConfig(_Section):
@@ -112,7 +151,9 @@ class Config(_Section):
         ["frozen", "infinite", "recursion"],
         min_length=1,
         description="exact: flow in weight space; frozen: flow of the empirical kernel; infinite: "
-        "flow of the infinite-width kernel; recursion: discrete steps of the empirical kernel",
+        "flow of the infinite-width kernel, with noise an ensemble under the kernels between "
+        "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
+        "ensemble of them",
     )
     loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
         "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"

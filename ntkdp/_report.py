@@ -21,7 +21,8 @@ from rich.table import Table
 
 from ntkdp import __version__, plotting
 from ntkdp._look import LOOK
-from ntkdp.experiment import KERNEL_OF, LABELS, Results
+from ntkdp.comparison import Comparison
+from ntkdp.experiment import KERNEL_OF, LABELS, Results, noise_free
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
@@ -49,6 +50,9 @@ def metrics(results: Results) -> dict[str, Any]:
                     "kernel": KERNEL_OF[name],
                     "sup_relative_error": _number(prediction.comparison.sup_relative_error),
                     "mean_relative_error": _number(prediction.comparison.mean_relative_error),
+                    "weight_noise_variance": case.weight_noise,
+                    "noise_multiplier": case.noise_multiplier,
+                    "band": _band(prediction.comparison),
                     "initial_clip_fraction": _last_or_first(case.run.clip_fraction, 0),
                     "final": {
                         "predicted": _final(prediction.trajectory),
@@ -79,6 +83,20 @@ def metrics(results: Results) -> dict[str, Any]:
             f"quantile_{q:g}": float(np.quantile(norms, q)) for q in (0, 0.05, 0.5, 0.95, 1)
         },
         "results": entries,
+    }
+
+
+def _band(compared: Comparison) -> dict[str, Any] | None:
+    """How the runs lie in the predicted band at the last time; None for a single path."""
+    covered, crps, z = compared.band_coverage, compared.mean_crps, compared.standardised_error
+    if covered is None or crps is None:
+        return None
+    return {
+        "level": covered.level,
+        "share_of_runs": _number(covered.share[-1]),
+        "p_value": _number(covered.p_value[-1]),
+        "mean_crps": _number(crps),
+        "standardised_error": None if z is None else _number(z[-1]),
     }
 
 
@@ -130,13 +148,19 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                     KERNEL_OF[name] or "",
                     f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
                     f"{error:.2%}" if math.isfinite(error) else "not finite",
-                    f"{float(prediction.trajectory.loss[..., -1]):.4f}",
-                    f"{float(jnp.mean(case.run.loss[..., -1])):.4f}",
+                    _with_spread(prediction.trajectory.loss[..., -1]),
+                    _with_spread(case.run.loss[..., -1]),
                     f"{prediction.seconds:.2f}",
                     f"{case.run_seconds:.1f}",
                 )
             )
     return rows
+
+
+def _with_spread(values: Any) -> str:
+    values = np.atleast_1d(np.asarray(values))
+    spread = f" ± {np.std(values, ddof=1):.4f}" if values.size > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
 
 
 def print_table(results: Results) -> None:
@@ -168,11 +192,17 @@ def _warnings(results: Results) -> list[str]:
             if not prediction.trajectory.successful:
                 message = prediction.trajectory.message
                 warnings.append(f"{case.clipping.label}, {LABELS[name]}: {message}")
-    if results.config.training.noise_multiplier > 0:
-        warnings.append(
-            "The predictions are of the noise-free flow: what the noise does to the outputs, and "
-            "to the kernel, is not in them."
+    if results.config.training.noisy:
+        moved = ", ".join(
+            f"{case.weight_noise:.3g} ({case.clipping.label})" for case in results.cases
         )
+        warnings.append(
+            f"Noise adds a variance v(T) to every weight, beside the 1 of the start: {moved}. A "
+            "frozen kernel holds while it is small, at any width."
+        )
+    left_out = noise_free(results.config)
+    if left_out:
+        warnings.append(f"Without the noise: {', '.join(LABELS[name] for name in left_out)}.")
     return warnings
 
 
@@ -334,7 +364,8 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 </div>
 <p>Sup error: the largest
 |L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub> of the training loss
-over all recorded times after the start.</p>
+over all recorded times after the start, of the means where there are several. &plusmn;: standard
+deviation over runs. Bands: 90% of the runs.</p>
 {figures}
 <h2>Configuration</h2>
 <pre>{settings}</pre>

@@ -86,6 +86,8 @@ LAYERS: dict[int, set[str]] = {
     4: {*COMPARISON, *EXAMPLES, "claims"},
     5: {
         "_config",
+        "_problem",
+        "_prediction",
         "experiment",
         "_report",
         "_run_folder",

@@ -53,6 +53,9 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"model": 3}, ["'model'", "3"]),
         ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),
         ({"training": {"momentum": 0.9}}, ["recursion", "momentum"]),
+        ({"training": {"epsilon": 3.0}}, ["epsilon", "delta", "together"]),
+        ({"training": {"mu": 1.0, "noise_multiplier": 2.0}}, ["one way", "mu"]),
+        ({"training": {"n_predicted": 1}}, ["'training.n_predicted'", "1"]),
     ],
 )
 def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> None:

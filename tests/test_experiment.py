@@ -15,7 +15,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import ntkdp
-from ntkdp import _config, _report, _run_folder, cli, experiment
+from ntkdp import _config, _report, _run_folder, cli, experiment, privacy
 
 SMALL: dict[str, Any] = {
     "predictions": ["exact", "frozen", "infinite", "recursion"],
@@ -169,7 +169,75 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     np.testing.assert_allclose(prediction.trajectory.times, case.run.times, rtol=1e-12)
     assert prediction.comparison.sup_relative_error < 0.05
     _report.write(results, tmp_path)
-    assert "noise-free" in (tmp_path / "report.html").read_text()
+    assert "Without the noise: frozen kernel" in (tmp_path / "report.html").read_text()
+
+
+def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> None:
+    # At a budget, n_seeds runs of one network; the noise moves the kernel, v(T) = (T S/(n mu))^2.
+    config = _config.from_tree(
+        SMALL
+        | {
+            "predictions": ["frozen", "infinite", "recursion"],
+            "data": {"name": "gaussian", "n_train": 16, "n_test": 8, "options": {"n_features": 8}},
+            "model": {"widths": [256], "activation": "relu"},
+            "loss": "squared_error",
+            "training": {
+                "steps": 20,
+                "learning_rate": 1.0,
+                "record_every": 5,
+                "mu": 0.75,
+                "n_seeds": 60,
+                "n_predicted": 400,
+            },
+            "clipping": [{"clip_norm": 0.5}],
+        }
+    )
+    results = experiment.run(config)
+    case = results.cases[0]
+    assert case.noise_multiplier == pytest.approx(20**0.5 / 0.75)
+    assert case.weight_noise == pytest.approx((20 * 0.5 / (16 * 0.75)) ** 2)
+    for name in ("infinite", "recursion"):
+        assert case.predictions[name].trajectory.loss.shape == (400, 5)
+    errors = {
+        name: prediction.comparison.sup_relative_error
+        for name, prediction in case.predictions.items()
+    }
+    assert errors["infinite"] < 0.15
+    assert errors["infinite"] < errors["recursion"] < errors["frozen"]
+    measured = _report.metrics(results)["results"]
+    bands = {entry["prediction"]: entry["band"] for entry in measured}
+    assert bands["frozen"] is None
+    assert bands["infinite"]["p_value"] > 0.01
+    assert bands["infinite"]["mean_crps"] < bands["recursion"]["mean_crps"]
+    _report.write(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "0.694 (flat abadi R=0.5)" in page
+    assert "Without the noise: frozen kernel" in page
+
+
+def test_layerwise_noise_sampling_and_a_budget_are_predicted() -> None:
+    config = _config.from_tree(
+        SMALL
+        | {
+            "predictions": ["infinite", "recursion"],
+            "training": {
+                "steps": 12,
+                "learning_rate": 0.5,
+                "record_every": 4,
+                "epsilon": 4.0,
+                "delta": 1e-3,
+                "sample_rate": 0.5,
+                "n_predicted": 50,
+            },
+            "clipping": [{"clip_norm": 0.2, "scope": "layerwise"}],
+        }
+    )
+    case = experiment.run(config).cases[0]
+    spent = privacy.epsilon(case.noise_multiplier, 0.5, 12, 1e-3)
+    assert spent == pytest.approx(4.0, rel=0.01)
+    for name, prediction in case.predictions.items():
+        assert prediction.trajectory.successful, name
+        assert prediction.comparison.sup_relative_error < 0.3, name
 
 
 @pytest.mark.parametrize(

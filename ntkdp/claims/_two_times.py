@@ -113,7 +113,7 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         of_network, of_run = jax.random.split(key)
         params = model.init(of_network, problem[0])
         run = partial(dp_sgd.run, model.apply, params, *problem, **options)
-        return run(gradients="vmap", key=of_run).loss
+        return run(key=of_run).loss
 
     keys = jax.random.split(jax.random.key(38), n_runs)
     observed = np.asarray(jax.jit(partial(jax.lax.map, one_run, batch_size=10))(keys))

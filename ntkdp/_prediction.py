@@ -1,0 +1,250 @@
+"""Predictions of an experiment: which there are, what each needs, and making them."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntkdp import _groups, gradient_flow, ntk, stochastic_flow
+from ntkdp._config import ClippingConfig, Config
+from ntkdp._problem import Problem
+from ntkdp._solve import recursion, solve
+from ntkdp._types import Array
+from ntkdp.clipping import ClippingRule
+from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.trajectory import Trajectory
+
+#: What a prediction needs to know of the network: the kernel's name in results, or None.
+KERNEL_OF = {"exact": None, "frozen": "empirical", "infinite": "infinite", "recursion": "empirical"}
+#: How predictions are called in tables and pictures.
+LABELS = {
+    "exact": "exact flow",
+    "frozen": "frozen kernel",
+    "infinite": "infinite width",
+    "recursion": "kernel recursion",
+}
+
+
+#: Outputs, of training and test points, up to which the noise of both is drawn together.
+_MOST_WITH_TEST = 4000
+
+
+class Kernel(NamedTuple):
+    """A kernel of the training set, of the test set against it, and how long they took.
+
+    ``whole`` is that of all points with each other, where the noise of both is drawn.
+    """
+
+    train: Array | LayerwiseKernel
+    test: Array | LayerwiseKernel
+    whole: Array | LayerwiseKernel | None
+    seconds: float
+
+
+class Mechanism(NamedTuple):
+    """What a run does besides clipping."""
+
+    learning_rate: float
+    steps: int
+    noise_multiplier: float
+
+    @classmethod
+    def of(cls, config: Config, case: ClippingConfig) -> "Mechanism":
+        """Of one rule, which may have its own learning rate and steps."""
+        training = config.training
+        steps = case.steps or training.steps
+        return cls(case.learning_rate or training.learning_rate, steps, training.sigma(steps))
+
+
+def needed_kernels(config: Config) -> set[str]:
+    """Kinds of kernels that the predictions use."""
+    kinds = {KERNEL_OF[name] for name in config.predictions if not _moves(config, name)}
+    return {kind for kind in kinds if kind is not None}
+
+
+def _moves(config: Config, name: str) -> bool:
+    """Whether the prediction follows a kernel that noise moves, and so makes its own."""
+    training = config.training
+    noise_has_a_limit = config.model.parameterization == "ntk" and training.momentum == 0
+    return name == "infinite" and training.noisy and noise_has_a_limit
+
+
+def noise_free(config: Config) -> list[str]:
+    """Names of the predictions that leave out the noise of the runs."""
+    if not config.training.noisy:
+        return []
+    return [name for name in config.predictions if name != "recursion" and not _moves(config, name)]
+
+
+def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
+    """The empirical or infinite-width kernel, by layer if any rule needs the layers."""
+    by_layer = any(case.scope == "layerwise" for case in config.clipping)
+    start = time.perf_counter()
+    whole = None
+    if kind == "infinite":
+        kernel_fn = ntk.layerwise_infinite_ntk if by_layer else ntk.infinite_ntk
+        train = kernel_fn(problem.model, problem.x)
+        test = kernel_fn(problem.model, problem.test_x, problem.x)
+    else:
+        empirical = ntk.layerwise_ntk if by_layer else ntk.empirical_ntk
+        apply_fn, params, size = problem.model.apply, problem.params, config.batch_size
+        n, n_outputs = problem.outputs.shape
+        noisy = config.training.noisy and "recursion" in config.predictions
+        if noisy and (n + len(problem.test_x)) * n_outputs <= _MOST_WITH_TEST:
+            points = jnp.concatenate([problem.x, problem.test_x])
+            whole = empirical(apply_fn, params, points, batch_size=size)
+            train, test = (
+                jax.tree.map(lambda values, rows=rows: _part(values, rows, n, by_layer), whole)
+                for rows in (slice(n), slice(n, None))
+            )
+        else:
+            train = empirical(apply_fn, params, problem.x, batch_size=size)
+            test = empirical(apply_fn, params, problem.test_x, problem.x, batch_size=size)
+    jax.block_until_ready((train, test))
+    return Kernel(train, test, whole, time.perf_counter() - start)
+
+
+def _part(values: Array, rows: slice, n: int, by_layer: bool) -> Array:
+    return values[:, rows, :n] if by_layer else values[rows, :n]
+
+
+def predict(
+    config: Config,
+    problem: Problem,
+    kernels: dict[str, Kernel],
+    rule: ClippingRule,
+    mechanism: Mechanism,
+    name: str,
+    times: Array,
+    progress: Callable[[float], None],
+) -> tuple[Trajectory, float]:
+    """A prediction at the recorded times of a run, and the seconds that it took.
+
+    With noise or sampling, what follows them is an ensemble, with a leading seed axis.
+    """
+    training = config.training
+    steps: Any = {
+        "learning_rate": mechanism.learning_rate,
+        "steps": mechanism.steps,
+        "record_every": training.record_every,
+        "progress": progress,
+    }
+    drawn: Any = {
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sample_rate": training.sample_rate,
+        "key": jax.random.split(jax.random.key(config.seed + 2), training.n_predicted),
+    }
+    start = time.perf_counter()
+    initial: Any = (problem.outputs, problem.test_outputs)
+    if _moves(config, name):
+        two_times = stochastic_flow.TwoTimeFlow(
+            problem.model,
+            problem.x,
+            problem.targets,
+            problem.loss,
+            rule,
+            reduction=training.reduction,
+            test_x=problem.test_x,
+            test_targets=problem.test_targets,
+        )
+        predicted = stochastic_flow.two_time_ensemble(two_times, initial, **steps, **drawn)
+        jax.block_until_ready(predicted.loss)
+        return predicted, time.perf_counter() - start
+    if name == "recursion":
+        kernel = kernels["empirical"]
+        alone = training.noisy and kernel.whole is None
+        flow = _kernel_flow(config, problem, kernel, rule, test=not alone)
+        initial = problem.outputs if alone else initial
+        if training.noisy or training.sample_rate < 1:
+            predicted = stochastic_flow.ensemble(
+                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
+            )
+        else:
+            predicted = recursion(flow, initial, **steps)
+        jax.block_until_ready(predicted.loss)
+        return predicted, time.perf_counter() - start
+    return _solved(config, problem, kernels, rule, mechanism, name, times, progress)
+
+
+def _solved(
+    config: Config,
+    problem: Problem,
+    kernels: dict[str, Kernel],
+    rule: ClippingRule,
+    mechanism: Mechanism,
+    name: str,
+    times: Array,
+    progress: Callable[[float], None],
+) -> tuple[Trajectory, float]:
+    """A flow without noise."""
+    kind = KERNEL_OF[name]
+    flow: Flow
+    initial: Any
+    if kind is None:
+        initial = problem.params
+        flow = WeightFlow(
+            problem.model.apply,
+            problem.x,
+            problem.targets,
+            problem.loss,
+            rule,
+            reduction=config.training.reduction,
+            test_x=problem.test_x,
+            test_targets=problem.test_targets,
+        )
+    else:
+        initial = (problem.outputs, problem.test_outputs)
+        flow = _kernel_flow(config, problem, kernels[kind], rule)
+    unit = 1.0
+    if config.training.momentum > 0:
+        # The flow with inertia has its own unit of time, sqrt(learning_rate) a step.
+        unit = mechanism.learning_rate**0.5
+        flow = HeavyBallFlow(flow, (1 - config.training.momentum) / unit)
+
+    def solved(times: Array, progress: Any) -> Trajectory:
+        path = solve(flow, initial, times, rtol=config.rtol, atol=config.atol, progress=progress)
+        jax.block_until_ready(path.loss)
+        return path
+
+    # A horizon this short takes a few steps: it compiles the program that is timed next.
+    solved(times / unit * 1e-9, progress)
+    start = time.perf_counter()
+    predicted = solved(times / unit, progress)
+    return predicted.rescale_time(unit), time.perf_counter() - start
+
+
+def _kernel_flow(
+    config: Config, problem: Problem, kernel: Kernel, rule: ClippingRule, *, test: bool = True
+) -> KernelFlow:
+    return gradient_flow.KernelFlow(
+        kernel.train,
+        problem.targets,
+        problem.loss,
+        rule,
+        reduction=config.training.reduction,
+        test_kernel=kernel.test if test else None,
+        test_targets=problem.test_targets if test else None,
+    )
+
+
+def weight_noise(
+    config: Config, problem: Problem, rule: ClippingRule, mechanism: Mechanism
+) -> float:
+    """v(T), the variance that noise has added to each weight by the end."""
+    n_groups = 1
+    if rule.scope == "layerwise":
+        n_groups = _groups.resolve(problem.params).size
+    gathered = stochastic_flow.weight_noise_variance(
+        rule,
+        problem.x.shape[0],
+        learning_rate=mechanism.learning_rate,
+        steps=mechanism.steps,
+        noise_multiplier=mechanism.noise_multiplier,
+        sample_rate=config.training.sample_rate,
+        n_groups=n_groups,
+        reduction=config.training.reduction,
+    )
+    return float(gathered[-1, 0])

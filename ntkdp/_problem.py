@@ -1,0 +1,145 @@
+"""The problem of an experiment: data, network and rules from a configuration."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntkdp import clipping, datasets, losses, models
+from ntkdp._config import Config, ConfigError
+from ntkdp._types import Array, Params
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.models import Model
+
+
+class Problem(NamedTuple):
+    """Model, data and loss, and the network's outputs at the start."""
+
+    model: Model
+    params: Params
+    x: Array
+    targets: Array
+    test_x: Array
+    test_targets: Array
+    loss: Loss
+    outputs: Array
+    test_outputs: Array
+
+
+def rules_of(config: Config) -> list[ClippingRule]:
+    """The clipping rules of a configuration, checked.
+
+    Raises
+    ------
+    ConfigError
+        An unknown rule or a parameter that is wrong or does not belong to the rule.
+    """
+    rules = []
+    for number, case in enumerate(config.clipping):
+        options: dict[str, Any] = {"scope": case.scope}
+        options |= {
+            name: getattr(case, name)
+            for name in ("gamma", "r", "Z")
+            if getattr(case, name) is not None
+        }
+        if case.rule != "none":
+            options["R"] = case.clip_norm
+        try:
+            rule = clipping.from_name(case.rule, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"field 'clipping.{number}': {error}") from error
+        if config.training.noisy and not rule.bounds_each_sample:
+            raise ConfigError(
+                f"field 'training.noise_multiplier': must be 0 with rule {case.rule!r}, whose "
+                f"sensitivity is unbounded, got {config.training.sigma(1)}"
+            )
+        rules.append(rule)
+    return rules
+
+
+def problem_of(config: Config) -> Problem:
+    """Load the data, make the network and initialise it.
+
+    Raises
+    ------
+    ConfigError
+        Data or a model that cannot be had, a loss that does not fit the targets.
+    """
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "field 'dtype': float64 needs JAX's 64-bit mode, call ntkdp.enable_x64() first"
+        )
+    data_config = config.data
+    try:
+        data = datasets.load(
+            data_config.name,
+            n_train=data_config.n_train,
+            n_test=data_config.n_test,
+            standardise=data_config.standardise,
+            seed=config.seed,
+            **({"flat": False} if _wants_images(config) else {}),
+            **data_config.options,
+        )
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"field 'data': {error}") from error
+    options = {"delta": config.huber_delta} if config.loss == "huber" else {}
+    loss = losses.from_name(config.loss, **options)
+    # One output tells two classes apart for the logistic loss.
+    n_outputs = 1 if config.loss == "logistic" else data.n_outputs
+    x, test_x = (jnp.asarray(part, config.dtype) for part in (data.x_train, data.x_test))
+    try:
+        model = _model_of(config, n_outputs)
+        params = model.init(jax.random.key(config.seed), x)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"field 'model': {config.model.kind} for samples of shape {x.shape[1:]}: {error}"
+        ) from error
+    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    targets, test_targets = (
+        _as_targets(part, data.task, config, data.n_outputs) for part in (data.y_train, data.y_test)
+    )
+    try:
+        targets = loss.check(targets, x.shape[0], n_outputs)
+        test_targets = loss.check(test_targets, test_x.shape[0], n_outputs, "test targets")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"field 'loss': {config.loss} does not fit the {data.task} data {data.name!r}: {error}"
+        ) from error
+    return Problem(
+        model=model,
+        params=params,
+        x=x,
+        targets=targets,
+        test_x=test_x,
+        test_targets=test_targets,
+        loss=loss,
+        outputs=model.apply(params, x),
+        test_outputs=model.apply(params, test_x),
+    )
+
+
+def _wants_images(config: Config) -> bool:
+    return config.model.kind == "cnn" and config.data.name in ("digits", "mnist5k")
+
+
+def _as_targets(targets: Array, task: str, config: Config, n_classes: int) -> Array:
+    if task == "classification" and config.loss in ("squared_error", "huber"):
+        return jax.nn.one_hot(targets, n_classes, dtype=config.dtype)
+    if jnp.issubdtype(targets.dtype, jnp.floating) or config.loss == "logistic":
+        return targets.astype(config.dtype)
+    return targets
+
+
+def _model_of(config: Config, n_outputs: int) -> Model:
+    settings = config.model
+    build = models.mlp if settings.kind == "mlp" else models.cnn
+    return build(
+        settings.widths,
+        n_outputs,
+        activation=settings.activation,
+        W_std=settings.W_std,
+        b_std=settings.b_std,
+        output_W_std=settings.output_W_std,
+        parameterization=settings.parameterization,
+    )

@@ -213,6 +213,7 @@ def test_the_page_shows_what_the_equation_gives() -> None:
         assert shown == [f"{r:.3f}" for r in risk]
 
 
+@pytest.mark.slow
 def test_it_works_in_single_precision_and_under_transformations() -> None:
     with jax.enable_x64(False):
         path = solve(two_modes(), TIMES, rtol=1e-5, atol=1e-7)

@@ -100,6 +100,7 @@ def mean_errors(flow: Any, initial: Any) -> np.ndarray:
     return np.array([np.mean([error(scale * rate) for rate in rates]) for scale in (1, 1 / 8)])
 
 
+@pytest.mark.slow
 def test_a_kink_keeps_the_order_and_a_jump_takes_one() -> None:
     """One sample leaves abadi's clipped zone at t = .2; another comes back to the 0/1 rule's."""
     kink = ntkdp.KernelFlow(

@@ -7,13 +7,17 @@ from typing import Any
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_example_predicts_the_run(capsys: Any) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def test_the_examples_predict_the_run_and_the_noise(capsys: Any) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(first, "README.md", "exec"), names)
     assert re.fullmatch(r"\d+\.\d%\n", capsys.readouterr().out)
     assert names["comparison"].sup_relative_error < 0.05
     assert names["run"].loss[-1] < 0.7 * names["run"].loss[0]
+    exec(compile(second, "README.md", "exec"), names)
+    assert "90% of runs between" in capsys.readouterr().out
+    assert names["low"] < names["middle"] < names["high"]
+    assert names["low"] > names["prediction"].loss[-1]
 
 
 def test_the_links_lead_somewhere() -> None:

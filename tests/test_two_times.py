@@ -283,6 +283,7 @@ def test_the_frozen_kernel_is_the_limit_of_little_noise() -> None:
     assert np.all(np.abs(orders - 1) < 0.3)
 
 
+@pytest.mark.slow
 def test_coarse_nodes_come_close_to_a_node_at_every_step() -> None:
     flow = _flow(models.mlp([8, 8], 2))
     mechanism: Any = {

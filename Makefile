@@ -34,8 +34,9 @@ accuracy:  ## The accuracy figures of the README, on real data (about ten minute
 bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py
 
-figures:  ## Draw the figures of the pages in docs/ and print their tables (about two minutes)
+figures:  ## Draw the figures of the pages in docs/ and print their tables (about an hour)
 	uv run python docs/figures/high_dimensional_sgd.py
+	uv run python docs/figures/two_times.py
 
 pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
 	uv run python benchmarks/pin_versions.py

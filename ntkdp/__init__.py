@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ntkdp._solve import solve as solve
     from ntkdp.gradient_flow import HeavyBallFlow as HeavyBallFlow
     from ntkdp.gradient_flow import KernelFlow as KernelFlow
+    from ntkdp.gradient_flow import ModifiedFlow as ModifiedFlow
     from ntkdp.gradient_flow import WeightFlow as WeightFlow
     from ntkdp.ntk import LayerwiseKernel as LayerwiseKernel
     from ntkdp.ntk import empirical_ntk as empirical_ntk
@@ -66,6 +67,7 @@ _HOMES = {
     "HeavyBallFlow": "gradient_flow",
     "KernelFlow": "gradient_flow",
     "LayerwiseKernel": "ntk",
+    "ModifiedFlow": "gradient_flow",
     "Trajectory": "trajectory",
     "WeightFlow": "gradient_flow",
     "compare": "comparison",

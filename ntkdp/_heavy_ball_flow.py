@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from ntkdp import _validate
 from ntkdp._flow import Flow
+from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import PyTree, as_constant
+from ntkdp._weight_flow import WeightFlow
 from ntkdp.trajectory import Measurement
 
 
@@ -51,7 +53,7 @@ class HeavyBallFlow(Flow):
     friction: Any = eqx.field(converter=as_constant)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.flow, Flow) or isinstance(self.flow, HeavyBallFlow):
+        if not isinstance(self.flow, KernelFlow | WeightFlow):
             raise TypeError(f"flow must be a KernelFlow or a WeightFlow, got {self.flow!r}")
         _validate.non_negative(friction=self.friction)
 

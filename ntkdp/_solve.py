@@ -70,7 +70,7 @@ def solve(
 
     Parameters
     ----------
-    flow : KernelFlow, WeightFlow or HeavyBallFlow
+    flow : KernelFlow, WeightFlow, HeavyBallFlow or ModifiedFlow
         What to integrate.
     initial : pytree
         Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow. A
@@ -295,5 +295,6 @@ def _recur(
 def _check_flow(flow: Any) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(
-            f"flow must be a KernelFlow, WeightFlow or HeavyBallFlow, got {type(flow).__name__}"
+            "flow must be a KernelFlow, WeightFlow, HeavyBallFlow or ModifiedFlow, "
+            f"got {type(flow).__name__}"
         )

@@ -497,6 +497,8 @@ def test_bad_initial_states_and_types() -> None:
         ntkdp.HeavyBallFlow(flow, -1.0)
     with pytest.raises(TypeError, match="flow must be a KernelFlow or a WeightFlow"):
         ntkdp.HeavyBallFlow(ntkdp.HeavyBallFlow(flow, 1.0), 1.0)
+    with pytest.raises(TypeError, match="KernelFlow or a WeightFlow"):
+        ntkdp.HeavyBallFlow(ntkdp.ModifiedFlow(flow, 0.1), 1.0)
 
 
 def test_bad_input_of_a_weight_flow() -> None:

@@ -197,6 +197,7 @@ def test_the_best_clipping_norm_is_inside_and_clips_most_samples() -> None:
     assert np.all(np.diff(risk_by_clip_norm(quiet, norms[:20])) < 0)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_equation_gives() -> None:
     """A row of its table of the best norms, and the equation's columns of the others."""
     page = (DOCS / "high_dimensional_sgd.md").read_text().splitlines()

@@ -322,7 +322,8 @@ def layered_problem(shared: bool) -> tuple[ntkdp.KernelFlow, tuple[Any, Any], di
     return flow, (outputs[:N], outputs[N:]), options
 
 
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
 def test_all_modes_are_the_whole_covariance(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of basis changes nothing, step by step and in flow time."""
     flow, start, options = layered_problem(shared)

@@ -157,7 +157,13 @@ START = (jnp.cos(X[:, :2]), jnp.cos(X_TEST[:, :2]))
 
 
 @pytest.mark.parametrize("rule", [clipping.Abadi(0.5), clipping.Abadi(0.3, scope="layerwise")])
-@pytest.mark.parametrize("options", [{}, {"nodes": 4}, {"nodes": 3, "rank": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nodes": 3, "rank": 2},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"nodes": 4})),
+    ],
+)
 def test_without_noise_runs_are_steps_of_the_kernel(rule: Any, options: Any) -> None:
     kernel = ntkdp.layerwise_infinite_ntk(ERF, X)
     test_kernel = ntkdp.layerwise_infinite_ntk(ERF, X_TEST, X)
@@ -210,7 +216,7 @@ def _linear_moments(
     return np.array(means), np.array(covariances)
 
 
-@pytest.mark.parametrize("options", [{}, {"nodes": 4}], ids=["every step", "coarse"])
+@pytest.mark.parametrize("options", [{"nodes": 4}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_linear_model_has_the_moments_of_the_linear_recursion(options: Any) -> None:
     # The tangent kernel of a linear model does not move, and its outputs are Brownian: coarse
     # nodes with bridges between them are exact as well.

@@ -1,7 +1,8 @@
 """The tables and the figure of docs/noise.md: noisy clipped runs against their predictions.
 
-`make figures` runs this file, which draws docs/images/noise.png and prints the tables: about half
-an hour on two cores. `python docs/figures/two_times.py digits` prints the table of digits alone.
+`make figures` runs this file, which draws docs/images/noise.png and prints the tables: about an
+hour on two cores. `python docs/figures/two_times.py digits` prints the table of digits alone;
+`figure`, `small` and `width` do the rest.
 """
 
 import sys
@@ -20,7 +21,7 @@ import ntkdp
 from ntkdp import clipping, datasets, dp_sgd, losses, models, plotting, stochastic_flow
 from ntkdp.claims._instances import stored
 
-WIDTH, STEPS, RATE, RUNS, PREDICTED = 256, 80, 0.4, 400, 2000
+STEPS, RATE, RUNS, PREDICTED = 80, 0.4, 400, 2000
 
 
 class Setting(NamedTuple):
@@ -30,12 +31,13 @@ class Setting(NamedTuple):
     activation: str
     scope: str
     loss: str
+    width: int = 256
 
     def parts(self) -> tuple[Any, ...]:
         """Model, inputs, targets, loss and rule."""
         x, y = stored("c38_x"), stored("c38_y")[:, None]
         layers = models.mlp(
-            [WIDTH, WIDTH], 1 if self.loss == "squared" else 2, activation=self.activation
+            [self.width] * 2, 1 if self.loss == "squared" else 2, activation=self.activation
         )
         rule = clipping.from_name(
             "abadi", R=1.0 if self.scope == "flat" else 3**-0.5, scope=self.scope
@@ -83,14 +85,13 @@ def quarters(compared: ntkdp.Comparison) -> tuple[str, str]:
     return " ".join(f"{covered.share[k]:.2f}" for k in at), f"{np.min(covered.p_value[at]):.2g}"
 
 
-def small_table() -> tuple[list[str], dict[Setting, Any]]:
+def small_table() -> list[str]:
     """Every combination of noise, activation, scope and loss."""
     rows = [
         "| v(T) | activation | scope | loss | E L(T), runs | between times | error | z | frozen "
         "kernel | error | in the band at T/4 ... T | least p |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    shown = {}
     for setting in map(
         Setting._make,
         product((0.09, 1.0), ("relu", "erf"), ("flat", "layerwise"), ("squared", "softmax")),
@@ -108,32 +109,46 @@ def small_table() -> tuple[list[str], dict[Setting, Any]]:
             f"| {' | '.join(quarters(between))} |"
         )
         print(rows[-1], flush=True)
-        shown[setting] = (runs, found)
-    return rows, shown
+    return rows
 
 
-def draw(shown: dict[Setting, Any]) -> Figure:
+def width_table() -> list[str]:
+    """How the spread of runs comes to that of infinite width as networks get wider."""
+    rows = ["| width | std of L(T), runs / predicted | in the band at T/4 ... T | least p |"]
+    rows.append("|---|---|---|---|")
+    setting = Setting(0.09, "erf", "flat", "softmax")
+    found = predict(setting, frozen=False)
+    for width in (64, 128, 256, 512):
+        compared = ntkdp.compare(found, observe(setting._replace(width=width)))
+        bands = (compared.observed_band, compared.predicted_band)
+        spread = [band.standard_deviation[-1] for band in bands if band is not None]
+        rows.append(f"| {width} | {spread[0] / spread[1]:.2f} | {' | '.join(quarters(compared))} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def draw() -> Figure:
     """The small problem at both noises, ReLU, flat, squared loss."""
-    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
     for ax, variance in zip(figure.subplots(1, 2), (0.09, 1.0), strict=True):
         setting = Setting(variance, "relu", "flat", "squared")
-        runs, found = shown[setting]
-        model, x, targets, loss, rule = setting.parts()
-        still = stochastic_flow.TwoTimeFlow(model, x, targets, loss, rule)
+        runs = observe(setting)
+        flow = stochastic_flow.TwoTimeFlow(*setting.parts())
         keys = jax.random.split(jax.random.key(1), PREDICTED)
         quiet = stochastic_flow.two_time_ensemble(
-            still, key=keys, **(setting.options() | {"noise_multiplier": 0.0})
+            flow, key=keys, **(setting.options() | {"noise_multiplier": 0.0})
         )
-        mean = ntkdp.Trajectory(
-            quiet.times, jnp.mean(quiet.loss, 0), jnp.mean(quiet.clip_fraction, 0)
-        )
+        means = [jnp.mean(path, axis=0) for path in (quiet.loss, quiet.clip_fraction)]
         predictions = {
-            "kernels between times": found[False],
-            "frozen kernel": found[True],
-            "without noise": mean,
+            "kernels between times": predict(setting, frozen=False),
+            "frozen kernel": predict(setting, frozen=True),
+            "without noise": ntkdp.Trajectory(quiet.times, *means),
         }
         plotting.loss_curves(predictions, runs, ax=ax)
         ax.set_title(f"v(T) = {variance:g}")
+        handles = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -146,6 +161,7 @@ def digits_row(n_runs: int) -> list[str]:
         losses.SoftmaxCrossEntropy(),
     )
     params = model.init(jax.random.key(0), x)
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, test_x))
     initial = (model.apply(params, x), model.apply(params, test_x))
     rows = [
         "| scope | v(T) | E L(T), runs | between times | error | frozen kernel | error | without "
@@ -200,9 +216,12 @@ def digits_row(n_runs: int) -> list[str]:
 
 if __name__ == "__main__":
     ntkdp.enable_x64()
-    if "digits" not in sys.argv:
-        table, shown = small_table()
-        print("\n".join(table))
-        path = Path(__file__).parent.parent / "images" / "noise.png"
-        plotting.save(draw(shown), path, dpi=150)
-    print("\n".join(digits_row(100)))
+    wanted = sys.argv[1:] or ["figure", "small", "width", "digits"]
+    if "figure" in wanted:
+        plotting.save(draw(), Path(__file__).parent.parent / "images" / "noise.png", dpi=150)
+    if "small" in wanted:
+        print("\n".join(small_table()))
+    if "width" in wanted:
+        print("\n".join(width_table()))
+    if "digits" in wanted:
+        print("\n".join(digits_row(100)))

@@ -133,5 +133,6 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         at_least("the same of the frozen kernel", np.max(errors[1]), 6.0),
         equal("E L(T)", np.mean(between[:, -1]), 0.66, within=0.04),
         equal("E L(T), observed", last, 0.66, within=0.07),
-        equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.4027, within=0.02),
+        # Three standard errors of either mean.
+        equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.4027, within=0.035),
     ]

@@ -50,9 +50,10 @@ def rules_of(config: Config) -> list[ClippingRule]:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'clipping.{number}': {error}") from error
         if config.training.noisy and not rule.bounds_each_sample:
+            given = config.training.noise_multiplier or "a budget"
             raise ConfigError(
                 f"field 'training.noise_multiplier': must be 0 with rule {case.rule!r}, whose "
-                f"sensitivity is unbounded, got {config.training.sigma(1)}"
+                f"sensitivity is unbounded, got {given}"
             )
         rules.append(rule)
     return rules

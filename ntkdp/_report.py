@@ -200,6 +200,15 @@ def _warnings(results: Results) -> list[str]:
             f"Noise adds a variance v(T) to every weight, beside the 1 of the start: {moved}. A "
             "frozen kernel holds while it is small, at any width."
         )
+    if any(
+        prediction.trajectory.test_loss is None
+        for case in results.cases
+        for prediction in case.predictions.values()
+    ):
+        warnings.append(
+            "The noisy kernel recursion leaves out the test points, whose noise would be drawn with "
+            "that of the training points: too many outputs."
+        )
     left_out = noise_free(results.config)
     if left_out:
         warnings.append(f"Without the noise: {', '.join(LABELS[name] for name in left_out)}.")
@@ -236,6 +245,14 @@ def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
         scope, _, rule = case.clipping.label.partition(" ")
         predicted = {LABELS[name]: p.trajectory for name, p in case.predictions.items()}
         panels[scope, rule] = (case.run, predicted)
+    # A prediction of many outputs leaves out the test points.
+    tested = {
+        title: (
+            run,
+            {label: path for label, path in paths.items() if path.test_loss is not None},
+        )
+        for title, (run, paths) in panels.items()
+    }
     figures: dict[str, tuple[Any, str]] = {
         "loss.png": (
             plotting.comparison_grid(panels),
@@ -251,13 +268,13 @@ def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
             "Share of samples (layerwise: of samples and layers) that are clipped.",
         ),
         "test_loss.png": (
-            _each(panels, partial(plotting.loss_curves, test=True)),
+            _each(tested, partial(plotting.loss_curves, test=True)),
             "Test loss, predicted and observed.",
         ),
     }
     if all(case.run.test_accuracy is not None for case in results.cases):
         figures["test_accuracy.png"] = (
-            _each(panels, partial(plotting.accuracy, test=True)),
+            _each(tested, partial(plotting.accuracy, test=True)),
             "Test accuracy, predicted and observed.",
         )
     for kind, kernel in results.kernels.items():

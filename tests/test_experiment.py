@@ -215,7 +215,11 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
     assert "Without the noise: frozen kernel" in page
 
 
-def test_layerwise_noise_sampling_and_a_budget_are_predicted() -> None:
+def test_layerwise_noise_sampling_and_a_budget_are_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With so many outputs that the recursion leaves out the test points.
+    monkeypatch.setattr("ntkdp._prediction._MOST_WITH_TEST", 10)
     config = _config.from_tree(
         SMALL
         | {
@@ -232,12 +236,18 @@ def test_layerwise_noise_sampling_and_a_budget_are_predicted() -> None:
             "clipping": [{"clip_norm": 0.2, "scope": "layerwise"}],
         }
     )
-    case = experiment.run(config).cases[0]
+    results = experiment.run(config)
+    case = results.cases[0]
     spent = privacy.epsilon(case.noise_multiplier, 0.5, 12, 1e-3)
     assert spent == pytest.approx(4.0, rel=0.01)
     for name, prediction in case.predictions.items():
         assert prediction.trajectory.successful, name
         assert prediction.comparison.sup_relative_error < 0.3, name
+    assert case.predictions["infinite"].trajectory.test_loss is not None
+    assert case.predictions["recursion"].trajectory.test_loss is None
+    _report.write(results, tmp_path)
+    assert (tmp_path / "test_loss.png").stat().st_size > 0
+    assert "leaves out the test points" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

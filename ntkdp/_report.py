@@ -206,8 +206,8 @@ def _warnings(results: Results) -> list[str]:
         for prediction in case.predictions.values()
     ):
         warnings.append(
-            "The noisy kernel recursion leaves out the test points, whose noise would be drawn with "
-            "that of the training points: too many outputs."
+            "The noisy kernel recursion leaves out the test points, whose noise would be drawn "
+            "with that of the training points: too many outputs."
         )
     left_out = noise_free(results.config)
     if left_out:

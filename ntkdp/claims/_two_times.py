@@ -133,7 +133,7 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         at_least("the same of the frozen kernel", np.max(errors[1]), 6.0),
         equal("E L(T)", np.mean(between[:, -1]), 0.66, within=0.04),
         equal("E L(T), observed", last, 0.66, within=0.07),
-        # The quoted number is a mean of few draws, whose deviation is .2: 3 x .2 / sqrt(300). Twenty
-        # thousand give .3785 +- .0014.
+        # The quoted number is a mean of few draws, whose deviation is .2: 3 x .2 / sqrt(300).
+        # Twenty thousand give .3785 +- .0014.
         equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.4027, within=0.035),
     ]

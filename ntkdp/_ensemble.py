@@ -5,20 +5,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ntkdp import _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
+from ntkdp._stepping import Stepping
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
-from ntkdp.trajectory import (
-    Measurement,
-    Trajectory,
-    check_learning_rate,
-    from_measurements,
-    recorded_steps,
-    times_of_steps,
-)
+from ntkdp.trajectory import Measurement, Trajectory, from_measurements
 
 
 class _Noise(eqx.Module):
@@ -123,25 +116,17 @@ def ensemble(
     """
     if not isinstance(flow, KernelFlow):
         raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
-    steps = _validate.count(steps=steps)
-    record_every = _validate.count(record_every=record_every)
-    learning_rate = check_learning_rate(learning_rate, steps)
-    if not callable(learning_rate):
-        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
+    stepping = Stepping(learning_rate, steps, record_every)
     sample_rate, divisor = sampling(flow, sample_rate)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     covariance = noise_covariance(flow, noise_multiplier, noise_kernel, noise_per_group)
     factor = None if covariance is None else square_root(covariance)
     noise = _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
     state = flow.init(initial)
     keys = _validate.keys(key=key)
     with _progress.listening(progress, "drawing runs") as shown:
-        measured = _draw(
-            flow, noise, state, learning_rate, keys, steps, record_every, outputs, shown
-        )
-        recorded = recorded_steps(steps, record_every)
-        times = times_of_steps(learning_rate, recorded)
-        return from_measurements(times, measured, steps=jnp.asarray(recorded))
+        measured = _draw(flow, noise, state, stepping, keys, outputs, shown)
+        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
 @eqx.filter_jit
@@ -149,35 +134,20 @@ def _draw(
     flow: KernelFlow,
     noise: _Noise,
     state: Any,
-    learning_rate: Any,
+    stepping: Stepping,
     keys: Key[Array, "*seeds"],
-    steps: int,
-    record_every: int,
     outputs: bool,
     shown: bool,
 ) -> Measurement:
     def one_run(key: PRNGKeyArray) -> Measurement:
         def step(k: Any, state: Any) -> Any:
-            rate = learning_rate(k) if callable(learning_rate) else learning_rate
+            rate = stepping.rate(k)
             velocity = noise.velocity(flow, state, jax.random.fold_in(key, k))
             return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)
 
-        def proceed(state: Any, start: Any, count: int) -> Any:
-            return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
-
-        def record(state: Any, start: Array) -> tuple[Any, Measurement]:
-            if shown:
-                due = start % max(record_every, steps // 100) < record_every
-                lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-            return proceed(state, start, record_every), flow.measure(state, outputs)
-
-        full, rest = divmod(steps, record_every)
-        end, measured = lax.scan(record, state, record_every * jnp.arange(full))
-        ends = [flow.measure(end, outputs)]
-        if rest:
-            ends.append(flow.measure(proceed(end, full * record_every, rest), outputs))
-        return jax.tree.map(
-            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
+        measured: Measurement = stepping.walk(
+            step, lambda state: flow.measure(state, outputs), state, shown
         )
+        return measured
 
     return one_run(keys) if keys.ndim == 0 else jax.vmap(one_run)(keys)

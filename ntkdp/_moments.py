@@ -4,19 +4,17 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ntkdp import _covariance_forms, _gaussian_closure, _progress, _validate, privacy
 from ntkdp._covariance_forms import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
+from ntkdp._stepping import Stepping
 from ntkdp._types import Array, as_constant
 from ntkdp.clipping import Batch, Global
-from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
 
 #: Outputs, of all points, up to which the whole covariance is followed.
 _LARGEST_FULL = 3000
@@ -119,20 +117,14 @@ def moments(
     >>> [round(v, 4) for v in found.loss.tolist()]
     [0.5, 0.25]
     """
-    steps = _validate.count(steps=steps)
-    record_every = _validate.count(record_every=record_every)
-    learning_rate = check_learning_rate(learning_rate, steps)
-    if not callable(learning_rate):
-        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
+    stepping = Stepping(learning_rate, steps, record_every)
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     with _progress.listening(progress, "stepping the moments") as shown:
-        found = _step_moments(closure, mean, learning_rate, steps, record_every, outputs, shown)
-        recorded = recorded_steps(steps, record_every)
-        times = times_of_steps(learning_rate, recorded)
-        return Moments(times, jnp.asarray(recorded), *found)
+        found = _step_moments(closure, mean, stepping, outputs, shown)
+        return Moments(stepping.times, jnp.asarray(stepping.recorded), *found)
 
 
 def moment_flow(
@@ -317,33 +309,15 @@ def _closure(
 
 @eqx.filter_jit
 def _step_moments(
-    closure: Closure,
-    mean: Array,
-    learning_rate: Any,
-    steps: int,
-    record_every: int,
-    outputs: bool,
-    shown: bool,
+    closure: Closure, mean: Array, stepping: Stepping, outputs: bool, shown: bool
 ) -> Statistics:
     def step(k: Any, state: State) -> State:
-        rate = learning_rate(k) if callable(learning_rate) else learning_rate
-        return closure.step(state, jnp.asarray(rate, mean.dtype))
+        return closure.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
 
-    def proceed(state: State, start: Any, count: int) -> State:
-        return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
-
-    def record(state: State, start: Array) -> tuple[State, Statistics]:
-        if shown:
-            due = start % max(record_every, steps // 100) < record_every
-            lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-        return proceed(state, start, record_every), closure.measure(state, outputs)
-
-    full, rest = divmod(steps, record_every)
-    end, measured = lax.scan(record, closure.zero(mean), record_every * jnp.arange(full))
-    ends = [closure.measure(end, outputs)]
-    if rest:
-        ends.append(closure.measure(proceed(end, full * record_every, rest), outputs))
-    return jax.tree.map(lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends)
+    measured: Statistics = stepping.walk(
+        step, lambda state: closure.measure(state, outputs), closure.zero(mean), shown
+    )
+    return measured
 
 
 @eqx.filter_jit

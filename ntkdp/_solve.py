@@ -11,15 +11,13 @@ from jax import lax
 from ntkdp import _progress, _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._stepping import Stepping
 from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import (
     Measurement,
     Outcome,
     Trajectory,
-    check_learning_rate,
     from_measurements,
-    recorded_steps,
-    times_of_steps,
 )
 
 _DEFAULT_MAX_STEPS = 100_000
@@ -245,51 +243,27 @@ def recursion(
     """
     if not isinstance(flow, KernelFlow):
         raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}; use solve")
-    steps = _validate.count(steps=steps)
-    record_every = _validate.count(record_every=record_every)
-    learning_rate = check_learning_rate(learning_rate, steps)
-    if not callable(learning_rate):
-        learning_rate = jnp.asarray(learning_rate, jnp.result_type(float))
-    recorded = recorded_steps(steps, record_every)
+    stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as shown:
-        measured = _recur(flow, state, learning_rate, steps, record_every, outputs, shown)
-        times = times_of_steps(learning_rate, recorded)
-        return from_measurements(times, measured, steps=jnp.asarray(recorded))
+        measured = _recur(flow, state, stepping, outputs, shown)
+        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
 @eqx.filter_jit
 def _recur(
-    flow: KernelFlow,
-    state: PyTree,
-    learning_rate: Any,
-    steps: int,
-    record_every: int,
-    outputs: bool,
-    shown: bool,
+    flow: KernelFlow, state: PyTree, stepping: Stepping, outputs: bool, shown: bool
 ) -> Measurement:
     def step(k: Any, state: PyTree) -> PyTree:
-        rate = learning_rate(k) if callable(learning_rate) else learning_rate
+        rate = stepping.rate(k)
         return jax.tree.map(
             lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, flow.velocity(state)
         )
 
-    def record(state: PyTree, start: Array) -> tuple[PyTree, Measurement]:
-        if shown:
-            due = start % max(record_every, steps // 100) < record_every
-            lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
-        return proceed(state, start, record_every), flow.measure(state, outputs)
-
-    def proceed(state: PyTree, start: Any, count: int) -> PyTree:
-        # A fixed count, so that reverse-mode differentiation works.
-        return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
-
-    full, rest = divmod(steps, record_every)
-    state, measured = lax.scan(record, state, record_every * jnp.arange(full))
-    ends = [flow.measure(state, outputs)]
-    if rest:
-        ends.append(flow.measure(proceed(state, full * record_every, rest), outputs))
-    return jax.tree.map(lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends)
+    measured: Measurement = stepping.walk(
+        step, lambda state: flow.measure(state, outputs), state, shown
+    )
+    return measured
 
 
 def _check_flow(flow: Any) -> None:

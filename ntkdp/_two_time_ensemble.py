@@ -8,17 +8,11 @@ import numpy as np
 
 from ntkdp import _memory, _progress, _validate, _volterra
 from ntkdp._output_process import output_process
+from ntkdp._stepping import Stepping
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._types import Float
 from ntkdp._weight_noise import weight_noise_variance
-from ntkdp.trajectory import (
-    Measurement,
-    Trajectory,
-    check_learning_rate,
-    from_measurements,
-    recorded_steps,
-    times_of_steps,
-)
+from ntkdp.trajectory import Measurement, Trajectory, from_measurements, times_of_steps
 
 #: Numbers at nodes, over points, up to which every step is a node or all modes are kept together.
 _MOST_AT_EVERY_STEP, _MOST_TOGETHER = 4096, 8192
@@ -98,22 +92,20 @@ def two_time_ensemble(
     (10, 5)
     """
     _check_flow(flow)
-    steps = _validate.count(steps=steps)
-    record_every = _validate.count(record_every=record_every)
-    learning_rate = check_learning_rate(learning_rate, steps)
+    stepping = Stepping(learning_rate, steps, record_every)
     variances = weight_noise_variance(
         flow.clipping,
         flow.n_samples,
         learning_rate=learning_rate,
-        steps=steps,
+        steps=stepping.steps,
         noise_multiplier=noise_multiplier,
         sample_rate=sample_rate,
         n_groups=len(flow.names),
         noise_per_group=noise_per_group,
         reduction=flow.reduction,
     )
-    every = times_of_steps(learning_rate, np.arange(steps + 1))
-    recorded = recorded_steps(steps, record_every)
+    every = times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1))
+    recorded = stepping.recorded
     measured = draw(
         flow,
         initial,

@@ -20,17 +20,11 @@ from jax import lax
 
 from ntkdp import _progress, _validate, clipping, losses, privacy
 from ntkdp._dp_step import Algorithm, State
+from ntkdp._stepping import Stepping
 from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.trajectory import (
-    Measurement,
-    Trajectory,
-    check_learning_rate,
-    from_measurements,
-    recorded_steps,
-    times_of_steps,
-)
+from ntkdp.trajectory import Measurement, Trajectory, from_measurements
 
 #: Chance per step that a Poisson batch outgrows the memory planned for it.
 _OVERFLOW_PROBABILITY = 1e-12
@@ -271,8 +265,8 @@ def run(
     >>> run.times.tolist(), run.loss.tolist()
     ([0.0, 0.5, 1.0], [4.5, 3.125, 2.0])
     """
-    steps = _validate.count(steps=steps)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
+    stepping = Stepping(learning_rate, steps, record_every)
+    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     algorithm = build(
         apply_fn,
         x,
@@ -291,15 +285,13 @@ def run(
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
     )
-    record_every = _validate.count(record_every=record_every)
-    check_learning_rate(learning_rate, steps)
     keys = _validate.keys(key=key)
     state = algorithm.init(params)
     with _progress.listening(progress, "training with DP-SGD") as shown:
-        measured = _run(algorithm, state, keys, steps, record_every, outputs, shown)
-        recorded = recorded_steps(steps, record_every)
-        times = times_of_steps(learning_rate, recorded)
-        return from_measurements(times, measured, steps=jnp.asarray(recorded))
+        measured = _run(
+            algorithm, state, keys, stepping.steps, stepping.record_every, outputs, shown
+        )
+        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
 @eqx.filter_jit

@@ -44,7 +44,15 @@ CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
     0: {"_types", "_validate", "_files", "_memory", "_progress", "_look"},
-    1: {"losses", "clipping", "trajectory", "_neural_tangents", "privacy", "_accounting"},
+    1: {
+        "losses",
+        "clipping",
+        "trajectory",
+        "_stepping",
+        "_neural_tangents",
+        "privacy",
+        "_accounting",
+    },
     2: {
         "models",
         "_model",
@@ -131,11 +139,12 @@ FAMILIES = (
     {"spectrum", "_matrix_free_spectrum", *KERNELS},
     CALIBRATION,
     {"privacy", "_accounting"},
+    {"trajectory", "_stepping"},
 )
 PREDICTION = FAMILIES[4]
 OBSERVATION = FAMILIES[5]
 #: What the two sides may share, besides layer 0.
-SHARED = {"losses", "clipping", "trajectory", "privacy", *FAMILIES[3]}
+SHARED = {"losses", "clipping", "trajectory", "_stepping", "privacy", *FAMILIES[3]}
 
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 #: A folder is one module: its files are one family.

@@ -170,28 +170,36 @@ class KernelFlow(Flow):
             return self.clipping.factors(norms[0], None if total is None else total[0])
         return self.clipping.factors(norms, total)
 
-    def _apply(self, operator: Array, weighted: Float[Array, "R n K"]) -> Array:
+    def through(
+        self, operator: Float[Array, "rows columns"], weighted: Float[Array, "R n K"]
+    ) -> Float[Array, "m K"]:
+        """What clipped gradients of the training samples do to outputs, by ``drive`` or another."""
         if self.diagonal.ndim == 2:
             return operator @ weighted.reshape(-1, weighted.shape[-1])
         return (operator @ weighted.reshape(-1)).reshape(-1, weighted.shape[-1])
 
-    def velocity(
-        self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
-    ) -> tuple[Array, Array | None]:
-        """Time derivative of the outputs, train and test; of a batch by ``weights`` of samples."""
-        train, test = state
+    def clipped_gradients(
+        self, train: Float[Array, "n K"], weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "R n K"]:
+        """Clipped output gradients by term of the kernel, over n with the mean loss."""
         a = self.loss.output_gradient(train, self.targets)
         factors = self._factors(a)
         factors = factors[None] if factors.ndim == 1 else factors
         weighted = factors[:, :, None] * a[None]
         if weights is not None:
             weighted = weighted * weights[:, None]
-        if self.reduction == "mean":
-            weighted = weighted / train.shape[0]
-        d_train = -self._apply(self.drive, weighted)
+        return weighted / train.shape[0] if self.reduction == "mean" else weighted
+
+    def velocity(
+        self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
+    ) -> tuple[Array, Array | None]:
+        """Time derivative of the outputs, train and test; of a batch by ``weights`` of samples."""
+        train, test = state
+        weighted = self.clipped_gradients(train, weights)
+        d_train = -self.through(self.drive, weighted)
         d_test = None
         if test is not None and self.test_drive is not None:
-            d_test = -self._apply(self.test_drive, weighted)
+            d_test = -self.through(self.test_drive, weighted)
         return d_train, d_test
 
     def terms(self) -> Array:

@@ -21,18 +21,24 @@ learning rate, and the mean within 4%. Beyond 3000 outputs the covariance is of 
 Noise moves the kernel of a network however wide it is. :func:`two_time_ensemble` draws runs of an
 infinitely wide network with the kernels between times of :func:`ntkdp.two_time_kernel`, and
 :func:`two_time_flow` does so in flow time; :func:`weight_noise_variance` says when that is needed.
+
+:func:`final_outputs` takes many learning rates and clipping norms at once, for what training ends
+with.
 """
 
 from ntkdp._ensemble import ensemble
+from ntkdp._final_outputs import FinalOutputs, final_outputs
 from ntkdp._moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp._two_time_ensemble import two_time_ensemble, two_time_flow
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._weight_noise import weight_noise_variance
 
 __all__ = [
+    "FinalOutputs",
     "Moments",
     "TwoTimeFlow",
     "ensemble",
+    "final_outputs",
     "fixed_privacy_flow",
     "moment_flow",
     "moments",

@@ -1,0 +1,230 @@
+"""Outputs at the end of training, of many learning rates and clipping norms in one product."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import _progress, _validate
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._output_noise import noise_covariance, sampling, square_root
+from ntkdp._types import Array, Float, Key, PRNGKeyArray
+from ntkdp.clipping import NoClipping
+
+#: Eigenvalues of a covariance below this many roundings of the largest count as zero.
+_ROUNDINGS = 100
+
+
+class FinalOutputs(NamedTuple):
+    """Outputs after the last step, a cell a row; a pytree.
+
+    ``train`` ``(C, n, K)`` and ``test`` ``(C, m, K)``, None without a test kernel; with several
+    keys the second axis is the seed.
+    """
+
+    train: Array
+    test: Array | None
+
+
+class _Noise(NamedTuple):
+    """Noise of unit scale: of the training outputs by a root, of the test outputs given it."""
+
+    root: Float[Array, "N N"]
+    test_given_train: Float[Array, "M N"] | None
+    test_root: Float[Array, "M M"] | None
+
+
+def final_outputs(
+    flow: Any,
+    initial: Any,
+    *,
+    learning_rates: Any,
+    clip_norms: Any,
+    steps: int,
+    noise_multipliers: Any = 0.0,
+    sample_rate: float = 1.0,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    progress: Any = False,
+    key: Any = None,
+) -> FinalOutputs:
+    r"""Outputs that training ends with, for many learning rates and clipping norms at once.
+
+    The steps of :func:`ntkdp.recursion`, with noise or sampling those of :func:`ensemble`, for all
+    cells in one product, without a record on the way. The test outputs follow from the sum of
+    the training steps, so they cost one product in all.
+
+    Parameters
+    ----------
+    flow : KernelFlow
+        Kernel, targets, loss and clipping, whose R the ``clip_norms`` replace.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel.
+    learning_rates, clip_norms, noise_multipliers : float or array
+        ``(C,)``, or one number for all cells: :math:`\eta`, R (in every group, layerwise) and
+        :math:`\sigma`, the deviation of the summed gradient's noise over the sensitivity.
+    steps : int
+        At least 1.
+    sample_rate, noise_kernel, noise_per_group, progress
+        As for :func:`ensemble`.
+    key : PRNG key
+        One, or an array of S keys; needed with noise or sampling. All cells draw the same numbers.
+
+    Returns
+    -------
+    FinalOutputs
+
+    Raises
+    ------
+    ValueError, TypeError
+        Sizes that differ, numbers out of range, a rule without a clipping norm, noise without a
+        key, and what :func:`ensemble` raises.
+
+    Notes
+    -----
+    *Derived*; in law, with noise, equal to :func:`ensemble`. Where every sample stays clipped the
+    result depends on :math:`\eta R` alone (claim C11).
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.KernelFlow(4.0 * jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...                         ntkdp.clipping.Abadi(1.0), reduction="sum")
+    >>> found = ntkdp.stochastic_flow.final_outputs(
+    ...     flow, jnp.array([[5.0]]), learning_rates=[0.1, 0.2], clip_norms=[2.0, 1.0], steps=10)
+    >>> [round(f, 4) for f in found.train[:, 0, 0].tolist()]
+    [1.0, 1.0]
+    """
+    if not isinstance(flow, KernelFlow):
+        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    if isinstance(flow.clipping, NoClipping):
+        raise ValueError(
+            "flow must have a rule with a clipping norm, got NoClipping; for none take Abadi and a "
+            "large clip_norm"
+        )
+    steps = _validate.count(steps=steps)
+    state, test = flow.init(initial)
+    cells = _cells(state.dtype, learning_rates, clip_norms, noise_multipliers)
+    sample_rate, divisor = sampling(flow, sample_rate)
+    noisy = bool(np.any(np.asarray(cells[2]) > 0))
+    if noisy and not flow.clipping.bounds_each_sample:
+        raise ValueError(
+            f"noise_multipliers must be 0 with {type(flow.clipping).__name__}, whose sensitivity "
+            "is unbounded"
+        )
+    if key is None and (noisy or sample_rate < 1):
+        raise ValueError("key must be given with noise or sampling, got None")
+    keys = _validate.keys(key=jax.random.key(0) if key is None else key)
+    noise = _unit_noise(flow, noise_kernel, noise_per_group, state.shape[1]) if noisy else None
+    with _progress.listening(progress, "predicting the cells") as shown:
+        found = _final(flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, shown)
+        return FinalOutputs(*found)
+
+
+def _cells(
+    dtype: Any, learning_rates: Any, clip_norms: Any, noise_multipliers: Any
+) -> tuple[Array, Array, Array]:
+    parts = {
+        "learning_rates": _validate.positive(learning_rates=learning_rates),
+        "clip_norms": _validate.positive(clip_norms=clip_norms),
+        "noise_multipliers": _validate.non_negative(noise_multipliers=noise_multipliers),
+    }
+    shapes = {name: np.shape(part) for name, part in parts.items()}
+    sizes = {shape for shape in shapes.values() if shape}
+    if len(sizes) > 1 or any(len(shape) > 1 for shape in sizes) or (0,) in sizes:
+        raise ValueError(
+            "learning_rates, clip_norms and noise_multipliers must be numbers or have one shape "
+            f"(C,), got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+        )
+    count = max((shape[0] for shape in sizes), default=1)
+    rates, norms, sigmas = (
+        jnp.broadcast_to(jnp.asarray(part, dtype), (count,)) for part in parts.values()
+    )
+    return rates, norms, sigmas
+
+
+def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs: int) -> _Noise:
+    """Noise with sigma and R of one: others scale it."""
+    unit = eqx.tree_at(lambda flow: flow.clipping.R, flow, np.asarray(1.0))
+    whole = noise_covariance(unit, 1.0, noise_kernel, per_group)
+    assert whole is not None
+    n = flow.targets.shape[0] * (1 if flow.diagonal.ndim == 2 else n_outputs)
+    train = whole[:n, :n]
+    if flow.test_drive is None:
+        return _Noise(square_root(train), None, None)
+    values, vectors = jnp.linalg.eigh(train)
+    smallest = _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
+    roots = jnp.sqrt(jnp.maximum(values, 0))
+    inverse = jnp.where(values > smallest, 1 / jnp.where(values > smallest, roots, 1.0), 0.0)
+    given = whole[n:, :n] @ vectors * inverse
+    left = whole[n:, n:] - given @ given.T
+    of_left, basis = jnp.linalg.eigh(left)
+    return _Noise(vectors * roots, given, basis * jnp.sqrt(jnp.maximum(of_left, 0)))
+
+
+@eqx.filter_jit
+def _final(
+    flow: KernelFlow,
+    noise: _Noise | None,
+    initial: tuple[Array, Array | None],
+    cells: tuple[Array, Array, Array],
+    keys: Key[Array, "*seeds"],
+    steps: int,
+    sample_rate: float,
+    divisor: float,
+    shown: bool,
+) -> tuple[Array, Array | None]:
+    start, test = initial
+    n, n_outputs = start.shape
+    columns = n_outputs if flow.diagonal.ndim == 2 else 1
+
+    def white(key: PRNGKeyArray, rows: int) -> Array:
+        return jax.random.normal(key, (rows, columns), start.dtype)
+
+    def one(rate: Array, clip_norm: Array, sigma: Array, key: PRNGKeyArray) -> Any:
+        ruled = eqx.tree_at(lambda flow: flow.clipping.R, flow, clip_norm)
+        scale = rate * sigma * clip_norm / divisor
+
+        def step(k: Any, carry: tuple[Array, Array, Array | None]) -> Any:
+            f, charges, gathered = carry
+            # The keys are those of every cell: only the seed tells two runs apart.
+            of_batch, of_noise = jax.random.split(jax.random.fold_in(key, k))
+            weights = None
+            if sample_rate < 1:
+                drawn = jax.random.bernoulli(of_batch, sample_rate, (n,))
+                weights = drawn.astype(f.dtype) / sample_rate
+            clipped = rate * ruled.clipped_gradients(f, weights)
+            f = f - ruled.through(ruled.drive, clipped)
+            if noise is not None and gathered is not None:
+                z = white(of_noise, noise.root.shape[1])
+                f = f + scale * (noise.root @ z).reshape(f.shape)
+                gathered = gathered + z
+            return f, charges + clipped, gathered
+
+        charges = jnp.zeros((flow.diagonal.shape[0], n, n_outputs), start.dtype)
+        gathered = None if noise is None else jnp.zeros((noise.root.shape[1], columns), start.dtype)
+
+        def tell_and_step(k: Any, carry: Any) -> Any:
+            if shown:
+                due = k % max(1, steps // 100) == 0
+                lax.cond(due, lambda: _progress.report(k / steps), lambda: None)
+            return step(k, carry)
+
+        f, charges, gathered = lax.fori_loop(0, steps, tell_and_step, (start, charges, gathered))
+        if test is None or flow.test_drive is None:
+            return f, None
+        final = test - ruled.through(flow.test_drive, charges)
+        if noise is not None and noise.test_given_train is not None:
+            assert noise.test_root is not None
+            own = white(jax.random.fold_in(key, steps), noise.test_given_train.shape[0])
+            drawn = noise.test_given_train @ gathered
+            drawn = drawn + jnp.sqrt(steps) * (noise.test_root @ own)
+            final = final + scale * drawn.reshape(final.shape)
+        return f, final
+
+    over_keys = one if keys.ndim == 0 else jax.vmap(one, in_axes=(None, None, None, 0))
+    found: tuple[Array, Array | None] = jax.vmap(over_keys, in_axes=(0, 0, 0, None))(*cells, keys)
+    return found

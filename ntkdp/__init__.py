@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ntkdp import (
         ntk as ntk,
     )
+    from ntkdp._phase import Phase as Phase
     from ntkdp._solve import recursion as recursion
     from ntkdp._solve import solve as solve
     from ntkdp.gradient_flow import HeavyBallFlow as HeavyBallFlow
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ntkdp.trajectory import Trajectory as Trajectory
 
 _MODULES = (
+    "advisor",
     "calibration",
     "certificates",
     "claims",
@@ -59,6 +61,7 @@ _MODULES = (
     "privacy",
     "spectrum",
     "stochastic_flow",
+    "sweep",
     "table_one",
     "trajectory",
 )
@@ -68,6 +71,7 @@ _HOMES = {
     "KernelFlow": "gradient_flow",
     "LayerwiseKernel": "ntk",
     "ModifiedFlow": "gradient_flow",
+    "Phase": "_phase",
     "Trajectory": "trajectory",
     "WeightFlow": "gradient_flow",
     "compare": "comparison",

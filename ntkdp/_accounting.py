@@ -5,12 +5,15 @@ The accountants and SciPy are imported when they are used: every run imports thi
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+
+#: Noise multiplier, sampling rate and number of steps.
+Mechanism: TypeAlias = tuple[float, float, int]
 
 #: Below this a discretised delta holds rounding.
 _SMALLEST_DELTA = 1e-10
@@ -37,20 +40,43 @@ def epsilon_of(
     change: float = _RELATIVE_CHANGE,
 ) -> float:
     """Bound of epsilon, to a relative change between two grids."""
-    if sigma == 0:
+    return composed_epsilon_of([(sigma, q, steps)], delta, accountant, change)
+
+
+def composed_epsilon_of(
+    mechanisms: Iterable[Mechanism],
+    delta: float,
+    accountant: str,
+    change: float = _RELATIVE_CHANGE,
+) -> float:
+    """The same of several mechanisms one after another, in any order."""
+    mechanisms = _merged(mechanisms)
+    if any(sigma == 0 for sigma, _, _ in mechanisms):
         return math.inf
-    if accountant == "pld" and q == 1:
-        return gaussian_epsilon(math.sqrt(steps) / sigma, delta)
-    if accountant == "pld" and -math.expm1(steps * math.log1p(-q)) <= delta:
-        return 0.0  # The sample is that unlikely ever to be drawn.
-    bound = float(_rdp(sigma, q, steps).get_epsilon(delta))
+    sampled = [(q, steps) for _, q, steps in mechanisms if q < 1]
+    if accountant == "pld" and not sampled:
+        mu = math.hypot(*(math.sqrt(steps) / sigma for sigma, _, steps in mechanisms))
+        return gaussian_epsilon(mu, delta)
+    if accountant == "pld" and len(sampled) == len(mechanisms):
+        never = sum(steps * math.log1p(-q) for q, steps in sampled)
+        if -math.expm1(never) <= delta:
+            return 0.0  # The sample is that unlikely ever to be drawn.
+    bound = float(_rdp(mechanisms).get_epsilon(delta))
     if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON:
         return bound
     return _refined(
-        lambda interval: _pld(sigma, q, steps, interval).get_epsilon(delta),
+        lambda interval: _pld(mechanisms, interval).get_epsilon(delta),
         bound,
         change,
     )
+
+
+def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
+    """The same in all, each noise and sampling rate once, in an order of their own."""
+    steps_of: dict[tuple[float, float], int] = {}
+    for sigma, q, steps in mechanisms:
+        steps_of[sigma, q] = steps_of.get((sigma, q), 0) + steps
+    return [(*kind, steps) for kind, steps in sorted(steps_of.items())]
 
 
 def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
@@ -58,16 +84,16 @@ def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str
     if sigma == 0:
         return 1.0
     if accountant == "rdp":
-        return float(_rdp(sigma, q, steps).get_delta(epsilon))
+        return float(_rdp([(sigma, q, steps)]).get_delta(epsilon))
     if q == 1:
         return math.exp(gaussian_log_delta(math.sqrt(steps) / sigma, epsilon))
     bound = epsilon_of(sigma, q, steps, 1e-5, "rdp")
     if bound == 0:
-        return float(_rdp(sigma, q, steps).get_delta(epsilon))
+        return float(_rdp([(sigma, q, steps)]).get_delta(epsilon))
     if bound > _LARGEST_PLD_EPSILON:
         return 1.0
     return _refined(
-        lambda interval: _pld(sigma, q, steps, interval).get_delta(epsilon),
+        lambda interval: _pld([(sigma, q, steps)], interval).get_delta(epsilon),
         bound,
         10 * _RELATIVE_CHANGE,
         _SMALLEST_DELTA,
@@ -107,21 +133,27 @@ def _refined(
     return least
 
 
-def _pld(sigma: float, q: float, steps: int, interval: float) -> Any:
+def _pld(mechanisms: Iterable[Mechanism], interval: float) -> Any:
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=interval)
-    return accountant.compose(_event(sigma, q), steps)
+    for sigma, q, steps in mechanisms:
+        accountant.compose(_event(sigma, q), steps)
+    return accountant
 
 
-def _rdp(sigma: float, q: float, steps: int) -> Any:
+def _rdp(mechanisms: Iterable[Mechanism]) -> Any:
     from dp_accounting.rdp import RdpAccountant
 
+    accountant = RdpAccountant()
     with _without_notes_on_orders():
-        accountant = RdpAccountant().compose(_event(sigma, q), steps)
-    # Sampling's sums may round to divergences below zero, which would pass for perfect privacy:
-    # the rounding is counted as a weak mechanism of its own.
-    return accountant if q == 1 else accountant.compose(_event(_ROUNDING_SIGMA, 1.0), steps)
+        for sigma, q, steps in mechanisms:
+            accountant.compose(_event(sigma, q), steps)
+            # Sampling's sums may round to divergences below zero, which would pass for perfect
+            # privacy: the rounding is counted as a weak mechanism of its own.
+            if q < 1:
+                accountant.compose(_event(_ROUNDING_SIGMA, 1.0), steps)
+    return accountant
 
 
 def _event(sigma: float, q: float) -> Any:

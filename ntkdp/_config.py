@@ -5,12 +5,14 @@ import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ntkdp import _validate, privacy
 
+#: A kind of configuration.
+Kind = TypeVar("Kind", bound=BaseModel)
 PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
 
 
@@ -18,11 +20,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and its value."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Fields that are checked: unknown ones are errors, and nothing is converted."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on."""
 
     name: str = Field(
@@ -42,7 +46,7 @@ class DataConfig(_Section):
     )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network, in infinite-width terms."""
 
     kind: Literal["mlp", "cnn"] = Field("mlp", description="mlp or cnn")
@@ -58,7 +62,7 @@ class ModelConfig(_Section):
     parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The mechanism, apart from clipping."""
 
     learning_rate: float = Field(1.5, gt=0, description="step size; time is learning_rate x step")
@@ -118,7 +122,7 @@ class TrainingConfig(_Section):
         return budget.noise_multiplier(steps, self.sample_rate)
 
 
-class ClippingConfig(_Section):
+class ClippingConfig(Section):
     """One column of the comparison; repeat ``[[clipping]]`` for more."""
 
     rule: str = Field("abadi", description="none, abadi, global, automatic, psac or batch")
@@ -141,12 +145,26 @@ class ClippingConfig(_Section):
         return f"{self.scope} {self.rule}{norm}"
 
 
-class Config(_Section):
-    """An experiment: predict training under each clipping rule, run it, compare."""
+class ProblemConfig(Section):
+    """What every verb that trains needs: network, data and loss."""
 
     name: str = Field("digits", min_length=1, description="what the run folder is called")
     seed: int = Field(0, ge=0, description="of initialisation, split, noise and sampling")
     dtype: Literal["float32", "float64"] = Field("float64", description="of everything computed")
+    loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
+        "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"
+    )
+    huber_delta: float = Field(1.0, gt=0, description="where the huber loss turns linear")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples in a block of a kernel, to save memory"
+    )
+    data: DataConfig = Field(DataConfig(), description="what to train on")
+    model: ModelConfig = Field(ModelConfig(), description="the network")
+
+
+class Config(ProblemConfig):
+    """An experiment: predict training under each clipping rule, run it, compare."""
+
     predictions: list[PredictionName] = Field(
         ["frozen", "infinite", "recursion"],
         min_length=1,
@@ -155,17 +173,8 @@ class Config(_Section):
         "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
         "ensemble of them",
     )
-    loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
-        "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"
-    )
-    huber_delta: float = Field(1.0, gt=0, description="where the huber loss turns linear")
     rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
-    batch_size: int | None = Field(
-        None, ge=1, description="samples in a block of a kernel, to save memory"
-    )
-    data: DataConfig = Field(DataConfig(), description="what to train on")
-    model: ModelConfig = Field(ModelConfig(), description="the network")
     training: TrainingConfig = Field(TrainingConfig(), description="the mechanism")
     clipping: list[ClippingConfig] = Field(
         [
@@ -207,17 +216,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     ConfigError
         If it is not TOML, or a field is unknown or has a wrong value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config file does not exist: {path}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    try:
-        return from_tree(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return load_as(Config, path)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
@@ -228,16 +227,36 @@ def from_tree(tree: dict[str, Any]) -> Config:
     ConfigError
         Naming each field, its value, and for an unknown field the nearest one.
     """
+    return check_as(Config, tree)
+
+
+def load_as(kind: type[Kind], path: str | os.PathLike[str]) -> Kind:
+    """A TOML file as a configuration of this kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file does not exist: {path}")
     try:
-        return Config.model_validate(tree)
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        return check_as(kind, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def check_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
+    """Nested dictionaries as a configuration of this kind."""
+    try:
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("; ".join(_explain(kind, item) for item in error.errors())) from error
 
 
-def _explain(item: Any) -> str:
+def _explain(kind: type[BaseModel], item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"] if part not in ("float", "list[float]"))
     if item["type"] == "extra_forbidden":
-        section = _section(item["loc"][:-1])
+        section = _section(kind, item["loc"][:-1])
         hint = _validate.did_you_mean(str(item["loc"][-1]), section.model_fields)
         return f"unknown field {where!r}{hint}"
     message = item["msg"].removeprefix("Value error, ")
@@ -252,8 +271,8 @@ def _explain(item: Any) -> str:
     return f"field {where!r}: {message}, got {value[:80]}{hint}"
 
 
-def _section(location: tuple[Any, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section(kind: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    section = kind
     for part in location:
         if isinstance(part, str):
             kinds = _models_in(section.model_fields[part].annotation)
@@ -268,9 +287,9 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def describe() -> list[tuple[str, str, str]]:
+def describe(kind: type[BaseModel] = Config) -> list[tuple[str, str, str]]:
     """Every field as (name, default, description), in the order of the file."""
-    return list(_describe(Config, ""))
+    return list(_describe(kind, ""))
 
 
 def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -72,20 +72,35 @@ class Algorithm(eqx.Module):
     noise_per_group: bool = eqx.field(static=True)
     microbatch_size: int | None = eqx.field(static=True)
     noisy: bool = eqx.field(static=True)
+    trainable: tuple[str, ...] | None = eqx.field(static=True)
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""
         params = jax.tree.map(jnp.asarray, params)
         self._check(params)
-        transformation = self._transformation(params)
-        return State(params, transformation.init(params), jnp.zeros((), jnp.int32))
+        return self.start(params)
+
+    def start(self, params: Params) -> State:
+        """The same, of parameters that were checked."""
+        trained, _ = self._split(params)
+        optimizer_state = self._transformation(trained).init(trained)
+        return State(params, optimizer_state, jnp.zeros((), jnp.int32))
+
+    def _split(self, params: Params) -> tuple[Params, Params]:
+        """What is trained and what is frozen, each with None in place of the other."""
+        if self.trainable is None:
+            return eqx.partition(params, True)
+        kept = _groups.resolve(params, self.groups).leaves_of(self.trainable)
+        return eqx.partition(params, jax.tree.unflatten(jax.tree.structure(params), kept))
 
     def _transformation(self, params: Params) -> optax.GradientTransformation:
         # Made anew in each trace, so that another learning rate does not compile another program.
-        if callable(self.learning_rate):
-            return self.optimizer(self.learning_rate)
+        schedule = self.learning_rate
+        if callable(schedule):
+            # A count of 32 bits, as optimizers keep it, would round the rates to single precision.
+            return self.optimizer(lambda count: schedule(jnp.asarray(count, jnp.result_type(int))))
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        return self.optimizer(jnp.asarray(self.learning_rate, dtype))
+        return self.optimizer(jnp.asarray(schedule, dtype))
 
     def _check(self, params: Params) -> None:
         self.clipping.check_groups(self._resolve(params).size)
@@ -120,9 +135,10 @@ class Algorithm(eqx.Module):
         return lambda key, state: compiled(leaves, key, state)
 
     def _resolve(self, params: Params) -> _groups.Groups:
+        """Groups of the leaves that are trained, by the names that they have in the whole."""
         if self.clipping.scope == "flat":
-            return _groups.resolve(params, lambda path: "all")
-        return _groups.resolve(params, self.groups)
+            return _groups.resolve(self._split(params)[0], lambda path: "all")
+        return _groups.resolve(params, self.groups).select(self.trainable)
 
     def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array]:
         sampling_key, noise_key = jax.random.split(key)
@@ -137,15 +153,17 @@ class Algorithm(eqx.Module):
             x, targets = self.x, self.targets
         clipped, outputs, norms, factors = self._clipped_sum(params, x, targets, present)
 
+        trained, frozen = self._split(params)
         groups = self._resolve(params)
-        noise = self._noise(noise_key, params, groups) if self.noisy else None
+        noise = self._noise(noise_key, trained, groups) if self.noisy else None
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
         gradient = jax.tree.map(lambda g: g / divisor, total)
-        updates, optimizer_state = self._transformation(params).update(
-            gradient, state.optimizer_state, params
+        updates, optimizer_state = self._transformation(trained).update(
+            gradient, state.optimizer_state, trained
         )
-        new = State(optax.apply_updates(params, updates), optimizer_state, state.step + 1)
+        moved = eqx.combine(optax.apply_updates(trained, updates), frozen)
+        new = State(moved, optimizer_state, state.step + 1)
 
         shown = jnp.where(present, norms, jnp.nan)
         used = jnp.broadcast_to(present, factors.shape)
@@ -179,7 +197,10 @@ class Algorithm(eqx.Module):
     def _clipped_sum(
         self, params: Params, x: Array, targets: Array, present: Array
     ) -> tuple[Params, Array, Array, Array]:
-        """``sum_i C_i g_i`` over the samples that are present, outputs, norms and factors."""
+        """``sum_i C_i g_i`` over the samples that are present, outputs, norms and factors.
+
+        The sum is of what is trained alone.
+        """
         size = self.microbatch_size
         n = x.shape[0]
         if size is None or size >= n:
@@ -195,7 +216,7 @@ class Algorithm(eqx.Module):
             clipped, *rest = self._clipped_sum_at_once(params, x[which], targets[which], is_there)
             return jax.tree.map(jnp.add, total, clipped), rest
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, self._split(params)[0])
         rows = (index.reshape(n_blocks, size), there.reshape(n_blocks, size))
         clipped, (outputs, norms, factors) = lax.scan(block, zeros, rows)
         outputs = outputs.reshape(-1, outputs.shape[-1])[:n]
@@ -207,16 +228,21 @@ class Algorithm(eqx.Module):
     def _clipped_sum_at_once(
         self, params: Params, x: Array, targets: Array, present: Array
     ) -> tuple[Params, Array, Array, Array]:
-        leaves, treedef = jax.tree.flatten(params)
+        trained, frozen = self._split(params)
+        leaves, treedef = jax.tree.flatten(trained)
         groups = self._resolve(params)
         n = x.shape[0]
+
+        def apply_fn(trained: Params, x: Array) -> Array:
+            return self.apply_fn(eqx.combine(trained, frozen), x)
+
         if self.gradients == "vmap":
-            outputs, gradients = self._plain_gradients(params, x, targets)
+            outputs, gradients = self._plain_gradients(apply_fn, trained, x, targets)
         else:
-            structure = per_sample.trace(self.apply_fn, params, x)
+            structure = per_sample.trace(apply_fn, trained, x)
             outputs, gradients = per_sample.factored(
                 structure,
-                params,
+                trained,
                 x,
                 lambda f, y: self.loss.output_gradient(f[None], y[None]),
                 targets,
@@ -256,12 +282,12 @@ class Algorithm(eqx.Module):
         return jax.tree.unflatten(treedef, clipped), outputs, norms, factors
 
     def _plain_gradients(
-        self, params: Params, x: Array, targets: Array
+        self, apply_fn: ApplyFn, params: Params, x: Array, targets: Array
     ) -> tuple[Array, list[per_sample.Factor]]:
         """The same by mapping ``grad`` over the samples, without the structure of the model."""
 
         def loss_of(params: Params, x_i: Array, y_i: Array) -> tuple[Array, Array]:
-            f = self.apply_fn(params, x_i[None])
+            f = apply_fn(params, x_i[None])
             return self.loss(f, y_i[None])[0], f[0]
 
         gradient = jax.grad(loss_of, has_aux=True)

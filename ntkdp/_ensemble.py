@@ -117,37 +117,46 @@ def ensemble(
     if not isinstance(flow, KernelFlow):
         raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
     stepping = Stepping(learning_rate, steps, record_every)
-    sample_rate, divisor = sampling(flow, sample_rate)
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    covariance = noise_covariance(flow, noise_multiplier, noise_kernel, noise_per_group)
-    factor = None if covariance is None else square_root(covariance)
-    noise = _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
+    noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
     state = flow.init(initial)
     keys = _validate.keys(key=key)
     with _progress.listening(progress, "drawing runs") as shown:
-        measured = _draw(flow, noise, state, stepping, keys, outputs, shown)
+        _, measured = draw(flow, noise, state, False, stepping, keys, outputs, shown)
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
+def noise_of_step(
+    flow: KernelFlow, noise_multiplier: Any, sample_rate: Any, noise_kernel: Any, per_group: bool
+) -> _Noise:
+    """What a step draws, checked against the flow."""
+    sample_rate, divisor = sampling(flow, sample_rate)
+    covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
+    factor = None if covariance is None else square_root(covariance)
+    return _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
+
+
 @eqx.filter_jit
-def _draw(
+def draw(
     flow: KernelFlow,
     noise: _Noise,
     state: Any,
+    per_seed: bool,
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
     shown: bool,
-) -> Measurement:
-    def one_run(key: PRNGKeyArray) -> Measurement:
+) -> tuple[Any, Measurement]:
+    """State at the end and what was measured, from one state for all seeds or one for each."""
+
+    def one_run(key: PRNGKeyArray, state: Any) -> tuple[Any, Measurement]:
         def step(k: Any, state: Any) -> Any:
             rate = stepping.rate(k)
-            velocity = noise.velocity(flow, state, jax.random.fold_in(key, k))
+            velocity = noise.velocity(flow, state, jax.random.fold_in(key, stepping.number(k)))
             return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)
 
-        measured: Measurement = stepping.walk(
-            step, lambda state: flow.measure(state, outputs), state, shown
-        )
-        return measured
+        return stepping.walk_to_end(step, lambda state: flow.measure(state, outputs), state, shown)
 
-    return one_run(keys) if keys.ndim == 0 else jax.vmap(one_run)(keys)
+    if keys.ndim == 0:
+        return one_run(keys, state)
+    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, state)

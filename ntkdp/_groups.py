@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ntkdp import _validate
 from ntkdp._types import Params
 
 #: A pytree prefix of labels, a callable from key path to label, or None for the default groups.
@@ -22,6 +23,29 @@ class Groups(NamedTuple):
     def size(self) -> int:
         """How many groups there are."""
         return len(self.names)
+
+    def leaves_of(self, names: tuple[str, ...] | None) -> tuple[bool, ...]:
+        """Which leaves belong to the groups named, None for all.
+
+        Raises
+        ------
+        ValueError
+            A name that is not known, naming those that are.
+        """
+        if names is None:
+            return (True,) * len(self.leaf_to_group)
+        for name in names:
+            _validate.choice(self.names, group=name)
+        return tuple(self.names[group] in names for group in self.leaf_to_group)
+
+    def select(self, names: tuple[str, ...] | None) -> "Groups":
+        """The groups named, in the order they have here, over their own leaves alone."""
+        kept = self.leaves_of(names)
+        groups = [group for group, keep in zip(self.leaf_to_group, kept, strict=True) if keep]
+        order = sorted(set(groups))
+        return Groups(
+            tuple(self.names[group] for group in order), tuple(order.index(g) for g in groups)
+        )
 
 
 def _name(path: tuple[Any, ...]) -> str:

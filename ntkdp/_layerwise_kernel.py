@@ -1,8 +1,12 @@
 """A kernel as a sum of terms, one a parameter group."""
 
+from collections.abc import Iterable
+
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 
+from ntkdp import _validate
 from ntkdp._types import Array
 
 
@@ -44,3 +48,28 @@ class LayerwiseKernel(eqx.Module):
     def total(self) -> Array:
         """The whole kernel, the sum of the terms: ``(n1, n2, K, K)`` or ``(n1, n2)``."""
         return jnp.sum(self.values, axis=0)
+
+    def select(self, names: Iterable[str]) -> "LayerwiseKernel":
+        """The kernel of some groups alone, those of the others frozen; in the order they have here.
+
+        Raises
+        ------
+        ValueError
+            A name that is not known, naming those that are, or none at all.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> kernel = ntkdp.LayerwiseKernel(("hidden", "output"), jnp.ones((2, 3, 3)))
+        >>> kernel.select(["output"]).total[0, 0].item()
+        1.0
+        """
+        wanted = tuple(names)
+        if not wanted:
+            raise ValueError("names must hold at least one group, got ()")
+        for name in wanted:
+            _validate.choice(self.names, group=name)
+        kept = [i for i, name in enumerate(self.names) if name in wanted]
+        if len(kept) == len(self.names):
+            return self
+        return LayerwiseKernel(tuple(self.names[i] for i in kept), self.values[np.array(kept)])

@@ -88,7 +88,9 @@ def output_process(
     n_points = flow.points.shape[0]
     rank = min(rank, n_points)
     # Nodes without noise between them share what is drawn.
-    distinct, place = np.unique(variances, axis=0, return_inverse=True)
+    distinct, place = np.unique(
+        np.asarray(variances, flow.points.dtype), axis=0, return_inverse=True
+    )
     place = place.reshape(-1)
     modes = None
     if rank < n_points:

@@ -81,30 +81,42 @@ def noise_free(config: Config) -> list[str]:
 
 def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
     """The empirical or infinite-width kernel, by layer if any rule needs the layers."""
-    by_layer = any(case.scope == "layerwise" for case in config.clipping)
+    n_outputs = problem.outputs.shape[1]
+    n_points = len(problem.x) + len(problem.test_x)
+    noisy = config.training.noisy and "recursion" in config.predictions
+    return compute_kernel(
+        problem,
+        kind,
+        by_layer=any(case.scope == "layerwise" for case in config.clipping),
+        whole=kind == "empirical" and noisy and n_points * n_outputs <= _MOST_WITH_TEST,
+        batch_size=config.batch_size,
+    )
+
+
+def compute_kernel(
+    problem: Problem, kind: str, *, by_layer: bool, whole: bool, batch_size: int | None
+) -> Kernel:
+    """A kernel of training and test points, ``whole`` or just what drives the outputs."""
     start = time.perf_counter()
-    whole = None
-    if kind == "infinite":
-        kernel_fn = ntk.layerwise_infinite_ntk if by_layer else ntk.infinite_ntk
-        train = kernel_fn(problem.model, problem.x)
-        test = kernel_fn(problem.model, problem.test_x, problem.x)
-    else:
+    model, x, test_x, n = problem.model, problem.x, problem.test_x, len(problem.x)
+
+    def between(x1: Array, x2: Array | None = None) -> Array | LayerwiseKernel:
+        if kind == "infinite":
+            return (ntk.layerwise_infinite_ntk if by_layer else ntk.infinite_ntk)(model, x1, x2)
         empirical = ntk.layerwise_ntk if by_layer else ntk.empirical_ntk
-        apply_fn, params, size = problem.model.apply, problem.params, config.batch_size
-        n, n_outputs = problem.outputs.shape
-        noisy = config.training.noisy and "recursion" in config.predictions
-        if noisy and (n + len(problem.test_x)) * n_outputs <= _MOST_WITH_TEST:
-            points = jnp.concatenate([problem.x, problem.test_x])
-            whole = empirical(apply_fn, params, points, batch_size=size)
-            train, test = (
-                jax.tree.map(lambda values, rows=rows: _part(values, rows, n, by_layer), whole)
-                for rows in (slice(n), slice(n, None))
-            )
-        else:
-            train = empirical(apply_fn, params, problem.x, batch_size=size)
-            test = empirical(apply_fn, params, problem.test_x, problem.x, batch_size=size)
+        return empirical(model.apply, problem.params, x1, x2, batch_size=batch_size)
+
+    everything = None
+    if whole:
+        everything = between(jnp.concatenate([x, test_x]))
+        train, test = (
+            jax.tree.map(lambda values, rows=rows: _part(values, rows, n, by_layer), everything)
+            for rows in (slice(n), slice(n, None))
+        )
+    else:
+        train, test = between(x), between(test_x, x)
     jax.block_until_ready((train, test))
-    return Kernel(train, test, whole, time.perf_counter() - start)
+    return Kernel(train, test, everything, time.perf_counter() - start)
 
 
 def _part(values: Array, rows: slice, n: int, by_layer: bool) -> Array:

@@ -2,11 +2,12 @@
 
 import json
 import math
-import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ntkdp._terminal import fail
 
 if TYPE_CHECKING:
     from ntkdp.privacy import PrivacyReport
@@ -69,7 +70,7 @@ def privacy(
             raise ValueError("give either --sigma or --epsilon")
         report = accounting.report(sigma, rate, count, delta)
     except (ValueError, TypeError) as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(json.dumps(_as_json(report.as_dict()), indent=2))
     else:
@@ -124,8 +125,3 @@ def _print_table(report: "PrivacyReport") -> None:
     for method, epsilon, worth in report.rows():
         table.add_row(method, f"{epsilon:.4g}", worth)
     console.print(table)
-
-
-def _fail(error: BaseException) -> NoReturn:
-    print(f"ntkdp: error: {error}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import clipping, datasets, losses, models
-from ntkdp._config import Config, ConfigError
+from ntkdp._config import Config, ConfigError, ProblemConfig
 from ntkdp._types import Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -59,7 +59,7 @@ def rules_of(config: Config) -> list[ClippingRule]:
     return rules
 
 
-def problem_of(config: Config) -> Problem:
+def problem_of(config: ProblemConfig) -> Problem:
     """Load the data, make the network and initialise it.
 
     Raises
@@ -120,11 +120,11 @@ def problem_of(config: Config) -> Problem:
     )
 
 
-def _wants_images(config: Config) -> bool:
+def _wants_images(config: ProblemConfig) -> bool:
     return config.model.kind == "cnn" and config.data.name in ("digits", "mnist5k")
 
 
-def _as_targets(targets: Array, task: str, config: Config, n_classes: int) -> Array:
+def _as_targets(targets: Array, task: str, config: ProblemConfig, n_classes: int) -> Array:
     if task == "classification" and config.loss in ("squared_error", "huber"):
         return jax.nn.one_hot(targets, n_classes, dtype=config.dtype)
     if jnp.issubdtype(targets.dtype, jnp.floating) or config.loss == "logistic":
@@ -132,7 +132,7 @@ def _as_targets(targets: Array, task: str, config: Config, n_classes: int) -> Ar
     return targets
 
 
-def _model_of(config: Config, n_outputs: int) -> Model:
+def _model_of(config: ProblemConfig, n_outputs: int) -> Model:
     settings = config.model
     build = models.mlp if settings.kind == "mlp" else models.cnn
     return build(

@@ -1,6 +1,5 @@
 """What a run folder holds: metrics, trajectories, pictures, and a page that shows them."""
 
-import base64
 import html
 import json
 import math
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntkdp import __version__, plotting
+from ntkdp import _page as _html
 from ntkdp._look import LOOK
 from ntkdp.comparison import Comparison
 from ntkdp.experiment import KERNEL_OF, LABELS, Results, noise_free
@@ -315,18 +315,6 @@ def _drawable(kernel: Any) -> Any:
 def _page(
     results: Results, measured: dict[str, Any], pictures: list[tuple[str, str]], folder: Path
 ) -> str:
-    def cells(row: tuple[str, ...], tag: str) -> str:
-        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-
-    rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in _rows(results))
-    figures = "\n".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for name, caption in pictures
-    )
-    warnings = "".join(f"<p class=warning>{html.escape(text)}</p>" for text in _warnings(results))
-    settings = html.escape(json.dumps(measured["config"], indent=2))
     seconds = ", ".join(f"{k} {s:.2f} s" for k, s in measured["kernel_seconds"].items())
     data, model = results.config.data, results.config.model
     summary = (
@@ -334,58 +322,21 @@ def _page(
         f"widths {model.widths}, {model.activation}; {results.config.loss}. "
         f"Kernels: {seconds or 'none'}. ntkdp {__version__}, {measured['machine']['platform']}."
     )
-    return _TEMPLATE.format(
-        title=html.escape(results.config.name),
-        summary=html.escape(summary),
-        warnings=warnings,
-        head=cells(_COLUMNS, "th"),
-        rows=rows,
-        figures=figures,
-        settings=settings,
-    )
+    name = results.config.name
+    parts = [
+        _html.paragraph(summary),
+        *(_html.paragraph(text, "warning") for text in _warnings(results)),
+        _html.table(_COLUMNS, _rows(results), n_left=3),
+        _EXPLANATION,
+        *(_html.picture(folder / file, caption) for file, caption in pictures),
+        "<h2>Configuration</h2>",
+        f"<pre>{html.escape(json.dumps(measured['config'], indent=2))}</pre>",
+    ]
+    heading = f"{name}: predicted against observed training"
+    return _html.document(f"ntkdp: {name}", heading, "\n".join(parts))
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ntkdp: {title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
-  color: #1a1a1a; background: #fff; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ccc; text-align: right; }}
-th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; white-space: nowrap; }}
-th {{ border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }}
-figure {{ margin: 2rem 0; }}
-img {{ max-width: 100%; height: auto; }}
-figcaption {{ color: #444; font-size: .9rem; }}
-.warning {{ border-left: .3rem solid #d55e00; padding-left: .8rem; }}
-pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }}
-</style>
-</head>
-<body>
-<h1>{title}: predicted against observed training</h1>
-<p>{summary}</p>
-{warnings}
-<div class="scroll">
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
-<p>Sup error: the largest
+_EXPLANATION = """<p>Sup error: the largest
 |L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub> of the training loss
 over all recorded times after the start, of the means where there are several. &plusmn;: standard
-deviation over runs. Bands: 90% of the runs.</p>
-{figures}
-<h2>Configuration</h2>
-<pre>{settings}</pre>
-</body>
-</html>
-"""
+deviation over runs. Bands: 90% of the runs.</p>"""

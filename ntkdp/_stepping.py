@@ -23,6 +23,8 @@ class Stepping(eqx.Module):
         Positive; a schedule maps the step number to it.
     steps, record_every : int
         At least 1. Every so many steps are recorded, and the last.
+    done, total : int
+        Steps that came before these, and in all; by default none, and these.
 
     Raises
     ------
@@ -33,13 +35,24 @@ class Stepping(eqx.Module):
     learning_rate: Any
     steps: int = eqx.field(static=True)
     record_every: int = eqx.field(static=True)
+    done: Array
+    total: Array
 
-    def __init__(self, learning_rate: Any, steps: Any, record_every: Any) -> None:
+    def __init__(
+        self,
+        learning_rate: Any,
+        steps: Any,
+        record_every: Any,
+        done: int = 0,
+        total: int | None = None,
+    ) -> None:
         self.steps = _validate.count(steps=steps)
         self.record_every = _validate.count(record_every=record_every)
         rate = check_learning_rate(learning_rate, self.steps)
-        # An array, so that another rate meets the same compiled program.
+        # Arrays, so that another rate or number meets the same compiled program.
         self.learning_rate = rate if callable(rate) else jnp.asarray(rate, jnp.result_type(float))
+        self.done = jnp.asarray(done)
+        self.total = jnp.asarray(self.steps if total is None else total)
 
     @property
     def recorded(self) -> np.ndarray:
@@ -55,6 +68,16 @@ class Stepping(eqx.Module):
         """Learning rate of step k."""
         return self.learning_rate(k) if callable(self.learning_rate) else self.learning_rate
 
+    def number(self, k: Any) -> Any:
+        """Number of step k in the whole, which its random draws go by."""
+        return self.done + k
+
+    def tell(self, k: Any) -> None:
+        """Tell the listener of progress, from inside compiled code, that step k begins."""
+        due = k % max(self.record_every, self.steps // 100) < self.record_every
+        share = self.number(k) / self.total
+        lax.cond(due, lambda: _progress.report(share), lambda: None)
+
     def walk(
         self,
         step: Callable[[Any, PyTree], PyTree],
@@ -66,6 +89,16 @@ class Stepping(eqx.Module):
 
         ``step(k, state)`` is the state after step k. ``shown`` tells the listener of progress.
         """
+        return self.walk_to_end(step, measure, state, shown)[1]
+
+    def walk_to_end(
+        self,
+        step: Callable[[Any, PyTree], PyTree],
+        measure: Callable[[PyTree], PyTree],
+        state: PyTree,
+        shown: bool,
+    ) -> tuple[PyTree, PyTree]:
+        """The state after the last step, and the measurements."""
         steps, record_every = self.steps, self.record_every
 
         def proceed(state: PyTree, start: Any, count: int) -> PyTree:
@@ -74,15 +107,15 @@ class Stepping(eqx.Module):
 
         def record(state: PyTree, start: Array) -> tuple[PyTree, PyTree]:
             if shown:
-                due = start % max(record_every, steps // 100) < record_every
-                lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
+                self.tell(start)
             return proceed(state, start, record_every), measure(state)
 
         full, rest = divmod(steps, record_every)
         end, measured = lax.scan(record, state, record_every * jnp.arange(full))
         ends = [measure(end)]
         if rest:
-            ends.append(measure(proceed(end, full * record_every, rest)))
-        return jax.tree.map(
+            end = proceed(end, full * record_every, rest)
+            ends.append(measure(end))
+        return end, jax.tree.map(
             lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
         )

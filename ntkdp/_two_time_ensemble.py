@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _progress, _validate, _volterra
+from ntkdp import _memory, _progress, _validate, _volterra, privacy
 from ntkdp._output_process import output_process
 from ntkdp._stepping import Stepping
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._types import Float
-from ntkdp._weight_noise import weight_noise_variance
+from ntkdp._weight_noise import variance_of_budget, weight_noise_variance
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements, times_of_steps
 
 #: Numbers at nodes, over points, up to which every step is a node or all modes are kept together.
@@ -146,10 +146,11 @@ def two_time_flow(
         As for :func:`two_time_ensemble`; ``initial`` may be None.
     times : array
         ``(T,)``, increasing; the first is the start.
-    variance : float or array
+    variance : float, array or privacy.Budget
         :math:`v(T)`, variance of the noise that each weight has gathered by the last time, one or
-        one a layer ``(R,)``. At fixed :math:`\mu`-GDP with full batches and the mean loss it is
-        :math:`(T S/(n \mu))^2`, with the sum :math:`(T S/\mu)^2`.
+        one a layer ``(R,)``. Of a budget, spent on full batches from the first time to the last,
+        it is :math:`(T S/(n \mu))^2` with the mean loss and :math:`(T S/\mu)^2` with the sum, S
+        the sensitivity.
     steps : int
         Steps of the trapezoidal rule over the whole horizon, about.
 
@@ -161,7 +162,7 @@ def two_time_flow(
     Raises
     ------
     ValueError, TypeError, MemoryError
-        As for :func:`two_time_ensemble`.
+        As for :func:`two_time_ensemble`; a budget with a rule of unbounded sensitivity.
 
     Notes
     -----
@@ -182,13 +183,17 @@ def two_time_flow(
     _check_flow(flow)
     steps = _validate.count(steps=steps)
     times = np.asarray(_validate.increasing(times=times), np.float64)
+    horizon = times[-1] - times[0]
+    if isinstance(variance, privacy.Budget):
+        variance = variance_of_budget(
+            flow.clipping, flow.n_samples, variance, horizon, len(flow.names), flow.reduction
+        )
     variance = np.asarray(_validate.non_negative(variance=variance), np.float64)
     if variance.shape not in ((), (len(flow.names),)):
         raise ValueError(
             f"variance must be one number, or one for each of the {len(flow.names)} layers, "
             f"got shape {variance.shape}"
         )
-    horizon = times[-1] - times[0]
     pieces = np.maximum(np.ceil(steps * np.diff(times) / horizon - 1e-9), 1).astype(int)
     fine = [
         np.linspace(start, end, count, endpoint=False)
@@ -236,7 +241,9 @@ def draw(
     steps = len(times) - 1
     if nodes is None:
         nodes = min(steps + 1, max(_FEWEST_NODES, _MOST_AT_EVERY_STEP // n_points))
-    nodes = max(2, min(_validate.count(nodes=nodes), steps + 1))
+    if _validate.count(nodes=nodes) < 2:
+        raise ValueError(f"nodes must be at least 2, the start and the end, got {nodes!r}")
+    nodes = min(nodes, steps + 1)
     rank = _MOST_TOGETHER // nodes if rank is None else _validate.count(rank=rank)
     # The last step stands inside a cell, so that all that is recorded does.
     per_cell = -(-steps // (nodes - 1))

@@ -1,5 +1,6 @@
 """DP training of an infinitely wide network, whose kernel noise moves."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate, clipping, losses
+from ntkdp import _memory, _validate, clipping, losses
 from ntkdp._flow import Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
@@ -77,6 +78,8 @@ class TwoTimeFlow(eqx.Module):
     test_targets: Array | None
     loss: Loss
     clipping: ClippingRule
+    #: The kernels of the start between all points, where they are kept.
+    start: TwoTimeKernel | None
     model: Any = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
     reduction: Reduction = eqx.field(static=True)
@@ -110,19 +113,33 @@ class TwoTimeFlow(eqx.Module):
         clipping.check_groups(len(self.names))
         params = jax.eval_shape(model.init, jax.random.key(0), x)
         self.n_outputs = jax.eval_shape(model.apply, params, x).shape[1]
-        n = x.shape[0]
-        self.targets = check_targets(self.loss, targets, n, self.n_outputs, "targets")
         self.points, self.test_targets = x, None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            test_x = _inputs(test_x, x, "test_x")
-            self.points = jnp.concatenate([x, test_x])
+            self.points = jnp.concatenate([x, _inputs(test_x, x, "test_x")])
+        n = x.shape[0]
+        self.targets = self._checked(targets, n, "targets")
         if test_targets is not None:
             m = self.points.shape[0] - n
-            self.test_targets = check_targets(
-                self.loss, test_targets, m, self.n_outputs, "test_targets"
+            self.test_targets = self._checked(test_targets, m, "test_targets")
+        self.start = None
+        if self.frozen:
+            shape = (len(self.names) + 1, *2 * self.points.shape[:1])
+            _memory.require(
+                math.prod(shape) * self.points.dtype.itemsize,
+                f"the kernels of the start of shape {shape}",
+                "use fewer samples or float32",
             )
+            none = jnp.zeros(len(self.names), self.points.dtype)
+            kernel = model.two_time.kernel
+            self.start = _compiled(kernel, self.names, self.points, self.points, none, none)
+
+    def _checked(self, targets: Any, n: int, name: str) -> Array:
+        """Targets in the precision of the points; labels, whole numbers, as they are."""
+        targets = check_targets(self.loss, targets, n, self.n_outputs, name)
+        floating = jnp.issubdtype(targets.dtype, jnp.floating)
+        return targets.astype(self.points.dtype) if floating else targets
 
     @property
     def n_samples(self) -> int:
@@ -152,24 +169,26 @@ class TwoTimeFlow(eqx.Module):
                     f"initial must have outputs of shape {(rows, self.n_outputs)}, got {part.shape}"
                 )
         outputs = jnp.concatenate(parts)
-        return _validate.finite(initial=outputs.astype(jnp.result_type(outputs, float)))
+        return _validate.finite(initial=outputs.astype(self.points.dtype))
 
     def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
-        return between_times(self.model.two_time.kernel, self.names, self.points, x, v1, v2)
+        return _in_precision(self.model.two_time.kernel, self.names, self.points, x, v1, v2)
 
     def covariance(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "N N"]:
         """Covariance of the undriven outputs of all points, between noise variances by layer."""
-        if not self.frozen:
+        if self.start is None:
             return self._between(self.points, v1, v2).nngp
-        start = self._between(self.points, jnp.zeros_like(v1), jnp.zeros_like(v2))
+        start = self.start
         return start.nngp + jnp.tensordot(jnp.minimum(v1, v2), start.ntk.values, axes=1)
 
     def drive(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "T N n"]:
         """Tangent kernel of all points with the training points, by the terms that count."""
-        if self.frozen:
-            v1, v2 = jnp.zeros_like(v1), jnp.zeros_like(v2)
-        terms = self._between(self.points[: self.n_samples], v1, v2).ntk
-        return terms.total[None] if self.clipping.scope == "flat" else terms.values
+        n = self.n_samples
+        if self.start is None:
+            terms = self._between(self.points[:n], v1, v2).ntk.values
+        else:
+            terms = self.start.ntk.values[:, :, :n]
+        return jnp.sum(terms, 0, keepdims=True) if self.clipping.scope == "flat" else terms
 
     def clipped(
         self, outputs: Float[Array, "n K"], diagonal: Float[Array, "T n"]
@@ -192,6 +211,17 @@ class TwoTimeFlow(eqx.Module):
             test = (outputs[n:], self.test_targets)
         train = (outputs[:n], self.targets)
         return measurement(self.loss, self.reduction, factors, train, test, keep_outputs)
+
+
+def _in_precision(
+    kernel: Any, names: tuple[str, ...], points: Array, x: Array, v1: Array, v2: Array
+) -> TwoTimeKernel:
+    """Kernels between times in the precision of the points; neural-tangents' is the highest."""
+    found = between_times(kernel, names, points, x, v1, v2)
+    return jax.tree.map(lambda leaf: leaf.astype(points.dtype), found)
+
+
+_compiled = eqx.filter_jit(_in_precision)
 
 
 def _inputs(x: Any, like: Array | None, name: str) -> Array:

@@ -4,7 +4,7 @@ import html
 import json
 from collections.abc import Sequence
 
-from ntkdp import __version__, table_one
+from ntkdp import __version__, _page, table_one
 from ntkdp.claims import Finding, Verdict
 from ntkdp.table_one import Cell, Table
 
@@ -16,11 +16,14 @@ def page(verdicts: Sequence[Verdict], table: Table | None, seconds: float) -> st
     if table is not None:
         borne_out = "every cell" if table.holds else "not every cell"
         summary += f"; {borne_out} of Table 1 is borne out"
-    return _TEMPLATE.format(
-        summary=html.escape(f"{summary}. ntkdp {__version__}."),
-        claims="\n".join(_claim(verdict) for verdict in verdicts),
-        table="" if table is None else _table(table),
-    )
+    body = [
+        _page.paragraph(f"{summary}. ntkdp {__version__}."),
+        "<h2>Claims</h2>",
+        *(_claim(verdict) for verdict in verdicts),
+        "" if table is None else _table(table),
+    ]
+    title = "The theory, verified"
+    return _page.document(f"ntkdp: {title.lower()}", title, "\n".join(body), style=_STYLE)
 
 
 def _claim(verdict: Verdict) -> str:
@@ -88,40 +91,15 @@ def _cell(cell: Cell) -> str:
     )
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ntkdp: the theory, verified</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem;
-  color: #1a1a1a; background: #fff; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }}
-h3 {{ font-size: 1rem; margin-bottom: 0; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ccc; text-align: left;
-  vertical-align: top; }}
-th {{ border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }}
-table.one td {{ min-width: 7.4rem; }}
-small {{ display: block; color: #444; line-height: 1.3; }}
-small.added {{ color: #0b4f7d; margin-top: .3rem; }}
-.yes b {{ color: #00694b; }}
-.no b {{ color: #a34400; }}
-details {{ border-bottom: 1px solid #ddd; padding: .35rem 0; }}
-summary {{ cursor: pointer; }}
-.verdict {{ color: #00694b; margin: 0 .4rem; }}
-.fails .verdict {{ color: #fff; background: #a30000; padding: 0 .5rem; }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem; }}
-</style>
-</head>
-<body>
-<h1>The theory, verified</h1>
-<p>{summary}</p>
-<h2>Claims</h2>
-{claims}
-{table}
-</body>
-</html>
+_STYLE = """body { max-width: 80rem; }
+th, td { vertical-align: top; }
+table.one td { min-width: 7.4rem; }
+small { display: block; color: #444; line-height: 1.3; }
+small.added { color: #0b4f7d; margin-top: .3rem; }
+.yes b { color: #00694b; }
+.no b { color: #a34400; }
+details { border-bottom: 1px solid #ddd; padding: .35rem 0; }
+summary { cursor: pointer; }
+.verdict { color: #00694b; margin: 0 .4rem; }
+.fails .verdict { color: #fff; background: #a30000; padding: 0 .5rem; }
 """

@@ -211,35 +211,34 @@ def run(
     undriven = undriven.reshape(*undriven.shape[:2], -1)
     bridges = process.bridges() if steps.number.shape[1] > 1 else None
 
-    def cell(carry: Any, of_cell: Any) -> tuple[Any, None]:
-        row, charges, last, record = carry
-        place, steps, bridge = of_cell
+    def node(carry: Any, place: Array) -> tuple[Any, None]:
+        here, path_here, charges, last, record = carry
         if shown:
-            _progress.report(place / (n_nodes - 1))
-        following = runs.kernels(place + 1)
-        nodes = _Nodes(
-            row[place],
-            following[place],
-            following[place + 1],
-            undriven[place] - _apply(row, charges),
-            undriven[place + 1] - _apply(following, charges),
-            bridge,
-        )
-        zeros = jnp.zeros_like(last)
-        start = _Past(zeros, zeros, jnp.zeros_like(nodes.path_here), last, record)
-        past, _ = lax.scan(lambda past, at: (runs.step(nodes, past, at), None), start, steps)
-        charges = charges.at[place].add(past.gradients - past.moments)
-        charges = charges.at[place + 1].add(past.moments)
-        return (following, charges, past.last, past.record), None
+            _progress.report(place / n_nodes)
+        row = runs.kernels(place)
 
-    first = runs.kernels(jnp.zeros((), int))
-    none = jnp.zeros_like(undriven[0, : flow.n_samples])
-    one = jax.eval_shape(
-        lambda f: runs.measure(f, runs.gradients(f, first[0], None)[1]), undriven[0]
-    )
+        def cell() -> tuple[Array, Array, Measurement]:
+            """The steps between the node before and this one."""
+            of_cell, bridge = jax.tree.map(lambda leaf: leaf[place - 1], (steps, bridges))
+            path_ahead = undriven[place] - _apply(row, charges)
+            nodes = _Nodes(here, row[place - 1], row[place], path_here, path_ahead, bridge)
+            zeros = jnp.zeros_like(last)
+            start = _Past(zeros, zeros, jnp.zeros_like(path_here), last, record)
+            past, _ = lax.scan(lambda past, at: (runs.step(nodes, past, at), None), start, of_cell)
+            charged = charges.at[place - 1].add(past.gradients - past.moments)
+            return charged.at[place].add(past.moments), past.last, past.record
+
+        # The first node has none: its kernel is computed here all the same, in one program.
+        charges, last, record = lax.cond(place > 0, cell, lambda: (charges, last, record))
+        path = undriven[place] - _apply(row, charges)
+        return (row[place], path, charges, last, record), None
+
+    kernel = jnp.zeros((flow.n_terms, undriven.shape[1], flow.n_samples), undriven.dtype)
+    one = jax.eval_shape(lambda f: runs.measure(f, runs.gradients(f, kernel, None)[1]), undriven[0])
     # One place more, for what is not recorded.
     record = jax.tree.map(lambda leaf: jnp.zeros((n_recorded + 1, *leaf.shape), leaf.dtype), one)
-    charges = jnp.zeros((n_nodes, flow.n_terms, *none.shape), none.dtype)
-    carry = (first, charges, charges[0], record)
-    (_, _, _, record), _ = lax.scan(cell, carry, (jnp.arange(n_nodes - 1), steps, bridges))
+    last = jnp.zeros((flow.n_terms, flow.n_samples, undriven.shape[2]), undriven.dtype)
+    charges = jnp.zeros((n_nodes, *last.shape), last.dtype)
+    carry = (kernel, undriven[0], charges, last, record)
+    (_, _, _, _, record), _ = lax.scan(node, carry, jnp.arange(n_nodes))
     return jax.tree.map(lambda path: path[:-1], record)

@@ -105,3 +105,22 @@ def weight_noise_variance(
     divisor = q * (n if reduction == "mean" else 1)
     gathered = jnp.cumsum((rates[:, None] * stds / divisor) ** 2, axis=0)
     return jnp.concatenate([jnp.zeros((1, n_groups), gathered.dtype), gathered])
+
+
+def variance_of_budget(
+    rule: ClippingRule,
+    n_samples: int,
+    budget: privacy.Budget,
+    horizon: float,
+    n_groups: int,
+    reduction: str,
+) -> float:
+    """Variance that every weight gathers where full batches spend a budget over a horizon."""
+    if not rule.bounds_each_sample:
+        raise ValueError(
+            f"variance must be a number with {type(rule).__name__}, whose sensitivity is "
+            f"unbounded, got {budget}; clip each sample, e.g. with Abadi"
+        )
+    assert budget.mu is not None
+    divisor = n_samples if reduction == "mean" else 1
+    return (horizon * float(rule.sensitivity(n_groups)) / (divisor * budget.mu)) ** 2

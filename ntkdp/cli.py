@@ -1,15 +1,14 @@
 """The command line: one verb a job, each writing a run folder."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from ntkdp import __version__, _config, _privacy_command
+from ntkdp import __version__, _config, _privacy_command, _sweep_command
+from ntkdp._terminal import fail, fields_help, progress
 
 app = typer.Typer(
     name="ntkdp",
@@ -19,17 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-def _fields_help() -> str:
-    """Every field of the configuration, a paragraph each: the help page keeps those apart."""
-    lines = ["[bold]Fields of CONFIG.toml[/bold] (default): what they mean"]
-    for name, default, description in _config.describe():
-        shown = f" ({default})" if default else ""
-        field = f"{name}{shown}".replace("[", r"\[")
-        text = description.replace("[", r"\[")
-        lines.append(f"[cyan]{field}[/cyan]: {text}")
-    return "\n\n".join(lines)
 
 
 def _version(asked: bool) -> None:
@@ -47,10 +35,11 @@ def _root(
     del version
 
 
+app.command("sweep", epilog=_sweep_command.epilog())(_sweep_command.sweep)
 app.command("privacy")(_privacy_command.privacy)
 
 
-@app.command(epilog=_fields_help())
+@app.command(epilog=fields_help(_config.Config))
 def compare(
     config: Annotated[
         Path | None,
@@ -75,7 +64,7 @@ def compare(
         name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = RunFolder(Path("runs") / name if out is None else out, overwrite=overwrite)
     except (_config.ConfigError, OSError) as error:
-        _fail(error)
+        fail(error)
 
     import jax
 
@@ -83,13 +72,13 @@ def compare(
 
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
     try:
-        with _progress() as report:
+        with progress() as report:
             results = experiment.run(settings, report)
             report("writing the report", 0.0)
             with folder.replacing() as path:
                 _report.write(results, path)
     except (_config.ConfigError, MemoryError, OSError) as error:
-        _fail(error)
+        fail(error)
     _report.print_table(results)
     print(f"written to {folder.path}: open {folder.path / 'report.html'}")
 
@@ -127,19 +116,19 @@ def verify(
             default = Path("runs") / f"verify-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder(default if out is None else out, overwrite=overwrite)
     except OSError as error:
-        _fail(error)
+        fail(error)
 
     from ntkdp import _verification, claims
 
     try:
         asked = claims.names() if whole else tuple(claims.get(name).name for name in names or ())
-        with _progress() as report:
+        with progress() as report:
             found = _verification.run(asked, table=whole, report=report)
             if folder is not None:
                 with folder.replacing() as path:
                     _verification.write(found, path)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(_verification.as_json(found.verdicts))
     else:
@@ -151,31 +140,6 @@ def verify(
         print(f"written to {folder.path}: open {folder.path / 'report.html'}", file=where)
     if not found.holds:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A function (what, fraction done) that shows a bar on a terminal and nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda what, done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, done: bar.update(task, description=what, completed=done)
-
-
-def _fail(error: BaseException) -> NoReturn:
-    print(f"ntkdp: error: {error}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _scores
+from ntkdp._agreement import agreement as agreement
 from ntkdp._scores import Band as Band
 from ntkdp._scores import Coverage as Coverage
 from ntkdp._scores import band as band

@@ -9,7 +9,8 @@ A sample whose gradient norm is not finite contributes nothing, so that it canno
 without a bound (`NoClipping`, `Batch`) it is used as it is, so that divergence is seen.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -20,6 +21,7 @@ from jax import lax
 
 from ntkdp import _progress, _validate, clipping, losses, privacy
 from ntkdp._dp_step import Algorithm, State
+from ntkdp._phase import Phase, as_trainable, check_phases, steppings
 from ntkdp._stepping import Stepping
 from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
@@ -48,6 +50,7 @@ def build(
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
+    trainable: Iterable[str] | None = None,
 ) -> Algorithm:
     r"""DP-SGD on a problem, as ``init`` and ``step`` for a loop of your own.
 
@@ -57,6 +60,8 @@ def build(
     groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size
         As for :func:`run`, but for a budget in place of ``noise_multiplier``: the number of steps
         is not known here, so give ``budget.noise_multiplier(steps, sample_rate)``.
+    trainable : sequence of str, optional
+        Names of the groups that train, the others being frozen, as for :class:`ntkdp.Phase`.
 
     Returns
     -------
@@ -142,6 +147,7 @@ def build(
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
         noisy=noisy,
+        trainable=as_trainable(trainable),
     )
 
 
@@ -286,25 +292,134 @@ def run(
         microbatch_size=microbatch_size,
     )
     keys = _validate.keys(key=key)
-    state = algorithm.init(params)
+    start = algorithm.init(params).params
     with _progress.listening(progress, "training with DP-SGD") as shown:
-        measured = _run(
-            algorithm, state, keys, stepping.steps, stepping.record_every, outputs, shown
+        _, measured = _run(algorithm, start, False, keys, stepping, outputs, shown)
+        return _trajectory(stepping, measured)
+
+
+def run_phases(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    targets: Any,
+    loss: Any,
+    phases: Iterable[Phase],
+    *,
+    sample_rate: float = 1.0,
+    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
+    groups: Any = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    test_x: Any = None,
+    test_targets: Any = None,
+    record_every: int = 1,
+    outputs: bool = False,
+    gradients: Literal["structured", "vmap"] = "structured",
+    noise_per_group: bool = False,
+    microbatch_size: int | None = None,
+    progress: Any = False,
+    key: Any,
+) -> Trajectory:
+    r"""Train with DP-SGD phase by phase, each from the parameters that the one before left.
+
+    Parameters
+    ----------
+    phases : sequence of Phase
+        Clipping rule, learning rate, noise, steps and trainable groups of each. The optimizer's
+        state starts anew with each phase.
+    groups : pytree prefix of labels, or callable from key path to label, optional
+        Groups of layerwise clipping, and those that a phase may freeze; by default the layers.
+    record_every : int
+        Record every so many steps of each phase, its first state and its last.
+    apply_fn, params, x, targets, loss, sample_rate, optimizer, reduction, test_x, test_targets, \
+    outputs, gradients, noise_per_group, microbatch_size, progress, key
+        As for :func:`run`. Steps draw their noise and batches by their number in the whole: a
+        single phase is :func:`run`, to the last bit.
+
+    Returns
+    -------
+    Trajectory
+        Of all phases, times and steps added up. The state between two phases is recorded once, with
+        the clip fraction that the later phase begins with.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`run`, for any of the phases before the first begins; no phases, an unknown
+        group.
+
+    Notes
+    -----
+    A phase's noise is in proportion to its own sensitivity: layerwise, to
+    :math:`\sqrt{\sum_r R_r^2}` over the groups that train. What all phases spend together:
+    :func:`ntkdp.privacy.composed_epsilon`.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, ntkdp
+    >>> rule = ntkdp.clipping.Abadi(1.0)
+    >>> run = ntkdp.dp_sgd.run_phases(
+    ...     lambda w, x: x @ (w["body"] + w["head"]),
+    ...     {"body": jnp.array([[3.0]]), "head": jnp.array([[0.0]])},
+    ...     jnp.ones((1, 1)), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
+    ...     [ntkdp.Phase(2, rule, learning_rate=0.5, trainable=["head"]),
+    ...      ntkdp.Phase(1, rule, learning_rate=0.5)],
+    ...     outputs=True, key=jax.random.key(0))
+    >>> run.times.tolist(), [round(f, 3) for f in run.outputs.ravel().tolist()]
+    ([0.0, 0.5, 1.0, 1.5], [3.0, 2.5, 2.0, 1.293])
+    """
+    phases = check_phases(phases)
+    keys = _validate.keys(key=key)
+    algorithms = [
+        build(
+            apply_fn,
+            x,
+            targets,
+            loss,
+            phase.clipping,
+            learning_rate=phase.learning_rate,
+            noise_multiplier=phase.mechanism(sample_rate)[0],
+            sample_rate=sample_rate,
+            optimizer=optimizer,
+            groups=groups,
+            reduction=reduction,
+            test_x=test_x,
+            test_targets=test_targets,
+            gradients=gradients,
+            noise_per_group=noise_per_group,
+            microbatch_size=microbatch_size,
+            trainable=phase.trainable,
         )
-        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
+        for phase in phases
+    ]
+    # All are checked before the first begins.
+    params, *_ = [algorithm.init(params).params for algorithm in algorithms]
+    paths: list[Trajectory] = []
+    with _progress.listening(progress, "training with DP-SGD") as shown:
+        for algorithm, stepping in zip(algorithms, steppings(phases, record_every), strict=True):
+            per_seed = bool(paths) and keys.ndim > 0
+            params, measured = _run(algorithm, params, per_seed, keys, stepping, outputs, shown)
+            paths.append(_trajectory(stepping, measured))
+        return functools.reduce(Trajectory.then, paths)
+
+
+def _trajectory(stepping: Stepping, measured: Measurement) -> Trajectory:
+    return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
 @eqx.filter_jit
 def _run(
     algorithm: Algorithm,
-    state: State,
+    params: Params,
+    per_seed: bool,
     keys: Key[Array, "*seeds"],
-    steps: int,
-    record_every: int,
+    stepping: Stepping,
     outputs: bool,
     shown: bool,
-) -> Measurement:
+) -> tuple[Params, Measurement]:
+    """Parameters at the end and what was measured, from parameters of all seeds or of each."""
     full_batch = algorithm.sample_rate >= 1
+    record_every = stepping.record_every
 
     def observe(params: Params) -> tuple[Array, Array]:
         everyone = jnp.ones(algorithm.x.shape[0], bool)
@@ -313,11 +428,14 @@ def _run(
         )
         return train, clipping.clip_fraction(factors)
 
-    def one_run(key: PRNGKeyArray) -> Measurement:
+    def one_run(key: PRNGKeyArray, params: Params) -> tuple[Params, Measurement]:
+        def key_of(step: Any) -> PRNGKeyArray:
+            return jax.random.fold_in(key, stepping.number(step))
+
         def proceed(state: State, start: Any, count: int) -> State:
             # A fixed count, so that reverse-mode differentiation works.
             def step(j: Any, state: State) -> State:
-                return algorithm.step(jax.random.fold_in(key, start + j), state)[0]
+                return algorithm.step(key_of(start + j), state)[0]
 
             return lax.fori_loop(0, count, step, state)
 
@@ -327,25 +445,27 @@ def _run(
                 measured = algorithm.measure(params, *observe(params), outputs)
                 return proceed(state, start, count), measured
             # The step computes the outputs of all samples anyway.
-            state, info, train = algorithm._step(jax.random.fold_in(key, start), state)
+            state, info, train = algorithm._step(key_of(start), state)
             measured = algorithm.measure(params, train, info.clip_fraction, outputs)
             return proceed(state, start + 1, count - 1), measured
 
         def record_and_tell(state: State, start: Array) -> tuple[State, Measurement]:
             if shown:
-                due = start % max(record_every, steps // 100) < record_every
-                lax.cond(due, lambda: _progress.report(start / steps), lambda: None)
+                stepping.tell(start)
             return record(state, start, record_every)
 
-        full, rest = divmod(steps, record_every)
-        state_, measured = lax.scan(record_and_tell, state, record_every * jnp.arange(full))
+        full, rest = divmod(stepping.steps, record_every)
+        state = algorithm.start(params)
+        state, measured = lax.scan(record_and_tell, state, record_every * jnp.arange(full))
         ends = []
         if rest:
-            state_, one = record(state_, full * record_every, rest)
+            state, one = record(state, full * record_every, rest)
             ends.append(one)
-        ends.append(algorithm.measure(state_.params, *observe(state_.params), outputs))
-        return jax.tree.map(
+        ends.append(algorithm.measure(state.params, *observe(state.params), outputs))
+        return state.params, jax.tree.map(
             lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
         )
 
-    return one_run(keys) if keys.ndim == 0 else jax.vmap(one_run)(keys)
+    if keys.ndim == 0:
+        return one_run(keys, params)
+    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, params)

@@ -25,6 +25,8 @@ from ntkdp._certificate_plot import certificate as certificate
 from ntkdp._clip_norm_plot import clipping_norm_curve as clipping_norm_curve
 from ntkdp._curves import TIME, check_trajectory, draw, recorded
 from ntkdp._files import replacing
+from ntkdp._heat_maps import heat_maps as heat_maps
+from ntkdp._heat_maps import trade_off as trade_off
 from ntkdp._validate import positive
 from ntkdp.comparison import compare
 from ntkdp.ntk import LayerwiseKernel

@@ -22,23 +22,21 @@ accountant  method                                                              
 ==========  ==================================================================  =================
 
 Both through Google's ``dp-accounting``. :func:`gaussian_dp` has the central limit theorem's figure,
-which is **not a guarantee** for sampled batches. A :class:`Budget` may stand where a run or a
+which is **not a guarantee** for sampled batches. What differs from step to step, as in phases of
+training, is counted by :func:`composed_epsilon`. A :class:`Budget` may stand where a run or a
 prediction asks for :math:`\sigma`, which then follows from the number of steps.
 """
 
 import math
 from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ntkdp import _accounting, _validate
-
-Accountant = Literal["pld", "rdp"]
-ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
-
-#: Smallest delta that discretised distributions resolve in double precision.
-_SMALLEST_DELTA = 1e-10
+from ntkdp._composition import composed_epsilon as composed_epsilon
+from ntkdp._mechanism import ACCOUNTANTS, Accountant, number, probability, within_reach
+from ntkdp._mechanism import mechanism as _mechanism
 
 
 def epsilon(
@@ -87,7 +85,7 @@ def epsilon(
     2.597
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    return _accounting.epsilon_of(sigma, q, steps, _delta(delta, q, accountant), accountant)
+    return _accounting.epsilon_of(sigma, q, steps, within_reach(delta, q, accountant), accountant)
 
 
 def delta(
@@ -128,7 +126,7 @@ def delta(
     0.126937
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    epsilon = _number(epsilon=_validate.non_negative(epsilon=epsilon))
+    epsilon = number(epsilon=_validate.non_negative(epsilon=epsilon))
     _validate.choice(ACCOUNTANTS, accountant=accountant)
     return _accounting.delta_of(sigma, q, steps, epsilon, accountant)
 
@@ -167,8 +165,8 @@ def noise_multiplier(
     1.014
     """
     _, q, steps = _mechanism(1.0, sample_rate, steps)
-    budget = _number(epsilon=_validate.positive(epsilon=epsilon))
-    delta = _delta(delta, q, accountant)
+    budget = number(epsilon=_validate.positive(epsilon=epsilon))
+    delta = within_reach(delta, q, accountant)
 
     found = _accounting.noise_for(budget, q, steps, delta, accountant)
     if found is None:
@@ -185,8 +183,10 @@ def noise_multiplier(
 class Budget:
     r"""What may be spent on privacy, in place of a noise multiplier.
 
-    ``dp_sgd.run``, ``stochastic_flow.ensemble`` and ``stochastic_flow.moments`` take one as their
-    ``noise_multiplier``; they know the number of steps.
+    ``dp_sgd.run`` and, of :mod:`ntkdp.stochastic_flow`, ``ensemble``, ``moments``,
+    ``two_time_ensemble`` and ``weight_noise_variance`` take one as their ``noise_multiplier``; they
+    know the number of steps. ``fixed_privacy_flow`` takes one as ``mu``, ``two_time_flow`` as
+    ``variance``.
 
     Parameters
     ----------
@@ -235,10 +235,10 @@ class Budget:
             )
         _validate.choice(ACCOUNTANTS, accountant=self.accountant)
         if self.mu is None:
-            epsilon = _number(epsilon=_validate.positive(epsilon=self.epsilon))
-            mu = _accounting.gaussian_mu(epsilon, _probability(delta=self.delta))
+            epsilon = number(epsilon=_validate.positive(epsilon=self.epsilon))
+            mu = _accounting.gaussian_mu(epsilon, probability(delta=self.delta))
         else:
-            mu = _number(mu=_validate.positive(mu=self.mu))
+            mu = number(mu=_validate.positive(mu=self.mu))
         object.__setattr__(self, "mu", mu)
 
     def noise_multiplier(self, steps: int, sample_rate: float = 1.0) -> float:
@@ -362,7 +362,7 @@ def gaussian_dp(
     mu = 1, epsilon = 4.377 (exact for full batches)
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    delta = _probability(delta=delta)
+    delta = probability(delta=delta)
     if sigma == 0:
         return GaussianDP(math.inf, math.inf, q == 1)
     if q == 1:
@@ -437,42 +437,6 @@ def report(noise_multiplier: float, sample_rate: float, steps: int, delta: float
     GDP, mu = 1        epsilon = 4.377    exact for full batches
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    delta = _delta(delta, q, "pld")
+    delta = within_reach(delta, q, "pld")
     pld, rdp = (_accounting.epsilon_of(sigma, q, steps, delta, method) for method in ACCOUNTANTS)
     return PrivacyReport(sigma, q, steps, delta, pld, rdp, gaussian_dp(sigma, q, steps, delta))
-
-
-def _number(**named: Any) -> float:
-    (value,) = named.values()
-    _validate.scalar(**named)
-    return float(value)
-
-
-def _probability(**named: Any) -> float:
-    ((name, value),) = named.items()
-    value = _number(**{name: _validate.positive(**named)})
-    if value >= 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
-    return value
-
-
-def _mechanism(noise_multiplier: Any, sample_rate: Any, steps: Any) -> tuple[float, float, int]:
-    sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
-    q = _validate.fraction(sample_rate=sample_rate)
-    return (
-        _number(noise_multiplier=sigma),
-        _number(sample_rate=q),
-        _validate.count(steps=steps),
-    )
-
-
-def _delta(delta: Any, q: float, accountant: str) -> float:
-    """Delta, checked against the accountant too."""
-    delta = _probability(delta=delta)
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
-    if accountant == "pld" and q < 1 and delta < _SMALLEST_DELTA:
-        raise ValueError(
-            f"delta must be at least {_SMALLEST_DELTA:g} with accountant='pld' and "
-            f"sample_rate < 1, got {delta!r}; use accountant='rdp'"
-        )
-    return delta

@@ -8,7 +8,8 @@ outputs by
 
 with the batch drawn by Poisson sampling at rate q, and without the n with ``reduction="sum"``. So
 whole runs can be drawn from the kernel alone, hundreds in one batched product, and their law is
-that of real runs, clipping included, as far as the kernel stays what it is: :func:`ensemble`.
+that of real runs, clipping included, as far as the kernel stays what it is: :func:`ensemble`, and
+:func:`ensemble_phases` where groups are frozen and released, or rules change on the way.
 :func:`moments` follows mean and covariance of the outputs instead, as those of a Gaussian, step by
 step; :func:`moment_flow` does so in flow time, and :func:`fixed_privacy_flow` in the limit of small
 steps at a fixed budget. That is exact for the mean and covariance of an unclipped squared loss.
@@ -29,6 +30,7 @@ with.
 from ntkdp._ensemble import ensemble
 from ntkdp._final_outputs import FinalOutputs, final_outputs
 from ntkdp._moments import Moments, fixed_privacy_flow, moment_flow, moments
+from ntkdp._phased_flow import ensemble_phases
 from ntkdp._two_time_ensemble import two_time_ensemble, two_time_flow
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._weight_noise import weight_noise_variance
@@ -38,6 +40,7 @@ __all__ = [
     "Moments",
     "TwoTimeFlow",
     "ensemble",
+    "ensemble_phases",
     "final_outputs",
     "fixed_privacy_flow",
     "moment_flow",

@@ -119,6 +119,36 @@ class Trajectory(eqx.Module):
         factor = _validate.positive(factor=factor)
         return eqx.tree_at(lambda path: path.times, self, self.times * factor)
 
+    def then(self, other: "Trajectory") -> "Trajectory":
+        """This one and then another that starts where this one ends.
+
+        Times and steps are added up. The state that both share is recorded once, as the start of
+        the other: its clip fraction is that of the step to come.
+
+        Raises
+        ------
+        ValueError
+            If one has what the other lacks, or the numbers of seeds, samples or outputs differ.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> path = ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
+        >>> path.then(path).times.tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0]
+        """
+        if not isinstance(other, Trajectory):
+            raise TypeError(f"other must be a Trajectory, got {type(other).__name__}")
+
+        fields: dict[str, Any] = {
+            name: _joined(self, other, name, -1 - len(trailing))
+            for name, trailing in ({"times": (), "steps": ()} | _DIMENSIONS).items()
+        }
+        ended = jnp.asarray(self.outcome)
+        return Trajectory(
+            outcome=jnp.where(ended == Outcome.SUCCESS, other.outcome, ended), **fields
+        )
+
     def to_xarray(self) -> "xarray.Dataset":
         """As a labelled :class:`xarray.Dataset` with dimensions seed, time, sample and output."""
         import xarray as xr
@@ -195,6 +225,25 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "test_accuracy": (),
     "test_outputs": ("test_sample", "output"),
 }
+
+
+def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array | None:
+    """What both recorded, along the time axis; the state that they share is that of the other."""
+    first, second = getattr(one, name), getattr(other, name)
+    if first is None and second is None:
+        return None
+    shapes = [
+        None if part is None else np.delete(part.shape, time).tolist() for part in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"other must record {name} as this trajectory does, of shape {shapes[0]} at a time, "
+            f"got {shapes[1]}; None stands for what was not recorded"
+        )
+    if name in ("times", "steps"):
+        second = second - second[..., :1] + first[..., -1:]
+    before = jnp.take(first, jnp.arange(first.shape[time] - 1), time)
+    return jnp.concatenate([before, second], time)
 
 
 def from_measurements(

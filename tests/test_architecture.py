@@ -31,6 +31,11 @@ EXAMPLES = {
 }
 
 COMPARISON = {
+    "_agreement",
+    "_cell_metrics",
+    "_grid",
+    "_heat_maps",
+    "advisor",
     "comparison",
     "_comparison_table",
     "_scores",
@@ -52,6 +57,8 @@ LAYERS: dict[int, set[str]] = {
         "_neural_tangents",
         "privacy",
         "_accounting",
+        "_composition",
+        "_mechanism",
     },
     2: {
         "models",
@@ -65,6 +72,7 @@ LAYERS: dict[int, set[str]] = {
         "_matrix_free_spectrum",
         *CALIBRATION,
         *KERNELS,
+        "_phase",
     },
     3: {
         "gradient_flow",
@@ -78,10 +86,12 @@ LAYERS: dict[int, set[str]] = {
         "_covariance_forms",
         "_ensemble",
         "_excess_variance",
+        "_final_outputs",
         "_gaussian_closure",
         "_moments",
         "_output_noise",
         "_output_process",
+        "_phased_flow",
         "_two_time_ensemble",
         "_two_time_flow",
         "_volterra",
@@ -98,7 +108,14 @@ LAYERS: dict[int, set[str]] = {
         "_prediction",
         "experiment",
         "_report",
+        "_page",
         "_run_folder",
+        "_cell_folder",
+        "_terminal",
+        "sweep",
+        "_sweep_config",
+        "_sweep_report",
+        "_sweep_command",
         "_verification",
         "_verification_page",
         "_privacy_command",
@@ -117,10 +134,12 @@ FAMILIES = (
         "_covariance_forms",
         "_ensemble",
         "_excess_variance",
+        "_final_outputs",
         "_gaussian_closure",
         "_moments",
         "_output_noise",
         "_output_process",
+        "_phased_flow",
         "_two_time_ensemble",
         "_two_time_flow",
         "_volterra",
@@ -138,13 +157,13 @@ FAMILIES = (
     LAYERS[5],
     {"spectrum", "_matrix_free_spectrum", *KERNELS},
     CALIBRATION,
-    {"privacy", "_accounting"},
+    {"privacy", "_accounting", "_composition", "_mechanism"},
     {"trajectory", "_stepping"},
 )
 PREDICTION = FAMILIES[4]
 OBSERVATION = FAMILIES[5]
 #: What the two sides may share, besides layer 0.
-SHARED = {"losses", "clipping", "trajectory", "_stepping", "privacy", *FAMILIES[3]}
+SHARED = {"losses", "clipping", "trajectory", "_stepping", "_phase", "privacy", *FAMILIES[3]}
 
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 #: A folder is one module: its files are one family.

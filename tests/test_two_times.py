@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import ntkdp
 from ntkdp import clipping, losses, models, stochastic_flow
 from ntkdp._neural_tangents import stax
+from ntkdp.claims._instances import stored
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
 
 X = jax.random.normal(jax.random.key(0), (5, 4))
@@ -271,6 +272,73 @@ def test_frozen_kernels_have_the_law_of_the_frozen_ensemble() -> None:
     assert abs(ntkdp.comparison.standardised_error(moving.loss, expected.loss)[-1]) > 8
 
 
+@pytest.mark.slow
+def test_frozen_kernels_follow_dp_sgd_of_linearised_networks() -> None:
+    """C38's frozen kernel, against networks of width 512 made linear at their random start."""
+    n, steps, width, n_networks = 16, 80, 512, 2500
+    x, y = stored("c38_x"), stored("c38_y")[:, None]
+    model, rule = models.mlp([width, width], 1), clipping.Abadi(1.0)
+    mechanism: Any = {
+        "learning_rate": 0.4, "steps": steps, "noise_multiplier": n / 0.4 / steps**0.5
+    }  # fmt: skip
+    flow = TwoTimeFlow(model, x, y, SQUARED, rule, frozen=True)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    predicted = two_time_ensemble(flow, key=keys, **mechanism).loss
+
+    with jax.enable_x64(False):
+        x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+
+        def linearised(w0: Any) -> Any:
+            def apply(w: Any, x: Any) -> Any:
+                away = jax.tree.map(jnp.subtract, w, w0)
+                f, change = jax.jvp(lambda w: model.apply(w, x), (w0,), (away,))
+                return f + change
+
+            return apply
+
+        @jax.jit
+        def rotated(w0: Any) -> Any:
+            """The linear model in the coordinates L^-1 J (w - w0), with L L^T = J J^T.
+
+            They are orthonormal, gradients lie along them and noise is alike in all directions:
+            runs of DP-SGD have the law of those in all the weights.
+            """
+            gram = ntkdp.empirical_ntk(model.apply, w0, x)[:, :, 0, 0]
+            return model.apply(w0, x), jnp.linalg.cholesky(gram)
+
+        def run(f: Any, L: Any, key: Any, **options: Any) -> Any:
+            return ntkdp.dp_sgd.run(
+                lambda u, x: x[:, :1] + x[:, 1:] @ u, jnp.zeros((n, 1)),
+                jnp.concatenate([f, L], axis=1), y, SQUARED, rule, key=key,
+                **mechanism | options,
+            )  # fmt: skip
+
+        # Every weight and bias of a network in NTK parameterisation starts standard normal.
+        shapes, random = jax.eval_shape(model.init, jax.random.key(2), x), np.random.default_rng(0)
+
+        def network() -> Any:
+            return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, leaf.dtype), shapes)
+
+        # Without noise the two sets of coordinates have one path.
+        w0 = network()
+        quiet: Any = {"noise_multiplier": 0.0, "key": jax.random.key(3)}
+        whole = ntkdp.dp_sgd.run(linearised(w0), w0, x, y, SQUARED, rule, **mechanism | quiet)
+        np.testing.assert_allclose(run(*rotated(w0), **quiet).loss, whole.loss, rtol=2e-3)
+
+        networks = [rotated(network()) for _ in range(n_networks)]
+        f, L = (jnp.stack(parts) for parts in zip(*networks, strict=True))
+        keys = jax.random.split(jax.random.key(4), n_networks)
+        observed = jax.jit(jax.vmap(lambda f, L, key: run(f, L, key).loss))(f, L, keys)
+
+    z = ntkdp.comparison.standardised_error(predicted, observed)
+    assert np.max(np.abs(z)) < 3
+    last = observed[:, -1]
+    error = np.std(last) / np.sqrt(n_networks)
+    assert abs(np.mean(last) - 0.3785) < 3 * error
+    # Not what the handbook quotes.
+    assert np.mean(last) + 5 * error < 0.4027
+
+
 def test_the_frozen_kernel_is_the_limit_of_little_noise() -> None:
     # One key, and kernels that differ in the first order of the variance.
     differences = []
@@ -351,6 +419,34 @@ def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:
     assert len({float(v) for v in several.loss[:, -1]}) == 3
 
 
+@pytest.mark.parametrize(
+    ("frozen", "initial"), [(False, None), (True, START)], ids=("random", "frozen, given")
+)
+def test_single_precision_stays_single(frozen: bool, initial: Any) -> None:
+    def runs(dtype: Any) -> Any:
+        x, y, x_test = (np.asarray(a, dtype) for a in (X, Y, X_TEST))
+        flow = TwoTimeFlow(
+            ERF, x, y, SQUARED, clipping.Abadi(0.5), test_x=x_test, test_targets=np.zeros((3, 2)),
+            frozen=frozen,
+        )  # fmt: skip
+        noise = 2.0 if initial is None else 0.0
+        return two_time_ensemble(
+            flow, initial, learning_rate=0.8, steps=6, noise_multiplier=noise, nodes=3, rank=3,
+            outputs=True, key=jax.random.split(jax.random.key(10), 1500),
+        )  # fmt: skip
+
+    single, double = runs(np.float32), runs(np.float64)
+    for name in ("loss", "clip_fraction", "outputs", "test_loss", "test_outputs"):
+        assert getattr(single, name).dtype == np.float32, name
+    if initial is None:
+        # The two precisions draw other numbers.
+        z = ntkdp.comparison.standardised_error(single.loss, double.loss)
+        assert np.max(np.abs(z)) < 4
+    else:
+        for name in ("outputs", "test_loss"):
+            np.testing.assert_allclose(getattr(single, name), getattr(double, name), atol=1e-4)
+
+
 def test_what_is_recorded_has_its_shape_and_progress_is_reported() -> None:
     told: list[float] = []
     runs = two_time_ensemble(
@@ -367,26 +463,74 @@ def test_what_is_recorded_has_its_shape_and_progress_is_reported() -> None:
     assert told == sorted(told)
 
 
-def test_weight_noise_variance_is_that_of_the_weights() -> None:
-    # Of a run without drift: weights that no sample moves.
-    rule = clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise")
-    n, steps, sigma = 4, 6, 1.3
-    rates = lambda k: 0.5 / (1 + k)  # noqa: E731
-    found = stochastic_flow.weight_noise_variance(
-        rule, n, learning_rate=rates, steps=steps, noise_multiplier=sigma, sample_rate=0.5,
-        n_groups=2,
-    )  # fmt: skip
+RATES = {"constant": 0.5, "scheduled": lambda k: 0.5 / (1 + k)}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(
+    ("rule", "per_group"),
+    [
+        (clipping.Abadi(0.7), False),
+        (clipping.Abadi(np.array([0.3, 1.1]), scope="layerwise"), False),
+        (clipping.Abadi(np.array([0.3, 1.1]), scope="layerwise"), True),
+    ],
+    ids=("flat", "layerwise", "by group"),
+)
+def test_weight_noise_variance_is_that_of_the_weights(
+    rate: str, rule: Any, per_group: bool
+) -> None:
+    # Inputs of zero have no gradient: noise alone moves the weights, which the outputs at the unit
+    # vectors are.
+    n, d, steps, names = 4, 2000, 6, ("a", "b")
+    mechanism: Any = {
+        "learning_rate": RATES[rate], "steps": steps, "noise_multiplier": 1.3, "sample_rate": 0.5,
+        "noise_per_group": per_group,
+    }  # fmt: skip
+    found = stochastic_flow.weight_noise_variance(rule, n, n_groups=2, **mechanism)
     run = ntkdp.dp_sgd.run(
-        lambda w, x: 0 * (x @ (w["a"] + w["b"])) + w["a"].sum() * 0, {
-            "a": jnp.zeros((1, 1)), "b": jnp.zeros((1, 1))},
-        jnp.ones((n, 1)), jnp.zeros((n, 1)), SQUARED, rule, learning_rate=rates, steps=steps,
-        noise_multiplier=sigma, sample_rate=0.5, groups={"a": "a", "b": "b"},
-        key=jax.random.key(0),
+        lambda w, x: jnp.concatenate([x @ w[name] for name in names], axis=1),
+        {name: jnp.zeros((d, 1)) for name in names},
+        jnp.zeros((n, d)), jnp.zeros((n, 2)), SQUARED, rule, test_x=jnp.eye(d), outputs=True,
+        groups={name: name for name in names}, key=jax.random.key(0), **mechanism,
     )  # fmt: skip
-    expected = np.cumsum([(rates(k) * sigma * 0.5 / (0.5 * n)) ** 2 for k in range(steps)])
-    np.testing.assert_allclose(found[1:, 0], expected, rtol=1e-12)
-    np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=0)
-    np.testing.assert_allclose(run.times[-1], sum(rates(k) for k in range(steps)), rtol=1e-12)
+    assert run.test_outputs is not None
+    assert found.shape == (steps + 1, 2)
+    np.testing.assert_array_equal(found[0], 0)
+    ratios = np.mean(run.test_outputs**2, axis=1)[1:] / found[1:]
+    assert np.max(np.abs(ratios - 1)) < 4 * np.sqrt(2 / d)
+
+
+def test_weight_noise_variance_is_the_sum_over_the_steps() -> None:
+    rule, n, sigma, q = clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise"), 4, 1.3, 0.5
+    for reduction, divisor in (("mean", q * n), ("sum", q)):
+        found = stochastic_flow.weight_noise_variance(
+            rule, n, learning_rate=RATES["scheduled"], steps=6, noise_multiplier=sigma,
+            sample_rate=q, n_groups=2, reduction=reduction,
+        )  # fmt: skip
+        each = [(0.5 / (1 + k) * sigma * 0.5 / divisor) ** 2 for k in range(6)]
+        np.testing.assert_allclose(found, np.cumsum([0.0, *each])[:, None] * [1, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sensitivity", "reduction"),
+    [
+        (clipping.Abadi(0.6), 0.6, "mean"),
+        (clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise"), 0.5, "sum"),
+    ],
+    ids=("flat", "layerwise"),
+)
+def test_a_budget_is_spent_over_the_horizon(rule: Any, sensitivity: float, reduction: str) -> None:
+    budget = ntkdp.privacy.Budget(2.0, 1e-5)
+    assert budget.mu is not None
+    horizon, n = 3.0, len(X) if reduction == "mean" else 1
+    flow = _flow(ERF, rule, reduction=reduction)
+    explicit, spent = (
+        two_time_flow(
+            flow, START[0], [1.0, 2.0, 4.0], variance=variance, steps=6, key=jax.random.key(0)
+        ).loss
+        for variance in ((horizon * sensitivity / (n * budget.mu)) ** 2, budget)
+    )
+    np.testing.assert_allclose(spent, explicit, rtol=1e-9)
 
 
 def test_what_has_no_kernels_between_times_is_refused() -> None:
@@ -443,7 +587,9 @@ def test_flows_refuse_what_does_not_fit(change: Any, message: str) -> None:
         ({"initial": np.zeros((5, 3))}, ValueError, "initial must have outputs of shape"),
         ({"initial": np.full((5, 2), np.nan)}, ValueError, "finite"),
         ({"steps": 0}, ValueError, "steps"),
-        ({"nodes": 0}, ValueError, "nodes"),
+        ({"nodes": 0}, ValueError, "nodes must be at least"),
+        ({"nodes": 1}, ValueError, "nodes must be at least 2, .* got 1"),
+        ({"nodes": 2.5}, TypeError, "nodes"),
         ({"rank": -1}, ValueError, "rank"),
         ({"sample_rate": 0.0}, ValueError, "sample_rate"),
         ({"noise_multiplier": -1.0}, ValueError, "noise_multiplier"),
@@ -464,6 +610,11 @@ def test_noise_needs_a_bounded_rule() -> None:
     mechanism: Any = {"learning_rate": 0.5, "steps": 3, "key": jax.random.key(0)}
     with pytest.raises(ValueError, match="unbounded"):
         two_time_ensemble(_flow(ERF, clipping.NoClipping()), noise_multiplier=1.0, **mechanism)
+    with pytest.raises(ValueError, match="variance must be a number with NoClipping"):
+        two_time_flow(
+            _flow(ERF, clipping.NoClipping()), None, [0.0, 1.0],
+            variance=ntkdp.privacy.Budget(mu=1.0), key=jax.random.key(0),
+        )  # fmt: skip
     with pytest.raises(ValueError, match="variance must be one number"):
         two_time_flow(_flow(ERF), None, [0.0, 1.0], variance=[0.1, 0.2, 0.3], key=jax.random.key(0))
 

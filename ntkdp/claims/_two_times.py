@@ -98,11 +98,12 @@ def _between(apply: Any, after: Any, before: Any, x: Array) -> tuple[Array, Arra
     "every step, where the frozen kernel fails at every width.",
     assumptions="The stored 16 samples, two hidden ReLU layers, squared loss, flat abadi, full "
     "batch, random initial networks, 80 steps, v(T) = 1; means over runs, within 3 standard errors "
-    "of the difference",
+    "of the difference. E L(T) of the frozen kernel is derived and checked by runs of linearised "
+    "networks; the handbook quotes .4027",
     source="derived",
 )
 def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
-    width, n_runs, n_predicted, steps = 128, 240, 1000, 80
+    width, n_runs, n_predicted, steps = 128, 240, 4000, 80
     model, rule = models.mlp([width, width], 1), clipping.Abadi(1.0)
     problem = (stored("c38_x"), stored("c38_y")[:, None], losses.SquaredError(), rule)
     # v(T) = steps (learning_rate sigma R / n)^2 = 1.
@@ -133,7 +134,7 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         at_least("the same of the frozen kernel", np.max(errors[1]), 6.0),
         equal("E L(T)", np.mean(between[:, -1]), 0.66, within=0.04),
         equal("E L(T), observed", last, 0.66, within=0.07),
-        # The quoted number is a mean of few draws, whose deviation is .2: 3 x .2 / sqrt(300).
-        # Twenty thousand give .3785 +- .0014.
-        equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.4027, within=0.035),
+        # Twenty thousand draws give .3785 +- .0014, 5000 runs of DP-SGD on linearised networks of
+        # width 512 .3772 +- .0029, of width 1024 .3768 +- .0032: the quoted .4027 is too high.
+        equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.3785, within=0.01),
     ]

@@ -1,0 +1,221 @@
+"""How far the predicted cells of a sweep are from the observed ones, and what a choice costs."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from ntkdp import _validate
+from ntkdp._cell_metrics import HIGHER_IS_BETTER, CellMetrics
+
+#: Values closer than this part of their size are equal: more is not left of float32 after training.
+ROUNDING = 1e-5
+
+
+class MetricAgreement(NamedTuple):
+    """Agreement in one metric: see :func:`agreement`."""
+
+    spearman: float
+    median_difference: float
+    largest_difference: float
+
+
+class Agreement(NamedTuple):
+    """Agreement of predicted and observed cells: see :func:`agreement`.
+
+    ``metrics`` by name, ``divergence_called_right`` the share of the cells on whose divergence the
+    two agree, ``n_cells`` and ``n_converged``, the number of cells that converge on both sides.
+    """
+
+    metrics: dict[str, MetricAgreement]
+    divergence_called_right: float
+    n_cells: int
+    n_converged: int
+
+
+def agreement(predicted: CellMetrics, observed: CellMetrics) -> Agreement:
+    r"""How well the predicted cells of a sweep agree with the observed ones, metric by metric.
+
+    Parameters
+    ----------
+    predicted, observed : CellMetrics
+        Of the same C cells in the same order.
+
+    Returns
+    -------
+    Agreement
+        For every metric that both have: Spearman's rank correlation over all cells, from best to
+        worst, ranks averaged over ties (equal to 1 part in :math:`10^5`), with the diverged cells
+        behind all others and tied with each other; NaN if either side ranks no cell before another.
+        And median and largest absolute difference, in the metric's units, over the cells that
+        converge on both sides; NaN if there is none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What is not CellMetrics, or differs in the number of cells, or has none.
+
+    Notes
+    -----
+    A cell whose value is not finite counts as diverged in that metric. Rank correlation:
+    ``scipy.stats.spearmanr``.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkdp
+    >>> def cells(losses, diverged):
+    ...     loss = np.array(losses)
+    ...     return ntkdp.advisor.CellMetrics(loss, *[None] * 7, diverged=np.array(diverged))
+    >>> found = ntkdp.comparison.agreement(
+    ...     cells([1.0, 2.0, 3.0, 9.0], [False, False, False, True]),
+    ...     cells([1.5, 1.0, 4.0, 7.0], [False, False, False, True]))
+    >>> loss = found.metrics["loss"]
+    >>> round(loss.spearman, 3), loss.median_difference, loss.largest_difference
+    (0.8, 1.0, 1.0)
+    >>> found.divergence_called_right, found.n_cells, found.n_converged
+    (1.0, 4, 3)
+    """
+    size = check_cells(predicted=predicted)
+    if check_cells(observed=observed) != size:
+        raise ValueError(
+            f"observed must have the cells of predicted, {size}, got {len(observed.diverged)}"
+        )
+    converged = ~(predicted.diverged | observed.diverged)
+    shared = [name for name in known(predicted) if name in known(observed)]
+    return Agreement(
+        metrics={name: _of_metric(name, predicted, observed) for name in shared},
+        divergence_called_right=float(np.mean(predicted.diverged == observed.diverged)),
+        n_cells=size,
+        n_converged=int(np.sum(converged)),
+    )
+
+
+def regret(
+    observed: CellMetrics, chosen: int, objective: str = "test_accuracy", *, slack: float = 0.02
+) -> float:
+    """What a chosen cell loses against the observed best, in the units of the objective.
+
+    Parameters
+    ----------
+    observed : CellMetrics
+        Of C cells.
+    chosen : int
+        Index of the cell, as in ``Advice.index``.
+    objective : str
+        A metric that ``observed`` has.
+    slack : float
+        The best calibration error is sought among the cells with an accuracy of the best less this,
+        as in :func:`ntkdp.advisor.advise`.
+
+    Returns
+    -------
+    float
+        At least 0; infinite if the chosen cell's value is not finite; NaN if no cell converged, so
+        that there is no best. Where the chosen cell is itself not among those that the best is
+        sought in (it diverged, or is calibrated and inaccurate), but better than it, 0: so read the
+        regret of a calibration error beside that of the accuracy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An unknown objective or one that was not measured, an index out of range.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkdp
+    >>> loss = np.array([0.5, 0.25, 4.0])
+    >>> observed = ntkdp.advisor.CellMetrics(loss, *[None] * 7, diverged=loss > 1)
+    >>> [ntkdp.advisor.regret(observed, cell, "loss") for cell in range(3)]
+    [0.25, 0.0, 3.75]
+    """
+    size = check_cells(observed=observed)
+    if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer):
+        raise TypeError(f"chosen must be the index of a cell, got {chosen!r}")
+    if not 0 <= chosen < size:
+        raise ValueError(f"chosen must be in 0 .. {size - 1}, got {chosen}")
+    allowed = candidates(observed, objective, slack, "observed")
+    badness = _badness(objective, value_of(observed, objective))
+    if not np.any(allowed):
+        return float("nan")
+    if not np.isfinite(badness[chosen]):
+        return float("inf")
+    return float(max(0.0, badness[chosen] - np.min(badness[allowed])))
+
+
+def candidates(metrics: CellMetrics, objective: str, slack: Any, name: str) -> np.ndarray:
+    """Which cells ``(C,)`` may be chosen: those that converge and, to calibrate, are accurate."""
+    _validate.choice(HIGHER_IS_BETTER, objective=objective)
+    slack = float(_validate.scalar(slack=_validate.non_negative(slack=slack)))
+    if objective not in known(metrics):
+        raise ValueError(
+            f"objective must be a metric that {name} has, {', '.join(known(metrics))}; "
+            f"got {objective!r}"
+        )
+    allowed: np.ndarray = ~metrics.diverged & np.isfinite(value_of(metrics, objective))
+    if np.any(allowed) and objective.endswith(("ece", "mce")):
+        accuracy = value_of(metrics, prefix_of(objective) + "accuracy")
+        allowed &= accuracy >= np.max(accuracy[allowed]) - slack
+    return allowed
+
+
+def known(metrics: CellMetrics) -> list[str]:
+    """Names of the metrics that were measured."""
+    return [name for name in HIGHER_IS_BETTER if getattr(metrics, name) is not None]
+
+
+def value_of(metrics: CellMetrics, name: str) -> np.ndarray:
+    """A metric in float64, ``(C,)``."""
+    return np.asarray(getattr(metrics, name), np.float64)
+
+
+def prefix_of(name: str) -> str:
+    """``"test_"`` for a metric of the test set."""
+    return "test_" if name.startswith("test_") else ""
+
+
+def levels(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0 of finite values, the same for those that differ by rounding alone."""
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    rises = np.diff(ascending) > ROUNDING * np.abs(ascending[1:])
+    found = np.empty(values.shape, int)
+    found[order] = np.concatenate([[0], np.cumsum(rises)])[: len(values)]
+    return found
+
+
+def check_cells(**named: Any) -> int:
+    """The number of cells of CellMetrics, at least one."""
+    ((name, metrics),) = named.items()
+    if not isinstance(metrics, CellMetrics):
+        raise TypeError(f"{name} must be CellMetrics, got {type(metrics).__name__}")
+    sizes = {part: np.shape(array) for part, array in metrics.items() if array is not None}
+    expected = sizes["diverged"]
+    if len(expected) != 1 or expected == (0,) or set(sizes.values()) != {expected}:
+        raise ValueError(f"{name} must have arrays of one shape (C,), C >= 1, got {sizes}")
+    return expected[0]
+
+
+def _badness(name: str, values: np.ndarray) -> np.ndarray:
+    return -values if HIGHER_IS_BETTER[name] else values
+
+
+def _of_metric(name: str, predicted: CellMetrics, observed: CellMetrics) -> MetricAgreement:
+    sides = (predicted, observed)
+    values = [value_of(side, name) for side in sides]
+    kept = [~side.diverged & np.isfinite(value) for side, value in zip(sides, values, strict=True)]
+    ranks = [_ranks(_badness(name, value), keep) for value, keep in zip(values, kept, strict=True)]
+    both = kept[0] & kept[1]
+    difference = np.abs(values[0][both] - values[1][both])
+    spearman = np.nan
+    if all(np.ptp(side) > 0 for side in ranks):
+        spearman = float(scipy.stats.spearmanr(*ranks).statistic)
+    if not difference.size:
+        return MetricAgreement(spearman, np.nan, np.nan)
+    return MetricAgreement(spearman, float(np.median(difference)), float(np.max(difference)))
+
+
+def _ranks(badness: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Ranks from the best cell on, not yet averaged over ties; what diverged is last."""
+    found = np.full(badness.shape, badness.size)
+    found[kept] = levels(badness[kept])
+    return found

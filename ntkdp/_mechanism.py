@@ -1,0 +1,50 @@
+"""The arguments of privacy accounting, checked."""
+
+from typing import Any, Literal
+
+from ntkdp import _validate
+
+Accountant = Literal["pld", "rdp"]
+ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
+
+#: Smallest delta that discretised distributions resolve in double precision.
+_SMALLEST_DELTA = 1e-10
+
+
+def number(**named: Any) -> float:
+    """A single number."""
+    (value,) = named.values()
+    _validate.scalar(**named)
+    return float(value)
+
+
+def probability(**named: Any) -> float:
+    """A number in (0, 1)."""
+    ((name, value),) = named.items()
+    value = number(**{name: _validate.positive(**named)})
+    if value >= 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+    return value
+
+
+def mechanism(noise_multiplier: Any, sample_rate: Any, steps: Any) -> tuple[float, float, int]:
+    """Noise multiplier, sampling rate and number of steps."""
+    sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
+    q = _validate.fraction(sample_rate=sample_rate)
+    return (
+        number(noise_multiplier=sigma),
+        number(sample_rate=q),
+        _validate.count(steps=steps),
+    )
+
+
+def within_reach(delta: Any, q: float, accountant: str) -> float:
+    """Delta, checked against the accountant too."""
+    delta = probability(delta=delta)
+    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    if accountant == "pld" and q < 1 and delta < _SMALLEST_DELTA:
+        raise ValueError(
+            f"delta must be at least {_SMALLEST_DELTA:g} with accountant='pld' and "
+            f"sample_rate < 1, got {delta!r}; use accountant='rdp'"
+        )
+    return delta

@@ -1,0 +1,130 @@
+"""A phase of training: which groups train, with what rule, learning rate and noise, how long."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import equinox as eqx
+
+from ntkdp import _validate, privacy
+from ntkdp._stepping import Stepping
+from ntkdp.clipping import ClippingRule
+from ntkdp.trajectory import check_learning_rate
+
+
+def as_trainable(names: Any) -> tuple[str, ...] | None:
+    """Names of groups as a tuple, or None for all of them."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(
+            f"trainable must be a sequence of names of groups, such as ('4',), got {names!r}"
+        )
+    names = tuple(names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            "trainable must hold at least one group, each by its name, or be None for all of them, "
+            f"got {names!r}"
+        )
+    return names
+
+
+class Phase(eqx.Module):
+    r"""A number of steps with one clipping rule, learning rate and noise, of some groups or all.
+
+    Linear probing then fine-tuning (LP-FT) is two phases, the first of which trains the head alone;
+    a late switch of the clipping norm is two phases with different R. Groups that are frozen have
+    no part in the norms, the noise or the sensitivity: the phase is DP-SGD on the others alone.
+
+    Parameters
+    ----------
+    steps : int
+        At least 1.
+    clipping : ClippingRule
+        One of :mod:`ntkdp.clipping`. Several R stand for the groups that train in this phase, in
+        the order of the model's groups.
+    learning_rate : float or optax schedule
+        Step size of the reduced loss's gradient; a schedule maps the step number *within the phase*
+        to it.
+    noise_multiplier : float or privacy.Budget
+        :math:`\sigma`, in units of the sensitivity of this phase. A budget is spent on the steps of
+        this phase alone; phases on the same data compose, see
+        :func:`ntkdp.privacy.composed_epsilon`.
+    trainable : sequence of str, optional
+        Names of the groups that train, as in ``LayerwiseKernel.names``; by default all.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Steps below 1, a learning rate not positive, sigma < 0, no group to train. A rule of
+        unbounded sensitivity is refused its noise where the phase is run or predicted.
+
+    Notes
+    -----
+    Linear probing against fine-tuning under differential privacy: arXiv 2402.18905. Late switch of
+    R: Bu et al. (2023), experiment on SNLI.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> rule = ntkdp.clipping.Abadi(1.0)
+    >>> probing = ntkdp.Phase(50, rule, learning_rate=2.0, noise_multiplier=20.0, trainable=("4",))
+    >>> tuning = ntkdp.Phase(50, rule, learning_rate=0.5, noise_multiplier=20.0)
+    >>> mechanisms = [phase.mechanism() for phase in (probing, tuning)]
+    >>> round(ntkdp.privacy.composed_epsilon(mechanisms, 1e-5), 3)
+    1.993
+    """
+
+    steps: int = eqx.field(static=True)
+    clipping: ClippingRule
+    learning_rate: Any
+    noise_multiplier: Any
+    trainable: tuple[str, ...] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        steps: int,
+        clipping: ClippingRule,
+        learning_rate: Any,
+        noise_multiplier: Any = 0.0,
+        trainable: Iterable[str] | None = None,
+    ) -> None:
+        self.steps = _validate.count(steps=steps)
+        if not isinstance(clipping, ClippingRule):
+            raise TypeError(
+                f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
+            )
+        self.clipping = clipping
+        self.learning_rate = check_learning_rate(learning_rate, self.steps)
+        self.noise_multiplier = noise_multiplier
+        if not isinstance(noise_multiplier, privacy.Budget):
+            sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
+            self.noise_multiplier = _validate.scalar(noise_multiplier=sigma)
+        self.trainable = as_trainable(trainable)
+
+    def mechanism(self, sample_rate: float = 1.0) -> tuple[Any, float, int]:
+        """Noise multiplier, sampling rate and steps, for the accounting of privacy."""
+        sigma = privacy.as_noise_multiplier(self.noise_multiplier, self.steps, sample_rate)
+        return sigma, sample_rate, self.steps
+
+
+def check_phases(phases: Any) -> tuple[Phase, ...]:
+    """A sequence of at least one phase, as a tuple."""
+    if isinstance(phases, Phase) or not isinstance(phases, Iterable):
+        raise TypeError(f"phases must be a sequence of Phase, got {type(phases).__name__}")
+    phases = tuple(phases)
+    if not phases:
+        raise ValueError("phases must hold at least one Phase, got none")
+    for phase in phases:
+        if not isinstance(phase, Phase):
+            raise TypeError(f"phases must be a sequence of Phase, got one {type(phase).__name__}")
+    return phases
+
+
+def steppings(phases: tuple[Phase, ...], record_every: int) -> list[Stepping]:
+    """Steps of each phase, numbered through the whole."""
+    ends = list(itertools.accumulate(phase.steps for phase in phases))
+    return [
+        Stepping(phase.learning_rate, phase.steps, record_every, end - phase.steps, ends[-1])
+        for phase, end in zip(phases, ends, strict=True)
+    ]

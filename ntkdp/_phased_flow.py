@@ -1,0 +1,324 @@
+"""Predictions of training in phases, each phase a flow of its own from where the last one ended."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ntkdp import _progress, _validate
+from ntkdp._ensemble import draw, noise_of_step
+from ntkdp._flow import Reduction
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._phase import Phase, check_phases, steppings
+from ntkdp._solve import recursion, solve
+from ntkdp._stepping import Stepping
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.trajectory import Trajectory, from_measurements
+
+
+def ensemble_phases(
+    kernel: Any,
+    targets: Any,
+    loss: Any,
+    phases: Iterable[Phase],
+    initial: Any,
+    *,
+    sample_rate: float = 1.0,
+    reduction: Reduction = "mean",
+    test_kernel: Any = None,
+    test_targets: Any = None,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+    key: Any,
+) -> Trajectory:
+    r"""Draw noisy runs in phases from kernels: the law of DP-SGD on the model linear in each phase.
+
+    In a phase that trains the groups A the kernel is :math:`H_A = \sum_{r \in A} H_r`, for the
+    drift, for the norms and for the covariance of the noise.
+
+    Parameters
+    ----------
+    kernel, test_kernel, noise_kernel : LayerwiseKernel or array, or a list of them
+        As for :class:`ntkdp.KernelFlow` and :func:`ensemble`: one for all phases, or one for each,
+        taken anew where a phase begins. A phase that freezes groups needs a LayerwiseKernel.
+    targets, loss, reduction, test_targets
+        As for :class:`ntkdp.KernelFlow`.
+    phases : sequence of Phase
+        Clipping rule, learning rate, noise, steps and trainable groups of each.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
+    record_every : int
+        Record every so many steps of each phase, its first state and its last.
+    sample_rate, noise_per_group, outputs, progress, key
+        As for :func:`ensemble`. Every run goes on from its own state at the end of a phase.
+
+    Returns
+    -------
+    Trajectory
+        Of all phases, times and steps added up. The state between two phases is recorded once, with
+        the clip fraction that the later phase begins with.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`ensemble`; no phases, a group that the kernel does not have, a list of kernels
+        that is not one a phase.
+
+    Notes
+    -----
+    *Derived*. Exact in law for a model that is linear in its parameters, with one kernel
+    throughout; linear probing is such a model whatever the network is. A single phase is
+    :func:`ensemble`, draw by draw.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, ntkdp
+    >>> kernel = ntkdp.LayerwiseKernel(("body", "head"), jnp.ones((2, 1, 1)))
+    >>> rule = ntkdp.clipping.Abadi(1.0)
+    >>> phases = [ntkdp.Phase(2, rule, 0.5, noise_multiplier=0.1, trainable=["head"]),
+    ...           ntkdp.Phase(3, rule, 0.5, noise_multiplier=0.1)]
+    >>> runs = ntkdp.stochastic_flow.ensemble_phases(
+    ...     kernel, jnp.zeros((1, 1)), ntkdp.losses.SquaredError(), phases, jnp.array([[3.0]]),
+    ...     key=jax.random.split(jax.random.key(0), 50))
+    >>> runs.loss.shape, runs.times.tolist()
+    ((50, 6), [0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
+    """
+    phases = check_phases(phases)
+    flows = _flows(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
+    noise_kernels = _one_a_phase(noise_kernel, phases, "noise_kernel")
+    keys = _validate.keys(key=key)
+    state = flows[0].init(initial)
+    paths: list[Trajectory] = []
+    with _progress.listening(progress, "drawing runs") as shown:
+        for phase, flow, stepping, over_all in zip(
+            phases, flows, steppings(phases, record_every), noise_kernels, strict=True
+        ):
+            sigma, _, _ = phase.mechanism(sample_rate)
+            noise = noise_of_step(flow, sigma, sample_rate, over_all, noise_per_group)
+            per_seed = bool(paths) and keys.ndim > 0
+            state, measured = draw(flow, noise, state, per_seed, stepping, keys, outputs, shown)
+            steps = jnp.asarray(stepping.recorded)
+            paths.append(from_measurements(stepping.times, measured, steps=steps))
+        return functools.reduce(Trajectory.then, paths)
+
+
+def recursion_phases(
+    kernel: Any,
+    targets: Any,
+    loss: Any,
+    phases: Iterable[Phase],
+    initial: Any,
+    *,
+    reduction: Reduction = "mean",
+    test_kernel: Any = None,
+    test_targets: Any = None,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+) -> Trajectory:
+    r"""Discrete steps in phases, each phase under the frozen kernel of the groups that it trains.
+
+    Parameters
+    ----------
+    kernel, test_kernel : LayerwiseKernel or array, or a list of them
+        As for :class:`ntkdp.KernelFlow`: one for all phases, or one for each, taken anew where a
+        phase begins. A phase that freezes groups needs a LayerwiseKernel.
+    targets, loss, reduction, test_targets
+        As for :class:`ntkdp.KernelFlow`.
+    phases : sequence of Phase
+        Clipping rule, learning rate, steps and trainable groups of each. Noise, whose mean is zero,
+        is left out: :func:`ntkdp.stochastic_flow.ensemble_phases` has it.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
+    record_every : int
+        Record every so many steps of each phase, its first state and its last.
+    outputs, progress
+        As for :func:`recursion`.
+
+    Returns
+    -------
+    Trajectory
+        Of all phases, times and steps added up. The state between two phases is recorded once, with
+        the clip fraction that the later phase begins with.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`recursion`; no phases, a group that the kernel does not have, a list of
+        kernels that is not one a phase.
+
+    Notes
+    -----
+    *Derived*. Exact for a model that is linear in its parameters, with one kernel throughout.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> kernel = ntkdp.LayerwiseKernel(("body", "head"), jnp.array([[[3.0]], [[1.0]]]))
+    >>> rule = ntkdp.clipping.NoClipping()
+    >>> phases = [ntkdp.Phase(1, rule, 0.1, trainable=["head"]), ntkdp.Phase(1, rule, 0.1)]
+    >>> path = ntkdp.gradient_flow.recursion_phases(
+    ...     kernel, jnp.zeros((1, 1)), ntkdp.losses.SquaredError(), phases, jnp.array([[1.0]]),
+    ...     outputs=True)
+    >>> [round(f, 4) for f in path.outputs.ravel().tolist()]
+    [1.0, 0.9, 0.54]
+    """
+
+    def advance(flow: KernelFlow, initial: Any, stepping: Stepping) -> Trajectory:
+        return recursion(
+            flow,
+            initial,
+            learning_rate=stepping.learning_rate,
+            steps=stepping.steps,
+            record_every=stepping.record_every,
+            outputs=True,
+            progress=progress,
+        )
+
+    phases = check_phases(phases)
+    flows = _flows(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
+    return _one_after_another(flows, initial, steppings(phases, record_every), advance, outputs)
+
+
+def solve_phases(
+    kernel: Any,
+    targets: Any,
+    loss: Any,
+    phases: Iterable[Phase],
+    initial: Any,
+    *,
+    reduction: Reduction = "mean",
+    test_kernel: Any = None,
+    test_targets: Any = None,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+    **options: Any,
+) -> Trajectory:
+    r"""The flow in time, phase by phase: each lasts the running sum of its learning rate.
+
+    Parameters
+    ----------
+    kernel, targets, loss, phases, initial, reduction, test_kernel, test_targets, record_every, \
+    outputs, progress
+        As for :func:`recursion_phases`. The flow is measured at the times of the recorded steps.
+    **options
+        ``solver``, ``adjoint``, ``rtol``, ``atol`` and ``max_steps`` of :func:`solve`.
+
+    Returns
+    -------
+    Trajectory
+        Of all phases, times added up. A phase that fails leaves NaN in what follows.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`recursion_phases`; a schedule that is zero between two recorded steps.
+
+    Notes
+    -----
+    *Derived*: the limit of :func:`recursion_phases` as the learning rates go to zero at fixed
+    lengths of the phases.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> kernel = ntkdp.LayerwiseKernel(("body", "head"), jnp.array([[[3.0]], [[1.0]]]))
+    >>> rule = ntkdp.clipping.NoClipping()
+    >>> phases = [ntkdp.Phase(10, rule, 0.1, trainable=["head"]), ntkdp.Phase(10, rule, 0.1)]
+    >>> path = ntkdp.gradient_flow.solve_phases(
+    ...     kernel, jnp.zeros((1, 1)), ntkdp.losses.SquaredError(), phases, jnp.array([[1.0]]),
+    ...     record_every=10, outputs=True)
+    >>> [round(f, 4) for f in path.outputs.ravel().tolist()]
+    [1.0, 0.3679, 0.0067]
+    """
+
+    def advance(flow: KernelFlow, initial: Any, stepping: Stepping) -> Trajectory:
+        return solve(flow, initial, stepping.times, outputs=True, progress=progress, **options)
+
+    phases = check_phases(phases)
+    flows = _flows(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
+    return _one_after_another(flows, initial, steppings(phases, record_every), advance, outputs)
+
+
+def _one_after_another(
+    flows: list[KernelFlow],
+    initial: Any,
+    steps_of: list[Stepping],
+    advance: Callable[[KernelFlow, Any, Stepping], Trajectory],
+    outputs: bool,
+) -> Trajectory:
+    """Each flow from the outputs at which the one before ended."""
+    paths = []
+    for flow, stepping in zip(flows, steps_of, strict=True):
+        path = advance(flow, initial, stepping)
+        assert path.outputs is not None
+        initial = path.outputs[-1]
+        if path.test_outputs is not None:
+            initial = (initial, path.test_outputs[-1])
+        if not outputs:
+            path = eqx.tree_at(
+                lambda path: (path.outputs, path.test_outputs),
+                path,
+                (None, None),
+                is_leaf=lambda leaf: leaf is None,
+            )
+        paths.append(path)
+    return functools.reduce(Trajectory.then, paths)
+
+
+def _flows(
+    kernel: Any,
+    targets: Any,
+    loss: Any,
+    phases: tuple[Phase, ...],
+    reduction: Reduction,
+    test_kernel: Any,
+    test_targets: Any,
+) -> list[KernelFlow]:
+    """The flow of each phase; all are checked before the first begins."""
+    return [
+        KernelFlow(
+            own,
+            targets,
+            loss,
+            phase.clipping,
+            reduction=reduction,
+            test_kernel=test,
+            test_targets=test_targets,
+        )
+        for phase, own, test in zip(
+            phases,
+            _one_a_phase(kernel, phases, "kernel"),
+            _one_a_phase(test_kernel, phases, "test_kernel"),
+            strict=True,
+        )
+    ]
+
+
+def _one_a_phase(kernel: Any, phases: tuple[Phase, ...], name: str) -> list[Any]:
+    """The kernel of the groups that each phase trains."""
+    if not isinstance(kernel, list | tuple):
+        kernel = [kernel] * len(phases)
+    elif len(kernel) != len(phases):
+        raise ValueError(
+            f"{name} must be one kernel, or one for each of the {len(phases)} phases, got "
+            f"{len(kernel)}"
+        )
+    return [_of_phase(own, phase, name) for own, phase in zip(kernel, phases, strict=True)]
+
+
+def _of_phase(kernel: Any, phase: Phase, name: str) -> Any:
+    if kernel is None or phase.trainable is None:
+        return kernel
+    if not isinstance(kernel, LayerwiseKernel):
+        raise ValueError(
+            f"{name} must be a LayerwiseKernel where a phase trains only {phase.trainable}, got an "
+            "array without layer terms; use layerwise_ntk or layerwise_infinite_ntk"
+        )
+    return kernel.select(phase.trainable)

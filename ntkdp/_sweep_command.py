@@ -1,0 +1,82 @@
+"""The command ``ntkdp sweep``: the map of learning rate against clipping norm."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ntkdp import _config, _sweep_config
+from ntkdp._terminal import fail, fields_help, progress
+
+
+def sweep(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="TOML file; without it, handwritten digits.", metavar="CONFIG.toml"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sweep; by default runs/NAME-TIME.", metavar="DIR"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the sweep in --out: no finished cell runs again."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the sweep that the folder holds.")
+    ] = False,
+    predict_only: Annotated[
+        bool, typer.Option("--predict-only", help="Train no cell: seconds in place of minutes.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="In place of the field data.name, e.g. a file.", metavar="NAME"),
+    ] = None,
+) -> None:
+    """Predict accuracy, loss and calibration for a whole grid of learning rates and clipping
+    norms, train every cell, and show both maps, how far they agree, and the cell to choose.
+
+    Cells land in the folder as they finish. Writes metrics.json, pictures and report.html.
+    """
+    try:
+        settings = _sweep_config.SweepConfig() if config is None else _sweep_config.load(config)
+        changes: dict[str, Any] = {}
+        if predict_only:
+            changes["observe"] = False
+        if data is not None:
+            changes["data"] = settings.data.model_copy(update={"name": data})
+        settings = settings.model_copy(update=changes)
+        if resume and out is None:
+            raise _config.ConfigError("--resume needs --out, the folder of the sweep")
+        if resume and overwrite:
+            raise _config.ConfigError("--resume and --overwrite exclude each other")
+    except (_config.ConfigError, OSError) as error:
+        fail(error)
+
+    import jax
+
+    from ntkdp import _sweep_report
+    from ntkdp import sweep as sweeping
+
+    name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path("runs") / name if out is None else out
+    jax.config.update("jax_enable_x64", settings.dtype == "float64")
+    try:
+        with progress() as report:
+            results = sweeping.run(
+                settings, folder, resume=resume, overwrite=overwrite, report=report
+            )
+            report("writing the report", 0.0)
+            _sweep_report.write(results, folder)
+    except (ValueError, MemoryError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(RuntimeError(f"stopped; --out {folder} --resume continues"))
+    _sweep_report.print_results(results)
+    print(f"written to {folder}: open {folder / 'report.html'}")
+
+
+def epilog() -> str:
+    """Fields of the configuration, for the help page."""
+    return fields_help(_sweep_config.SweepConfig)

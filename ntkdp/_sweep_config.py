@@ -1,0 +1,168 @@
+"""The configuration of a sweep: axes of the grid, what each cell trains, how it is predicted."""
+
+import os
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from ntkdp import _config, privacy
+from ntkdp._config import DataConfig, ModelConfig, ProblemConfig, Section
+
+_DEFAULT_EPSILON = 8.0
+
+
+class GridConfig(Section):
+    """The axes; every combination is a cell."""
+
+    learning_rates: list[float] = Field(
+        [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], min_length=1, description="step sizes"
+    )
+    clip_norms: list[float] = Field(
+        [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+        min_length=1,
+        description="clipping norms R; layerwise the same in every layer",
+    )
+    rules: list[Literal["abadi", "global", "automatic", "psac", "batch"]] = Field(
+        ["abadi"], min_length=1, description="clipping rules: abadi, global, automatic, psac, batch"
+    )
+    scopes: list[Literal["flat", "layerwise"]] = Field(
+        ["flat"], min_length=1, description="flat, layerwise"
+    )
+    epsilons: list[float] = Field(
+        [], description="budgets that set the noise; 8.0 if there are no noise_multipliers either"
+    )
+    noise_multipliers: list[float] = Field(
+        [], description="sigmas, beside the budgets or in their place; 0 for no noise"
+    )
+
+    @model_validator(mode="after")
+    def _axes(self) -> "GridConfig":
+        for name in ("learning_rates", "clip_norms", "epsilons", "noise_multipliers"):
+            values = getattr(self, name)
+            least = "at least 0" if name == "noise_multipliers" else "positive"
+            bad = [v for v in values if not 0 <= v < float("inf") or (v == 0 and "pos" in least)]
+            if bad:
+                raise ValueError(f"grid.{name} must be {least} and finite, got {bad[0]}")
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"grid.{name} must not hold a value twice, got {twice[0]!r} again")
+        return self
+
+    @property
+    def budgets(self) -> list[float]:
+        """The epsilons: one by default, where nothing sets the noise."""
+        return self.epsilons or ([] if self.noise_multipliers else [_DEFAULT_EPSILON])
+
+
+class SweepTrainingConfig(Section):
+    """What every cell trains with, apart from the axes."""
+
+    steps: int = Field(100, ge=1, description="number of steps")
+    delta: float = Field(1e-4, gt=0, lt=1, description="of the budget")
+    sample_rate: float = Field(
+        1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
+    )
+    reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
+    n_seeds: int = Field(1, ge=1, description="observed runs of a cell, whose mean is shown")
+    n_predicted: int = Field(
+        4, ge=1, description="runs that the prediction of a noisy cell draws, and averages"
+    )
+
+
+class SweepConfig(ProblemConfig):
+    """A sweep: predict every cell of a grid, run it, and choose."""
+
+    prediction: Literal["infinite", "empirical"] = Field(
+        "infinite",
+        description="kernel that predicts: of infinite width, or the network's own at the start",
+    )
+    observe: bool = Field(True, description="train every cell too; false: predict alone")
+    objective: Literal["accuracy", "loss", "ece"] = Field(
+        "accuracy", description="what the advised cell is best in, on the test set"
+    )
+    data: DataConfig = Field(DataConfig(n_train=1000, n_test=500), description="what to train on")
+    model: ModelConfig = Field(ModelConfig(widths=[512]), description="the network")
+    grid: GridConfig = Field(GridConfig(), description="the axes")
+    training: SweepTrainingConfig = Field(SweepTrainingConfig(), description="the mechanism")
+
+    @model_validator(mode="after")
+    def _noise_needs_a_bound(self) -> "SweepConfig":
+        noisy = self.grid.budgets or any(sigma > 0 for sigma in self.grid.noise_multipliers)
+        if noisy and "batch" in self.grid.rules:
+            raise ValueError(
+                "grid.rules must not hold 'batch' with noise, whose sensitivity is unbounded; set "
+                "grid.noise_multipliers = [0.0]"
+            )
+        if self.loss in ("squared_error", "huber") and self.objective == "ece":
+            raise ValueError(
+                f"objective must be accuracy or loss with loss = {self.loss!r}, whose outputs are "
+                "no probabilities, got 'ece'"
+            )
+        return self
+
+
+class Plane(NamedTuple):
+    """A rule, a scope and a noise: one map of learning rate against clipping norm."""
+
+    rule: str
+    scope: Literal["flat", "layerwise"]
+    noise_multiplier: float
+    epsilon: float
+
+    @property
+    def label(self) -> str:
+        """A short name, for titles."""
+        noise = "no noise" if self.noise_multiplier == 0 else f"sigma {self.noise_multiplier:.3g}"
+        if self.noise_multiplier > 0 and self.epsilon < float("inf"):
+            noise += f", epsilon {self.epsilon:.3g}"
+        return f"{self.scope} {self.rule}, {noise}"
+
+
+class Cell(NamedTuple):
+    """One combination of the axes, with its plane's place among the planes."""
+
+    plane: int
+    learning_rate: float
+    clip_norm: float
+
+
+def planes(config: SweepConfig) -> list[Plane]:
+    """The maps of a sweep; the noise of a budget is spent on all the steps of a cell."""
+    grid, training = config.grid, config.training
+    noises = []
+    for epsilon in grid.budgets:
+        budget = privacy.Budget(epsilon, training.delta)
+        noises.append((budget.noise_multiplier(training.steps, training.sample_rate), epsilon))
+    for sigma in grid.noise_multipliers:
+        spent = float("inf")
+        if sigma > 0:
+            spent = privacy.epsilon(sigma, training.sample_rate, training.steps, training.delta)
+        noises.append((sigma, spent))
+    return [
+        Plane(rule, scope, sigma, epsilon)
+        for rule in grid.rules
+        for scope in grid.scopes
+        for sigma, epsilon in noises
+    ]
+
+
+def cells(config: SweepConfig, n_planes: int) -> list[Cell]:
+    """Every cell: planes, in them learning rates, in them clipping norms."""
+    return [
+        Cell(plane, rate, norm)
+        for plane in range(n_planes)
+        for rate in config.grid.learning_rates
+        for norm in config.grid.clip_norms
+    ]
+
+
+def load(path: str | os.PathLike[str]) -> SweepConfig:
+    """Read and check a TOML file; as :func:`ntkdp.experiment.load_config`."""
+    return _config.load_as(SweepConfig, path)
+
+
+def from_tree(tree: dict[str, Any]) -> SweepConfig:
+    """A checked configuration from nested dictionaries."""
+    return _config.check_as(SweepConfig, tree)

@@ -1,0 +1,351 @@
+"""What the folder of a sweep holds beside its cells: metrics, maps, and a page that shows them."""
+
+import html
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ntkdp import __version__, _page, advisor, comparison, plotting
+from ntkdp._cell_metrics import CellMetrics
+from ntkdp._files import replacing
+from ntkdp.sweep import Results
+
+#: How metrics are called in tables and in the advice.
+_LABELS = {
+    "loss": "training loss",
+    "accuracy": "training accuracy",
+    "ece": "training ECE",
+    "mce": "training MCE",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy",
+    "test_ece": "test ECE",
+    "test_mce": "test MCE",
+}
+_OBJECTIVES = ("test_accuracy", "test_loss", "test_ece")
+
+
+def metrics(results: Results) -> dict[str, Any]:
+    """Everything measured, as a tree that JSON can hold; what is not finite is ``null``."""
+    entries = []
+    for number, plane in enumerate(results.planes):
+        predicted = results.predicted[number]
+        observed = None if results.observed is None else results.observed[number]
+        cells = [cell for cell in results.cells if cell.plane == number]
+        entries.append(
+            {
+                **plane._asdict(),
+                "delta": results.config.training.delta,
+                "cells": [
+                    {
+                        "learning_rate": cell.learning_rate,
+                        "clip_norm": cell.clip_norm,
+                        "predicted": predicted.cell(index),
+                        "observed": None if observed is None else observed.cell(index),
+                    }
+                    for index, cell in enumerate(cells)
+                ],
+                "agreement": None if observed is None else _agreement(predicted, observed),
+                "advice": _advice(results, number),
+            }
+        )
+    norms = results.gradient_norms
+    quantiles = zip(np.asarray(norms.quantiles), np.asarray(norms.norms), strict=True)
+    tree = {
+        "ntkdp": __version__,
+        "versions": {name: version(name) for name in ("jax", "neural-tangents", "dp-accounting")},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "backend": jax.default_backend(),
+        },
+        "config": results.config.model_dump(mode="json"),
+        "seconds": results.seconds,
+        "speed_up": _speed_up(results),
+        "initial": results.initial.cell(0),
+        "initial_gradient_norms": {f"quantile_{q:g}": float(norm) for q, norm in quantiles},
+        "notes": results.notes,
+        "planes": entries,
+    }
+    finite: dict[str, Any] = _finite(tree)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _agreement(predicted: CellMetrics, observed: CellMetrics) -> dict[str, Any]:
+    found = comparison.agreement(predicted, observed)
+    metrics_ = {name: one._asdict() for name, one in found.metrics.items()}
+    return {**found._asdict(), "metrics": metrics_}
+
+
+def _speed_up(results: Results) -> float | None:
+    if "observation" not in results.seconds:
+        return None
+    predicted = results.seconds["kernel"] + results.seconds["prediction"]
+    return results.seconds["observation"] / predicted
+
+
+def _objectives(results: Results, number: int) -> list[str]:
+    """Objectives that apply, that of the configuration first."""
+    wanted = f"test_{results.config.objective}"
+    predicted = dict(results.predicted[number].items())
+    known = [name for name in _OBJECTIVES if predicted[name] is not None]
+    return sorted(known, key=lambda name: name != wanted)
+
+
+def _advice(results: Results, number: int) -> dict[str, Any]:
+    """The advised cell by objective, what it is predicted to reach, and its observed regret."""
+    advised = {}
+    for objective in _objectives(results, number):
+        try:
+            found = advisor.advise(_grid(results, number), objective=objective)
+        except ValueError as error:
+            advised[objective] = {"message": str(error)}
+            continue
+        entry: dict[str, Any] = {
+            "index": found.index,
+            "learning_rate": found.learning_rate,
+            "clip_norm": found.clip_norm,
+            "at_the_edge": _edges(results, found),
+            "predicted": found.predicted,
+        }
+        if results.observed is not None:
+            observed = results.observed[number]
+            entry["observed"] = observed.cell(found.index)
+            entry["regret"] = advisor.regret(observed, found.index, objective=objective)
+        advised[objective] = entry
+    return advised
+
+
+def _edges(results: Results, advice: advisor.Advice) -> list[str]:
+    """Ends of the axes that the advised cell lies on, beyond which there may be a better one."""
+    grid = results.config.grid
+    ends = []
+    for name, chosen, axis in (
+        ("learning rate", advice.learning_rate, grid.learning_rates),
+        ("clipping norm", advice.clip_norm, grid.clip_norms),
+    ):
+        if len(axis) > 1 and chosen in (min(axis), max(axis)):
+            ends.append(f"{'smallest' if chosen == min(axis) else 'largest'} {name}")
+    return ends
+
+
+def _grid(results: Results, number: int) -> advisor.Grid:
+    grid = results.config.grid
+    return advisor.Grid(
+        np.asarray(grid.learning_rates),
+        np.asarray(grid.clip_norms),
+        results.predicted[number],
+        results.initial.loss.item(),
+        results.planes[number].noise_multiplier,
+    )
+
+
+def write(results: Results, folder: Path) -> None:
+    """Write pictures, the page and, last, the metrics into the folder of the sweep."""
+    measured = metrics(results)
+    pictures = _draw(results, folder)
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
+    text = json.dumps(measured, indent=2, allow_nan=False)
+    with replacing(folder / "metrics.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _draw(results: Results, folder: Path) -> list[list[tuple[str, str]]]:
+    """Pictures of each plane: (file name, caption)."""
+    pictures = []
+    grid = results.config.grid
+    for number, plane in enumerate(results.planes):
+        predicted = results.predicted[number]
+        observed = None if results.observed is None else results.observed[number]
+        suffix = "" if len(results.planes) == 1 else f"_{number}"
+        both = "predicted and observed" if observed is not None else "predicted"
+        shown = [name for name in _SHOWN if dict(predicted.items())[name] is not None]
+        figure = plotting.heat_maps(
+            predicted,
+            observed,
+            grid.learning_rates,
+            grid.clip_norms,
+            names=tuple(shown),
+            title=plane.label,
+        )
+        drawn = [(f"map{suffix}.png", f"{plane.label}: {both}. Hatched: the cell diverges.")]
+        plotting.save(figure, folder / drawn[0][0], dpi=150)
+        if predicted.test_ece is not None:
+            advised = _advice(results, number).get(f"test_{results.config.objective}", {})
+            chosen = advised.get("index")
+            axes = plotting.trade_off(predicted, observed, chosen=chosen)
+            drawn.append((f"trade_off{suffix}.png", "Accuracy against calibration error."))
+            plotting.save(axes, folder / drawn[1][0], dpi=150)
+        pictures.append(drawn)
+    return pictures
+
+
+_SHOWN = ("test_accuracy", "test_ece", "test_mce", "test_loss")
+_AGREEMENT_COLUMNS = ("metric", "rank correlation", "median difference", "largest difference")
+_ADVICE_COLUMNS = ("best in", "learning rate", "clip norm", "predicted", "observed", "regret")
+
+
+def _agreement_rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
+    found = entry["agreement"]
+    return [
+        (
+            _LABELS[name],
+            _text(one["spearman"], ".3f"),
+            _amount(name, one["median_difference"]),
+            _amount(name, one["largest_difference"]),
+        )
+        for name, one in found["metrics"].items()
+    ]
+
+
+def _advice_rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for objective, advised in entry["advice"].items():
+        if "message" in advised:
+            rows.append((_LABELS[objective], advised["message"], "", "", "", ""))
+            continue
+        observed = advised.get("observed")
+        rows.append(
+            (
+                _LABELS[objective],
+                f"{advised['learning_rate']:g}",
+                f"{advised['clip_norm']:g}",
+                _amount(objective, advised["predicted"][objective]),
+                "" if observed is None else _amount(objective, observed[objective]),
+                "" if observed is None else _amount(objective, advised["regret"]),
+            )
+        )
+    return rows
+
+
+def _at_the_edge(entry: dict[str, Any]) -> list[str]:
+    """Where the advice lies at the end of an axis."""
+    return [
+        f"The cell best in {_LABELS[objective]} has the {' and the '.join(ends)} of the grid: "
+        "there may be a better one beyond."
+        for objective, advised in entry["advice"].items()
+        if (ends := advised.get("at_the_edge"))
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _amount(name: str, value: float | None) -> str:
+    return _text(value, ".4f" if "loss" in name else ".2%")
+
+
+def _summary(results: Results) -> list[str]:
+    """Sentences about the whole sweep."""
+    data, model = results.config.data, results.config.model
+    seconds = results.seconds
+    lines = [
+        f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
+        f"widths {model.widths}, {model.activation}; {results.config.loss}; "
+        f"{results.config.training.steps} steps."
+    ]
+    predicted = (
+        f"Predicted in {seconds['prediction']:.1f} s, after {seconds['kernel']:.1f} s for the "
+        f"{results.config.prediction} kernel"
+    )
+    speed_up = _speed_up(results)
+    if speed_up is None:
+        lines.append(f"{predicted}.")
+    else:
+        lines.append(
+            f"{predicted}; observed in {seconds['observation']:.0f} s, {speed_up:.0f} times as "
+            "long."
+        )
+    norms = results.gradient_norms
+    low, middle, high = np.asarray(norms.norms)[[0, len(norms.norms) // 2, -1]]
+    lines.append(
+        f"Norms of the gradients at the start: median {middle:.3g}, from {low:.3g} to {high:.3g} "
+        f"({norms.quantiles[0]:.0%} and {norms.quantiles[-1]:.0%} quantile)."
+    )
+    return lines
+
+
+def _divergence(entry: dict[str, Any]) -> str:
+    found = entry["agreement"]
+    return (
+        f"Divergence called right in {found['divergence_called_right']:.1%} of "
+        f"{found['n_cells']} cells; {found['n_converged']} converge in both."
+    )
+
+
+_SELECTION = (
+    "Choosing by runs on private data costs privacy that the budget of a single run does not "
+    "count; so does a prediction, whose kernel and outputs are made of the data. Predict on public "
+    "data like yours, or count the selection."
+)
+
+
+def _document(
+    results: Results,
+    measured: dict[str, Any],
+    pictures: list[list[tuple[str, str]]],
+    folder: Path,
+) -> str:
+    parts = [_page.paragraph(line) for line in _summary(results)]
+    parts += [_page.paragraph(note, "warning") for note in results.notes]
+    for plane, entry, drawn in zip(results.planes, measured["planes"], pictures, strict=True):
+        parts.append(f"<h2>{html.escape(plane.label)}</h2>")
+        parts.append(_page.table(_ADVICE_COLUMNS, _advice_rows(entry)))
+        parts += [_page.paragraph(line) for line in _at_the_edge(entry)]
+        if entry["agreement"] is not None:
+            parts.append(_page.paragraph(_divergence(entry)))
+            parts.append(_page.table(_AGREEMENT_COLUMNS, _agreement_rows(entry)))
+        parts += [_page.picture(folder / name, caption) for name, caption in drawn]
+    parts.append(_page.paragraph(_SELECTION, "warning"))
+    parts.append("<h2>Configuration</h2>")
+    parts.append(f"<pre>{html.escape(json.dumps(measured['config'], indent=2))}</pre>")
+    name = results.config.name
+    heading = f"{name}: learning rate and clipping norm"
+    return _page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
+
+
+def print_results(results: Results) -> None:
+    """Advice and agreement of every plane, on standard output."""
+    console = Console() if Console().is_terminal else Console(width=120)
+    for line in _summary(results):
+        console.print(line, soft_wrap=True)
+    for entry, plane in zip(metrics(results)["planes"], results.planes, strict=True):
+        _print_rows(console, f"{plane.label}: choose", _ADVICE_COLUMNS, _advice_rows(entry))
+        for line in _at_the_edge(entry):
+            console.print(line, soft_wrap=True)
+        if entry["agreement"] is not None:
+            rows = _agreement_rows(entry)
+            _print_rows(console, "Predicted against observed", _AGREEMENT_COLUMNS, rows)
+            console.print(_divergence(entry), soft_wrap=True)
+    for note in results.notes:
+        console.print(note, soft_wrap=True)
+
+
+def _print_rows(
+    console: Console, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]
+) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

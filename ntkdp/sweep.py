@@ -1,0 +1,303 @@
+"""A sweep: the map of learning rate against clipping norm, predicted at once, run cell by cell.
+
+Every cell starts from the same network and draws the same random numbers. What is measured are the
+losses, accuracies and calibration errors after the last step.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ntkdp import (
+    _cell_metrics,
+    _sweep_config,
+    advisor,
+    clipping,
+    dp_sgd,
+    gradient_flow,
+    losses,
+)
+from ntkdp._cell_folder import CellFolder, DamagedCell
+from ntkdp._cell_metrics import CellMetrics
+from ntkdp._prediction import Kernel, compute_kernel
+from ntkdp._problem import Problem, problem_of
+from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
+from ntkdp.clipping import ClippingRule
+
+__all__ = ["Cell", "Plane", "Results", "SweepConfig", "config", "load_config", "run"]
+
+#: Called with what is being done and the fraction of it that is done.
+Report = Callable[[str, float], None]
+
+
+class Results(NamedTuple):
+    """Maps of a sweep, a plane an entry; of each the cells in the order of ``cells``.
+
+    ``seconds`` are those of the kernels, of the prediction, and of all observed cells together,
+    compilation included. ``initial`` are the metrics before training. ``notes`` say what went wrong
+    on the way and was mended.
+    """
+
+    config: SweepConfig
+    planes: list[Plane]
+    cells: list[Cell]
+    initial: CellMetrics
+    predicted: list[CellMetrics]
+    observed: list[CellMetrics] | None
+    gradient_norms: advisor.GradientNorms
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def config(**fields: Any) -> SweepConfig:
+    """A checked configuration from its fields, sections as dictionaries.
+
+    Raises
+    ------
+    ntkdp.experiment.ConfigError
+        Naming each wrong field, its value, and for an unknown one the nearest.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.sweep.config(grid={"clip_norms": [0.1, 1.0]}).grid.clip_norms
+    [0.1, 1.0]
+    """
+    return _sweep_config.from_tree(fields)
+
+
+def load_config(path: str | os.PathLike[str]) -> SweepConfig:
+    """A checked configuration from a TOML file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ntkdp.experiment.ConfigError
+        If it is not TOML, or a field is unknown or has a wrong value.
+    """
+    return _sweep_config.load(path)
+
+
+def run(
+    config: SweepConfig,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda what, done: None,
+) -> Results:
+    """Predict every cell of a grid, then train every cell.
+
+    Parameters
+    ----------
+    config : SweepConfig
+        See :func:`ntkdp.sweep.load_config`; float64 needs :func:`ntkdp.enable_x64` first.
+    folder : path, optional
+        Where each cell lands as it finishes. Without, nothing is written.
+    resume : bool
+        Continue the sweep in the folder: cells that are there are read, not run again; one that is
+        damaged is named in ``notes`` and run again.
+    overwrite : bool
+        Remove the sweep in the folder first.
+    report : callable, optional
+        Called with what is being done and the fraction of it that is done.
+
+    Returns
+    -------
+    Results
+
+    Raises
+    ------
+    ntkdp.experiment.ConfigError
+        A field that does not fit the others, naming it.
+    FileExistsError, FileNotFoundError, ValueError
+        A folder that holds something else, nothing to resume, or another sweep.
+    MemoryError
+        A kernel that does not fit.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.enable_x64()
+    >>> config = ntkdp.sweep.config(
+    ...     data={"n_train": 16, "n_test": 8}, model={"widths": [64]}, training={"steps": 4},
+    ...     grid={"learning_rates": [0.1, 1.0], "clip_norms": [0.1, 1.0], "epsilons": [],
+    ...           "noise_multipliers": [0.0]})
+    >>> results = ntkdp.sweep.run(config)
+    >>> results.predicted[0].test_loss.shape, results.observed[0].test_loss.shape
+    ((4,), (4,))
+    """
+    found_planes = planes(config)
+    found_cells = cells(config, len(found_planes))
+    disk = None
+    if folder is not None:
+        settings = config.model_dump(mode="json")
+        disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite)
+    report("loading data", 0.0)
+    problem = problem_of(config)
+    notes: list[str] = []
+
+    def stored(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if disk is None:
+            return compute()
+        try:
+            found = disk.read(name)
+        except DamagedCell as error:
+            notes.append(f"{error}: made again")
+            found = None
+        if found is None:
+            found = compute()
+            disk.write(name, found)
+        return found
+
+    predicted = stored("predicted", partial(_predict, config, problem, found_planes, report))
+    seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
+    observed = None
+    if config.observe:
+        of_cells = []
+        for number, cell in enumerate(found_cells):
+            report(f"cell {number + 1} of {len(found_cells)}", number / len(found_cells))
+            of_cells.append(
+                stored(
+                    f"{number:05d}",
+                    partial(_observe, config, problem, found_planes[cell.plane], cell),
+                )
+            )
+        seconds["observation"] = sum(one["seconds"] for one in of_cells)
+        observed = _by_plane([one["metrics"] for one in of_cells], len(found_planes))
+    return Results(
+        config,
+        found_planes,
+        found_cells,
+        _initial(config, problem),
+        _by_plane(predicted["metrics"], len(found_planes)),
+        observed,
+        advisor.gradient_norms(
+            problem.model.apply, problem.params, problem.x, problem.targets, problem.loss
+        ),
+        seconds,
+        notes,
+    )
+
+
+def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]:
+    size = len(metrics) // n_planes
+    return [
+        CellMetrics.of_cells(metrics[plane * size : (plane + 1) * size])
+        for plane in range(n_planes)
+    ]
+
+
+def _rule(plane: Plane, clip_norm: float) -> ClippingRule:
+    return clipping.from_name(plane.rule, R=clip_norm, scope=plane.scope)
+
+
+def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
+    """Metrics of the network before training, of one cell."""
+    return _cell_metrics.measure(
+        problem.loss,
+        config.training.reduction,
+        float("inf"),
+        (problem.outputs[None, None], problem.targets),
+        (problem.test_outputs[None, None], problem.test_targets),
+    )
+
+
+def _predict(
+    config: SweepConfig, problem: Problem, found_planes: list[Plane], report: Report
+) -> dict[str, Any]:
+    training, grid = config.training, config.grid
+    report(f"{config.prediction} kernel", 0.0)
+    kernel = compute_kernel(
+        problem,
+        config.prediction,
+        by_layer="layerwise" in grid.scopes,
+        whole=any(plane.noise_multiplier > 0 for plane in found_planes),
+        batch_size=config.batch_size,
+    )
+    start = time.perf_counter()
+    metrics: list[dict[str, Any]] = []
+    for number, plane in enumerate(found_planes):
+        what = f"predicting {plane.label}"
+        report(what, number / len(found_planes))
+        random = plane.noise_multiplier > 0 or training.sample_rate < 1
+        n_drawn = training.n_predicted if random else 1
+        found = advisor.predict(
+            _flow(config, problem, kernel, plane),
+            (problem.outputs, problem.test_outputs),
+            learning_rates=grid.learning_rates,
+            clip_norms=grid.clip_norms,
+            steps=training.steps,
+            noise_multiplier=plane.noise_multiplier,
+            sample_rate=training.sample_rate,
+            noise_kernel=kernel.whole if plane.noise_multiplier > 0 else None,
+            key=jax.random.split(jax.random.key(config.seed + 2), n_drawn),
+        ).metrics
+        metrics += [found.cell(index) for index in range(len(found.loss))]
+    return {
+        "metrics": metrics,
+        "kernel_seconds": kernel.seconds,
+        "prediction_seconds": time.perf_counter() - start,
+    }
+
+
+def _flow(
+    config: SweepConfig, problem: Problem, kernel: Kernel, plane: Plane
+) -> gradient_flow.KernelFlow:
+    return gradient_flow.KernelFlow(
+        kernel.train,
+        problem.targets,
+        problem.loss,
+        _rule(plane, 1.0),
+        reduction=config.training.reduction,
+        test_kernel=kernel.test,
+        test_targets=problem.test_targets,
+    )
+
+
+def _observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> dict[str, Any]:
+    training = config.training
+    start = time.perf_counter()
+    run = dp_sgd.run(
+        problem.model.apply,
+        problem.params,
+        problem.x,
+        problem.targets,
+        problem.loss,
+        _rule(plane, cell.clip_norm),
+        learning_rate=cell.learning_rate,
+        steps=training.steps,
+        noise_multiplier=plane.noise_multiplier,
+        sample_rate=training.sample_rate,
+        reduction=training.reduction,
+        test_x=problem.test_x,
+        test_targets=problem.test_targets,
+        record_every=training.steps,
+        outputs=True,
+        key=jax.random.split(jax.random.key(config.seed + 1), training.n_seeds),
+    )
+    assert run.outputs is not None
+    assert run.test_outputs is not None
+    initial_loss = _reduced(problem, training.reduction)
+    metrics = _cell_metrics.measure(
+        problem.loss,
+        training.reduction,
+        initial_loss,
+        (run.outputs[None, :, -1], problem.targets),
+        (run.test_outputs[None, :, -1], problem.test_targets),
+    )
+    return {
+        "cell": {**plane._asdict(), **cell._asdict()},
+        "metrics": metrics.cell(0),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _reduced(problem: Problem, reduction: str) -> float:
+    return float(losses.mean_or_sum(problem.loss, problem.outputs, problem.targets, reduction)[0])

@@ -95,12 +95,10 @@ class Algorithm(eqx.Module):
 
     def _transformation(self, params: Params) -> optax.GradientTransformation:
         # Made anew in each trace, so that another learning rate does not compile another program.
-        schedule = self.learning_rate
-        if callable(schedule):
-            # A count of 32 bits, as optimizers keep it, would round the rates to single precision.
-            return self.optimizer(lambda count: schedule(jnp.asarray(count, jnp.result_type(int))))
+        if callable(self.learning_rate):
+            return self.optimizer(self.learning_rate)
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        return self.optimizer(jnp.asarray(schedule, dtype))
+        return self.optimizer(jnp.asarray(self.learning_rate, dtype))
 
     def _check(self, params: Params) -> None:
         self.clipping.check_groups(self._resolve(params).size)

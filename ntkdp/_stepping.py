@@ -66,7 +66,10 @@ class Stepping(eqx.Module):
 
     def rate(self, k: Any) -> Any:
         """Learning rate of step k."""
-        return self.learning_rate(k) if callable(self.learning_rate) else self.learning_rate
+        if not callable(self.learning_rate):
+            return self.learning_rate
+        # As optimizers count, in 32 bits: schedules divide by it, and so round in its precision.
+        return self.learning_rate(jnp.asarray(k, jnp.int32))
 
     def number(self, k: Any) -> Any:
         """Number of step k in the whole, which its random draws go by."""

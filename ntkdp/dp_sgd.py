@@ -433,6 +433,9 @@ def _run(
             return jax.random.fold_in(key, stepping.number(step))
 
         def proceed(state: State, start: Any, count: int) -> State:
+            if not count:
+                return state  # A loop of no steps is compiled like any other.
+
             # A fixed count, so that reverse-mode differentiation works.
             def step(j: Any, state: State) -> State:
                 return algorithm.step(key_of(start + j), state)[0]

@@ -284,13 +284,13 @@ NOISY: dict[str, dict[str, Any]] = {
     "flat": {
         "phases": [
             Phase(6, clipping.Abadi(0.5), 0.4, 0.6, ("head",)),
-            Phase(5, clipping.Abadi(1.0), 0.3, 0.5),
+            Phase(6, clipping.Abadi(1.0), 0.3, 0.5),
         ],
     },
     "layerwise, sampled": {
         "phases": [
             Phase(6, clipping.Abadi(0.4, scope="layerwise"), 0.3, 0.5),
-            Phase(5, clipping.Automatic(0.8, scope="layerwise"), 0.2, 0.5, ("body",)),
+            Phase(6, clipping.Automatic(0.8, scope="layerwise"), 0.2, 0.5, ("body",)),
         ],
         "sample_rate": 0.6,
         "noise_per_group": True,
@@ -298,7 +298,7 @@ NOISY: dict[str, dict[str, Any]] = {
     "late switch": {
         "phases": [
             Phase(6, clipping.Abadi(0.2), 0.8, privacy.Budget(mu=1.0)),
-            Phase(5, clipping.Abadi(1.0), 0.2, 0.0),
+            Phase(6, clipping.Abadi(1.0), 0.2, 0.0),
         ],
     },
 }
@@ -310,7 +310,7 @@ NOISY: dict[str, dict[str, Any]] = {
 )
 def test_noisy_predictions_have_the_mean_and_the_spread_of_runs(setting: str) -> None:
     """Two-sided, three standard errors of the difference, train and test loss."""
-    seeds = 1500
+    seeds = 800
     shared: dict[str, Any] = {"record_every": 3} | NOISY[setting]
     phases = shared.pop("phases")
     predicted = stochastic_flow.ensemble_phases(

@@ -1,4 +1,4 @@
-"""The README's example runs as printed, and says what it claims."""
+"""Examples of the README and of pages run as printed, and say what they claim."""
 
 import re
 from pathlib import Path
@@ -18,6 +18,17 @@ def test_the_examples_predict_the_run_and_the_noise(capsys: Any) -> None:
     assert "90% of runs between" in capsys.readouterr().out
     assert names["low"] < names["middle"] < names["high"]
     assert names["low"] > names["prediction"].loss[-1]
+
+
+def test_the_page_on_choosing_chooses(capsys: Any) -> None:
+    page = README.parent / "docs" / "choosing.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "choosing.md", "exec"), names)
+    rate, norm, accuracy = map(float, capsys.readouterr().out.split())
+    assert (rate, norm) in {(a, b) for a in (1.0, 10.0, 100.0) for b in (0.01, 0.1, 1.0)}
+    metrics = names["grid"].metrics
+    assert accuracy == metrics.test_accuracy[~metrics.diverged].max() > 0.3
 
 
 def test_the_links_lead_somewhere() -> None:

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow verify accuracy bench figures pins clean
+.PHONY: help lint format types architecture test test-slow verify accuracy notebooks bench figures experiments docs pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ test-slow:  ## The larger checks that `make test` leaves out
 verify:  ## Every claim of the theory, and Table 1 from computed evidence (about five minutes)
 	uv run ntkdp verify
 
+notebooks:  ## Run the theory notebooks, two at a time, into runs/notebooks; the committed ones stay (about five minutes)
+	ls theory_notebooks/*.ipynb | xargs -P 2 -n 1 uv run --group notebooks \
+		jupyter nbconvert --log-level WARN --to notebook --execute --output-dir runs/notebooks
+
 accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
 	uv run ntkdp compare benchmarks/digits_accuracy.toml
 
@@ -37,6 +41,17 @@ bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (abo
 figures:  ## Draw the figures of the pages in docs/ and print their tables (about an hour)
 	uv run python docs/figures/high_dimensional_sgd.py
 	uv run python docs/figures/two_times.py
+	uv run --extra data python docs/figures/fine_tuning.py
+
+experiments:  ## The sweeps and figures of docs/choosing.md (two hours); DATA is a folder with the two .csv.gz
+	for name in mnist_mlp mnist_cnn digits; do \
+		uv run --extra data ntkdp sweep docs/experiments/$$name.toml --out runs/$$name --overwrite || exit 1; done
+	uv run ntkdp sweep docs/experiments/wine.toml --data $(DATA)/winequality-red.csv.gz --out runs/wine --overwrite
+	uv run ntkdp sweep docs/experiments/housing.toml --data $(DATA)/california_housing.csv.gz --out runs/housing --overwrite
+	uv run --extra data python docs/figures/calibration.py
+
+docs:  ## Build the documentation into docs/_build/html, warnings being errors (two minutes)
+	uv run --group docs sphinx-build -W -E -q --keep-going -b html docs docs/_build/html
 
 pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
 	uv run python benchmarks/pin_versions.py

@@ -35,6 +35,8 @@ class CellMetrics(NamedTuple):
     ``None`` stands for what does not apply, NaN for outputs that are not finite. ``diverged`` says
     whether the training loss, of any seed, is not finite or above the initial one by more than
     rounding.
+
+    An example is that of :func:`predict`, whose grid holds them.
     """
 
     loss: np.ndarray

@@ -17,7 +17,17 @@ PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field and its value."""
+    """A configuration that cannot be used; the message names the field and its value.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> try:
+    ...     ntkdp.experiment.config(data={"n_train": -1})
+    ... except ntkdp.experiment.ConfigError as error:
+    ...     print("data.n_train" in str(error))
+    True
+    """
 
 
 class Section(BaseModel):
@@ -163,7 +173,11 @@ class ProblemConfig(Section):
 
 
 class Config(ProblemConfig):
-    """An experiment: predict training under each clipping rule, run it, compare."""
+    """An experiment: predict training under each clipping rule, run it, compare.
+
+    Made by :func:`ntkdp.experiment.config` from fields, by
+    :func:`ntkdp.experiment.load_config` from a file.
+    """
 
     predictions: list[PredictionName] = Field(
         ["frozen", "infinite", "recursion"],

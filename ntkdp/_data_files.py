@@ -367,6 +367,8 @@ def from_csv(
 
     Parameters
     ----------
+    path : path
+        The file.
     target : str
         The column to predict.
     features : sequence of str, optional
@@ -379,8 +381,13 @@ def from_csv(
         What to do about rows that lack a value (an empty field, ``NA``, ``NaN``, ``?``, ...):
         refuse, leave them out, or fill in the mean of the column over the training part (for a text
         column the frequency of each category). A missing target is never filled in.
-    n_train, n_test, seed, standardise
-        As in :func:`from_arrays`.
+    **split
+        ``n_train``, ``n_test``, ``seed``, ``standardise``: as in :func:`from_arrays`.
+
+    Returns
+    -------
+    Dataset
+        The two parts, and what is known of them.
 
     Raises
     ------

@@ -35,9 +35,10 @@ class Dataset:
     Attributes
     ----------
     name : str
-    x_train, x_test : Float[Array, "n ..."], Float[Array, "m ..."]
-        Inputs in JAX's default floating type (float64 when x64 is on).
-    y_train, y_test : Num[Array, "n *K"], Num[Array, "m *K"]
+    x_train, x_test : array
+        Inputs, ``(n, ...)`` and ``(m, ...)``, in JAX's default floating type (float64 when x64
+        is on).
+    y_train, y_test : array
         Classification: integer labels ``(n,)`` in 0..K-1. Regression: real targets ``(n, 1)``.
     task : "classification" or "regression"
     n_outputs : int
@@ -113,10 +114,14 @@ def from_arrays(
     y : array (n,) or (n, 1)
         Labels (whole numbers or text, any values: they become 0..K-1 in sorted order, numerals
         by their value) or real targets.
+    name : str
+        What the data set is called.
     task : "classification", "regression" or None
         None: real numbers mean regression; whole numbers, booleans and text mean classification.
     class_names : sequence of K str, optional
         With it, ``y`` must already be in 0..K-1. Default: the labels as text.
+    feature_names : sequence of str, optional
+        What the inputs are, one a column.
     n_train, n_test : int, optional
         Sizes of the parts. One alone leaves all other samples to the other part; without both a
         fifth of the samples, rounded down, is the test part.
@@ -134,6 +139,11 @@ def from_arrays(
 
         The first two also give regression targets mean 0 and standard deviation 1 over the training
         part (`Dataset.original_targets` undoes it); constant training targets are only shifted.
+
+    Returns
+    -------
+    Dataset
+        The two parts, and what is known of them.
 
     Raises
     ------

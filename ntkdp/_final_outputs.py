@@ -23,6 +23,8 @@ class FinalOutputs(NamedTuple):
 
     ``train`` ``(C, n, K)`` and ``test`` ``(C, m, K)``, None without a test kernel; with several
     keys the second axis is the seed.
+
+    Made by :func:`final_outputs`.
     """
 
     train: Array

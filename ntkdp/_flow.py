@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum"]
 class Flow(eqx.Module):
     """An autonomous ordinary differential equation with something to measure along it.
 
-    Subclasses are final. :func:`ntkdp.solve` integrates any of them.
+    Subclasses are final. :func:`ntkdp.solve` integrates any of them, with an example.
     """
 
     @abstractmethod

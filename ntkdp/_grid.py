@@ -24,6 +24,8 @@ class Grid(NamedTuple):
     ``learning_rates`` ``(L,)`` and ``clip_norms`` ``(R,)``; ``metrics`` of the ``L R`` cells, all
     norms of the first learning rate first. All cells have the same ``initial_loss`` and the same
     ``noise_multiplier``, and so cost the same privacy, whatever their learning rate and norm are.
+
+    Made by :func:`predict`, with an example.
     """
 
     learning_rates: np.ndarray

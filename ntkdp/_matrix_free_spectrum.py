@@ -24,7 +24,10 @@ _DENSE_SIZE = 20
 
 
 class ExtremeEigenvalues(NamedTuple):
-    """The smallest and the largest eigenvalue of a symmetric operator."""
+    """The smallest and the largest eigenvalue of a symmetric operator.
+
+    Made by :func:`extreme_eigenvalues`.
+    """
 
     smallest: float
     largest: float
@@ -102,7 +105,10 @@ def extreme_eigenvalues(
 
 
 class Sharpness(NamedTuple):
-    """Two curvatures in units of 1 / learning rate, to be held against 2 / learning rate."""
+    """Two curvatures in units of 1 / learning rate, to be held against 2 / learning rate.
+
+    Made by :func:`sharpness`.
+    """
 
     hessian: Any
     clipped_kernel: Any

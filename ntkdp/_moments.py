@@ -28,6 +28,8 @@ class Moments(NamedTuple):
     ``(T, N K, N K)`` those of the outputs, train before test, on request. ``truncation`` is the
     share of the variance whose correlations are dropped, 0 with the whole covariance. ``steps`` is
     None in flow time.
+
+    Made by :func:`moments`, :func:`moment_flow` and :func:`fixed_privacy_flow`.
     """
 
     times: Array

@@ -36,6 +36,8 @@ class Kernel(NamedTuple):
     """A kernel of the training set, of the test set against it, and how long they took.
 
     ``whole`` is that of all points with each other, where the noise of both is drawn.
+
+    Made by :func:`ntkdp.experiment.kernel_of`.
     """
 
     train: Array | LayerwiseKernel
@@ -73,14 +75,34 @@ def _moves(config: Config, name: str) -> bool:
 
 
 def noise_free(config: Config) -> list[str]:
-    """Names of the predictions that leave out the noise of the runs."""
+    """Names of the predictions of ``config`` that leave out the noise of the runs.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> config = ntkdp.experiment.config(
+    ...     predictions=["exact", "recursion"], training={"noise_multiplier": 1.0})
+    >>> ntkdp.experiment.noise_free(config)
+    ['exact']
+    """
     if not config.training.noisy:
         return []
     return [name for name in config.predictions if name != "recursion" and not _moves(config, name)]
 
 
 def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
-    """The empirical or infinite-width kernel, by layer if any rule needs the layers."""
+    """The kernel of a ``problem``, by layer if any rule of ``config`` needs the layers.
+
+    ``kind`` is "empirical" or "infinite".
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> config = ntkdp.experiment.config(data={"n_train": 8, "n_test": 4}, model={"widths": [16]})
+    >>> problem = ntkdp.experiment.problem_of(config)
+    >>> ntkdp.experiment.kernel_of(config, problem, "infinite").train.total.shape
+    (8, 8)
+    """
     n_outputs = problem.outputs.shape[1]
     n_points = len(problem.x) + len(problem.test_x)
     noisy = config.training.noisy and "recursion" in config.predictions

@@ -14,7 +14,10 @@ from ntkdp.models import Model
 
 
 class Problem(NamedTuple):
-    """Model, data and loss, and the network's outputs at the start."""
+    """Model, data and loss, and the network's outputs at the start.
+
+    Made by :func:`ntkdp.experiment.problem_of`.
+    """
 
     model: Model
     params: Params
@@ -28,12 +31,19 @@ class Problem(NamedTuple):
 
 
 def rules_of(config: Config) -> list[ClippingRule]:
-    """The clipping rules of a configuration, checked.
+    """The clipping rules of ``config``, checked.
 
     Raises
     ------
     ConfigError
         An unknown rule or a parameter that is wrong or does not belong to the rule.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> config = ntkdp.experiment.config(clipping=[{"rule": "psac", "clip_norm": 0.5}])
+    >>> [type(rule).__name__ for rule in ntkdp.experiment.rules_of(config)]
+    ['PSAC']
     """
     rules = []
     for number, case in enumerate(config.clipping):
@@ -60,12 +70,19 @@ def rules_of(config: Config) -> list[ClippingRule]:
 
 
 def problem_of(config: ProblemConfig) -> Problem:
-    """Load the data, make the network and initialise it.
+    """Load the data of ``config``, make the network and initialise it.
 
     Raises
     ------
     ConfigError
         Data or a model that cannot be had, a loss that does not fit the targets.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> config = ntkdp.experiment.config(data={"n_train": 8, "n_test": 4}, model={"widths": [16]})
+    >>> ntkdp.experiment.problem_of(config).outputs.shape
+    (8, 10)
     """
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError(

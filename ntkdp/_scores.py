@@ -5,12 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ntkdp.trajectory import Trajectory
+
 #: Probabilities that agree to this are the same, as in ``scipy.stats.binomtest``.
 _SAME_PROBABILITY = 1 + 1e-7
 
 
 class Band(NamedTuple):
-    """Statistics over seeds, each ``(T,)``; ``quantiles`` is ``(n_levels, T)``."""
+    """Statistics over seeds, each ``(T,)``; ``quantiles`` is ``(n_levels, T)``.
+
+    Made by :func:`ntkdp.comparison.band`.
+    """
 
     mean: np.ndarray
     standard_deviation: np.ndarray
@@ -24,6 +29,8 @@ class Coverage(NamedTuple):
     ``level`` is the share expected, exact for the number of predicted runs; ``share`` ``(T,)`` is
     that of the ``n_runs`` observed; ``p_value`` ``(T,)`` is two-sided, NaN where the predicted runs
     coincide.
+
+    Made by :func:`ntkdp.comparison.band_coverage`.
     """
 
     level: float
@@ -273,3 +280,27 @@ def _ensemble_size(predicted: np.ndarray) -> int:
     if len(predicted) < 2:
         raise ValueError(f"predicted must hold at least 2 runs, got shape {predicted.shape}")
     return len(predicted)
+
+
+def mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
+    """One quantity, averaged over the seeds; None if it was not recorded."""
+    value = getattr(trajectory, name)
+    if value is None:
+        return None
+    array = np.asarray(value, np.float64)
+    with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
+        return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
+
+
+def last_value(trajectory: Trajectory, name: str) -> float | None:
+    """The last ``name`` of a ``trajectory``, the mean over its seeds; None if it has none.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> run = ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.arange(3.0), clip_fraction=jnp.zeros(3))
+    >>> ntkdp.comparison.last_value(run, "loss"), ntkdp.comparison.last_value(run, "accuracy")
+    (2.0, None)
+    """
+    value = mean_over_seeds(trajectory, name)
+    return None if value is None or value.ndim > 1 else float(value[-1])

@@ -72,7 +72,10 @@ class SweepTrainingConfig(Section):
 
 
 class SweepConfig(ProblemConfig):
-    """A sweep: predict every cell of a grid, run it, and choose."""
+    """A sweep: predict every cell of a grid, run it, and choose.
+
+    Made by :func:`ntkdp.sweep.config` from fields, by :func:`ntkdp.sweep.load_config` from a file.
+    """
 
     prediction: Literal["infinite", "empirical"] = Field(
         "infinite",
@@ -104,7 +107,10 @@ class SweepConfig(ProblemConfig):
 
 
 class Plane(NamedTuple):
-    """A rule, a scope and a noise: one map of learning rate against clipping norm."""
+    """A rule, a scope and a noise: one map of learning rate against clipping norm.
+
+    An entry of ``planes`` in the results of :func:`ntkdp.sweep.run`.
+    """
 
     rule: str
     scope: Literal["flat", "layerwise"]
@@ -121,7 +127,10 @@ class Plane(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One combination of the axes, with its plane's place among the planes."""
+    """One combination of the axes, with its plane's place among the planes.
+
+    An entry of ``cells`` in the results of :func:`ntkdp.sweep.run`.
+    """
 
     plane: int
     learning_rate: float

@@ -18,6 +18,8 @@ class TwoTimeKernel(NamedTuple):
     ``ntk`` holds the terms of :math:`\Theta(t, s) = J(w_t) J(w_s)^\top`, values ``(R, n1, n2)``
     meaning :math:`\otimes I_K`, and ``nngp`` ``(n1, n2)`` the covariance :math:`\Sigma(t, s)` of
     the outputs of a network whose weights are its random initial ones and noise.
+
+    Made by :func:`two_time_kernel`.
     """
 
     ntk: LayerwiseKernel
@@ -92,7 +94,16 @@ def two_time_kernel(
 
 
 def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
-    """Names of a model's layers with parameters; raises if it has no kernels between times."""
+    """Names of the layers of a ``model`` of ``x`` that have parameters.
+
+    Raises if it has no kernels between times.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.ntk.check_two_time(ntkdp.models.mlp([8], 1), jnp.eye(3))
+    ('0', '2')
+    """
     if getattr(model, "two_time", None) is None:
         raise ValueError(
             f"model must have layers that are known, for kernels between times, got "
@@ -105,7 +116,19 @@ def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
 def between_times(
     kernel: Any, names: tuple[str, ...], x1: Array, x2: Array, v1: Array, v2: Array
 ) -> TwoTimeKernel:
-    """The kernels for variances ``(R,)`` by layer; ``kernel`` is that of a model's rule."""
+    """The kernels between ``x1`` and ``x2`` at weight noise ``v1`` and ``v2``, ``(R,)`` by layer.
+
+    ``kernel`` is that of a model's rule, ``names`` those of its layers.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> model, x = ntkdp.models.mlp([8], 1), jnp.eye(3)
+    >>> names = ntkdp.ntk.check_two_time(model, x)
+    >>> v = jnp.full(len(names), 0.1)
+    >>> ntkdp.ntk.between_times(model.two_time.kernel, names, x, x, v, v).nngp.shape
+    (3, 3)
+    """
     covariances = {
         name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r]) for r, name in enumerate(names)
     }

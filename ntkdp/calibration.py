@@ -66,6 +66,8 @@ class Bins(NamedTuple):
     ``edges`` ``(n_bins + 1,)``, ``counts`` ``(n_bins,)`` of samples, ``confidence`` ``(n_bins,)``
     their mean confidence and ``accuracy`` ``(n_bins,)`` the share of them whose top label is right,
     both NaN in an empty bin.
+
+    Made by :func:`reliability_bins`.
     """
 
     edges: Array
@@ -75,7 +77,7 @@ class Bins(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its bootstrap interval."""
+    """An estimate and the ends of its bootstrap interval, of :func:`bootstrap`."""
 
     estimate: Array
     low: Array
@@ -207,8 +209,8 @@ def classwise_calibration_error(
     r"""Mean over classes of the calibration error of each class's own probability.
 
     For class k the samples are binned by :math:`p_k` and its mean is held against the share of
-    samples of class k. Two classes given as P(y = 1) count as two columns. Arguments and errors as
-    for :func:`expected_calibration_error`.
+    samples of class k. Two classes given as P(y = 1) count as two columns. Arguments and errors:
+    as for :func:`expected_calibration_error`.
 
     Notes
     -----

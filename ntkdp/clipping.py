@@ -48,7 +48,14 @@ _checked_R = _checked(_validate.positive, "R")
 
 
 def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Square roots, zero for what rounding left below zero, with derivative zero at zero."""
+    """Square roots, zero for ``squares`` that rounding left below zero; derivative zero at zero.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.norms_from_squares(jnp.array([4.0, -1e-18])).tolist()
+    [2.0, 0.0]
+    """
     is_positive = squares > 0
     # NaN compares false, and must stay NaN.
     safe = jnp.where(is_positive | jnp.isnan(squares), squares, 1.0)
@@ -56,7 +63,14 @@ def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"
 
 
 def clip_fraction(factors: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Share of factors below one: of samples, or layerwise of samples and groups."""
+    """Share of ``factors`` below one: of samples, or layerwise of samples and groups.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.clip_fraction(jnp.array([1.0, 0.5])).item()
+    0.5
+    """
     return jnp.mean(factors < 1, dtype=factors.dtype)
 
 
@@ -167,7 +181,14 @@ class ClippingRule(eqx.Module):
 
 
 class NoClipping(ClippingRule):
-    """Every factor is 1: plain gradient descent, unbounded sensitivity, no privacy."""
+    """Every factor is 1: plain gradient descent, unbounded sensitivity, no privacy.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.NoClipping().factors(jnp.array([0.5, 2.0])).tolist()
+    [1.0, 1.0]
+    """
 
     scope: Scope = eqx.field(static=True)
     bounds_each_sample: ClassVar[bool] = False
@@ -201,6 +222,12 @@ class Global(ClippingRule):
     """The 0/1 rule of Bu et al. (2023): samples with s > Z are dropped, the others scaled by R/Z.
 
     Without ``Z`` the cut is at R and nothing is scaled.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.Global(1.0, Z=4.0).factors(jnp.array([0.5, 2.0, 5.0])).tolist()
+    [0.25, 0.25, 0.0]
     """
 
     R: Any = eqx.field(converter=_checked_R)
@@ -233,6 +260,12 @@ class Automatic(ClippingRule):
     """R/(s + gamma): every gradient is normalised (Bu et al. 2206.07136).
 
     ``gamma = 0`` is AUTO-V (with factor 0 at s = 0), ``gamma > 0`` AUTO-S.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.Automatic(1.0, gamma=0.0).factors(jnp.array([0.5, 2.0])).tolist()
+    [2.0, 0.5]
     """
 
     R: Any = eqx.field(converter=_checked_R)
@@ -250,7 +283,14 @@ class Automatic(ClippingRule):
 
 
 class PSAC(ClippingRule):
-    """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328)."""
+    """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328).
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.PSAC(3.0, r=1.0).factors(jnp.array([0.0, 1.0])).tolist()
+    [3.0, 2.0]
+    """
 
     R: Any = eqx.field(converter=_checked_R)
     r: Any = eqx.field(default=0.1, converter=_checked(_validate.positive, "r"))
@@ -264,7 +304,14 @@ class PSAC(ClippingRule):
 
 
 class Batch(ClippingRule):
-    """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison."""
+    """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.clipping.Batch(1.0).factors(jnp.array([3.0, 1.0]), jnp.asarray(4.0)).tolist()
+    [0.25, 0.25]
+    """
 
     R: Any = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
@@ -338,6 +385,8 @@ _BY_NAME: dict[str, type[ClippingRule]] = {
 
 def from_name(rule: str, **options: Any) -> ClippingRule:
     """The rule called ``rule``: none, abadi, global, automatic, psac or batch.
+
+    ``options`` are the fields of the rule: R, scope and its own.
 
     Raises
     ------

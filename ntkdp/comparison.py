@@ -19,6 +19,8 @@ from ntkdp._scores import Coverage as Coverage
 from ntkdp._scores import band as band
 from ntkdp._scores import band_coverage as band_coverage
 from ntkdp._scores import crps as crps
+from ntkdp._scores import last_value as last_value
+from ntkdp._scores import mean_over_seeds
 from ntkdp._scores import standardised_error as standardised_error
 from ntkdp.trajectory import Trajectory
 
@@ -45,7 +47,7 @@ _OUTPUTS = ("outputs", "test_outputs")
 
 
 class Errors(NamedTuple):
-    """Errors of one quantity over the shared times; infinite where a value is not finite.
+    """Errors of one quantity, see :func:`compare`; infinite where a value is not finite.
 
     ``over_time`` is ``(T,)``, ``sup`` its largest entry, first reached at ``time_of_sup``, and
     ``mean`` its mean.
@@ -372,7 +374,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     errors: dict[str, Errors] = {}
     per_output: dict[str, np.ndarray | None] = dict.fromkeys(_OUTPUTS)
     for name in QUANTITIES:
-        pair = [_mean_over_seeds(side, name) for side in (predicted, observed)]
+        pair = [mean_over_seeds(side, name) for side in (predicted, observed)]
         if pair[0] is None or pair[1] is None:
             continue
         if pair[0].shape != pair[1].shape:
@@ -468,15 +470,6 @@ def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:
     return replace(trajectory, **fields)
 
 
-def _mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
-    value = getattr(trajectory, name)
-    if value is None:
-        return None
-    array = np.asarray(value, np.float64)
-    with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
-        return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
-
-
 def _distance(p: np.ndarray, o: np.ndarray) -> np.ndarray:
     """Difference, infinite wherever either is not finite."""
     finite = np.isfinite(p) & np.isfinite(o)
@@ -492,8 +485,3 @@ def _relative_distance(p: np.ndarray, o: np.ndarray, axis: int | tuple[int, ...]
         distance = np.sqrt(np.sum(np.ldexp(difference, exponent) ** 2, axis=axis))
         ratio = distance / np.sqrt(np.sum(np.ldexp(o, exponent) ** 2, axis=axis))
     return np.select([distance == 0, distance == np.inf], [0.0, np.inf], ratio)
-
-
-def last_value(trajectory: Trajectory, name: str) -> float | None:
-    value = _mean_over_seeds(trajectory, name)
-    return None if value is None or value.ndim > 1 else float(value[-1])

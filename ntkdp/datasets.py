@@ -141,11 +141,17 @@ def gaussian(
     ----------
     n_features : int
         d.
+    task : "classification" or "regression"
     n_classes : int, optional
         K >= 2, 2 by default; of classification only. A small sample may lack some class.
     labels : "teacher" or "random"
     n_train, n_test, seed, standardise
         As in :func:`from_arrays`; ``seed`` also draws the data.
+
+    Returns
+    -------
+    Dataset
+        The two parts, and what is known of them.
 
     Raises
     ------
@@ -212,6 +218,11 @@ def separable(
     n_train, n_test, seed, standardise
         As in :func:`from_arrays`; ``seed`` also draws the data.
 
+    Returns
+    -------
+    Dataset
+        The two parts, and what is known of them.
+
     Raises
     ------
     ValueError, TypeError
@@ -267,8 +278,13 @@ def openml(
         None: a numeric target means regression, a nominal one classification.
     data_home : path, optional
         Folder of the downloads; default: scikit-learn's.
-    features, missing, n_train, n_test, seed, standardise
-        As in :func:`from_csv`.
+    features, missing, **split
+        As in :func:`from_csv`; ``split`` is ``n_train``, ``n_test``, ``seed`` and ``standardise``.
+
+    Returns
+    -------
+    Dataset
+        The two parts, and what is known of them.
 
     Raises
     ------

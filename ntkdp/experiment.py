@@ -52,7 +52,10 @@ Report = Callable[[str, float], None]
 
 
 class Prediction(NamedTuple):
-    """A predicted trajectory, held against the run."""
+    """A predicted trajectory, held against the run.
+
+    Part of what :func:`run` returns.
+    """
 
     trajectory: Trajectory
     comparison: Comparison
@@ -65,6 +68,8 @@ class Case(NamedTuple):
     ``noise_multiplier`` is sigma, and ``weight_noise`` the variance v(T) that noise has added to
     each weight by the end: beside 1, the variance of the weights at the start, it says how far the
     noise moves the kernel.
+
+    Part of what :func:`run` returns.
     """
 
     clipping: ClippingConfig
@@ -76,7 +81,10 @@ class Case(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All cases of an experiment, and the kernels that the predictions used."""
+    """All cases of an experiment, and the kernels that the predictions used.
+
+    Made by :func:`run`.
+    """
 
     config: Config
     cases: list[Case]
@@ -85,7 +93,7 @@ class Results(NamedTuple):
 
 
 def config(**fields: Any) -> Config:
-    """A checked configuration from its fields, sections as dictionaries.
+    """A checked configuration from ``fields``, sections as dictionaries.
 
     Raises
     ------
@@ -102,7 +110,7 @@ def config(**fields: Any) -> Config:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """A checked configuration from a TOML file.
+    """A checked configuration from the TOML file at ``path``.
 
     Raises
     ------
@@ -110,6 +118,14 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         If there is no such file.
     ConfigError
         If it is not TOML, or a field is unknown or has a wrong value.
+
+    Examples
+    --------
+    >>> import ntkdp, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.toml"
+    >>> _ = path.write_text("data = {n_train = 64}")
+    >>> ntkdp.experiment.load_config(path).data.n_train
+    64
     """
     return _config.load(path)
 

@@ -173,6 +173,8 @@ def _clipped_residual(variance: Array, threshold: Any) -> tuple[Array, Array]:
 class Path(eqx.Module):
     """Modes and risk over time, of the equation or of simulations; a pytree.
 
+    Made by :func:`solve` and :func:`simulate`.
+
     Parameters
     ----------
     times : array

@@ -109,6 +109,12 @@ class Huber(Loss):
     ----------
     delta : float
         Where the loss turns linear, in units of the targets; positive.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.losses.Huber(1.0)(jnp.array([[0.5], [3.0]]), jnp.zeros((2, 1))).tolist()
+    [0.125, 2.5]
     """
 
     delta: Any = eqx.field(
@@ -138,6 +144,13 @@ class SoftmaxCrossEntropy(Loss):
 
     Targets are integer labels ``(n,)`` in ``0 .. K-1``, or one-hot or soft labels ``(n, K)`` whose
     rows are non-negative and sum to one.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> loss = ntkdp.losses.SoftmaxCrossEntropy()
+    >>> loss.output_gradient(jnp.zeros((1, 2)), jnp.array([0])).tolist()
+    [[-0.5, 0.5]]
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
@@ -203,6 +216,12 @@ class Logistic(Loss):
 
     So :math:`a = \mathrm{sigmoid}(f) - y`. Targets are labels in {0, 1} (or probabilities between),
     shape ``(n,)`` or ``(n, 1)``; the model has one output, K = 1.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> ntkdp.losses.Logistic().output_gradient(jnp.zeros((1, 1)), jnp.array([1])).tolist()
+    [[-0.5]]
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
@@ -279,7 +298,17 @@ class Custom(Loss):
 def mean_or_sum(
     loss: Loss, outputs: Array, targets: Array, reduction: str
 ) -> tuple[Array, Array | None]:
-    """Loss reduced over samples, and the accuracy (``None`` for regression), at given outputs."""
+    """The reduced ``loss`` of ``outputs`` against ``targets``, and the accuracy.
+
+    ``reduction`` is "mean" or "sum" over samples; the accuracy is ``None`` for regression.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> loss, f = ntkdp.losses.SquaredError(), jnp.array([[1.0], [3.0]])
+    >>> ntkdp.losses.mean_or_sum(loss, f, jnp.zeros((2, 1)), "mean")[0].item()
+    2.5
+    """
     per_sample = loss(outputs, targets)
     reduced = jnp.mean(per_sample) if reduction == "mean" else jnp.sum(per_sample)
     correct = loss.correct(outputs, targets)
@@ -288,6 +317,8 @@ def mean_or_sum(
 
 def from_name(name: str, **options: Any) -> Loss:
     """The loss called ``name``: squared_error, softmax_cross_entropy, logistic or huber.
+
+    ``options`` are the fields of the loss.
 
     Raises
     ------
@@ -304,7 +335,14 @@ def from_name(name: str, **options: Any) -> Loss:
 
 
 def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:
-    """``loss`` itself, or a :class:`Custom` loss around a function of one sample."""
+    """``loss`` itself, or a :class:`Custom` loss around a function of one sample.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> type(ntkdp.losses.as_loss(lambda f, y: (f[0] - y[0]) ** 2)).__name__
+    'Custom'
+    """
     if isinstance(loss, Loss):
         return loss
     if callable(loss) and not isinstance(loss, type):

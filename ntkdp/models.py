@@ -166,6 +166,11 @@ def cnn(
     activation, W_std, b_std, output_W_std, parameterization
         As in `mlp`.
 
+    Returns
+    -------
+    Model
+        With the infinite-width kernel.
+
     Raises
     ------
     ValueError
@@ -293,6 +298,11 @@ def from_stax(
         ``apply_fn(params, x)``, (n, K) or (n,); random layers (dropout) must be in test mode.
     kernel_fn
         The infinite-width kernel, or None.
+
+    Returns
+    -------
+    Model
+        With ``init`` and ``apply``, and the kernel if there is one.
 
     Examples
     --------

@@ -33,7 +33,6 @@ __all__ = [
     "check_two_time",
     "empirical_ntk",
     "gradient_structure",
-    "grouped_squared_norms",
     "infinite_ntk",
     "layerwise_infinite_ntk",
     "layerwise_ntk",
@@ -205,6 +204,11 @@ def preconditioned_ntk(
         As for :func:`empirical_ntk`.
     preconditioner : pytree
         The diagonal of M, positive, in the shape of the parameters.
+
+    Returns
+    -------
+    array
+        ``(n1, n2, K, K)``.
 
     Raises
     ------

@@ -277,7 +277,8 @@ class Budget:
 
 
 def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: float = 1.0) -> Any:
-    """What a :class:`Budget` asks for; anything else, such as a noise multiplier, as it is.
+    """What a :class:`Budget` asks for in ``steps`` steps at ``sample_rate``; any other
+    ``noise_multiplier`` as it is.
 
     Raises
     ------
@@ -302,7 +303,10 @@ def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: f
 
 @dataclass(frozen=True)
 class GaussianDP:
-    """Gaussian differential privacy: mu, its epsilon, and whether they are a guarantee."""
+    """Gaussian differential privacy: mu, its epsilon, and whether they are a guarantee.
+
+    Made by :func:`gaussian_dp`.
+    """
 
     mu: float
     epsilon: float
@@ -375,7 +379,10 @@ def gaussian_dp(
 
 @dataclass(frozen=True)
 class PrivacyReport:
-    """Epsilon by every method, for one mechanism and delta; ``print`` shows a table."""
+    """Epsilon by every method, for one mechanism and delta; ``print`` shows a table.
+
+    Made by :func:`report`.
+    """
 
     noise_multiplier: float
     sample_rate: float
@@ -421,6 +428,11 @@ def report(noise_multiplier: float, sample_rate: float, steps: int, delta: float
     ----------
     noise_multiplier, sample_rate, steps, delta
         As for :func:`epsilon`.
+
+    Returns
+    -------
+    PrivacyReport
+        A field a method; it prints as below.
 
     Raises
     ------

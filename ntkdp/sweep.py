@@ -41,6 +41,8 @@ class Results(NamedTuple):
     ``seconds`` are those of the kernels, of the prediction, and of all observed cells together,
     compilation included. ``initial`` are the metrics before training. ``notes`` say what went wrong
     on the way and was mended.
+
+    Made by :func:`run`.
     """
 
     config: SweepConfig
@@ -55,7 +57,7 @@ class Results(NamedTuple):
 
 
 def config(**fields: Any) -> SweepConfig:
-    """A checked configuration from its fields, sections as dictionaries.
+    """A checked configuration from ``fields``, sections as dictionaries.
 
     Raises
     ------
@@ -72,7 +74,7 @@ def config(**fields: Any) -> SweepConfig:
 
 
 def load_config(path: str | os.PathLike[str]) -> SweepConfig:
-    """A checked configuration from a TOML file.
+    """A checked configuration from the TOML file at ``path``.
 
     Raises
     ------
@@ -80,6 +82,14 @@ def load_config(path: str | os.PathLike[str]) -> SweepConfig:
         If there is no such file.
     ntkdp.experiment.ConfigError
         If it is not TOML, or a field is unknown or has a wrong value.
+
+    Examples
+    --------
+    >>> import ntkdp, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.toml"
+    >>> _ = path.write_text("data = {n_train = 64}")
+    >>> ntkdp.sweep.load_config(path).data.n_train
+    64
     """
     return _sweep_config.load(path)
 

@@ -49,7 +49,10 @@ _ZERO = 1e-8
 
 @dataclass(frozen=True)
 class State:
-    """A state of one output: squared loss, targets zero, flat abadi clipping."""
+    """A state of one output: squared loss, targets zero, flat abadi clipping.
+
+    Evidence in the table of :func:`compute`.
+    """
 
     kernel: tuple[tuple[float, ...], ...]
     outputs: tuple[float, ...]
@@ -68,6 +71,8 @@ class Cell:
     ``paper`` is None where the paper does not say. ``value`` is the number that ``evidence`` names;
     ``holds`` whether it bears out ``guaranteed``, which is the paper's answer, or the computed one
     where it has none. ``added`` says what is known beyond it, with ``added_holds`` measured too.
+
+    Part of the table of :func:`compute`.
     """
 
     column: str
@@ -102,7 +107,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of clipping: its matrix and its cells, in the order of `COLUMNS`."""
+    """One kind of clipping: its matrix and its cells, in the order of `COLUMNS`.
+
+    Part of the table of :func:`compute`.
+    """
 
     clipping: str
     matrix: str
@@ -116,7 +124,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows."""
+    """All rows.
+
+    Made by :func:`compute`.
+    """
 
     rows: tuple[Row, ...]
 

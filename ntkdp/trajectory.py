@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 class Outcome(IntEnum):
-    """How the work ended; every value but the first comes with advice."""
+    """How the work ended; every value but the first comes with advice.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.Outcome(0).name
+    'SUCCESS'
+    """
 
     SUCCESS = 0
     MAX_STEPS = 1
@@ -50,7 +57,10 @@ _ADVICE = {
 
 
 class Measurement(NamedTuple):
-    """One state, or a leading time axis of them: what a `Trajectory` records of it."""
+    """One state, or a leading time axis of them: what a `Trajectory` records of it.
+
+    Stacked, they make a trajectory: :func:`from_measurements`.
+    """
 
     loss: Array
     clip_fraction: Array
@@ -249,9 +259,16 @@ def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array |
 def from_measurements(
     times: Array, measured: Measurement, steps: Array | None = None, outcome: Any = None
 ) -> Trajectory:
-    """A trajectory of stacked measurements.
+    """A trajectory of stacked measurements, ``measured`` at ``times`` and ``steps``.
 
     What is not finite has ended badly, whatever ``outcome`` says so far.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> measured = ntkdp.trajectory.Measurement(loss=jnp.ones(2), clip_fraction=jnp.zeros(2))
+    >>> ntkdp.trajectory.from_measurements(jnp.arange(2.0), measured).successful
+    True
     """
     measured_finite = jnp.all(jnp.isfinite(measured.loss), axis=-1)
     outcome = Outcome.SUCCESS if outcome is None else outcome
@@ -262,12 +279,26 @@ def from_measurements(
 
 
 def recorded_steps(steps: int, record_every: int) -> np.ndarray:
-    """Numbers of the recorded steps: 0, every ``record_every``-th, and the last."""
+    """Numbers of the recorded steps: 0, every ``record_every``-th, and the last of ``steps``.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.recorded_steps(7, 3).tolist()
+    [0, 3, 6, 7]
+    """
     return np.append(np.arange(0, steps, record_every), steps)
 
 
 def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
-    """The running sum of the learning rate, a number or a schedule, at the recorded steps."""
+    """The running sum of ``learning_rate``, a number or a schedule, at the ``recorded`` steps.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkdp
+    >>> ntkdp.trajectory.times_of_steps(0.5, np.array([0, 2, 4])).tolist()
+    [0.0, 1.0, 2.0]
+    """
     if not callable(learning_rate):
         return jnp.asarray(recorded) * jnp.asarray(learning_rate, jnp.result_type(float))
     rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
@@ -276,7 +307,14 @@ def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
 
 
 def check_learning_rate(learning_rate: Any, steps: int) -> Any:
-    """A positive number, or a schedule that is positive at every step."""
+    """``learning_rate`` if it is positive, or a schedule that is at every one of ``steps`` steps.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.check_learning_rate(0.5, 10)
+    0.5
+    """
     if not callable(learning_rate):
         return _validate.positive(learning_rate=learning_rate)
     rates = jax.vmap(learning_rate)(jnp.arange(steps))

@@ -61,7 +61,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Claim:
-    """The claim of a name: its statement, assumptions and source, without running it.
+    """The claim called ``name``: its statement, assumptions and source, without running it.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def get(name: str) -> Claim:
 
 
 def verify(name: str) -> Verdict:
-    """Run the experiment of one claim, in float64 whatever the process uses.
+    """Run the experiment of the claim called ``name``, in float64 whatever the process uses.
 
     Returns
     -------

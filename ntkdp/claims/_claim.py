@@ -13,6 +13,14 @@ class Finding(NamedTuple):
 
     ``relation`` says how they must be related: within ``tolerance`` of each other, or one not above
     the other by more than it.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.claims.Finding("slope", 1.02, "=", 1.0, 0.05).holds
+    True
+    >>> ntkdp.claims.Finding("largest error", 0.2, "<=", 0.1, 0.0).holds
+    False
     """
 
     quantity: str
@@ -126,7 +134,18 @@ def _as_json(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Claim:
-    """A numbered claim; ``check`` runs its experiment through the public interface."""
+    """A numbered claim; ``check`` runs its experiment through the public interface.
+
+    ``statement``, ``assumptions`` and ``source`` are text. ``check`` returns the findings.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> found = ntkdp.claims.Finding("half of two", 1.0, "=", 1.0, 0.0)
+    >>> claim = ntkdp.claims.Claim("half", "Half of two is one.", "none", "known", lambda: [found])
+    >>> all(finding.holds for finding in claim.check())
+    True
+    """
 
     name: str
     statement: str

@@ -8,12 +8,20 @@ import re
 from importlib.metadata import distributions
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
 ROOT = Path(__file__).parent.parent
+OLDEST_PYTHON = "3.11.0"
 
 
 def main() -> None:
     """Rewrite both files."""
-    names = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in distributions()}
+    names = {
+        d.metadata["Name"].lower().replace("_", "-"): d.version
+        for d in distributions()
+        # A pin that the oldest Python of the project cannot have leaves nothing to resolve.
+        if SpecifierSet(d.metadata["Requires-Python"] or "").contains(OLDEST_PYTHON)
+    }
     names.pop("ntkdp", None)
     pins = [f"{name}=={version}" for name, version in sorted(names.items())]
     header = "# Versions that the test suite was run with; written by `make pins`.\n"

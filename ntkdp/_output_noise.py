@@ -34,7 +34,7 @@ def noise_covariance(
             "function of the kernels"
         )
     terms = _noise_terms(flow, noise_kernel)
-    return _as_matrix(jnp.tensordot(stds**2, terms, axes=1))
+    return _as_matrix(jnp.tensordot((stds**2).astype(terms.dtype), terms, axes=1))
 
 
 def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:

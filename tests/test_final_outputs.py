@@ -176,6 +176,17 @@ def test_float32_and_a_kernel_that_means_the_identity() -> None:
             steps=STEPS,
         )
         assert found[dtype].test.dtype == dtype
+        noisy = ensemble(
+            flow_of(cast, targets, clipping.Abadi(1.0)),
+            (outputs[:N].astype(dtype), outputs[N:].astype(dtype)),
+            learning_rate=0.5,
+            steps=2,
+            noise_multiplier=1.0,
+            noise_kernel=cast,
+            outputs=True,
+            key=jax.random.key(0),
+        )
+        assert noisy.outputs.dtype == dtype
     whole = kernel[:, :, None, None] * jnp.eye(K)
     full = final_outputs(
         flow_of(whole, targets, clipping.Abadi(1.0)),

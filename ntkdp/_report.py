@@ -3,14 +3,11 @@
 import html
 import json
 import math
-import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -21,6 +18,7 @@ from rich.table import Table
 from ntkdp import __version__, plotting
 from ntkdp import _page as _html
 from ntkdp._look import LOOK
+from ntkdp._provenance import provenance
 from ntkdp.comparison import Comparison
 from ntkdp.experiment import KERNEL_OF, LABELS, Results, noise_free
 from ntkdp.ntk import LayerwiseKernel
@@ -70,13 +68,7 @@ def metrics(results: Results) -> dict[str, Any]:
             )
     norms = np.asarray(results.initial_norms)
     return {
-        "ntkdp": __version__,
-        "versions": {name: version(name) for name in ("jax", "diffrax", "neural-tangents")},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "backend": jax.default_backend(),
-        },
+        **provenance("jax", "diffrax", "neural-tangents"),
         "config": results.config.model_dump(mode="json"),
         "kernel_seconds": {kind: kernel.seconds for kind, kernel in results.kernels.items()},
         "initial_gradient_norms": {

@@ -68,12 +68,12 @@ def sweep(
                 settings, folder, resume=resume, overwrite=overwrite, report=report
             )
             report("writing the report", 0.0)
-            _sweep_report.write(results, folder)
+            measured = _sweep_report.write(results, folder)
     except (ValueError, MemoryError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail(RuntimeError(f"stopped; --out {folder} --resume continues"))
-    _sweep_report.print_results(results)
+    _sweep_report.print_results(results, measured)
     print(f"written to {folder}: open {folder / 'report.html'}")
 
 

@@ -3,19 +3,17 @@
 import html
 import json
 import math
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ntkdp import __version__, _page, advisor, comparison, plotting
+from ntkdp import _page, advisor, comparison, plotting
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._files import replacing
+from ntkdp._provenance import provenance
 from ntkdp.sweep import Results
 
 #: How metrics are called in tables and in the advice.
@@ -59,13 +57,7 @@ def metrics(results: Results) -> dict[str, Any]:
     norms = results.gradient_norms
     quantiles = zip(np.asarray(norms.quantiles), np.asarray(norms.norms), strict=True)
     tree = {
-        "ntkdp": __version__,
-        "versions": {name: version(name) for name in ("jax", "neural-tangents", "dp-accounting")},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "backend": jax.default_backend(),
-        },
+        **provenance("jax", "neural-tangents", "dp-accounting"),
         "config": results.config.model_dump(mode="json"),
         "seconds": results.seconds,
         "speed_up": _speed_up(results),
@@ -157,18 +149,19 @@ def _grid(results: Results, number: int) -> advisor.Grid:
     )
 
 
-def write(results: Results, folder: Path) -> None:
-    """Write pictures, the page and, last, the metrics into the folder of the sweep."""
+def write(results: Results, folder: Path) -> dict[str, Any]:
+    """Write pictures, the page and, last, the metrics, which are returned, into the folder."""
     measured = metrics(results)
-    pictures = _draw(results, folder)
+    pictures = _draw(results, measured, folder)
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
     text = json.dumps(measured, indent=2, allow_nan=False)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+    return measured
 
 
-def _draw(results: Results, folder: Path) -> list[list[tuple[str, str]]]:
+def _draw(results: Results, measured: dict[str, Any], folder: Path) -> list[list[tuple[str, str]]]:
     """Pictures of each plane: (file name, caption)."""
     pictures = []
     grid = results.config.grid
@@ -189,8 +182,8 @@ def _draw(results: Results, folder: Path) -> list[list[tuple[str, str]]]:
         drawn = [(f"map{suffix}.png", f"{plane.label}: {both}. Hatched: the cell diverges.")]
         plotting.save(figure, folder / drawn[0][0], dpi=150)
         if predicted.test_ece is not None:
-            advised = _advice(results, number).get(f"test_{results.config.objective}", {})
-            chosen = advised.get("index")
+            advice = measured["planes"][number]["advice"]
+            chosen = advice.get(f"test_{results.config.objective}", {}).get("index")
             axes = plotting.trade_off(predicted, observed, chosen=chosen)
             drawn.append((f"trade_off{suffix}.png", "Accuracy against calibration error."))
             plotting.save(axes, folder / drawn[1][0], dpi=150)
@@ -323,12 +316,12 @@ def _document(
     return _page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
 
 
-def print_results(results: Results) -> None:
-    """Advice and agreement of every plane, on standard output."""
+def print_results(results: Results, measured: dict[str, Any]) -> None:
+    """Advice and agreement of every plane, as :func:`write` returned them, on standard output."""
     console = Console() if Console().is_terminal else Console(width=120)
     for line in _summary(results):
         console.print(line, soft_wrap=True)
-    for entry, plane in zip(metrics(results)["planes"], results.planes, strict=True):
+    for entry, plane in zip(measured["planes"], results.planes, strict=True):
         _print_rows(console, f"{plane.label}: choose", _ADVICE_COLUMNS, _advice_rows(entry))
         for line in _at_the_edge(entry):
             console.print(line, soft_wrap=True)

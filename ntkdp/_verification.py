@@ -2,14 +2,13 @@
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ntkdp import __version__, _verification_page, claims, table_one
+from ntkdp import _verification_page, claims, table_one
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
 
@@ -68,12 +67,11 @@ def write(verification: Verification, folder: Path) -> None:
     """Write metrics.json and report.html."""
     table = verification.table
     metrics: dict[str, Any] = {
-        "ntkdp": __version__,
+        **provenance("jax", "diffrax", "neural-tangents"),
         "holds": verification.holds,
         "seconds": round(verification.seconds, 1),
         "claims": [verdict.as_dict() for verdict in verification.verdicts],
         "table_one": None if table is None else table.as_dict(),
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
     }
     page = _verification_page.page(verification.verdicts, table, verification.seconds)
     (folder / "report.html").write_text(page, encoding="utf-8")

@@ -109,6 +109,7 @@ LAYERS: dict[int, set[str]] = {
         "experiment",
         "_report",
         "_page",
+        "_provenance",
         "_run_folder",
         "_cell_folder",
         "_terminal",

@@ -335,7 +335,7 @@ def test_frozen_kernels_follow_dp_sgd_of_linearised_networks() -> None:
     last = observed[:, -1]
     error = np.std(last) / np.sqrt(n_networks)
     assert abs(np.mean(last) - 0.3785) < 3 * error
-    # Not what the handbook quotes.
+    # Not the earlier estimate.
     assert np.mean(last) + 5 * error < 0.4027
 
 

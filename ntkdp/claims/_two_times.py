@@ -99,7 +99,7 @@ def _between(apply: Any, after: Any, before: Any, x: Array) -> tuple[Array, Arra
     assumptions="The stored 16 samples, two hidden ReLU layers, squared loss, flat abadi, full "
     "batch, random initial networks, 80 steps, v(T) = 1; means over runs, within 3 standard errors "
     "of the difference. E L(T) of the frozen kernel is derived and checked by runs of linearised "
-    "networks; the handbook quotes .4027",
+    "networks, which an earlier estimate of .4027 is not",
     source="derived",
 )
 def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:

@@ -1,0 +1,23 @@
+"""Where results come from: versions and machine, as every metrics.json has them."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from ntkdp import __version__
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Versions of ntkdp and of packages, and the machine, as a tree that JSON can hold."""
+    return {
+        "ntkdp": __version__,
+        "versions": {name: version(name) for name in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+            "backend": jax.default_backend(),
+        },
+    }

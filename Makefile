@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow verify accuracy notebooks bench figures experiments docs pins clean
+.PHONY: help lint format types architecture test test-slow faults verify accuracy notebooks kernel-free bench figures experiments docs pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -23,7 +23,10 @@ test:  ## The test suite
 	uv run pytest
 
 test-slow:  ## The larger checks that `make test` leaves out
-	uv run pytest -m slow
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m slow
+
+faults:  ## Kill fifty runs and sweeps at random moments, and resume them (about twenty minutes)
+	NTKDP_KILLS=50 uv run pytest -n 0 -q tests/test_faults.py
 
 verify:  ## Every claim of the theory, and Table 1 from computed evidence (about five minutes)
 	uv run ntkdp verify
@@ -34,6 +37,9 @@ notebooks:  ## Run the theory notebooks, two at a time, into runs/notebooks; the
 
 accuracy:  ## The accuracy figures of the README, on real data (about ten minutes on two cores)
 	uv run ntkdp compare benchmarks/digits_accuracy.toml
+
+kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.md (about seven minutes)
+	uv run --extra data python benchmarks/kernel_free.py
 
 bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ntkdp._solve import solve as solve
     from ntkdp.gradient_flow import HeavyBallFlow as HeavyBallFlow
     from ntkdp.gradient_flow import KernelFlow as KernelFlow
+    from ntkdp.gradient_flow import LinearisedFlow as LinearisedFlow
     from ntkdp.gradient_flow import ModifiedFlow as ModifiedFlow
     from ntkdp.gradient_flow import WeightFlow as WeightFlow
     from ntkdp.ntk import LayerwiseKernel as LayerwiseKernel
@@ -70,6 +71,7 @@ _HOMES = {
     "HeavyBallFlow": "gradient_flow",
     "KernelFlow": "gradient_flow",
     "LayerwiseKernel": "ntk",
+    "LinearisedFlow": "gradient_flow",
     "ModifiedFlow": "gradient_flow",
     "Phase": "_phase",
     "Trajectory": "trajectory",

@@ -1,5 +1,6 @@
-"""Cells of a sweep on disk: each lands as it finishes, whole or not at all, and is found again."""
+"""Cells of a sweep, or cases of a run, on disk: each lands whole or not at all, and stays."""
 
+import base64
 import hashlib
 import json
 import math
@@ -7,25 +8,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ntkdp import __version__
 from ntkdp._files import replacing
-
-#: The file by which a folder is known to hold a sweep, finished or not.
-MARKER = "sweep.json"
+from ntkdp._run_folder import check_writable
 
 
 class CellFolder:
-    """A folder that a sweep grows in.
+    """A folder that a sweep grows in; it is made with the first cell.
 
     Parameters
     ----------
     path : path
-        Where; it is made, with the sweep's settings in it, before the first cell.
+        Where.
     settings : dict
         What the cells depend on, as JSON can hold it. A sweep is resumed only with the same.
     resume, overwrite : bool
         Continue the sweep that the folder holds, or remove it. A folder that holds anything else
         is never touched.
+    what : str
+        What grows there, as errors call it. A file of this name holds the settings, and by it the
+        folder is known.
+
+    Attributes
+    ----------
+    notes : list of str
+        The damaged cells that :meth:`find` met.
 
     Raises
     ------
@@ -35,46 +44,54 @@ class CellFolder:
         If there is nothing to resume.
     ValueError
         If the sweep there has other settings, naming them.
+    PermissionError, NotADirectoryError
+        If nothing can be written there.
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        what: str = "sweep",
     ) -> None:
         self.path = path
+        self.notes: list[str] = []
+        self._what = what
+        self._marker = path / f"{what}.json"
         # As it reads from the file: tuples are lists there.
         self.settings = json.loads(json.dumps({"ntkdp": __version__, **settings}))
-        there = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        holds_sweep = (path / MARKER).is_file()
-        if there and not holds_sweep:
+        there = path.exists() and (not path.is_dir() or any(map(_kept, path.iterdir())))
+        if there and not self._marker.is_file():
             raise FileExistsError(
-                f"output folder {path} holds files that are not a sweep; choose another --out"
+                f"output folder {path} holds files that are not a {what}; choose another --out"
             )
         if resume and not there:
             raise FileNotFoundError(
-                f"no sweep to resume in {path}: leave out --resume, or mend --out"
+                f"no {what} to resume in {path}: leave out --resume, or mend --out"
             )
+        check_writable(path, path)
         if there and resume:
             self._check_same()
-        elif there and overwrite:
-            shutil.rmtree(path)
+            self._remove_left_overs()
+        elif overwrite and path.exists():
+            self._remove()
         elif there:
             raise FileExistsError(
-                f"output folder {path} holds a sweep; pass --resume to continue it, --overwrite to "
-                "replace it, or choose another --out"
+                f"output folder {path} holds a {what}; pass --resume to continue it, --overwrite "
+                "to replace it, or choose another --out"
             )
-        (path / "cells").mkdir(parents=True, exist_ok=True)
-        for left_over in (path / "cells").glob(".*.tmp"):
-            left_over.unlink()
-        if not holds_sweep or not resume:
-            with replacing(path / MARKER) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def _check_same(self) -> None:
         try:
-            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
+            found = json.loads(self._marker.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no settings in it")
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{self.path / MARKER} is damaged ({error}); pass --overwrite to start again"
+                f"{self._marker} is damaged ({error}); pass --overwrite to start again"
             ) from error
         differing = [
             f"{name}: {found.get(name)!r} there, {self.settings.get(name)!r} now"
@@ -83,22 +100,54 @@ class CellFolder:
         ]
         if differing:
             raise ValueError(
-                f"the sweep in {self.path} has other settings "
+                f"the {self._what} in {self.path} has other settings "
                 f"({_shortened('; '.join(differing))}); choose another --out, or pass --overwrite"
             )
+
+    def _remove_left_overs(self) -> None:
+        for folder in (self.path, self.path / "cells"):
+            for path in folder.glob(".*"):
+                if not _kept(path):
+                    path.unlink()
+
+    def _remove(self) -> None:
+        """Remove the folder, last what it is known by: killed half-way, it can be removed again."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self._marker:
+                path.unlink()
+        shutil.rmtree(self.path)
 
     def file(self, name: str) -> Path:
         """Where a cell of this name is, or will be."""
         return self.path / "cells" / f"{name}.json"
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """Put a cell on disk, whole or not at all."""
-        text = _text(content)
-        with replacing(self.file(name)) as temporary:
-            temporary.write_text(
-                json.dumps({"checksum": _checksum(text), "content": json.loads(text)}) + "\n",
-                encoding="utf-8",
-            )
+        """Put a cell on disk, whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written, saying that the cells before it are safe.
+        """
+        encoded = _encoded(content)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._marker.is_file():
+                with replacing(self._marker) as temporary:
+                    text = json.dumps(self.settings, indent=2)
+                    temporary.write_text(text + "\n", encoding="utf-8")
+            self.file(name).parent.mkdir(exist_ok=True)
+            with replacing(self.file(name)) as temporary:
+                whole = {"checksum": _checksum(encoded), "content": encoded}
+                temporary.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror} (what is finished is kept: mend this, then --resume continues)",
+                str(self.file(name)),
+            ) from error
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A cell that is on disk, None if it is not.
@@ -111,35 +160,47 @@ class CellFolder:
         path = self.file(name)
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
-            content: dict[str, Any] = whole["content"]
-            if whole["checksum"] != _checksum(_text(_parsed(content))):
+            if whole["checksum"] != _checksum(whole["content"]):
                 raise ValueError("its checksum differs")
+            content: dict[str, Any] = _parsed(whole["content"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise DamagedCell(f"{path} is damaged ({error})") from error
-        parsed: dict[str, Any] = _parsed(content)
-        return parsed
+        return content
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """A cell that is on disk and whole; of one that is damaged the notes tell."""
+        try:
+            return self.read(name)
+        except DamagedCell as error:
+            self.notes.append(f"{error}: made again")
+            return None
 
 
 class DamagedCell(ValueError):
     """A cell's file that is not what was written."""
 
 
-def _text(content: Any) -> str:
-    return json.dumps(_encoded(content), sort_keys=True, allow_nan=False)
+def _kept(path: Path) -> bool:
+    """Whether this is no half-written file that a kill has left behind."""
+    return not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
-def _checksum(text: str) -> str:
+def _checksum(encoded: Any) -> str:
+    text = json.dumps(encoded, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _encoded(value: Any) -> Any:
-    """Numbers that JSON has no word for, as the words that ``float`` reads."""
+    """Arrays as their bytes, and numbers that JSON has no word for as ``float`` reads them."""
     if isinstance(value, dict):
         return {key: _encoded(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_encoded(part) for part in value]
+    if isinstance(value, np.ndarray):
+        data = base64.b64encode(value.tobytes()).decode()
+        return {"array": [value.dtype.str, list(value.shape), data]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     return value
@@ -149,6 +210,9 @@ def _parsed(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {"float"}:
             return float(value["float"])
+        if set(value) == {"array"}:
+            dtype, shape, data = value["array"]
+            return np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
         return {key: _parsed(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_parsed(part) for part in value]

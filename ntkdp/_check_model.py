@@ -19,7 +19,9 @@ def check_model(
     apply_fn: ApplyFn, params: Params, x: Any, name: str = "x"
 ) -> tuple[Array, jax.ShapeDtypeStruct]:
     """The same, and what the outputs look like, ``(n, K)``."""
-    x = jnp.asarray(x)
+    x = _validate.array(**{name: x})
+    if not callable(apply_fn):
+        raise TypeError(f"apply_fn must be a function (params, x) -> (n, K), got {apply_fn!r}")
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
     if not is_traced((params, x)):
@@ -39,6 +41,10 @@ def check_model(
     if shape is None or len(shape) != 2 or shape[0] != x.shape[0]:
         raise ValueError(
             f"apply_fn(params, {name}) must have shape (n, K) with n = {x.shape[0]}, got {shape}"
+        )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise TypeError(
+            f"apply_fn(params, {name}) must be floating-point outputs, got {outputs.dtype}"
         )
     if x.shape[0] > 1 and not is_traced((params, x)):
         _check_independent(apply_fn, params, x[:2])
@@ -70,6 +76,8 @@ def _all_well(apply_fn: ApplyFn, params: Params, x: Array) -> tuple[Array, Array
     together, alone = apply_fn(params, x[:2]), apply_fn(params, x[:1])
     if together.ndim != 2 or together.shape[0] != x[:2].shape[0]:
         raise ValueError("not (n, K)")
+    if not jnp.issubdtype(together.dtype, jnp.floating):
+        raise TypeError("not floating-point")
     well &= _differ(together, alone) <= _tolerance(params)
     return well, together
 

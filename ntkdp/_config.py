@@ -5,7 +5,7 @@ import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Fields that are checked: unknown ones are errors, and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -60,7 +60,7 @@ class ModelConfig(Section):
     """The network, in infinite-width terms."""
 
     kind: Literal["mlp", "cnn"] = Field("mlp", description="mlp or cnn")
-    widths: list[int] = Field(
+    widths: list[Annotated[int, Field(ge=1)]] = Field(
         [768, 768], min_length=1, description="widths of the hidden layers, or channels of a cnn"
     )
     activation: str = Field("erf", description="relu, erf, gelu, sin or identity")
@@ -135,6 +135,8 @@ class TrainingConfig(Section):
 class ClippingConfig(Section):
     """One column of the comparison; repeat ``[[clipping]]`` for more."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # The rules say what their numbers may be.
+
     rule: str = Field("abadi", description="none, abadi, global, automatic, psac or batch")
     scope: Literal["flat", "layerwise"] = Field("flat", description="flat or layerwise")
     clip_norm: float | list[float] = Field(
@@ -144,7 +146,10 @@ class ClippingConfig(Section):
     r: float | None = Field(None, description="of rule psac, default 0.1")
     Z: float | None = Field(None, description="of rule global, default none")
     learning_rate: float | None = Field(
-        None, gt=0, description="in place of training.learning_rate for this rule"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="in place of training.learning_rate for this rule",
     )
     steps: int | None = Field(None, ge=1, description="in place of training.steps for this rule")
 
@@ -159,7 +164,7 @@ class ProblemConfig(Section):
     """What every verb that trains needs: network, data and loss."""
 
     name: str = Field("digits", min_length=1, description="what the run folder is called")
-    seed: int = Field(0, ge=0, description="of initialisation, split, noise and sampling")
+    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, split, noise and sampling")
     dtype: Literal["float32", "float64"] = Field("float64", description="of everything computed")
     loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
         "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"
@@ -251,7 +256,7 @@ def load_as(kind: type[Kind], path: str | os.PathLike[str]) -> Kind:
         raise FileNotFoundError(f"config file does not exist: {path}")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # whole numbers too long, brackets too deep
         raise ConfigError(f"{path} is not TOML: {error}") from error
     try:
         return check_as(kind, tree)

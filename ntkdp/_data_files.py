@@ -12,6 +12,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -22,6 +23,8 @@ from ntkdp._validate import choice, did_you_mean
 
 #: The third byte of an IDX file; the data follow in big-endian order.
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+#: More axes than this are no images.
+_MAX_RANK = 8
 _DELIMITERS = (",", ";", "\t", "|")
 _MAX_CATEGORIES = 100
 MISSING_POLICIES = ("error", "drop", "mean")
@@ -77,6 +80,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     if code not in _IDX_DTYPES:
         known = ", ".join(f"{known:#04x}" for known in _IDX_DTYPES)
         raise ValueError(f"{str(path)!r} has the unknown IDX type {code:#04x}; known: {known}")
+    if not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"{str(path)!r} must hold an array of rank 1 to {_MAX_RANK}, got {rank}")
     header = 4 + 4 * rank
     if len(content) < header:
         raise ValueError(
@@ -111,21 +116,24 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> tuple[np.ndarray, ...
         raise ValueError(
             f"{str(path)!r} is not an .npz archive, or is truncated; write it by np.savez"
         )
-    with np.load(existing_file(path), allow_pickle=False) as archive:
-        for name in names:
-            if name not in archive.files:
-                hint = did_you_mean(name, archive.files)
-                raise ValueError(f"{str(path)!r} has no array {name!r}{hint}")
-        try:
-            return tuple(archive[name] for name in names)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{str(path)!r}: arrays {', '.join(map(repr, names))} cannot be read ({error}); "
-                "save plain numbers or text, which need no pickle"
-            ) from error
+    try:
+        with existing_file(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            known = archive.files
+            missing = [name for name in names if name not in known]
+            found = () if missing else tuple(archive[name] for name in names)
+    except Exception as error:  # of a damaged file the libraries raise errors of any kind
+        raise ValueError(
+            f"{str(path)!r}: arrays {', '.join(map(repr, names))} cannot be read ({error}); "
+            "save plain numbers or text, which need no pickle"
+        ) from error
+    if missing:
+        hint = did_you_mean(missing[0], known)
+        raise ValueError(f"{str(path)!r} has no array {missing[0]!r}{hint}")
+    return found
 
 
 def _sniff_delimiter(text: str) -> str:
+    """The delimiter that splits the first line into most fields."""
     fields = {d: len(next(csv.reader(io.StringIO(text), delimiter=d), [])) for d in _DELIMITERS}
     return max(_DELIMITERS, key=fields.__getitem__)
 
@@ -150,7 +158,7 @@ def read_csv(path: str | os.PathLike[str], delimiter: str | None) -> Any:
     """
     import pandas as pd  # on first use: it takes longer to import than this whole package
 
-    if delimiter is not None and len(delimiter) != 1:
+    if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1):
         raise ValueError(f"delimiter must be a single character or None, got {delimiter!r}")
     try:
         text = _read_bytes(path).decode("utf-8-sig")
@@ -158,8 +166,8 @@ def read_csv(path: str | os.PathLike[str], delimiter: str | None) -> Any:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
     if not text.strip():
         raise ValueError(f"{str(path)!r} is empty")
-    separator = _sniff_delimiter(text) if delimiter is None else delimiter
     try:
+        separator = _sniff_delimiter(text) if delimiter is None else delimiter
         with warnings.catch_warnings():
             # With index_col=False pandas only warns when it cuts rows that are too long.
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -188,6 +196,13 @@ def read_csv(path: str | os.PathLike[str], delimiter: str | None) -> Any:
 def _counts(pairs: dict[str, int], shown: int = 5) -> str:
     text = ", ".join(f"{name!r} ({number})" for name, number in list(pairs.items())[:shown])
     return text if len(pairs) <= shown else f"{text} and {len(pairs) - shown} more"
+
+
+def _as_numbers(column: Any) -> Any:
+    """A column of numbers that pandas holds as objects, as truth values with gaps, as numbers."""
+    present = column.dropna()
+    is_number = column.dtype == object and all(isinstance(value, Real) for value in present)
+    return column.astype(np.float64) if is_number and len(present) else column
 
 
 def _one_hot(column: Any, name: str) -> tuple[np.ndarray, list[str]]:
@@ -242,7 +257,7 @@ def encode_table(features: Any, target: Any, *, source: str, missing: str) -> Ta
         features, target = features[~incomplete], target[~incomplete]
     blocks, names = [], []
     for name in features.columns:
-        column = features[name]
+        column = _as_numbers(features[name])
         if pd.api.types.is_numeric_dtype(column.dtype):
             blocks.append(column.to_numpy(dtype=np.float64, na_value=np.nan)[:, None])
             names.append(str(name))
@@ -270,7 +285,7 @@ def select_columns(
     names = [str(name) for name in frame.columns]
     for name in (target, *(features or ())):
         if name not in names:
-            raise ValueError(f"{source} has no column {name!r}{did_you_mean(name, names)}")
+            raise ValueError(f"{source} has no column {name!r}{did_you_mean(str(name), names)}")
     if features is not None and target in features:
         raise ValueError(f"features must not name the target column {target!r}, got {features!r}")
     chosen = list(features) if features is not None else [n for n in names if n != target]
@@ -307,6 +322,8 @@ def from_idx(
             f"images must have rank 2 or more and labels rank 1, got {images.shape} in "
             f"{str(images_path)!r} and {labels.shape} in {str(labels_path)!r}"
         )
+    if not images.size:
+        raise ValueError(f"{str(images_path)!r} is empty: its images have shape {images.shape}")
     return from_arrays(
         image_inputs(images, flat),
         labels,

@@ -249,7 +249,10 @@ def _checked_seed(seed: Any) -> int:
 
 
 def _real(array: Any, argument: str) -> np.ndarray:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise ValueError(f"{argument} must be an array, got rows of unequal length") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{argument} must be real numbers, got an array of {array.dtype}")
     return array
@@ -367,6 +370,10 @@ def _standardise_inputs(
     train: np.ndarray, test: np.ndarray, how: str
 ) -> tuple[np.ndarray, np.ndarray]:
     if how == "feature":
+        # Relative to the largest entry first: squares may be beyond the range of the dtype.
+        largest = np.max(np.abs(train), axis=0)
+        unit = np.where(largest == 0, 1.0, largest)
+        train, test = train / unit, test / unit
         constant = np.ptp(train, axis=0) == 0
         mean = train.mean(axis=0)
         scale = np.where(constant, 1.0, train.std(axis=0))
@@ -378,6 +385,9 @@ def _standardise_inputs(
         axes = tuple(range(1, train.ndim))
 
         def standardised(part: np.ndarray) -> np.ndarray:
+            # Relative to the largest entry first: squares may be beyond the range of the dtype.
+            largest = np.max(np.abs(part), axis=axes, keepdims=True)
+            part = part / np.where(largest == 0, 1.0, largest)
             norms = np.sqrt(np.sum(part**2, axis=axes, keepdims=True))
             return part * np.sqrt(part[0].size) / np.where(norms == 0, 1.0, norms)
 

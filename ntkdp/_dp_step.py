@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
-from ntkdp import _groups, clipping, losses
+from ntkdp import _groups, _mesh, clipping, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs
 from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
@@ -73,12 +74,13 @@ class Algorithm(eqx.Module):
     microbatch_size: int | None = eqx.field(static=True)
     noisy: bool = eqx.field(static=True)
     trainable: tuple[str, ...] | None = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""
         params = jax.tree.map(jnp.asarray, params)
         self._check(params)
-        return self.start(params)
+        return self.start(_mesh.everywhere(self.mesh, params))
 
     def start(self, params: Params) -> State:
         """The same, of parameters that were checked."""
@@ -141,15 +143,10 @@ class Algorithm(eqx.Module):
     def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array]:
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
+        drawn = None
         if self.sample_rate < 1:
             drawn = jax.random.bernoulli(sampling_key, self.sample_rate, (n,))
-            (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
-            present = jnp.arange(self.capacity) < jnp.sum(drawn)
-            x, targets = self.x[index], self.targets[index]
-        else:
-            present = jnp.ones(n, bool)
-            x, targets = self.x, self.targets
-        clipped, outputs, norms, factors = self._clipped_sum(params, x, targets, present)
+        clipped, outputs, norms, factors, present = self._clipped_sum(params, drawn)
 
         trained, frozen = self._split(params)
         groups = self._resolve(params)
@@ -193,12 +190,36 @@ class Algorithm(eqx.Module):
         return jax.tree.unflatten(treedef, noise)
 
     def _clipped_sum(
+        self, params: Params, drawn: Array | None
+    ) -> tuple[Params, Array, Array, Array, Array]:
+        """``sum_i C_i g_i`` over the samples that are drawn, None for all of them.
+
+        The sum is of what is trained alone. With it come outputs, norms and factors of the places
+        for samples, and whether there is one.
+        """
+        groups_first = int(self.clipping.scope == "layerwise")
+
+        def of_device(params: Params, x: Array, targets: Array, drawn: Array | None) -> Any:
+            if drawn is None:
+                present = jnp.ones(x.shape[0], bool)
+            else:
+                (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
+                present = jnp.arange(self.capacity) < jnp.sum(drawn)
+                x, targets = x[index], targets[index]
+            clipped, *rest = self._clipped_sum_in_batches(params, x, targets, present)
+            return _mesh.total(self.mesh, clipped), *rest, present
+
+        over_devices = _mesh.over_samples(
+            of_device, self.mesh, (None, 0, 0, 0), (None, 0, groups_first, groups_first, 0)
+        )
+        found: tuple[Params, Array, Array, Array, Array] = over_devices(
+            params, self.x, self.targets, drawn
+        )
+        return found
+
+    def _clipped_sum_in_batches(
         self, params: Params, x: Array, targets: Array, present: Array
     ) -> tuple[Params, Array, Array, Array]:
-        """``sum_i C_i g_i`` over the samples that are present, outputs, norms and factors.
-
-        The sum is of what is trained alone.
-        """
         size = self.microbatch_size
         n = x.shape[0]
         if size is None or size >= n:
@@ -264,7 +285,8 @@ class Algorithm(eqx.Module):
 
         total = None
         if self.clipping.needs_total_norm:
-            sums = [jnp.sum(leaf**2) for leaf in weighted(jnp.ones_like(norms))]
+            unclipped = _mesh.total(self.mesh, weighted(jnp.ones_like(norms)))
+            sums = [jnp.sum(leaf**2) for leaf in unclipped]
             of_group = jnp.asarray(groups.leaf_to_group)
             total = clipping.norms_from_squares(
                 jax.ops.segment_sum(jnp.stack(sums), of_group, groups.size)

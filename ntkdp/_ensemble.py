@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _progress, _validate, privacy
+from ntkdp import _mesh, _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
 from ntkdp._stepping import Stepping
@@ -36,7 +36,8 @@ class _Noise(eqx.Module):
             return d_train, d_test
         columns = n_outputs if self.per_output else 1
         z = jax.random.normal(of_noise, (self.factor.shape[0], columns), train.dtype)
-        noise = (self.factor @ z).reshape(-1, n_outputs) / self.divisor
+        moved: Array = _mesh.everywhere(flow.mesh, self.factor @ z)
+        noise = moved.reshape(-1, n_outputs) / self.divisor
         return d_train + noise[:n], None if d_test is None else d_test + noise[n:]
 
 
@@ -120,7 +121,7 @@ def ensemble(
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
     state = flow.init(initial)
-    keys = _validate.keys(key=key)
+    keys = _mesh.everywhere(flow.mesh, _validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as shown:
         _, measured = draw(flow, noise, state, False, stepping, keys, outputs, shown)
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
@@ -132,7 +133,7 @@ def noise_of_step(
     """What a step draws, checked against the flow."""
     sample_rate, divisor = sampling(flow, sample_rate)
     covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
-    factor = None if covariance is None else square_root(covariance)
+    factor = None if covariance is None else square_root(covariance, flow.mesh)
     return _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
 
 

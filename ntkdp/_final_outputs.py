@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _progress, _validate
+from ntkdp import _mesh, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
@@ -120,6 +120,7 @@ def final_outputs(
     if key is None and (noisy or sample_rate < 1):
         raise ValueError("key must be given with noise or sampling, got None")
     keys = _validate.keys(key=jax.random.key(0) if key is None else key)
+    keys, cells = _mesh.everywhere(flow.mesh, (keys, cells))
     noise = _unit_noise(flow, noise_kernel, noise_per_group, state.shape[1]) if noisy else None
     with _progress.listening(progress, "predicting the cells") as shown:
         found = _final(flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, shown)
@@ -156,7 +157,7 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs:
     n = flow.targets.shape[0] * (1 if flow.diagonal.ndim == 2 else n_outputs)
     train = whole[:n, :n]
     if flow.test_drive is None:
-        return _Noise(square_root(train), None, None)
+        return _Noise(square_root(train, flow.mesh), None, None)
     values, vectors = jnp.linalg.eigh(train)
     smallest = _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
     roots = jnp.sqrt(jnp.maximum(values, 0))

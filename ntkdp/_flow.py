@@ -4,9 +4,8 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 import equinox as eqx
-import jax.numpy as jnp
 
-from ntkdp import clipping, losses
+from ntkdp import _validate, clipping, losses
 from ntkdp._types import Array, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -41,9 +40,12 @@ def check_clipping(rule: Any) -> ClippingRule:
 
 
 def check_targets(loss: Loss, targets: Any, n: int, n_outputs: int | None, name: str) -> Array:
-    targets = jnp.asarray(targets)
+    targets = _validate.array(**{name: targets})
     if n == 0 or targets.ndim == 0 or targets.shape[0] != n:
-        raise ValueError(f"{name} must have one row a sample, {n} >= 1, got shape {targets.shape}")
+        raise ValueError(
+            f"{name} must have one row a sample, {n}, and a sample or more, "
+            f"got shape {targets.shape}"
+        )
     known = loss.n_outputs(targets) if n_outputs is None else n_outputs
     return targets if known is None else loss.check(targets, n, known, name)
 

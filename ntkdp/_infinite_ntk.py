@@ -5,14 +5,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ntkdp import _groups, _memory, _validate
+from ntkdp import _groups, _memory, _mesh, _validate
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._types import Array, Float
 
 
 def infinite_ntk(
-    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
+    model: Any,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "n1 n2"]:
     r"""Infinite-width neural tangent kernel :math:`\Theta`, meaning :math:`\Theta \otimes I_K`.
 
@@ -22,6 +27,8 @@ def infinite_ntk(
         A model with a ``kernel_fn``, for instance of :func:`ntkdp.models.mlp`.
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
+    mesh : jax.sharding.Mesh, optional
+        Devices that compute the kernel, each its share of the rows; n1 must divide over them.
 
     Returns
     -------
@@ -51,12 +58,16 @@ def infinite_ntk(
             "serial or from_stax"
         )
     x1, x2 = check_infinite_inputs(x1, x2)
-    _require_infinite(1, x1, x2)
-    return _compiled(model.kernel_fn, x1, x2, "ntk")
+    x1, x2, mesh = _placed(1, x1, x2, mesh)
+    return _compiled(model.kernel_fn, mesh, x1, x2, "ntk")
 
 
 def layerwise_infinite_ntk(
-    model: Any, x1: Float[Array, "n1 ..."], x2: Float[Array, "n2 ..."] | None = None
+    model: Any,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> LayerwiseKernel:
     r"""Infinite-width kernel by layer, :math:`\Theta = \sum_r \Theta_r`.
 
@@ -66,7 +77,7 @@ def layerwise_infinite_ntk(
     ----------
     model : Model
         A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``.
-    x1, x2 : array
+    x1, x2, mesh
         As for :func:`infinite_ntk`.
 
     Returns
@@ -97,25 +108,36 @@ def layerwise_infinite_ntk(
         )
     x1, x2 = check_infinite_inputs(x1, x2)
     params = jax.eval_shape(model.init, jax.random.key(0), x1)
-    _require_infinite(_groups.resolve(params).size, x1, x2)
-    terms = _compiled(model.layer_kernel_fn, x1, x2)
+    x1, x2, mesh = _placed(_groups.resolve(params).size, x1, x2, mesh)
+    terms = _compiled(model.layer_kernel_fn, mesh, x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 
 
 @eqx.filter_jit
-def _compiled(kernel_fn: Any, *args: Any) -> Any:
+def _compiled(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *get: str) -> Any:
     # Op by op, neural-tangents compiles a hundred small programs.
-    return kernel_fn(*args)
+    def rows(x1: Array, x2: Array | None) -> Any:
+        return kernel_fn(x1, x2, *get)
+
+    return _mesh.over_samples(rows, mesh, (0, None), 0)(x1, x2)
 
 
-def _require_infinite(n_terms: int, x1: Array, x2: Array | None) -> None:
+def _placed(
+    n_terms: int, x1: Array, x2: Array | None, mesh: Mesh | None
+) -> tuple[Array, Array | None, Mesh | None]:
+    """Inputs where the kernel is to be computed, if there is room for it."""
+    mesh = _mesh.as_mesh(mesh)
+    _mesh.check_divides(mesh, x1=x1.shape[0])
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     itemsize = jnp.result_type(x1.dtype, float).itemsize
     _memory.require(
-        n_terms * shape[0] * shape[1] * itemsize,
+        _mesh.bytes_on_host(mesh, n_terms * shape[0] * shape[1] * itemsize),
         f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",
         "use fewer samples or float32",
     )
+    if mesh is None:
+        return x1, x2, None
+    return _mesh.spread(mesh, x1), _mesh.everywhere(mesh, x1 if x2 is None else x2), mesh
 
 
 def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
@@ -124,7 +146,7 @@ def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
         if x is None:
             checked.append(None)
             continue
-        x = jnp.asarray(x)
+        x = _validate.array(**{name: x})
         if x.ndim < 2 or x.shape[0] == 0:
             raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
         checked.append(_validate.finite(**{name: x}))

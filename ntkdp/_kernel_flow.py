@@ -4,8 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ntkdp import _validate, clipping, losses
+from ntkdp import _mesh, _validate, clipping, losses
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
@@ -71,6 +72,7 @@ class KernelFlow(Flow):
     reduction: Reduction = eqx.field(static=True)
     n_outputs: int | None = eqx.field(static=True)
     preconditioned: bool = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -83,11 +85,13 @@ class KernelFlow(Flow):
         test_kernel: Array | LayerwiseKernel | None = None,
         test_targets: Any = None,
         preconditioned_kernel: Array | LayerwiseKernel | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
+        self.mesh = mesh = _mesh.as_mesh(mesh)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
-        terms = _terms(kernel, clipping, "kernel")
+        terms = _terms(kernel, clipping, "kernel", mesh)
         n_groups, n, columns = terms.shape[:3]
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
@@ -95,13 +99,14 @@ class KernelFlow(Flow):
         targets = jnp.asarray(targets)
         n_outputs = terms.shape[3] if terms.ndim == 5 else self.loss.n_outputs(targets)
         self.n_outputs = n_outputs
-        self.targets = check_targets(self.loss, targets, n, n_outputs, "targets")
-        self.diagonal = jnp.moveaxis(jnp.diagonal(terms, axis1=1, axis2=2), -1, 1)
+        targets = check_targets(self.loss, targets, n, n_outputs, "targets")
+        self.targets = _mesh.everywhere(mesh, targets)
+        self.diagonal = _diagonal(terms, mesh)
         self.operator = self.drive = _as_operator(terms)
         self.preconditioned = preconditioned_kernel is not None
         if preconditioned_kernel is not None:
             _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
-            driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel")
+            driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel", mesh)
             if driving.shape != terms.shape:
                 raise ValueError(
                     f"preconditioned_kernel must have the shape of kernel, {terms.shape[1:]}, "
@@ -113,7 +118,7 @@ class KernelFlow(Flow):
             raise ValueError("test_targets need a test_kernel, got test_kernel=None")
         if test_kernel is not None:
             _check_names(kernel, test_kernel, "test_kernel")
-            test_terms = _terms(test_kernel, clipping, "test_kernel")
+            test_terms = _terms(test_kernel, clipping, "test_kernel", mesh)
             if test_terms.shape[:1] + test_terms.shape[2:] != terms.shape[:1] + terms.shape[2:]:
                 raise ValueError(
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
@@ -121,13 +126,14 @@ class KernelFlow(Flow):
                 )
             self.test_drive = _as_operator(test_terms)
             if test_targets is not None:
-                self.test_targets = check_targets(
+                test_targets = check_targets(
                     self.loss,
                     jnp.asarray(test_targets),
                     test_terms.shape[1],
                     n_outputs,
                     "test_targets",
                 )
+                self.test_targets = _mesh.everywhere(mesh, test_targets)
 
     def init(self, initial: Any) -> tuple[Array, Array | None]:
         """State of initial outputs ``(n, K)``, or of a (train, test) pair with a test kernel."""
@@ -151,7 +157,8 @@ class KernelFlow(Flow):
             per_row = 1 if self.diagonal.ndim == 2 else train.shape[1]
             m = self.test_drive.shape[0] // per_row
             test = _check_outputs(test, m, train.shape[1], "initial[1]").astype(train.dtype)
-        return train, test
+        placed: tuple[Array, Array | None] = _mesh.everywhere(self.mesh, (train, test))
+        return placed
 
     def _factors(self, a: Float[Array, "n K"]) -> Array:
         """Clipping factors ``(n,)`` or ``(R, n)`` for output gradients."""
@@ -174,9 +181,13 @@ class KernelFlow(Flow):
         self, operator: Float[Array, "rows columns"], weighted: Float[Array, "R n K"]
     ) -> Float[Array, "m K"]:
         """What clipped gradients of the training samples do to outputs, by ``drive`` or another."""
+        n_outputs = weighted.shape[-1]
         if self.diagonal.ndim == 2:
-            return operator @ weighted.reshape(-1, weighted.shape[-1])
-        return (operator @ weighted.reshape(-1)).reshape(-1, weighted.shape[-1])
+            moved = operator @ weighted.reshape(-1, n_outputs)
+        else:
+            moved = (operator @ weighted.reshape(-1)).reshape(-1, n_outputs)
+        whole: Array = _mesh.everywhere(self.mesh, moved)
+        return whole
 
     def clipped_gradients(
         self, train: Float[Array, "n K"], weights: Float[Array, " n"] | None = None
@@ -235,7 +246,7 @@ def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Ar
     return _validate.finite(**{name: outputs})
 
 
-def _terms(kernel: Any, rule: ClippingRule, name: str) -> Array:
+def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Array:
     """Terms ``(R, m, n, K, K)`` or ``(R, m, n)`` as the scope needs them: flat, their sum."""
     if isinstance(kernel, LayerwiseKernel):
         values = kernel.values if rule.scope == "layerwise" else kernel.total[None]
@@ -255,7 +266,20 @@ def _terms(kernel: Any, rule: ClippingRule, name: str) -> Array:
         raise ValueError(f"{name} must have square K x K blocks, got {values.shape[3:]}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.result_type(float))
-    return _validate.finite(**{name: values})
+    _mesh.check_divides(mesh, **{name: values.shape[1]})
+    return _validate.finite(**{name: _mesh.spread(mesh, values, axis=1)})
+
+
+def _diagonal(terms: Array, mesh: Mesh | None) -> Array:
+    """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
+    n = terms.shape[1]
+
+    def of_rows(rows: Array) -> Array:
+        own = _mesh.own_part(mesh, n) + jnp.arange(rows.shape[1])
+        return rows[:, jnp.arange(rows.shape[1]), own]
+
+    blocks: Array = _mesh.everywhere(mesh, _mesh.over_samples(of_rows, mesh, (1,), 1)(terms))
+    return blocks
 
 
 def _check_names(kernel: Any, other: Any, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import jax
 
+from ntkdp import _validate
 from ntkdp._types import ApplyFn, Array, Outputs, Params, PRNGKeyArray
 
 InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
@@ -93,7 +94,9 @@ def checked_model(
         return outputs
 
     def checked_init(key: PRNGKeyArray, x: Array) -> Params:
-        params = init(key, x)
+        if len(shape := getattr(x, "shape", ())) < 2:
+            raise ValueError(f"x must be a batch of shape (n, ...), got shape {shape}")
+        params = init(_validate.key(key=key), x)
         jax.eval_shape(checked_apply, params, x)
         return params
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from ntkdp import _validate, privacy
+from ntkdp import _mesh, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
 from ntkdp._weight_noise import deviations
@@ -72,12 +74,21 @@ def _as_matrix(kernel: Array) -> Array:
     return jnp.transpose(kernel, (0, 2, 1, 3)).reshape(rows, rows)
 
 
-def square_root(matrix: Float[Array, "N N"]) -> Float[Array, "N N"]:
-    """F with F F^T the matrix, which may be singular."""
-    values, vectors = jnp.linalg.eigh(matrix)
+def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[Array, "N N"]:
+    """F with F F^T the matrix, which may be singular; with a mesh, its rows over the devices.
+
+    There are no eigenvalues of a matrix in parts: with a mesh, the host finds them.
+    """
+    if mesh is None:
+        values, vectors = jnp.linalg.eigh(matrix)
+    else:
+        values, vectors = np.linalg.eigh(_mesh.on_host(matrix))
     if not bool(values[0] >= -_NEGATIVE * values[-1]):
         raise ValueError(
             "the kernel must be positive semi-definite to be a covariance, got an eigenvalue "
             f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
         )
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    if mesh is None:
+        return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    factor: Array = _mesh.spread(mesh, vectors * np.sqrt(np.maximum(values, 0)))
+    return factor

@@ -64,8 +64,8 @@ class Platt(eqx.Module):
     [[7.0]]
     """
 
-    scale: Float[Array, " K"]
-    shift: Float[Array, " K"]
+    scale: Float[Array, " K"] = eqx.field(converter=lambda v: _checked_column(scale=v))
+    shift: Float[Array, " K"] = eqx.field(converter=lambda v: _checked_column(shift=v))
 
     def __call__(self, logits: Any) -> Array:
         logits = _floating(logits)
@@ -76,10 +76,16 @@ def _checked_temperature(T: Any) -> Any:
     return as_constant(_validate.scalar(temperature=_validate.positive(temperature=T)))
 
 
-def _floating(logits: Any) -> Array:
-    logits = jnp.asarray(logits)
-    if jnp.issubdtype(logits.dtype, jnp.complexfloating):
-        raise TypeError(f"logits must be real, got dtype {logits.dtype}")
+def _checked_column(**named: Any) -> Any:
+    ((name, value),) = named.items()
+    column = _validate.finite(**{name: _floating(value, name)})
+    if column.ndim != 1:
+        raise ValueError(f"{name} must have shape (K,), one number a class, got {column.shape}")
+    return column
+
+
+def _floating(logits: Any, name: str = "logits") -> Array:
+    logits = _validate.array(**{name: logits})
     is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
     return logits if is_floating else logits.astype(jnp.result_type(float))
 
@@ -370,7 +376,7 @@ def _descend(
         as_constant(_validate.scalar(learning_rate=learning_rate)),
     )
     steps = _validate.count(steps=steps)
-    rule = clipping.Abadi(clip_norm)
+    rule, key = clipping.Abadi(clip_norm), _validate.key(key=key)
     return _noisy_descent(scaled, theta, logits, labels, loss, rule, numbers, steps, key)
 
 
@@ -405,7 +411,8 @@ def _noisy_descent(
 
 def _checked(logits: Any, labels: Any) -> tuple[Array, Array, losses.Loss]:
     """Logits ``(n, K)``, labels as the loss wants them, and the loss."""
-    logits, labels = _validate.finite(logits=_floating(logits)), jnp.asarray(labels)
+    logits = _validate.finite(logits=_floating(logits))
+    labels = _validate.array(labels=labels)
     logits = logits[:, None] if logits.ndim == 1 else logits
     if logits.ndim != 2 or logits.size == 0:
         raise ValueError(

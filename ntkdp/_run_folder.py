@@ -1,11 +1,15 @@
 """Run folders: whole or not at all, and never written over by accident."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ntkdp import __version__
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"
@@ -20,6 +24,8 @@ class RunFolder:
         Where; it is made when the run is complete.
     overwrite : bool
         Replace a run that is there. A folder that holds anything else is never replaced.
+    finished : dict, optional
+        The configuration of a run that may be there: what was to be made is there already.
 
     Raises
     ------
@@ -29,15 +35,30 @@ class RunFolder:
         If nothing can be written there.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, finished: dict[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.overwrite = overwrite
-        self._check()
-        parent = self._nearest_parent()
-        if not parent.is_dir():
-            raise NotADirectoryError(f"output folder {path}: {parent} is not a folder")
-        if not os.access(parent, os.W_OK):
-            raise PermissionError(f"output folder {path}: {parent} cannot be written to")
+        #: Whether the run that was to be made is there.
+        self.is_finished = finished is not None and self._holds(finished)
+        if not self.is_finished:
+            self._check()
+        check_writable(path, path.absolute().parent)
+
+    @property
+    def partial(self) -> Path:
+        """The folder beside it in which the run may grow until it is complete."""
+        target = self.path.absolute()
+        return target.with_name(f".{target.name}-partial")
+
+    def _holds(self, config: dict[str, Any]) -> bool:
+        try:
+            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
+            made_by, made_of = found["ntkdp"], found["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(made_by == __version__ and made_of == json.loads(json.dumps(config)))
 
     def _check(self) -> None:
         if not self.path.exists():
@@ -56,25 +77,23 @@ class RunFolder:
                 "choose another --out"
             )
 
-    def _nearest_parent(self) -> Path:
-        parent = self.path.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
-        return parent
-
     @contextmanager
     def replacing(self) -> Iterator[Path]:
-        """A temporary folder beside the final one, moved into place when the body ends well."""
+        """A temporary folder beside the final one, moved into place when the body ends well.
+
+        Where the run grows in ``partial``, everything temporary is in there.
+        """
         target = self.path.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        beside = self.partial if self.partial.is_dir() else target.parent
+        temporary = Path(tempfile.mkdtemp(dir=beside, prefix=f".{target.name}-"))
         temporary.chmod(0o755)
         try:
             yield temporary
             self._check()
             replaced = None
             if target.exists():
-                replaced = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+                replaced = Path(tempfile.mkdtemp(dir=beside, prefix=f".{target.name}-old-"))
                 os.rename(target, replaced / target.name)
             os.rename(temporary, target)
             if replaced is not None:
@@ -82,3 +101,21 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def check_writable(path: Path, within: Path) -> None:
+    """Raise unless the folder ``within``, which is written to for ``path``, is writable or can be
+    made.
+
+    Raises
+    ------
+    PermissionError, NotADirectoryError
+        Naming the folder above it that is in the way.
+    """
+    nearest = within.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output folder {path}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"output folder {path}: {nearest} cannot be written to")

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ntkdp.trajectory import Trajectory
+from ntkdp import _validate
+from ntkdp.trajectory import Measurement, Trajectory
 
 #: Probabilities that agree to this are the same, as in ``scipy.stats.binomtest``.
 _SAME_PROBABILITY = 1 + 1e-7
@@ -68,10 +69,10 @@ def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
     >>> spread.mean.tolist(), spread.standard_error.tolist()
     ([2.0, 4.0], [1.0, 0.0])
     """
-    array = np.asarray(values, np.float64)
+    array = np.asarray(_validate.real(values=values), np.float64)
     if array.ndim != 2 or array.shape[0] == 0:
         raise ValueError(f"values must have shape (S, T) with S >= 1, got {array.shape}")
-    at = np.asarray(levels, np.float64)
+    at = np.asarray(_validate.real(levels=levels), np.float64)
     if not np.all((at >= 0) & (at <= 1)):
         raise ValueError(f"levels must be in [0, 1], got {levels!r}")
     n_seeds = array.shape[0]
@@ -263,7 +264,10 @@ def standardised_error(predicted: Any, observed: Any) -> np.ndarray:
 
 def _matched(predicted: Any, observed: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as ``(runs, T)``, in float64."""
-    pair = [np.asarray(values, np.float64) for values in (predicted, observed)]
+    pair = [
+        np.asarray(values, np.float64)
+        for values in (_validate.real(predicted=predicted), _validate.real(observed=observed))
+    ]
     sides = [values[None] if values.ndim == 1 else values for values in pair]
     for name, given, values in zip(("predicted", "observed"), pair, sides, strict=True):
         if values.ndim != 2 or len(values) == 0:
@@ -302,5 +306,7 @@ def last_value(trajectory: Trajectory, name: str) -> float | None:
     >>> ntkdp.comparison.last_value(run, "loss"), ntkdp.comparison.last_value(run, "accuracy")
     (2.0, None)
     """
-    value = mean_over_seeds(trajectory, name)
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory must be a Trajectory, got {type(trajectory).__name__}")
+    value = mean_over_seeds(trajectory, _validate.choice(Measurement._fields, name=name))
     return None if value is None or value.ndim > 1 else float(value[-1])

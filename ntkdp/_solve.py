@@ -11,6 +11,7 @@ from jax import lax
 from ntkdp import _progress, _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._stepping import Stepping
 from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import (
@@ -68,11 +69,11 @@ def solve(
 
     Parameters
     ----------
-    flow : KernelFlow, WeightFlow, HeavyBallFlow or ModifiedFlow
+    flow : KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow
         What to integrate.
     initial : pytree
-        Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow. A
-        given network is predicted from its own initial outputs.
+        Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow or
+        a LinearisedFlow. A given network is predicted from its own initial outputs.
     times : array
         Increasing; the first is the start. In units of learning rate times steps.
     solver : diffrax solver, optional
@@ -188,7 +189,7 @@ def _integrate(
 
 
 def recursion(
-    flow: KernelFlow,
+    flow: KernelFlow | LinearisedFlow,
     initial: PyTree,
     *,
     learning_rate: Any,
@@ -199,14 +200,15 @@ def recursion(
 ) -> Trajectory:
     r"""Discrete steps of a frozen kernel, :math:`f_{k+1} = f_k - \tfrac\eta n \sum_r H_r C_r a`.
 
-    Exact for the linearised model at any step size, divergence included.
+    Exact for the linearised model at any step size, divergence included. Without the kernel, the
+    same steps are :math:`w_{k+1} = w_k - \tfrac\eta n \sum_i C_i g_i` of a LinearisedFlow.
 
     Parameters
     ----------
-    flow : KernelFlow
-        Kernel, targets, loss and clipping.
-    initial : array or pair
-        Outputs ``(n, K)``, or a (train, test) pair.
+    flow : KernelFlow or LinearisedFlow
+        Kernel or linearised model, targets, loss and clipping.
+    initial : array, pair or pytree
+        Outputs ``(n, K)``, or a (train, test) pair; parameters for a LinearisedFlow.
     learning_rate : float or optax schedule
         :math:`\eta`; a schedule maps the step number to it.
     steps : int
@@ -226,7 +228,7 @@ def recursion(
     Raises
     ------
     ValueError, TypeError
-        Learning rate not positive, steps below 1, a flow that is not a KernelFlow.
+        Learning rate not positive, steps below 1, a flow of another kind.
 
     Notes
     -----
@@ -241,8 +243,10 @@ def recursion(
     >>> [round(f, 4) for f in path.outputs[:, 0, 0].tolist()]
     [1.0, 0.6, 0.36]
     """
-    if not isinstance(flow, KernelFlow):
-        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}; use solve")
+    if not isinstance(flow, KernelFlow | LinearisedFlow):
+        raise TypeError(
+            f"flow must be a KernelFlow or a LinearisedFlow, got {type(flow).__name__}; use solve"
+        )
     stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as shown:
@@ -252,7 +256,11 @@ def recursion(
 
 @eqx.filter_jit
 def _recur(
-    flow: KernelFlow, state: PyTree, stepping: Stepping, outputs: bool, shown: bool
+    flow: KernelFlow | LinearisedFlow,
+    state: PyTree,
+    stepping: Stepping,
+    outputs: bool,
+    shown: bool,
 ) -> Measurement:
     def step(k: Any, state: PyTree) -> PyTree:
         rate = stepping.rate(k)
@@ -269,6 +277,6 @@ def _recur(
 def _check_flow(flow: Any) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(
-            "flow must be a KernelFlow, WeightFlow, HeavyBallFlow or ModifiedFlow, "
+            "flow must be a KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow, "
             f"got {type(flow).__name__}"
         )

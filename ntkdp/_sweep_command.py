@@ -1,12 +1,13 @@
 """The command ``ntkdp sweep``: the map of learning rate against clipping norm."""
 
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ntkdp import _config, _sweep_config
+from ntkdp import _cluster, _config, _sweep_config
 from ntkdp._terminal import fail, fields_help, progress
 
 
@@ -33,6 +34,17 @@ def sweep(
         str | None,
         typer.Option(help="In place of the field data.name, e.g. a file.", metavar="NAME"),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Train the cells on a dask cluster: its address, or 'local' for processes here.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of --scheduler local; by default one a core."),
+    ] = None,
 ) -> None:
     """Predict accuracy, loss and calibration for a whole grid of learning rates and clipping
     norms, train every cell, and show both maps, how far they agree, and the cell to choose.
@@ -51,6 +63,8 @@ def sweep(
             raise _config.ConfigError("--resume needs --out, the folder of the sweep")
         if resume and overwrite:
             raise _config.ConfigError("--resume and --overwrite exclude each other")
+        if workers is not None and scheduler != _cluster.LOCAL:
+            raise _config.ConfigError("--workers needs --scheduler local: others have their own")
     except (_config.ConfigError, OSError) as error:
         fail(error)
 
@@ -63,16 +77,18 @@ def sweep(
     folder = Path("runs") / name if out is None else out
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
     try:
-        with progress() as report:
+        cluster = nullcontext() if scheduler is None else _cluster.connected(scheduler, workers)
+        with cluster as client, progress() as report:
             results = sweeping.run(
-                settings, folder, resume=resume, overwrite=overwrite, report=report
+                settings, folder, resume=resume, overwrite=overwrite, client=client, report=report
             )
             report("writing the report", 0.0)
             measured = _sweep_report.write(results, folder)
-    except (ValueError, MemoryError, OSError) as error:
+    except (ValueError, MemoryError, OSError, ImportError, _cluster.TaskFailed) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail(RuntimeError(f"stopped; --out {folder} --resume continues"))
+        more = f"; --out {folder} --resume continues" if folder.exists() else ""
+        fail(RuntimeError(f"stopped{more}"))
     _sweep_report.print_results(results, measured)
     print(f"written to {folder}: open {folder / 'report.html'}")
 

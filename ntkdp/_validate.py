@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._types import is_traced
+from ntkdp._types import Array, is_traced
 
 
 def _single(named: dict[str, Any]) -> tuple[str, Any]:
@@ -90,9 +90,31 @@ def count(**named: Any) -> int:
     return number
 
 
+def real(**named: Any) -> Any:
+    """An array of real numbers, whole ones and truth values included, of any library."""
+    name, value = _single(named)
+    try:
+        is_there = isinstance(value, jax.Array) or is_traced(value)
+        dtype = jnp.asarray(value).dtype if is_there else np.asarray(value).dtype
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array, got rows of unequal length") from error
+    kinds = (np.bool_, jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        shown = f"an array of {dtype}" if np.ndim(value) else repr(value)
+        raise TypeError(f"{name} must be real numbers, got {shown}")
+    return value
+
+
+def array(**named: Any) -> Array:
+    """The same as a JAX array."""
+    return jnp.asarray(real(**named))
+
+
 def keys(**named: Any) -> Any:
     """JAX PRNG keys of the new style, one ``()`` or several ``(S,)``; old ones are wrapped."""
     name, value = _single(named)
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{name} must be a JAX PRNG key, e.g. jax.random.key(0), got {value!r}")
     key = jnp.asarray(value)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.ndim == 0:
@@ -106,6 +128,15 @@ def keys(**named: Any) -> Any:
     return key
 
 
+def key(**named: Any) -> Any:
+    """A single JAX PRNG key of the new style; an old one is wrapped."""
+    name, _ = _single(named)
+    found = keys(**named)
+    if found.ndim:
+        raise ValueError(f"{name} must be a single key, got shape {found.shape}")
+    return found
+
+
 def finite(**named: Any) -> Any:
     """A pytree of real arrays without NaN or inf; says which leaf and how many entries."""
     name, value = _single(named)
@@ -114,12 +145,15 @@ def finite(**named: Any) -> Any:
             continue
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
             continue  # PRNG keys
-        array = np.asarray(leaf)
-        bad = int(np.size(array) - np.sum(np.isfinite(array.astype(np.float64))))
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))  # where it is: no host might hold it
+        else:
+            array = np.asarray(leaf)
+            bad = int(np.size(array) - np.sum(np.isfinite(array.astype(np.float64))))
         if bad:
             where = name + jax.tree_util.keystr(path)
             raise ValueError(
-                f"{where} must be finite, got {bad} NaN or infinite of {array.size} entries; "
+                f"{where} must be finite, got {bad} NaN or infinite of {np.size(leaf)} entries; "
                 "remove or impute them first"
             )
     return value
@@ -128,6 +162,7 @@ def finite(**named: Any) -> Any:
 def increasing(**named: Any) -> Any:
     """A one-dimensional array of at least two finite numbers, each above the one before."""
     name, value = _single(named)
+    value = _numeric(name, value)
     shape = np.shape(value)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(f"{name} must be a one-dimensional array of two or more, got {shape=}")

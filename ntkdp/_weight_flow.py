@@ -5,8 +5,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ntkdp import _groups, _validate, clipping, losses
+from ntkdp import _groups, _mesh, _validate, clipping, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_preconditioner
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
@@ -36,6 +37,8 @@ class WeightFlow(Flow):
         Measured along the way.
     preconditioner : pytree, optional
         Diagonal of M in the shape of the parameters, positive.
+    mesh : jax.sharding.Mesh, optional
+        Devices over which the training samples are spread; their number must divide over them.
 
     Raises
     ------
@@ -65,6 +68,7 @@ class WeightFlow(Flow):
     test_x: Array | None
     test_targets: Array | None
     preconditioner: Params | None
+    mesh: Mesh | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -79,11 +83,16 @@ class WeightFlow(Flow):
         test_x: Any = None,
         test_targets: Any = None,
         preconditioner: Params | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.apply_fn = apply_fn
-        self.x = jnp.asarray(x)
+        x = _validate.array(x=x)
+        self.mesh = mesh = _mesh.as_mesh(mesh)
+        _mesh.check_divides(mesh, x=x.shape[0])
+        self.x = _mesh.spread(mesh, x)
         self.loss = losses.as_loss(loss)
-        self.targets = check_targets(self.loss, targets, self.x.shape[0], None, "targets")
+        targets = check_targets(self.loss, targets, x.shape[0], None, "targets")
+        self.targets = _mesh.spread(mesh, targets)
         self.clipping = check_clipping(clipping)
         self.groups = groups
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
@@ -92,10 +101,11 @@ class WeightFlow(Flow):
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            self.test_x = jnp.asarray(test_x)
+            self.test_x = _mesh.everywhere(mesh, _validate.array(test_x=test_x))
             if test_targets is not None:
                 m = self.test_x.shape[0]
-                self.test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
+                test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
+                self.test_targets = _mesh.everywhere(mesh, test_targets)
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters."""
@@ -110,31 +120,36 @@ class WeightFlow(Flow):
                 self.loss.check(self.test_targets, test_x.shape[0], n_outputs, "test_targets")
         if self.preconditioner is not None:
             check_preconditioner(params, self.preconditioner)
-        return params
+        return _mesh.everywhere(self.mesh, params)
 
     def _resolve(self, params: Params) -> _groups.Groups:
         if self.clipping.scope == "flat":
             return _groups.resolve(params, lambda path: "all")
         return _groups.resolve(params, self.groups)
 
-    def _clip(self, params: Params) -> tuple[Array, list[per_sample.Factor], Array]:
-        """Outputs, per-sample gradients in factored form, and factors ``(R, n)`` (flat: R = 1)."""
-        n = self.x.shape[0]
+    def _clipped_sum(self, params: Params) -> tuple[Params, Array, Array]:
+        """``sum_i C_i g_i``, outputs, and factors ``(R, n)`` (flat: R = 1)."""
+        over_devices = _mesh.over_samples(self._of_device, self.mesh, (None, 0, 0), (None, 0, 1))
+        found: tuple[Params, Array, Array] = over_devices(params, self.x, self.targets)
+        return found
+
+    def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
         groups = self._resolve(params)
-        structure = per_sample.trace(self.apply_fn, params, self.x)
+        structure = per_sample.trace(self.apply_fn, params, x)
         outputs, gradients = per_sample.factored(
             structure,
             params,
-            self.x,
+            x,
             lambda f, y: self.loss.output_gradient(f[None], y[None]),
-            self.targets,
+            targets,
         )
         gradients = [per_sample.for_norms(gradient) for gradient in gradients]
-        squares = grouped_squared_norms(gradients, groups, n)
+        squares = grouped_squared_norms(gradients, groups, x.shape[0])
         norms = clipping.norms_from_squares(squares)
         total = None
         if self.clipping.needs_total_norm:
             summed = self._weighted_sum(params, gradients, jnp.ones_like(norms), groups)
+            summed = _mesh.total(self.mesh, summed)
             of_leaves = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed)])
             leaf_to_group = jnp.asarray(groups.leaf_to_group)
             total = clipping.norms_from_squares(
@@ -144,7 +159,8 @@ class WeightFlow(Flow):
             factors = self.clipping.factors(norms[0], None if total is None else total[0])[None]
         else:
             factors = self.clipping.factors(norms, total)
-        return outputs, gradients, factors
+        clipped = self._weighted_sum(params, gradients, factors, groups)
+        return _mesh.total(self.mesh, clipped), outputs, factors
 
     def _weighted_sum(
         self,
@@ -166,8 +182,7 @@ class WeightFlow(Flow):
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""
-        _, gradients, factors = self._clip(state)
-        clipped = self._weighted_sum(state, gradients, factors, self._resolve(state))
+        clipped, _, _ = self._clipped_sum(state)
         scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
         if self.preconditioner is None:
             return jax.tree.map(lambda g: scale * g, clipped)
@@ -175,7 +190,7 @@ class WeightFlow(Flow):
 
     def measure(self, state: Params, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at parameters."""
-        train, _, factors = self._clip(state)
+        _, train, factors = self._clipped_sum(state)
         test = None if self.test_x is None else self.apply_fn(state, self.test_x)
         return measurement(
             self.loss,

@@ -38,6 +38,7 @@ from ntkdp._agreement import (
 from ntkdp._agreement import regret as regret
 from ntkdp._cell_metrics import HIGHER_IS_BETTER
 from ntkdp._cell_metrics import CellMetrics as CellMetrics
+from ntkdp._check_model import check_inputs
 from ntkdp._grid import Grid as Grid
 from ntkdp._grid import check_flow
 from ntkdp._grid import predict as predict
@@ -146,7 +147,7 @@ def gradient_norms(
     if shares.ndim != 1 or not shares.size or np.any(shares > 1):
         raise ValueError(f"quantiles must be an array (Q,) of numbers in [0, 1], got {quantiles!r}")
     loss = losses.as_loss(loss)
-    x = jnp.asarray(x)
+    x = check_inputs(apply_fn, params, x)
     outputs = apply_fn(params, x)
     targets = loss.check(targets, *outputs.shape)
     gradient = loss.output_gradient(outputs, targets)

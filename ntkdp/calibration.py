@@ -319,8 +319,10 @@ def bootstrap(
     >>> bool(interval.low < 0.16 < interval.high)
     True
     """
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
+    if not callable(metric):
+        raise TypeError(f"metric must be a function (probs, labels) -> array, got {metric!r}")
     _checked(probs, labels)
+    probs, labels, key = jnp.asarray(probs), jnp.asarray(labels), _validate.key(key=key)
     n_resamples = _validate.count(n_resamples=n_resamples)
     level = _validate.scalar(level=_validate.fraction(level=level))
     n = labels.shape[0]
@@ -387,9 +389,7 @@ def reliability_diagram(
 
 def _checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
     """Probabilities ``(n, K)`` with K >= 2, and labels ``(n,)`` in 0..K-1."""
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
-    if jnp.issubdtype(probs.dtype, jnp.complexfloating):
-        raise TypeError(f"probs must be real, got dtype {probs.dtype}")
+    probs, labels = _validate.array(probs=probs), _validate.array(labels=labels)
     probs = _validate.finite(probs=probs)
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         probs = probs.astype(jnp.result_type(float))

@@ -290,7 +290,7 @@ def _bound(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float
 
 def _state(kernel: Any, output_gradient: Any, scope: str) -> tuple[Array, Array]:
     """Terms ``(R, N, N)`` and norms ``(R, n)`` of a state, checked."""
-    a = jnp.asarray(_validate.finite(output_gradient=output_gradient))
+    a = _validate.finite(output_gradient=_validate.array(output_gradient=output_gradient))
     if a.ndim != 2:
         raise ValueError(f"output_gradient must have shape (n, K), got {a.shape}")
     matrices = _terms(kernel, a.shape[0], a.shape[1], scope)

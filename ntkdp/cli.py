@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ntkdp import __version__, _config, _privacy_command, _sweep_command
-from ntkdp._terminal import fail, fields_help, progress
+from ntkdp import __version__, _compare_command, _privacy_command, _sweep_command
+from ntkdp._terminal import fail, progress
 
 app = typer.Typer(
     name="ntkdp",
@@ -35,52 +35,9 @@ def _root(
     del version
 
 
+app.command("compare", epilog=_compare_command.epilog())(_compare_command.compare)
 app.command("sweep", epilog=_sweep_command.epilog())(_sweep_command.sweep)
 app.command("privacy")(_privacy_command.privacy)
-
-
-@app.command(epilog=fields_help(_config.Config))
-def compare(
-    config: Annotated[
-        Path | None,
-        typer.Argument(help="TOML file; without it, handwritten digits.", metavar="CONFIG.toml"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder; by default runs/NAME-TIME.", metavar="DIR"),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
-    ] = False,
-) -> None:
-    """Predict training under each clipping rule, run it, and show how far apart they are.
-
-    Writes metrics.json, trajectories.nc, pictures and report.html to the run folder.
-    """
-    from ntkdp._run_folder import RunFolder
-
-    try:
-        settings = _config.Config() if config is None else _config.load(config)
-        name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = RunFolder(Path("runs") / name if out is None else out, overwrite=overwrite)
-    except (_config.ConfigError, OSError) as error:
-        fail(error)
-
-    import jax
-
-    from ntkdp import _report, experiment
-
-    jax.config.update("jax_enable_x64", settings.dtype == "float64")
-    try:
-        with progress() as report:
-            results = experiment.run(settings, report)
-            report("writing the report", 0.0)
-            with folder.replacing() as path:
-                _report.write(results, path)
-    except (_config.ConfigError, MemoryError, OSError) as error:
-        fail(error)
-    _report.print_table(results)
-    print(f"written to {folder.path}: open {folder.path / 'report.html'}")
 
 
 @app.command()

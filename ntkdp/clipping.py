@@ -44,6 +44,10 @@ def _checked(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
     return lambda value: as_constant(check(**{name: value}))
 
 
+def _checked_number(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    return lambda value: as_constant(_validate.scalar(**{name: check(**{name: value})}))
+
+
 _checked_R = _checked(_validate.positive, "R")
 
 
@@ -116,6 +120,8 @@ class ClippingRule(eqx.Module):
                 f"R must be one number with scope={self.scope!r}, got shape {np.shape(self.R)}"
                 + ("" if self.scope == "layerwise" else "; several R need scope='layerwise'")
             )
+        if np.size(self.R) == 0:
+            raise ValueError("R must be one number, or one a group, got an empty array")
 
     def factors(
         self,
@@ -147,7 +153,8 @@ class ClippingRule(eqx.Module):
             s = jnp.broadcast_to(jnp.asarray(total_norm)[..., None], norms.shape)
         else:
             s = norms
-        R = jnp.asarray(self.R, dtype=s.dtype)
+        with np.errstate(over="ignore"):  # An R beyond the range of the dtype clips nothing.
+            R = jnp.asarray(self.R, dtype=s.dtype)
         R = R[:, None] if R.ndim == 1 else R
         return self._weight(s, jnp.broadcast_to(R, s.shape))
 
@@ -173,11 +180,18 @@ class ClippingRule(eqx.Module):
 
     def check_groups(self, n_groups: int) -> None:
         """Raise unless R fits ``n_groups`` groups."""
+        _validate.count(n_groups=n_groups)
         if np.ndim(self.R) == 1 and np.shape(self.R)[0] != n_groups:
             raise ValueError(
                 f"R has {np.shape(self.R)[0]} entries for {n_groups} parameter groups; "
                 "give one number, or one a group"
             )
+
+
+def _shortening(s: Array, R: Array) -> Array:
+    """min(1, R/s), also where R is beyond the range of the dtype, and so zero or infinite."""
+    within = s <= R
+    return jnp.where(within, 1.0, R / jnp.where(within, 1.0, s))
 
 
 class NoClipping(ClippingRule):
@@ -215,7 +229,7 @@ class Abadi(ClippingRule):
     needs_total_norm: ClassVar[bool] = False
 
     def _weight(self, s: Array, R: Array) -> Array:
-        return R / jnp.maximum(s, R)
+        return _shortening(s, R)
 
 
 class Global(ClippingRule):
@@ -269,7 +283,7 @@ class Automatic(ClippingRule):
     """
 
     R: Any = eqx.field(converter=_checked_R)
-    gamma: Any = eqx.field(default=0.01, converter=_checked(_validate.non_negative, "gamma"))
+    gamma: Any = eqx.field(default=0.01, converter=_checked_number(_validate.non_negative, "gamma"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -293,13 +307,14 @@ class PSAC(ClippingRule):
     """
 
     R: Any = eqx.field(converter=_checked_R)
-    r: Any = eqx.field(default=0.1, converter=_checked(_validate.positive, "r"))
+    r: Any = eqx.field(default=0.1, converter=_checked_number(_validate.positive, "r"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
 
     def _weight(self, s: Array, R: Array) -> Array:
-        r = jnp.asarray(self.r, dtype=s.dtype)
+        # Below the smallest normal number r would be taken for zero, and zero over zero is NaN.
+        r = jnp.maximum(jnp.asarray(self.r, dtype=s.dtype), jnp.finfo(s.dtype).tiny)
         return R / (s + r / (s + r))
 
 
@@ -319,7 +334,7 @@ class Batch(ClippingRule):
     needs_total_norm: ClassVar[bool] = True
 
     def _weight(self, s: Array, R: Array) -> Array:
-        return R / jnp.maximum(s, R)
+        return _shortening(s, R)
 
 
 class Custom(ClippingRule):
@@ -355,7 +370,13 @@ class Custom(ClippingRule):
             return
         smallest = float(np.min(self.R))
         s = jnp.asarray(smallest * np.logspace(-6, 6, 1201))
-        clipped = np.asarray(s * self.function(s))
+        factors = self.function(s)
+        if getattr(factors, "shape", None) != s.shape:
+            raise ValueError(
+                f"function must map norms of shape {s.shape} to factors of that shape, "
+                f"got {getattr(factors, 'shape', factors)!r}"
+            )
+        clipped = np.asarray(s * factors)
         worst = int(np.argmax(np.where(np.isnan(clipped), np.inf, np.abs(clipped))))
         tolerance = 100 * float(jnp.finfo(s.dtype).eps)
         if not abs(clipped[worst]) <= smallest * (1 + tolerance):

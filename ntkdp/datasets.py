@@ -25,7 +25,7 @@ from ntkdp._data_files import (
     select_columns,
 )
 from ntkdp._dataset import TASKS, Dataset, Split, data_generator, from_arrays
-from ntkdp._validate import choice, count, did_you_mean, positive
+from ntkdp._validate import choice, count, did_you_mean, positive, scalar
 
 
 def digits(
@@ -233,7 +233,7 @@ def separable(
     >>> separable(margin=1.0).n_outputs
     2
     """
-    positive(margin=margin)
+    scalar(margin=positive(margin=margin))
     n, d = count(n_train=n_train) + count(n_test=n_test), count(n_features=n_features)
     generator = data_generator(seed)
     direction = generator.standard_normal(d)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
-from ntkdp import _progress, _validate, clipping, losses, privacy
+from ntkdp import _mesh, _progress, _validate, clipping, losses, privacy
 from ntkdp._dp_step import Algorithm, State
 from ntkdp._phase import Phase, as_trainable, check_phases, steppings
 from ntkdp._stepping import Stepping
@@ -51,13 +52,14 @@ def build(
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
     trainable: Iterable[str] | None = None,
+    mesh: Mesh | None = None,
 ) -> Algorithm:
     r"""DP-SGD on a problem, as ``init`` and ``step`` for a loop of your own.
 
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, optimizer, \
-    groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size
+    groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size, mesh
         As for :func:`run`, but for a budget in place of ``noise_multiplier``: the number of steps
         is not known here, so give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
@@ -128,10 +130,20 @@ def build(
             raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
         if test_targets is not None:
             test_targets = _as_targets(loss, test_targets, test_x.shape[0], "test_targets")
+    mesh = _mesh.as_mesh(mesh)
+    _mesh.check_divides(mesh, x=x.shape[0])
+    targets = _as_targets(loss, targets, x.shape[0], "targets")
+    n_devices = 1 if mesh is None else mesh.size
+    if mesh is not None:
+        apart = test_x is not None and test_x.shape[0] % n_devices == 0
+        place_test = _mesh.spread if apart else _mesh.everywhere
+        test_x, test_targets = (
+            None if test is None else place_test(mesh, test) for test in (test_x, test_targets)
+        )
     return Algorithm(
         apply_fn=apply_fn,
-        x=x,
-        targets=_as_targets(loss, targets, x.shape[0], "targets"),
+        x=_mesh.spread(mesh, x),
+        targets=_mesh.spread(mesh, targets),
         test_x=test_x,
         test_targets=test_targets,
         loss=loss,
@@ -141,13 +153,14 @@ def build(
         groups=groups,
         optimizer=optax.sgd if optimizer is None else optimizer,
         sample_rate=sample_rate,
-        capacity=_capacity(x.shape[0], sample_rate),
+        capacity=_capacity(x.shape[0] // n_devices, sample_rate),
         reduction=reduction,
         gradients=gradients,
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
         noisy=noisy,
         trainable=as_trainable(trainable),
+        mesh=mesh,
     )
 
 
@@ -191,6 +204,7 @@ def run(
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
+    mesh: Mesh | None = None,
     progress: Any = False,
     key: Any,
 ) -> Trajectory:
@@ -237,7 +251,10 @@ def run(
         Layerwise only: noise of group r in proportion to its own R_r,
         :math:`\sigma \sqrt{n_{groups}} R_r`, at the same privacy.
     microbatch_size : int, optional
-        Samples whose gradients are held at once; it changes the memory, not the result.
+        Samples whose gradients are held at once on a device; it changes the memory, not the result.
+    mesh : jax.sharding.Mesh, optional
+        Devices over which the training samples are spread; their number must divide over them. Test
+        samples are spread too if theirs divides.
     progress : bool or callable
         True for a bar on a terminal; a function is called with the fraction done.
     key : PRNG key
@@ -290,8 +307,9 @@ def run(
         gradients=gradients,
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
+        mesh=mesh,
     )
-    keys = _validate.keys(key=key)
+    keys = _mesh.everywhere(algorithm.mesh, _validate.keys(key=key))
     start = algorithm.init(params).params
     with _progress.listening(progress, "training with DP-SGD") as shown:
         _, measured = _run(algorithm, start, False, keys, stepping, outputs, shown)
@@ -317,6 +335,7 @@ def run_phases(
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
+    mesh: Mesh | None = None,
     progress: Any = False,
     key: Any,
 ) -> Trajectory:
@@ -332,7 +351,7 @@ def run_phases(
     record_every : int
         Record every so many steps of each phase, its first state and its last.
     apply_fn, params, x, targets, loss, sample_rate, optimizer, reduction, test_x, test_targets, \
-    outputs, gradients, noise_per_group, microbatch_size, progress, key
+    outputs, gradients, noise_per_group, microbatch_size, mesh, progress, key
         As for :func:`run`. Steps draw their noise and batches by their number in the whole: a
         single phase is :func:`run`, to the last bit.
 
@@ -389,9 +408,11 @@ def run_phases(
             noise_per_group=noise_per_group,
             microbatch_size=microbatch_size,
             trainable=phase.trainable,
+            mesh=mesh,
         )
         for phase in phases
     ]
+    keys = _mesh.everywhere(algorithms[0].mesh, keys)
     # All are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm in algorithms]
     paths: list[Trajectory] = []
@@ -422,10 +443,7 @@ def _run(
     record_every = stepping.record_every
 
     def observe(params: Params) -> tuple[Array, Array]:
-        everyone = jnp.ones(algorithm.x.shape[0], bool)
-        _, train, _, factors = algorithm._clipped_sum(
-            params, algorithm.x, algorithm.targets, everyone
-        )
+        _, train, _, factors, _ = algorithm._clipped_sum(params, None)
         return train, clipping.clip_fraction(factors)
 
     def one_run(key: PRNGKeyArray, params: Params) -> tuple[Params, Measurement]:

@@ -4,12 +4,16 @@ import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ntkdp import _config, _groups, comparison, dp_sgd, ntk
+from ntkdp._cell_folder import CellFolder
 from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._prediction import (
     KERNEL_OF,
@@ -83,6 +87,8 @@ class Case(NamedTuple):
 class Results(NamedTuple):
     """All cases of an experiment, and the kernels that the predictions used.
 
+    ``notes`` say what went wrong on the way and was mended.
+
     Made by :func:`run`.
     """
 
@@ -90,6 +96,7 @@ class Results(NamedTuple):
     cases: list[Case]
     kernels: dict[str, Kernel]
     initial_norms: Array
+    notes: list[str]
 
 
 def config(**fields: Any) -> Config:
@@ -130,7 +137,14 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return _config.load(path)
 
 
-def run(config: Config, report: Report = lambda what, done: None) -> Results:
+def run(
+    config: Config,
+    report: Report = lambda what, done: None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Results:
     """Predict training under each clipping rule, run it, and compare.
 
     Parameters
@@ -139,6 +153,13 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
         See :func:`ntkdp.experiment.load_config`; float64 needs :func:`ntkdp.enable_x64` first.
     report : callable, optional
         Called with what is being done and the fraction of it that is done.
+    folder : path, optional
+        Where each case lands as it finishes. Without, nothing is written.
+    resume : bool
+        Continue the run in the folder: cases that are there are read, not run again; one that is
+        damaged is named in ``notes`` and run again. Kernels are computed again.
+    overwrite : bool
+        Remove the run in the folder first.
 
     Returns
     -------
@@ -150,6 +171,8 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
     ------
     ConfigError
         A field that does not fit the others, naming it.
+    FileExistsError, FileNotFoundError, ValueError
+        A folder that holds something else, nothing to resume, or another run.
     MemoryError
         A kernel that does not fit.
 
@@ -165,6 +188,10 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
     True
     """
     rules = rules_of(config)
+    disk = None
+    if folder is not None:
+        settings = config.model_dump(mode="json")
+        disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite, what="run")
     report("loading data", 0.0)
     problem = problem_of(config)
     for number, rule in enumerate(rules):
@@ -179,11 +206,15 @@ def run(config: Config, report: Report = lambda what, done: None) -> Results:
         kernels[kind] = kernel_of(config, problem, kind)
     gradient = problem.loss.output_gradient(problem.outputs, problem.targets)
     norms = ntk.per_sample_gradient_norms(problem.model.apply, problem.params, problem.x, gradient)
-    cases = [
-        _case(config, problem, kernels, case, rule, report)
-        for case, rule in zip(config.clipping, rules, strict=True)
-    ]
-    return Results(config, cases, kernels, norms)
+    cases = []
+    for number, (case, rule) in enumerate(zip(config.clipping, rules, strict=True)):
+        measured = None if disk is None else disk.find(f"{number:05d}")
+        if measured is None:
+            measured = _measured(config, problem, kernels, case, rule, report)
+            if disk is not None:
+                disk.write(f"{number:05d}", measured)
+        cases.append(_case(case, measured))
+    return Results(config, cases, kernels, norms, [] if disk is None else disk.notes)
 
 
 @cache
@@ -192,14 +223,15 @@ def _with_momentum(momentum: float) -> Callable[[Any], optax.GradientTransformat
     return partial(optax.sgd, momentum=momentum)
 
 
-def _case(
+def _measured(
     config: Config,
     problem: Problem,
     kernels: dict[str, Kernel],
     case: ClippingConfig,
     rule: ClippingRule,
     report: Report,
-) -> Case:
+) -> dict[str, Any]:
+    """What took time to find out about a case, as a folder can hold it."""
     training = config.training
     mechanism = Mechanism.of(config, case)
     key = jax.random.key(config.seed + 1)
@@ -228,7 +260,7 @@ def _case(
     jax.block_until_ready(observed.loss)
     run_seconds = time.perf_counter() - start
 
-    predictions: dict[str, Prediction] = {}
+    predictions = {}
     for name in config.predictions:
         what = f"{case.label}: {LABELS[name]}"
         report(what, 0.0)
@@ -242,6 +274,40 @@ def _case(
             observed.times,
             partial(report, what),
         )
-        predictions[name] = Prediction(predicted, comparison.compare(predicted, observed), seconds)
-    noise = weight_noise(config, problem, rule, mechanism)
-    return Case(case, mechanism.noise_multiplier, noise, observed, run_seconds, predictions)
+        predictions[name] = {"trajectory": _arrays(predicted), "seconds": seconds}
+    return {
+        "noise_multiplier": mechanism.noise_multiplier,
+        "weight_noise": weight_noise(config, problem, rule, mechanism),
+        "run": _arrays(observed),
+        "run_seconds": run_seconds,
+        "predictions": predictions,
+    }
+
+
+def _case(case: ClippingConfig, measured: dict[str, Any]) -> Case:
+    observed = _trajectory(measured["run"])
+    predictions = {}
+    for name, found in measured["predictions"].items():
+        predicted = _trajectory(found["trajectory"])
+        compared = comparison.compare(predicted, observed)
+        predictions[name] = Prediction(predicted, compared, found["seconds"])
+    return Case(
+        case,
+        measured["noise_multiplier"],
+        measured["weight_noise"],
+        observed,
+        measured["run_seconds"],
+        predictions,
+    )
+
+
+def _arrays(path: Trajectory) -> dict[str, np.ndarray | None]:
+    fields = vars(path).items()
+    return {name: None if value is None else np.asarray(value) for name, value in fields}
+
+
+def _trajectory(arrays: dict[str, np.ndarray | None]) -> Trajectory:
+    fields: dict[str, Any] = {
+        name: None if value is None else jnp.asarray(value) for name, value in arrays.items()
+    }
+    return Trajectory(**fields)

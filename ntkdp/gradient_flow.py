@@ -11,6 +11,7 @@ enter these flows. Training in phases, groups frozen and released, rules that ch
 from ntkdp._flow import Flow as Flow
 from ntkdp._heavy_ball_flow import HeavyBallFlow as HeavyBallFlow
 from ntkdp._kernel_flow import KernelFlow as KernelFlow
+from ntkdp._linearised_flow import LinearisedFlow as LinearisedFlow
 from ntkdp._modified_flow import ModifiedFlow as ModifiedFlow
 from ntkdp._phased_flow import recursion_phases as recursion_phases
 from ntkdp._phased_flow import solve_phases as solve_phases

@@ -57,7 +57,7 @@ class Loss(eqx.Module):
 
 def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> Array:
     """Real targets of shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)`` when K is 1."""
-    targets = jnp.asarray(targets)
+    targets = _validate.array(**{name: targets})
     if targets.shape == (n_samples,) and n_outputs == 1:
         targets = targets[:, None]
     if targets.shape != (n_samples, n_outputs):
@@ -118,7 +118,8 @@ class Huber(Loss):
     """
 
     delta: Any = eqx.field(
-        default=1.0, converter=lambda delta: as_constant(_validate.positive(delta=delta))
+        default=1.0,
+        converter=lambda d: as_constant(_validate.scalar(delta=_validate.positive(delta=d))),
     )
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
@@ -170,7 +171,7 @@ class SoftmaxCrossEntropy(Loss):
                 f"softmax cross-entropy needs at least 2 outputs, got {n_outputs}; "
                 "for one output use Logistic"
             )
-        targets = jnp.asarray(targets)
+        targets = _validate.array(**{name: targets})
         if targets.ndim == 2:
             return self._check_soft(targets, n_samples, n_outputs, name)
         if targets.shape != (n_samples,):
@@ -271,7 +272,7 @@ class Custom(Loss):
         return jax.vmap(self.function)(outputs, targets)
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
-        targets = jnp.asarray(targets)
+        targets = _validate.array(**{name: targets})
         if targets.ndim == 0 or targets.shape[0] != n_samples:
             raise ValueError(
                 f"{name} must have {n_samples} rows, one a sample, got shape {targets.shape}"

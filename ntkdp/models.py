@@ -118,8 +118,7 @@ def mlp(
     >>> model.apply(model.init(jax.random.key(0), x), x).shape
     (4, 10)
     """
-    for position, width in enumerate(widths):
-        count(**{f"widths[{position}]": width})
+    _check_sizes(widths=widths)
     count(n_outputs=n_outputs)
     hidden, output = _scales(activation, W_std, b_std, output_W_std, parameterization)
     stax = _neural_tangents.stax
@@ -190,10 +189,9 @@ def cnn(
     >>> model.apply(model.init(jax.random.key(0), x), x).shape
     (4, 10)
     """
+    _check_sizes(channels=channels)
     if not channels:
         raise ValueError(f"channels must name at least one convolution, got {channels!r}; see mlp")
-    for position, n_channels in enumerate(channels):
-        count(**{f"channels[{position}]": n_channels})
     count(n_outputs=n_outputs)
     choice(("none", "average", "global"), pooling=pooling)
     choice(("SAME", "VALID", "CIRCULAR"), padding=padding)
@@ -312,7 +310,18 @@ def from_stax(
     >>> model.kernel_fn(jnp.eye(3), None, "nngp").shape
     (3, 3)
     """
+    for name, given in (("init_fn", init_fn), ("apply_fn", apply_fn), ("kernel_fn", kernel_fn)):
+        if not callable(given) and not (name == "kernel_fn" and given is None):
+            raise TypeError(f"{name} must be a function of a stax network, got {given!r}")
     return checked_model(lambda key, x: init_fn(key, x.shape)[1], apply_fn, kernel_fn)
+
+
+def _check_sizes(**named: Any) -> None:
+    ((name, sizes),) = named.items()
+    if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
+        raise TypeError(f"{name} must be a sequence of whole numbers, got {sizes!r}")
+    for position, size in enumerate(sizes):
+        count(**{f"{name}[{position}]": size})
 
 
 def _from_layers(

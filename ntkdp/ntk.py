@@ -12,8 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ntkdp import _groups, _kernel_blocks, _memory, _validate, clipping
+from ntkdp import _groups, _kernel_blocks, _memory, _mesh, _validate, clipping
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
 from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
@@ -41,7 +42,10 @@ __all__ = [
     "two_time_kernel",
 ]
 
-_WAYS_OUT = "use fewer samples, float32, one output, or the infinite-width kernel (n, n)"
+_WAYS_OUT = (
+    "use fewer samples, float32, one output, a mesh of devices, the infinite-width kernel (n, n), "
+    "or LinearisedFlow, which needs no kernel"
+)
 
 
 def empirical_ntk(
@@ -51,6 +55,7 @@ def empirical_ntk(
     x2: Real[Array, "n2 ..."] | None = None,
     *,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "n1 n2 K K"]:
     r"""Empirical neural tangent kernel with full outputs, :math:`H = J(x_1) J(x_2)^\top`.
 
@@ -65,6 +70,9 @@ def empirical_ntk(
     batch_size : int, optional
         Rows and columns of a block. By default as many samples as make a block of about 100 MiB;
         peak memory is at most twice the result and two blocks.
+    mesh : jax.sharding.Mesh, optional
+        Devices that compute the kernel, each its share of the rows; n1 must divide over them. The
+        result stays where it was computed.
 
     Returns
     -------
@@ -92,7 +100,7 @@ def empirical_ntk(
     [[5.0, 11.0], [11.0, 25.0]]
     """
     everything = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
-    return _kernel(apply_fn, params, x1, x2, everything, batch_size, whole=True)
+    return _kernel(apply_fn, params, x1, x2, everything, batch_size, mesh, whole=True)
 
 
 def layerwise_ntk(
@@ -103,12 +111,13 @@ def layerwise_ntk(
     *,
     groups: Any = None,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> LayerwiseKernel:
     r"""Empirical kernel by parameter group, :math:`H_r = J_r(x_1) J_r(x_2)^\top`.
 
     Parameters
     ----------
-    apply_fn, params, x1, x2, batch_size
+    apply_fn, params, x1, x2, batch_size, mesh
         As for :func:`empirical_ntk`.
     groups : pytree prefix of labels, or callable from key path to label, optional
         By default the layers.
@@ -137,7 +146,8 @@ def layerwise_ntk(
     (('b', 'w'), [1.0, 5.0])
     """
     resolved = _groups.resolve(params, groups)
-    return LayerwiseKernel(resolved.names, _kernel(apply_fn, params, x1, x2, resolved, batch_size))
+    terms = _kernel(apply_fn, params, x1, x2, resolved, batch_size, mesh)
+    return LayerwiseKernel(resolved.names, terms)
 
 
 def gradient_structure(
@@ -192,6 +202,7 @@ def preconditioned_ntk(
     x2: Real[Array, "n2 ..."] | None = None,
     *,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "n1 n2 K K"]:
     r"""Kernel of a preconditioned flow, :math:`J(x_1) M^{-1} J(x_2)^\top` with diagonal M.
 
@@ -200,7 +211,7 @@ def preconditioned_ntk(
 
     Parameters
     ----------
-    apply_fn, params, x1, x2, batch_size
+    apply_fn, params, x1, x2, batch_size, mesh
         As for :func:`empirical_ntk`.
     preconditioner : pytree
         The diagonal of M, positive, in the shape of the parameters.
@@ -229,7 +240,7 @@ def preconditioned_ntk(
     roots = jax.tree.map(jnp.sqrt, check_preconditioner(params, preconditioner))
     rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
     coordinates = jax.tree.map(jnp.multiply, params, roots)
-    return empirical_ntk(rescaled, coordinates, x1, x2, batch_size=batch_size)
+    return empirical_ntk(rescaled, coordinates, x1, x2, batch_size=batch_size, mesh=mesh)
 
 
 def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Array) -> Array:
@@ -320,26 +331,33 @@ def _kernel(
     x2: Any,
     groups: _groups.Groups,
     batch_size: int | None,
+    mesh: Mesh | None,
     whole: bool = False,
 ) -> Array:
     """Terms of the kernel, ``(R, n1, n2, K, K)``, or of a single group its term alone."""
+    mesh = _mesh.as_mesh(mesh)
     x1, output = check_model(apply_fn, params, x1, "x1")
     columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
     if x1.shape[1:] != columns.shape[1:]:
         raise ValueError(
             f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {columns.shape[1:]}"
         )
-    x2 = None if x2 is None else columns
+    _mesh.check_divides(mesh, x1=x1.shape[0])
+    # The parts of several devices have no diagonal in common to mirror.
+    x2 = None if x2 is None and mesh is None else columns
     if batch_size is not None:
         batch_size = _validate.count(batch_size=batch_size)
     shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
     _memory.require(
-        int(np.prod(shape, dtype=object)) * output.dtype.itemsize,
+        _mesh.bytes_on_host(mesh, int(np.prod(shape, dtype=object)) * output.dtype.itemsize),
         f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
         _WAYS_OUT,
     )
     n_outputs = output.shape[1]
-    return _kernel_in_blocks(apply_fn, params, x1, x2, groups, batch_size, n_outputs, whole)
+    params, x2 = _mesh.everywhere(mesh, (params, x2))
+    return _kernel_in_blocks(
+        apply_fn, params, _mesh.spread(mesh, x1), x2, groups, batch_size, n_outputs, whole, mesh
+    )
 
 
 @eqx.filter_jit
@@ -352,14 +370,18 @@ def _kernel_in_blocks(
     batch_size: int | None,
     n_outputs: int,
     whole: bool,
+    mesh: Mesh | None,
 ) -> Array:
     structure = per_sample.trace(apply_fn, params, x1)
 
-    def factors(x: Array) -> list[per_sample.Factor]:
-        return per_sample.factored_for_kernel(structure, params, x)
+    def rows(params: Params, x1: Array, x2: Array | None) -> Array:
+        def factors(x: Array) -> list[per_sample.Factor]:
+            return per_sample.factored_for_kernel(structure, params, x)
 
-    result = _kernel_blocks.assemble(
-        factors, groups.leaf_to_group, groups.size, n_outputs, x1, x2, batch_size
-    )
-    # Here the reshape is free; outside, it would copy the kernel.
-    return result.reshape(result.shape[1:]) if whole else result
+        result = _kernel_blocks.assemble(
+            factors, groups.leaf_to_group, groups.size, n_outputs, x1, x2, batch_size
+        )
+        # Here the reshape is free; outside, it would copy the kernel.
+        return result.reshape(result.shape[1:]) if whole else result
+
+    return _mesh.over_samples(rows, mesh, (None, 0, None), 0 if whole else 1)(params, x1, x2)

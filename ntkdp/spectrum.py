@@ -255,8 +255,9 @@ def has_positive_eigenvalues(kernel: Any, factors: Any = None) -> Bool[Array, ""
 
 def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
     """Terms of a kernel as matrices, or flat their sum; samples outside, outputs inside."""
-    values = kernel.values if isinstance(kernel, LayerwiseKernel) else jnp.asarray(kernel)[None]
-    if layerwise and not isinstance(kernel, LayerwiseKernel):
+    is_layerwise = isinstance(kernel, LayerwiseKernel)
+    values = kernel.values if is_layerwise else _validate.array(kernel=kernel)[None]
+    if layerwise and not is_layerwise:
         raise ValueError(
             "kernel must be a LayerwiseKernel for layerwise clipping, got an array without layer "
             "terms; use layerwise_ntk or layerwise_infinite_ntk"

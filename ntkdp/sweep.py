@@ -4,17 +4,21 @@ Every cell starts from the same network and draws the same random numbers. What 
 losses, accuracies and calibration errors after the last step.
 """
 
+import json
+import math
 import os
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from ntkdp import (
+    __version__,
     _cell_metrics,
+    _cluster,
     _sweep_config,
     advisor,
     clipping,
@@ -22,12 +26,15 @@ from ntkdp import (
     gradient_flow,
     losses,
 )
-from ntkdp._cell_folder import CellFolder, DamagedCell
+from ntkdp._cell_folder import CellFolder
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._prediction import Kernel, compute_kernel
 from ntkdp._problem import Problem, problem_of
 from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.clipping import ClippingRule
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Cell", "Plane", "Results", "SweepConfig", "config", "load_config", "run"]
 
@@ -100,6 +107,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    client: "Client | None" = None,
     report: Report = lambda what, done: None,
 ) -> Results:
     """Predict every cell of a grid, then train every cell.
@@ -115,6 +123,10 @@ def run(
         damaged is named in ``notes`` and run again.
     overwrite : bool
         Remove the sweep in the folder first.
+    client : distributed.Client, optional
+        Train the cells on the workers of its dask cluster, in any order. Each makes the problem
+        from ``config`` for itself: a data file must be there too. On machines of one kind the
+        results are those without a client, bit for bit.
     report : callable, optional
         Called with what is being done and the fraction of it that is done.
 
@@ -130,6 +142,10 @@ def run(
         A folder that holds something else, nothing to resume, or another sweep.
     MemoryError
         A kernel that does not fit.
+    ConnectionError
+        A cluster without workers, or lost.
+    RuntimeError
+        A cell that failed on the cluster, naming it. What has finished is in the folder.
 
     Examples
     --------
@@ -151,34 +167,18 @@ def run(
         disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
-    notes: list[str] = []
-
-    def stored(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if disk is None:
-            return compute()
-        try:
-            found = disk.read(name)
-        except DamagedCell as error:
-            notes.append(f"{error}: made again")
-            found = None
-        if found is None:
-            found = compute()
-            disk.write(name, found)
-        return found
-
-    predicted = stored("predicted", partial(_predict, config, problem, found_planes, report))
+    predicted = None if disk is None else disk.find("predicted")
+    if predicted is None:
+        predicted = _predict(config, problem, found_planes, report)
+        if disk is not None:
+            disk.write("predicted", predicted)
     seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
     observed = None
     if config.observe:
-        of_cells = []
-        for number, cell in enumerate(found_cells):
-            report(f"cell {number + 1} of {len(found_cells)}", number / len(found_cells))
-            of_cells.append(
-                stored(
-                    f"{number:05d}",
-                    partial(_observe, config, problem, found_planes[cell.plane], cell),
-                )
-            )
+        observe = partial(_observe_here, config, problem, found_planes)
+        if client is not None:
+            observe = partial(_observe_there, config, problem, found_planes, client)
+        of_cells = _of_cells(found_cells, disk, observe, report)
         seconds["observation"] = sum(one["seconds"] for one in of_cells)
         observed = _by_plane([one["metrics"] for one in of_cells], len(found_planes))
     return Results(
@@ -192,8 +192,100 @@ def run(
             problem.model.apply, problem.params, problem.x, problem.targets, problem.loss
         ),
         seconds,
-        notes,
+        [] if disk is None else disk.notes,
     )
+
+
+#: Trains some cells, and gives the number and the content of each as it finishes.
+Observe = Callable[[dict[int, Cell]], Iterator[tuple[int, dict[str, Any]]]]
+
+
+def _of_cells(
+    found_cells: list[Cell], disk: CellFolder | None, observe: Observe, report: Report
+) -> list[dict[str, Any]]:
+    """Every cell's content: what is on disk is read, and what is made is put there at once."""
+    done = {}
+    for number in range(len(found_cells)):
+        content = None if disk is None else disk.find(f"{number:05d}")
+        if content is not None:
+            done[number] = content
+
+    def say() -> None:
+        report(f"cell {len(done) + 1} of {len(found_cells)}", len(done) / len(found_cells))
+
+    missing = {number: cell for number, cell in enumerate(found_cells) if number not in done}
+    if missing:
+        say()
+    for number, content in observe(missing):
+        if disk is not None:
+            disk.write(f"{number:05d}", content)
+        done[number] = content
+        if len(done) < len(found_cells):
+            say()
+    return [done[number] for number in range(len(found_cells))]
+
+
+def _observe_here(
+    config: SweepConfig, problem: Problem, found_planes: list[Plane], missing: dict[int, Cell]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, cell in missing.items():
+        yield number, _observe(config, problem, found_planes[cell.plane], cell)
+
+
+def _observe_there(
+    config: SweepConfig,
+    problem: Problem,
+    found_planes: list[Plane],
+    client: "Client",
+    missing: dict[int, Cell],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    told = _Told(
+        __version__,
+        json.dumps(config.model_dump(mode="json")),
+        jax.config.read("jax_enable_x64"),
+        _reduced(problem, config.training.reduction),
+    )
+    numbers, tasks = {}, {}
+    for number, cell in missing.items():
+        plane = found_planes[cell.plane]
+        name = (
+            f"cell {number} ({plane.label}, learning rate {cell.learning_rate:g}, clipping norm "
+            f"{cell.clip_norm:g})"
+        )
+        numbers[name] = number
+        tasks[name] = (told, plane, cell)
+    for name, content in _cluster.results(client, _observe_as_told, tasks):
+        yield numbers[name], content
+
+
+class _Told(NamedTuple):
+    """What a worker needs to know of a sweep, and to see that it has the same."""
+
+    version: str
+    settings: str
+    x64: bool
+    initial_loss: float
+
+
+def _observe_as_told(told: _Told, plane: Plane, cell: Cell) -> dict[str, Any]:
+    if told.version != __version__:
+        raise RuntimeError(f"the worker has ntkdp {__version__}, the sweep ntkdp {told.version}")
+    with jax.enable_x64(told.x64):
+        config, problem = _made_as_told(told)
+        found = _reduced(problem, config.training.reduction)
+        if not math.isclose(found, told.initial_loss, rel_tol=1e-3):
+            raise RuntimeError(
+                f"the worker has other data: the loss at the start is {found:g}, not "
+                f"{told.initial_loss:g}; data.name = {config.data.name!r} must be the same there"
+            )
+        return _observe(config, problem, plane, cell)
+
+
+# A worker makes the problem once, not for every cell.
+@lru_cache(maxsize=1)
+def _made_as_told(told: _Told) -> tuple[SweepConfig, Problem]:
+    config = _sweep_config.from_tree(json.loads(told.settings))
+    return config, problem_of(config)
 
 
 def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]:

@@ -126,7 +126,7 @@ class Trajectory(eqx.Module):
 
     def rescale_time(self, factor: float) -> "Trajectory":
         """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
-        factor = _validate.positive(factor=factor)
+        factor = _validate.scalar(factor=_validate.positive(factor=factor))
         return eqx.tree_at(lambda path: path.times, self, self.times * factor)
 
     def then(self, other: "Trajectory") -> "Trajectory":
@@ -200,30 +200,60 @@ class Trajectory(eqx.Module):
         ValueError
             If it is not a trajectory.
         """
+        import h5py  # type: ignore[import-untyped]
         import xarray as xr
 
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"path does not exist: {path}")
         try:
+            # Damage is seen here first if it can be: h5netcdf leaves half-open files behind.
+            with h5py.File(path, "r") as file:
+                dict(file.attrs)
             with xr.open_dataset(path, engine="h5netcdf") as dataset:
                 dataset.load()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged file the libraries raise errors of any kind
             raise ValueError(f"path is not a netCDF file: {path} ({error})") from error
         return cls.from_xarray(dataset)
 
     @classmethod
     def from_xarray(cls, dataset: "xarray.Dataset") -> "Trajectory":
-        """The inverse of :meth:`to_xarray`."""
+        """The inverse of :meth:`to_xarray`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no data set, or not one of a trajectory.
+        """
+        import xarray as xr
+
+        if not isinstance(dataset, xr.Dataset):
+            raise TypeError(f"dataset must be an xarray.Dataset, got {type(dataset).__name__}")
         missing = {"loss", "clip_fraction", "outcome"} - set(dataset.data_vars)
         if missing or "time" not in dataset.coords:
             raise ValueError(f"not a trajectory: lacks {', '.join(sorted(missing or {'time'}))}")
-        fields = {
-            name: jnp.asarray(dataset[name].values) for name in _DIMENSIONS if name in dataset
-        }
-        steps = jnp.asarray(dataset["step"].values) if "step" in dataset.coords else None
+        fields = {}
+        for name, trailing in _DIMENSIONS.items():
+            if name not in dataset:
+                continue
+            expected, found = ("time", *trailing), tuple(map(str, dataset[name].dims))
+            if found not in (expected, ("seed", *expected)):
+                raise ValueError(
+                    f"not a trajectory: {name} must have dimensions {expected}, with or without a "
+                    f"leading seed, got {found}"
+                )
+            fields[name] = _validate.array(**{name: dataset[name].values})
+        steps = None
+        if "step" in dataset.coords:
+            steps = _validate.array(step=dataset["step"].values)
         outcome = dataset["outcome"].values
-        return cls(jnp.asarray(dataset["time"].values), steps=steps, outcome=outcome, **fields)
+        if not np.all(np.isin(outcome, [int(known) for known in Outcome])):
+            raise ValueError(
+                f"not a trajectory: outcome must be one of {[int(known) for known in Outcome]}, "
+                f"got {outcome.tolist()!r}"
+            )
+        times = _validate.array(time=dataset["time"].values)
+        return cls(times, steps=steps, outcome=outcome, **fields)
 
 
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -287,6 +317,7 @@ def recorded_steps(steps: int, record_every: int) -> np.ndarray:
     >>> ntkdp.trajectory.recorded_steps(7, 3).tolist()
     [0, 3, 6, 7]
     """
+    steps, record_every = _validate.count(steps=steps), _validate.count(record_every=record_every)
     return np.append(np.arange(0, steps, record_every), steps)
 
 
@@ -318,6 +349,11 @@ def check_learning_rate(learning_rate: Any, steps: int) -> Any:
     if not callable(learning_rate):
         return _validate.positive(learning_rate=learning_rate)
     rates = jax.vmap(learning_rate)(jnp.arange(steps))
+    if getattr(rates, "shape", None) != (steps,):
+        raise ValueError(
+            "learning_rate must be a schedule that maps a step to one number, got "
+            f"{'None' if rates is None else rates} for {steps} steps"
+        )
     if not is_traced(rates) and not bool(jnp.all(jnp.isfinite(rates) & (rates >= 0))):
         raise ValueError(
             f"learning_rate must be a schedule of finite values of at least 0, "

@@ -5,9 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The tests compile far more than they compute; this takes a fifth off, and changes rounding only.
-# Without XLA's fusion emitters it would be half, but lookups by short indices come out wrong.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The tests compile far more than they compute: the first two take half of it off, and change
+# rounding only. But without its fusion emitters XLA gets lookups by short indices wrong:
+# test_irregular_networks looks at those in a process of its own, and `make test-slow` runs as users
+# do. Eight devices are for the tests of meshes, where they may wait long for one another.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 
 import equinox as eqx
 import hypothesis
@@ -29,6 +36,20 @@ install_import_hook(
     [f"ntkdp.{path.stem}" for path in _PACKAGE.iterdir() if path.stem not in _UNCHECKED],
     "strict_types.check",
 )
+
+
+#: A process may have 65,530 memory maps on Linux, and every compiled program takes several.
+_MOST_MEMORY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps() -> Iterator[None]:
+    """Forget compiled programs before there are so many that the process is killed."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > _MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        eqx.clear_caches()
 
 
 @pytest.fixture

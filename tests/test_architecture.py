@@ -48,7 +48,7 @@ COMPARISON = {
 CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
-    0: {"_types", "_validate", "_files", "_memory", "_progress", "_look"},
+    0: {"_types", "_validate", "_files", "_memory", "_mesh", "_progress", "_look"},
     1: {
         "losses",
         "clipping",
@@ -78,6 +78,7 @@ LAYERS: dict[int, set[str]] = {
         "gradient_flow",
         "_flow",
         "_kernel_flow",
+        "_linearised_flow",
         "_weight_flow",
         "_heavy_ball_flow",
         "_modified_flow",
@@ -112,6 +113,8 @@ LAYERS: dict[int, set[str]] = {
         "_provenance",
         "_run_folder",
         "_cell_folder",
+        "_cluster",
+        "_compare_command",
         "_terminal",
         "sweep",
         "_sweep_config",
@@ -125,7 +128,7 @@ LAYERS: dict[int, set[str]] = {
 }
 #: Modules that may import others of their own layer, as parts of one family.
 FAMILIES = (
-    {"_types", "_validate", "_files", "_memory", "_progress"},
+    {"_types", "_validate", "_files", "_memory", "_mesh", "_progress"},
     {"models", "_model", "_adapters", "_stax_kernels"},
     {"datasets", "_dataset", "_data_files"},
     KERNELS,
@@ -147,6 +150,7 @@ FAMILIES = (
         "_weight_noise",
         "_flow",
         "_kernel_flow",
+        "_linearised_flow",
         "_weight_flow",
         "_heavy_ball_flow",
         "_modified_flow",

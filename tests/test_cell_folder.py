@@ -1,13 +1,17 @@
 """Cells on disk: whole or not at all, found again, and never mixed with another sweep's."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from ntkdp._cell_folder import CellFolder, DamagedCell, _encoded, _parsed
 
@@ -38,7 +42,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
-        st.lists(inner) | st.dictionaries(st.text().filter(lambda key: key != "float"), inner)
+        st.lists(inner)
+        | st.dictionaries(st.text().filter(lambda key: key not in ("float", "array")), inner)
     ),
     max_leaves=20,
 )
@@ -77,9 +82,10 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 now\)"):
         CellFolder(tmp_path, SETTINGS | {"seed": 1}, resume=True)
-    (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sweep.json is damaged"):
-        CellFolder(tmp_path, SETTINGS, resume=True)
+    for damage in ("{", "[1]"):
+        (tmp_path / "sweep.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+            CellFolder(tmp_path, SETTINGS, resume=True)
 
 
 def test_folders_are_safe(tmp_path: Path) -> None:
@@ -89,21 +95,129 @@ def test_folders_are_safe(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds a sweep; pass --resume"):
         CellFolder(tmp_path, SETTINGS)
     assert CellFolder(tmp_path, SETTINGS | {"seed": 1}, overwrite=True).read("00000") is None
+    assert not tmp_path.exists()
 
     other = tmp_path / "other"
-    other.mkdir()
+    other.mkdir(parents=True)
     (other / "thesis.tex").write_text("precious")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    every: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    for options in every:
         with pytest.raises(FileExistsError, match="not a sweep"):
             CellFolder(other, SETTINGS, **options)
         with pytest.raises(FileExistsError, match="not a sweep"):
             CellFolder(other / "thesis.tex", SETTINGS, **options)
+    with pytest.raises(NotADirectoryError, match=r"thesis.tex is not a folder"):
+        CellFolder(other / "thesis.tex" / "sweep", SETTINGS)
     assert (other / "thesis.tex").read_text() == "precious"
 
 
 def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
-    CellFolder(tmp_path, SETTINGS)
-    left_over = tmp_path / "cells" / ".00001.json.123.tmp"
-    left_over.write_text("half")
-    CellFolder(tmp_path, SETTINGS, resume=True)
-    assert not left_over.exists()
+    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+    left_over = [tmp_path / "cells" / ".00001.json.123.tmp", tmp_path / ".metrics.json.9.tmp"]
+    for path in left_over:
+        path.write_text("half")
+    folder = CellFolder(tmp_path, SETTINGS, resume=True)
+    assert not any(path.exists() for path in left_over)
+    assert same(folder.read("00000"), CONTENT)
+
+
+def test_a_folder_that_was_killed_before_it_was_one_is_empty(tmp_path: Path) -> None:
+    (tmp_path / ".sweep.json.123.tmp").write_text("{")
+    with pytest.raises(FileNotFoundError, match="no sweep to resume"):
+        CellFolder(tmp_path, SETTINGS, resume=True)
+    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+
+
+def test_nothing_is_made_before_the_first_cell(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path / "deep" / "sweep", SETTINGS)
+    assert folder.read("00000") is None
+    assert not list(tmp_path.iterdir())
+    folder.write("00000", CONTENT)
+    assert {path.name for path in folder.path.iterdir()} == {"cells", "sweep.json"}
+
+
+@pytest.mark.parametrize(("call", "name"), [(1, "sweep.json"), (2, "cells/00000.json")])
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, name: str
+) -> None:
+    replace, calls = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    path = tmp_path / "sweep"
+    folder = CellFolder(path, SETTINGS)
+    with pytest.raises(OSError, match=r"No space left on device.*--resume continues") as caught:
+        folder.write("00000", CONTENT)
+    assert caught.value.errno == errno.ENOSPC
+    assert calls[-1] == path / name
+    assert [file for file in path.rglob("*") if file.is_file() and file.name != "sweep.json"] == []
+    # Nothing was there, so that there is nothing to resume, or a cell was missed.
+    folder = CellFolder(path, SETTINGS, resume=call == 2)
+    folder.write("00000", CONTENT)
+    assert same(folder.read("00000"), CONTENT)
+
+
+def test_another_thing_than_a_sweep_has_its_own_name(tmp_path: Path) -> None:
+    CellFolder(tmp_path, SETTINGS, what="run").write("00000", CONTENT)
+    with pytest.raises(FileExistsError, match="not a sweep"):
+        CellFolder(tmp_path, SETTINGS, resume=True)
+    with pytest.raises(FileExistsError, match="holds a run; pass --resume"):
+        CellFolder(tmp_path, SETTINGS, what="run")
+
+
+@given(
+    arrays(
+        st.sampled_from(["<f4", "<f8", ">f8", "<i4", "<i8", "|b1"]),
+        array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    )
+)
+def test_arrays_survive_bit_for_bit(array: np.ndarray) -> None:
+    found = _parsed(json.loads(json.dumps(_encoded(array))))
+    assert found.dtype == array.dtype
+    assert found.shape == array.shape
+    assert found.tobytes() == array.tobytes()
+
+
+WRITTEN = CONTENT | {"losses": np.linspace(1.0, 0.1, 7), "text": "abadi", "many": [1e-300, 2.5e7]}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> CellFolder:
+    folder = CellFolder(tmp_path_factory.mktemp("cells"), SETTINGS)
+    folder.write("whole", WRITTEN)
+    return folder
+
+
+@given(data=st.data())
+def test_a_flipped_byte_or_a_lost_end_is_seen(written: CellFolder, data: st.DataObject) -> None:
+    """Whatever a disk does to a cell: it is found damaged, or what it says is what was written."""
+    whole = written.file("whole").read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    flipped = whole[place] ^ data.draw(st.integers(1, 255))
+    damaged = whole[:place] + bytes([flipped]) + whole[place + 1 :]
+    if data.draw(st.booleans()):
+        damaged = whole[:place]
+    written.file("damaged").write_bytes(damaged)
+    try:
+        found = written.read("damaged")
+    except DamagedCell:
+        return
+    assert found is not None
+    assert same(found.pop("losses").tolist(), WRITTEN["losses"].tolist())
+    assert same(found, {name: part for name, part in WRITTEN.items() if name != "losses"})
+
+
+def test_finding_notes_what_is_damaged(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path, SETTINGS)
+    folder.write("00003", CONTENT)
+    assert same(folder.find("00003"), CONTENT)
+    folder.file("00003").write_text("{")
+    assert folder.find("00003") is None
+    assert folder.find("00004") is None
+    (note,) = folder.notes
+    assert note.startswith(f"{folder.file('00003')} is damaged")

@@ -1,4 +1,4 @@
-"""Clipping rules: the handbook's table in NumPy, the bound on every sample, and bad R."""
+"""Clipping rules: the table of rules in NumPy, the bound on every sample, and bad R."""
 
 import math
 from collections.abc import Callable

@@ -47,7 +47,7 @@ def residual_moments(variance: float, threshold: float) -> tuple[float, float]:
     return 1 - 2 * norm.sf(threshold, scale=std), mean_square
 
 
-def test_the_numbers_of_the_handbook() -> None:
+def test_the_quoted_numbers() -> None:
     """Isotropic, eta 3, c .5, zeta .3, d/n .1, d = 200, s^2 = .2: r(.25), r(1) = .606, .111."""
     R = 0.5 * 200**0.5
     problem = HighDimensionalSGD(

@@ -375,6 +375,7 @@ def test_few_modes_lose_less_than_the_truncation(shared: bool, noise: float) -> 
     assert dropped[-1] < 0.01 < 0.4 < dropped[0]
 
 
+@pytest.mark.slow
 def test_beyond_the_limit_most_of_the_trace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, start, options = layered_problem(True)
     options |= {"learning_rate": 1.0, "steps": 2}

@@ -193,6 +193,7 @@ def test_relu_kernel_is_the_closed_form() -> None:
     np.testing.assert_allclose(kernel_fn(jnp.asarray(x), None, "ntk"), relu_ntk(x, 3), rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Linear scaling attention:UserWarning")
 @pytest.mark.filterwarnings("ignore:`FanIn` layers assume independent inputs:UserWarning")
 @pytest.mark.filterwarnings("ignore:Got potentially mismatching `channel_axis`:UserWarning")

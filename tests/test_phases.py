@@ -344,6 +344,7 @@ def network() -> dict[str, Any]:
     return {"apply": model.apply, "params": params, "x": x, "y": data.y_train, "test": data.x_test}
 
 
+@pytest.mark.slow
 def test_linear_probing_is_linear(network: dict[str, Any]) -> None:
     """The head's kernel of a network predicts its probing to rounding, clipped and with tests."""
     apply, params, x = (network[name] for name in ("apply", "params", "x"))
@@ -364,6 +365,7 @@ def test_linear_probing_is_linear(network: dict[str, Any]) -> None:
     assert predicted.loss[-1] < 0.8 * predicted.loss[0]
 
 
+@pytest.mark.slow
 def test_a_kernel_taken_anew_at_the_release_predicts_better(network: dict[str, Any]) -> None:
     apply, params, x = (network[name] for name in ("apply", "params", "x"))
     rule = clipping.Abadi(1.0)
@@ -560,6 +562,7 @@ def test_bad_mechanisms_are_refused(mechanisms: Any, delta: float, error: Any) -
 PAGE = Path(__file__).parent.parent / "docs" / "phases.md"
 
 
+@pytest.mark.slow
 def test_the_page_s_example_runs_and_says_what_it_claims() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {}

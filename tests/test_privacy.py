@@ -135,6 +135,7 @@ def test_many_weak_steps_reach_the_central_limit() -> None:
 mechanisms = st.tuples(st.floats(0.6, 20.0), st.floats(0.001, 1.0), st.integers(1, 300))
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(mechanisms, st.floats(1e-8, 1e-2))
 def test_order_of_the_figures(mechanism: tuple[float, float, int], delta: float) -> None:

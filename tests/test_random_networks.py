@@ -164,6 +164,7 @@ def test_loops(pieces: list[str], seed: int) -> None:
     check(*stack_of(pieces, 2, new), new(3, D), sums=seed % 2 == 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(st.data())
 def test_blocks(data: st.DataObject) -> None:
@@ -260,6 +261,7 @@ def test_convolutions(
     check(apply, params, x, sums=end == "flat")
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(
     st.sampled_from(["SAME", ((1, -1), (0, 2))]),
@@ -390,6 +392,7 @@ def through(layer: str, p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(st.data())
 def test_both_orders_of_contraction(data: st.DataObject) -> None:

@@ -185,6 +185,7 @@ def test_one_clipped_step_by_hand() -> None:
     assert np.log(float(T)) == pytest.approx(log_T, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_noise_has_the_standard_deviation_that_privacy_needs() -> None:
     """Logits of zero have no gradient: ln T is the sum of ``steps`` noises eta sigma R/n."""
     sigma, R, steps, rate, n, runs = 1.3, 0.5, 4, 0.2, 10, 4000

@@ -104,7 +104,7 @@ def test_layerwise_eigenvalues_with_negative_real_part():
     a = 20.0
     factors = np.minimum(1, 1 / (a * np.sqrt(np.einsum("rii->ri", terms))))
     kernel = as_kernel(terms)
-    # H_r C_r a = R_r applied to unit gradients: da/dt is -(.064, .24, .064) from the handbook.
+    # H_r C_r a = R_r applied to unit gradients: da/dt is -(.064, .24, .064).
     drift = -np.asarray(spectrum.clipped_operator(kernel, factors)) @ np.full(3, a)
     np.testing.assert_allclose(drift, [0.064, 0.24, 0.064], atol=5e-4)
     assert not spectrum.has_positive_quadratic_form(kernel, factors)

@@ -287,7 +287,7 @@ def test_regression_has_losses_alone(tmp_path: Path) -> None:
         ({"grid": {"learning_rates": []}}, "grid.learning_rates"),
         ({"grid": {"learning_rates": [0.1, -1.0]}}, "learning_rates must be positive.*-1.0"),
         ({"grid": {"clip_norms": [0.1, 0.1]}}, "must not hold a value twice, got 0.1"),
-        ({"grid": {"clip_norms": [float("inf")]}}, "clip_norms must be positive and finite"),
+        ({"grid": {"clip_norms": [float("inf")]}}, r"clip_norms.*finite number.*inf"),
         ({"grid": {"rules": ["abadii"]}}, "did you mean 'abadi'"),
         ({"grid": {"rules": ["batch"]}}, "'batch' with noise"),
         ({"grid": {"noise_multipliers": [-1.0]}}, "noise_multipliers must be at least 0"),

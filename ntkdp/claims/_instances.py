@@ -1,4 +1,4 @@
-"""Problems that several claims share, as the handbook of the theory numbers them."""
+"""Problems that several claims share."""
 
 from collections.abc import Callable
 from functools import cache

@@ -128,7 +128,7 @@ def find_rise(
     if isinstance(kernel, LayerwiseKernel):
         terms = kernel.values if rule.scope == "layerwise" else kernel.total[None]
     else:
-        terms = jnp.asarray(kernel)[None]
+        terms = _validate.array(kernel=kernel)[None]
     terms = terms.astype(jnp.result_type(float))
     check_kernel(terms)
     n_outputs = flow.n_outputs or max(2, int(jnp.max(flow.targets)) + 1)
@@ -315,7 +315,7 @@ def find_stuck(
     loss = losses.SquaredError() if loss is None else loss
     named(rule), named_loss(loss)
     max_samples, starts = _validate.count(max_samples=max_samples), _validate.count(starts=starts)
-    steps = _validate.count(steps=steps)
+    steps, key = _validate.count(steps=steps), _validate.key(key=key)
     n_groups = _n_groups(rule, max_samples)
     problem = family(Equilibrium, loss, rule, max_samples, n_groups, -(-max_samples // n_groups))
     search = evolve if isinstance(rule, Global) else ascend
@@ -355,7 +355,7 @@ def _fewest_samples(
     key: Array,
 ) -> Found | None:
     """The best instance of the smallest size that fails at all."""
-    steps = _validate.count(steps=steps)
+    steps, key = _validate.count(steps=steps), _validate.key(key=key)
     search = evolve if isinstance(problem.rule, Global) else ascend
     for size in sizes:
         key, now, subsets = jax.random.split(key, 3)

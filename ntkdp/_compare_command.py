@@ -1,0 +1,88 @@
+"""The command ``ntkdp compare``: predicted against observed training, the main job."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ntkdp import _config
+from ntkdp._terminal import fail, fields_help, progress
+
+
+def compare(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="TOML file; without it, handwritten digits.", metavar="CONFIG.toml"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder; by default runs/NAME-TIME.", metavar="DIR"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the killed run of --out: no finished case again."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+    ] = False,
+) -> None:
+    """Predict training under each clipping rule, run it, and show how far apart they are.
+
+    Writes metrics.json, trajectories.nc, pictures and report.html to the run folder, when all are
+    there. Until then finished cases are kept beside it, in .DIR-partial.
+    """
+    from ntkdp._cell_folder import CellFolder
+    from ntkdp._run_folder import RunFolder
+
+    try:
+        settings = _config.Config() if config is None else _config.load(config)
+        if resume and out is None:
+            raise _config.ConfigError("--resume needs --out, the folder of the run")
+        name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = RunFolder(
+            Path("runs") / name if out is None else out,
+            overwrite=overwrite,
+            finished=settings.model_dump(mode="json") if resume else None,
+        )
+        if folder.is_finished:
+            CellFolder(folder.partial, {}, overwrite=True, what="run")  # Removes it.
+            print(f"{folder.path} holds the finished run already")
+            return
+    except (_config.ConfigError, OSError) as error:
+        fail(error)
+
+    import jax
+
+    from ntkdp import _report, experiment
+
+    jax.config.update("jax_enable_x64", settings.dtype == "float64")
+    try:
+        with progress() as report:
+            results = experiment.run(
+                settings,
+                report,
+                folder=folder.partial,
+                resume=resume,
+                # What a run to be replaced has left half-done is not continued by mistake.
+                overwrite=overwrite and not resume,
+            )
+            report("writing the report", 0.0)
+            with folder.replacing() as path:
+                _report.write(results, path)
+            CellFolder(folder.partial, {}, overwrite=True, what="run")  # Removes it.
+    except (ValueError, MemoryError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        more = f"; --out {folder.path} --resume continues" if folder.partial.exists() else ""
+        fail(RuntimeError(f"stopped{more}"))
+    _report.print_table(results)
+    for note in results.notes:
+        print(note, file=sys.stderr)
+    print(f"written to {folder.path}: open {folder.path / 'report.html'}")
+
+
+def epilog() -> str:
+    """Fields of the configuration, for the help page."""
+    return fields_help(_config.Config)

@@ -1,0 +1,275 @@
+"""The flow of the linearised model by products with its Jacobian: no kernel is formed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ntkdp import _groups, _validate, clipping, losses
+from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._check_model import check_inputs, check_model
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._types import ApplyFn, Array, Params
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Loss
+from ntkdp.ntk import grouped_squared_norms
+from ntkdp.trajectory import Measurement
+
+#: Bytes that the per-sample gradients of one batch may take, in factored form.
+_FACTOR_BYTES = 2**26
+
+
+class LinearisedFlow(Flow):
+    r"""Flow of a network linearised at given parameters, without its kernel.
+
+    The model is :math:`f_{\mathrm{lin}}(w) = f(w_0) + J(w_0)(w - w_0)`, its clipped gradients are
+    :math:`g_i = J_i(w_0)^\top a_i` with :math:`a_i` taken at the linearised outputs, and
+    :math:`\dot w = -\tfrac1n \sum_i C_i g_i`. In the outputs this is :class:`KernelFlow` with the
+    empirical kernel at :math:`w_0`, whose :math:`(nK)^2` entries are never needed: outputs are
+    Jacobian-vector products and gradients are clipped in factored form, a batch of samples at a
+    time. With P parameters a velocity takes O(nP) operations and O(P) memory besides that of one
+    batch.
+
+    Parameters
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, x) -> (n, K)``.
+    params : pytree
+        :math:`w_0`, where the model is linearised.
+    x, targets : array
+        Training inputs ``(n, ...)`` and targets as the loss wants them.
+    loss, clipping, reduction
+        As for :class:`KernelFlow`. A rule that needs the norm of the summed gradient passes through
+        the samples twice.
+    groups : pytree prefix of labels, or callable from key path to label, optional
+        Groups of layerwise clipping; by default the layers.
+    test_x, test_targets : array, optional
+        Measured along the way.
+    batch_size : int, optional
+        Samples that pass through at once, at most; batches are of even size. By default so many
+        that their per-sample gradients take 64 MiB in factored form. Results do not depend on it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :class:`WeightFlow`, but when the flow is made; a batch size below 1.
+
+    Notes
+    -----
+    ``initial`` of :func:`ntkdp.solve` and :func:`ntkdp.recursion` are parameters, as for
+    :class:`WeightFlow`: mostly :math:`w_0` itself. The state is the displacement
+    :math:`w - w_0`, so the solver's tolerances are in units of the parameters.
+
+    *Derived*: the chain rule on both sides of the frozen kernel, :math:`H = J J^\top`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> w = jnp.array([[3.0]])
+    >>> flow = ntkdp.LinearisedFlow(lambda w, x: x @ w**2, w, jnp.ones((1, 1)), jnp.zeros((1, 1)),
+    ...                             ntkdp.losses.SquaredError(), ntkdp.clipping.NoClipping())
+    >>> path = ntkdp.recursion(flow, w, learning_rate=0.01, steps=1, outputs=True)
+    >>> [round(f, 4) for f in path.outputs[:, 0, 0].tolist()]  # f falls by 0.01 J J f = 0.36 f
+    [9.0, 5.76]
+    """
+
+    apply_fn: ApplyFn
+    params: Params
+    x: Array
+    targets: Array
+    loss: Loss
+    clipping: ClippingRule
+    groups: Any
+    reduction: Reduction = eqx.field(static=True)
+    test_x: Array | None
+    test_targets: Array | None
+    batch_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        params: Params,
+        x: Any,
+        targets: Any,
+        loss: Any,
+        clipping: ClippingRule,
+        *,
+        groups: Any = None,
+        reduction: Reduction = "mean",
+        test_x: Any = None,
+        test_targets: Any = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.apply_fn = apply_fn
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.loss = losses.as_loss(loss)
+        self.clipping = check_clipping(clipping)
+        self.groups = groups
+        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        self.clipping.check_groups(self._resolve().size)
+        self.x, outputs = check_model(apply_fn, self.params, x)
+        n, n_outputs = outputs.shape
+        self.targets = check_targets(self.loss, targets, n, n_outputs, "targets")
+        self.test_x = self.test_targets = None
+        if test_x is None and test_targets is not None:
+            raise ValueError("test_targets need test_x, got test_x=None")
+        if test_x is not None:
+            self.test_x = check_inputs(apply_fn, self.params, test_x, "test_x")
+            if test_targets is not None:
+                m = self.test_x.shape[0]
+                self.test_targets = check_targets(
+                    self.loss, test_targets, m, n_outputs, "test_targets"
+                )
+        if batch_size is None:
+            batch_size = _samples_within_budget(apply_fn, self.params, self.x, n_outputs)
+        self.batch_size = _validate.count(batch_size=batch_size)
+
+    def init(self, initial: Params) -> Params:
+        """State of initial parameters: how far they are from where the model is linearised."""
+        expected: Any = jax.tree.structure(self.params)
+        given: Any = jax.tree.structure(initial)
+        if given != expected:
+            raise ValueError(
+                f"initial must have the structure of params, {expected}, got {given}; "
+                "start from params itself to predict the network as it is"
+            )
+        initial = _validate.finite(initial=jax.tree.map(jnp.asarray, initial))
+        for (path, leaf), start in zip(
+            jax.tree_util.tree_leaves_with_path(self.params), jax.tree.leaves(initial), strict=True
+        ):
+            if start.shape != leaf.shape:
+                name = "initial" + jax.tree_util.keystr(path)
+                raise ValueError(f"{name} must have shape {leaf.shape}, got {start.shape}")
+        return jax.tree.map(lambda w, w0: (w - w0).astype(w0.dtype), initial, self.params)
+
+    def _resolve(self) -> _groups.Groups:
+        if self.clipping.scope == "flat":
+            return _groups.resolve(self.params, lambda path: "all")
+        return _groups.resolve(self.params, self.groups)
+
+    def _push(self, x: Array, displacement: Params) -> tuple[Array, Array]:
+        """Outputs at ``params``, and how far the displacement moves them."""
+        # A solver may carry the state in another precision than the network has.
+        direction = jax.tree.map(lambda d, w0: d.astype(w0.dtype), displacement, self.params)
+
+        def one(x_i: Array) -> tuple[Array, Array]:
+            f, moved = jax.jvp(lambda p: self.apply_fn(p, x_i[None]), (self.params,), (direction,))
+            return f[0], moved[0]
+
+        # Sample by sample, as per-sample gradients are traced: the compiler can see that both need
+        # the same forward pass, and saves one of the two.
+        pushed: tuple[Array, Array] = jax.vmap(one)(x)
+        return pushed
+
+    def _pass(
+        self, displacement: Params, weigh: Callable[[Array], Array]
+    ) -> tuple[Params, Array, Array]:
+        """Weighted sum of all gradients, outputs ``(n, K)`` and weights ``(R, n)`` (flat: R = 1).
+
+        ``weigh`` maps the norms of a batch to its weights.
+        """
+        n = self.x.shape[0]
+        groups = self._resolve()
+        structure = per_sample.trace(self.apply_fn, self.params, self.x)
+        leaves, treedef = jax.tree.flatten(self.params)
+
+        def gradient(f: Array, moved: Array, y: Array) -> Array:
+            return self.loss.output_gradient((f + moved)[None], y[None])
+
+        def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
+            rows = jnp.minimum(index, n - 1)
+            x = self.x[rows]
+            _, moved = self._push(x, displacement)
+            f, gradients = per_sample.factored(
+                structure, self.params, x, gradient, moved, self.targets[rows]
+            )
+            gradients = [per_sample.for_norms(factor) for factor in gradients]
+            squares = grouped_squared_norms(gradients, groups, x.shape[0])
+            weights = weigh(clipping.norms_from_squares(squares))
+            # What fills up the last batch is not counted again.
+            used = jnp.where(index < n, weights, 0.0)
+            sums = [
+                total + per_sample.weighted_sum(factor, used[group], leaf)
+                for total, factor, group, leaf in zip(
+                    sums, gradients, groups.leaf_to_group, leaves, strict=True
+                )
+            ]
+            return sums, (f + moved, weights)
+
+        zeros = [jnp.zeros_like(leaf) for leaf in leaves]
+        sums, (outputs, weights) = lax.scan(batch, zeros, _batches(n, self.batch_size))
+        weights = jnp.moveaxis(weights, 1, 0).reshape(groups.size, -1)
+        return (
+            jax.tree.unflatten(treedef, sums),
+            outputs.reshape(-1, outputs.shape[-1])[:n],
+            weights[:, :n],
+        )
+
+    def _clip(self, displacement: Params) -> tuple[Params, Array, Array]:
+        """Sum of the clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
+        total: Array | None = None
+        if self.clipping.needs_total_norm:
+            summed, _, _ = self._pass(displacement, jnp.ones_like)
+            groups = self._resolve()
+            of_leaves = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed)])
+            of_groups = jax.ops.segment_sum(
+                of_leaves, jnp.asarray(groups.leaf_to_group), groups.size
+            )
+            total = clipping.norms_from_squares(of_groups)
+
+        def factors(norms: Array) -> Array:
+            if self.clipping.scope == "flat":
+                return self.clipping.factors(norms[0], None if total is None else total[0])[None]
+            return self.clipping.factors(norms, total)
+
+        return self._pass(displacement, factors)
+
+    def velocity(self, state: Params) -> Params:
+        """Time derivative of the parameters."""
+        clipped, _, _ = self._clip(state)
+        scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
+        return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
+
+    def measure(self, state: Params, outputs: bool) -> Measurement:
+        """Losses, accuracies and clip fraction of the linearised model at a displacement."""
+        _, train, factors = self._clip(state)
+        test = None if self.test_x is None else self._outputs(self.test_x, state)
+        return measurement(
+            self.loss,
+            self.reduction,
+            factors,
+            (train, self.targets),
+            None if test is None else (test, self.test_targets),
+            outputs,
+        )
+
+    def _outputs(self, x: Array, displacement: Params) -> Array:
+        def batch(index: Array) -> Array:
+            f, moved = self._push(x[jnp.minimum(index, x.shape[0] - 1)], displacement)
+            return f + moved
+
+        outputs = lax.map(batch, _batches(x.shape[0], self.batch_size))
+        return outputs.reshape(-1, outputs.shape[-1])[: x.shape[0]]
+
+
+def _batches(n: int, batch_size: int) -> Array:
+    """Numbers of the samples in batches of one size; those from n on fill up the last."""
+    n_batches = -(-n // batch_size)
+    size = -(-n // n_batches)
+    return jnp.arange(n_batches * size).reshape(n_batches, size)
+
+
+def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_outputs: int) -> int:
+    def factors(x: Array, a: Array) -> list[per_sample.Factor]:
+        structure = per_sample.trace(apply_fn, params, x)
+        _, found = per_sample.factored(structure, params, x, lambda f, a: a[None], a)
+        return [per_sample.for_norms(factor) for factor in found]
+
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
+    of_one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
+    return max(1, _FACTOR_BYTES // max(of_one, 1))

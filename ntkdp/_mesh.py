@@ -1,0 +1,124 @@
+"""Samples spread over the devices of a mesh.
+
+Whatever has a row for each training sample lies on the devices in equal parts; all else, such as
+parameters and outputs, on every one of them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ntkdp._types import Array
+
+_AXIS = "samples"
+
+
+def as_mesh(mesh: Any) -> Mesh | None:
+    """The devices of a mesh along one axis; None means the default device."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            "mesh must be a jax.sharding.Mesh, e.g. jax.make_mesh((jax.device_count(),), "
+            f"('samples',)), got {mesh!r}"
+        )
+    return Mesh(mesh.devices.reshape(-1), (_AXIS,))
+
+
+def check_divides(mesh: Mesh | None, **counts: int) -> None:
+    """Raise unless each number of samples falls into equal parts."""
+    for name, n in counts.items():
+        if mesh is not None and n % mesh.size:
+            raise ValueError(
+                f"{name} must have a number of samples that divides over the {mesh.size} devices "
+                f"of mesh, e.g. {n - n % mesh.size or mesh.size}, got {n}"
+            )
+
+
+def spread(mesh: Mesh | None, array: Any, axis: int = 0) -> Any:
+    """Rows of an array in equal parts over the devices."""
+    if mesh is None:
+        return array
+    return _put(array, NamedSharding(mesh, _rows(axis)))
+
+
+def everywhere(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays whole on every device."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _put(leaf, whole) if _is_array(leaf) else leaf, tree)
+
+
+def over_samples(
+    function: Callable[..., Any],
+    mesh: Mesh | None,
+    in_axes: tuple[int | None, ...],
+    out_axes: Any,
+) -> Callable[..., Any]:
+    """``function`` on each device's samples; axes of them as for ``jax.vmap``.
+
+    What has no axis of samples goes in whole, and must come out alike on all devices.
+    """
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(_rows(axis) for axis in in_axes),
+        out_specs=jax.tree.map(_rows, out_axes, is_leaf=lambda axis: axis is None),
+        check_vma=False,
+    )
+
+
+def total(mesh: Mesh | None, tree: Any) -> Any:
+    """Sum over the devices, inside :func:`over_samples`."""
+    return tree if mesh is None else jax.lax.psum(tree, _AXIS)
+
+
+def own_part(mesh: Mesh | None, n: int) -> Any:
+    """Number of the first of n samples that this device has, inside :func:`over_samples`."""
+    return 0 if mesh is None else jax.lax.axis_index(_AXIS) * (n // mesh.size)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """A whole array in the memory of each process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def bytes_on_host(mesh: Mesh | None, needed: int) -> int:
+    """Bytes of ``needed`` on the default device, or on this host if its devices share memory."""
+    if mesh is None:
+        return needed
+    sharing = len(mesh.local_devices) if mesh.devices.flat[0].platform == "cpu" else 1
+    return math.ceil(needed * sharing / mesh.size)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Array:
+    traced = isinstance(array, jax.core.Tracer)
+    if traced or not isinstance(array, jax.Array) or not array.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    # Each process has the whole array and hands its own devices their parts.
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _rows(axis: int | None) -> PartitionSpec:
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, _AXIS)

@@ -1,0 +1,329 @@
+"""A sweep on a cluster: the same numbers, whoever computes them and whoever is killed meanwhile."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import distributed
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ntkdp import _cluster, cli, experiment, sweep
+
+RATES, NORMS = [0.3, 3.0], [0.01, 0.1, 1.0]
+GRID = {"learning_rates": RATES, "clip_norms": NORMS, "noise_multipliers": [0.0]}
+#: With samples drawn at random, and quick to compile.
+SMALL: dict[str, Any] = {
+    "loss": "squared_error",
+    "data": {"n_train": 16, "n_test": 8},
+    "model": {"widths": [32]},
+    "training": {"steps": 6, "n_predicted": 2, "sample_rate": 0.5},
+    "grid": GRID,
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> sweep.SweepConfig:
+    return sweep.config(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def alone(config: sweep.SweepConfig) -> sweep.Results:
+    """The sweep without a cluster."""
+    return sweep.run(config)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[distributed.Client]:
+    """Two worker processes, each with a nanny that starts it again when it dies."""
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="localhost:0"
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def threads() -> Iterator[distributed.Client]:
+    """A worker in this process, which has compiled everything already."""
+    with distributed.Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=1,
+        dashboard_address="localhost:0",
+        set_as_default=False,
+    ) as client:
+        yield client
+
+
+def assert_same(one: sweep.Results, other: sweep.Results) -> None:
+    """Bit for bit, but for what a clock said."""
+    without = [results._replace(seconds={}) for results in (one, other)]
+    paths = [jax.tree_util.tree_leaves_with_path(results) for results in without]
+    for (path, mine), (same_path, theirs) in zip(*paths, strict=True):
+        assert path == same_path
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_killed_worker_loses_no_cell_and_changes_none(
+    config: sweep.SweepConfig,
+    alone: sweep.Results,
+    processes: distributed.Client,
+    tmp_path: Path,
+) -> None:
+    pids = processes.run(os.getpid)
+    killed: list[int] = []
+    said: list[tuple[str, float]] = []
+
+    def kill_once(what: str, done: float) -> None:
+        said.append((what, done))
+        if what == "cell 2 of 6" and not killed:
+            # The one that works: the cell that came back first was computed by either of them.
+            working = [address for address, tasks in processes.processing().items() if tasks]
+            killed.append(pids[working[0]])
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = sweep.run(config, tmp_path / "out", client=processes, report=kill_once)
+    assert killed
+    assert killed[0] not in processes.run(os.getpid).values()
+    assert_same(found, alone)
+    assert found.notes == []
+    cells = sorted(path.name for path in (tmp_path / "out" / "cells").iterdir())
+    assert cells == [*(f"{number:05d}.json" for number in range(6)), "predicted.json"]
+    of_cells = [done for what, done in said if what.startswith("cell")]
+    assert of_cells == [number / 6 for number in range(6)]
+
+
+def test_the_command_by_address(
+    alone: sweep.Results, processes: distributed.Client, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"
+        "training = {steps = 6, n_predicted = 2, sample_rate = 0.5}\n"
+        f"grid = {{learning_rates = {RATES}, clip_norms = {NORMS}, noise_multipliers = [0.0]}}\n"
+    )
+    out = tmp_path / "out"
+    address = processes.scheduler_info()["address"]
+    options = ["sweep", str(file), "--out", str(out), "--scheduler", address]
+    shown = CliRunner().invoke(cli.app, options)
+    assert shown.exit_code == 0, shown.output
+    assert "written to" in shown.output
+    (plane,) = json.loads((out / "metrics.json").read_text())["planes"]
+    assert alone.observed is not None
+    for number, cell in enumerate(plane["cells"]):
+        assert cell["observed"] == alone.observed[0].cell(number)
+
+
+def test_what_kills_every_worker_is_named(processes: distributed.Client) -> None:
+    cluster: Any = processes.cluster
+    scheduler = cluster.scheduler
+    allowed, scheduler.allowed_failures = scheduler.allowed_failures, 1
+    try:
+        with pytest.raises(_cluster.TaskFailed, match=r"^cell 7: 2 workers died of it.*memory"):
+            list(_cluster.results(processes, os._exit, {"cell 7": (9,)}))
+    finally:
+        scheduler.allowed_failures = allowed
+
+
+def test_finished_cells_are_not_sent(
+    config: sweep.SweepConfig,
+    alone: sweep.Results,
+    threads: distributed.Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep.run(config, tmp_path)
+    lost = [1, 4]
+    for number in lost:
+        (tmp_path / "cells" / f"{number:05d}.json").unlink()
+    sent: list[sweep.Cell] = []
+    observe = sweep._observe
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        sent.append(arguments[-1])
+        return observe(*arguments)
+
+    monkeypatch.setattr(sweep, "_observe", counted)
+    assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
+    assert sorted(sent) == [alone.cells[number] for number in lost]
+    sent.clear()
+    assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
+    assert sent == []
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_kept(
+    config: sweep.SweepConfig,
+    alone: sweep.Results,
+    threads: distributed.Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observe = sweep._observe
+
+    def fail_at_four(*arguments: Any) -> dict[str, Any]:
+        if arguments[-1] == alone.cells[4]:
+            raise MemoryError("too large")
+        return observe(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "_observe", fail_at_four)
+        named = (
+            r"cell 4 \(flat abadi, no noise, learning rate 3, clipping norm 0.1\): MemoryError: too"
+        )
+        with pytest.raises(_cluster.TaskFailed, match=named):
+            sweep.run(config, tmp_path, client=threads)
+    assert (tmp_path / "cells" / "predicted.json").exists()
+    assert not (tmp_path / "cells" / "00004.json").exists()
+    assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
+
+
+def test_a_worker_must_have_what_the_sweep_has(
+    config: sweep.SweepConfig, alone: sweep.Results
+) -> None:
+    loss = alone.initial.loss.item()
+    told = sweep._Told(sweep.__version__, config.model_dump_json(), True, loss)
+    there = (alone.planes[0], alone.cells[0])
+    assert alone.observed is not None
+    content = sweep._observe_as_told(told, *there)
+    assert content["metrics"] == alone.observed[0].cell(0)
+    with pytest.raises(RuntimeError, match=r"the worker has ntkdp .*, the sweep ntkdp 0\.0\.1"):
+        sweep._observe_as_told(told._replace(version="0.0.1"), *there)
+    with pytest.raises(RuntimeError, match=r"other data.*data.name = 'digits' must be the same"):
+        sweep._observe_as_told(told._replace(initial_loss=2 * loss), *there)
+
+
+def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
+    """Single precision travels, though 64 bits are on in the process of the worker."""
+    single = sweep.config(**SMALL | {"dtype": "float32"})
+    there = (alone.planes[0], alone.cells[0])
+    with jax.enable_x64(False):
+        problem = experiment.problem_of(single)
+        here = sweep._observe(single, problem, *there)
+    initial_loss = sweep._reduced(problem, single.training.reduction)
+    told = sweep._Told(sweep.__version__, single.model_dump_json(), False, initial_loss)
+    assert jax.config.read("jax_enable_x64")
+    assert sweep._observe_as_told(told, *there)["metrics"] == here["metrics"]
+    assert np.float32(here["metrics"]["test_loss"]) == here["metrics"]["test_loss"]
+
+
+def test_a_client_must_be_one(threads: distributed.Client) -> None:
+    with pytest.raises(TypeError, match=r"client must be a distributed.Client.*got 'tcp"):
+        list(_cluster.results("tcp://host:8786", abs, {"one": (1,)}))  # type: ignore[arg-type]
+    assert list(_cluster.results(threads, abs, {})) == []
+    assert dict(_cluster.results(threads, abs, {"one": (1,), "two": (-2,)})) == {
+        "one": 1,
+        "two": 2,
+    }
+
+
+def test_a_scheduler_without_workers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cluster, "_SECONDS_TO_A_WORKER", 0.2)
+    with (
+        distributed.LocalCluster(
+            n_workers=0, processes=False, dashboard_address="localhost:0"
+        ) as empty,
+        distributed.Client(empty, set_as_default=False) as client,
+        pytest.raises(ConnectionError, match=r"has no worker; start some with `dask worker inproc"),
+    ):
+        list(_cluster.results(client, abs, {"one": (1,)}))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:9", "127.0.0.1:9", "nonsense", "wrong://host:1", "tls://127.0.0.1:9", ""],
+)
+def test_an_address_without_a_scheduler_is_named(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cluster, "_SECONDS_TO_CONNECT", 0.5)
+    out = tmp_path / "out"
+    shown = CliRunner().invoke(cli.app, ["sweep", "--scheduler", address, "--out", str(out)])
+    assert shown.exit_code == 2
+    assert f"no scheduler at {address!r}" in shown.output
+    assert "start one with `dask scheduler`" in shown.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 20])
+def test_what_is_no_scheduler_is_named(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cluster, "_SECONDS_TO_CONNECT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(answer)
+                connection.settimeout(10)
+                while connection.recv(1000):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with (
+            pytest.raises(ConnectionError, match=f"no scheduler at '{address}'"),
+            _cluster.connected(address),
+        ):
+            pass
+        thread.join()
+
+
+def test_a_worker_is_no_scheduler(threads: distributed.Client) -> None:
+    (address,) = threads.scheduler_info()["workers"]
+    with (
+        pytest.raises(ConnectionError, match=r"\(a worker is there\)"),
+        _cluster.connected(address),
+    ):
+        pass
+
+
+def test_without_the_package_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    options = ["sweep", "--scheduler", "local", "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(cli.app, options)
+    assert shown.exit_code == 2
+    assert 'pip install "ntkdp[cluster]"' in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--workers", "2"], ["--scheduler", "tcp://host:1", "--workers", "2"]]
+)
+def test_workers_are_of_a_local_cluster(options: list[str]) -> None:
+    shown = CliRunner().invoke(cli.app, ["sweep", *options])
+    assert shown.exit_code == 2
+    assert "--workers needs --scheduler local" in shown.output
+
+
+def test_a_local_cluster_is_as_large_as_asked() -> None:
+    with _cluster.connected("local", 1) as client:
+        assert [worker["nthreads"] for worker in client.scheduler_info()["workers"].values()] == [1]
+        pids = client.run(os.getpid)
+        assert os.getpid() not in pids.values()
+        assert dict(_cluster.results(client, abs, {"one": (-1,)})) == {"one": 1}
+    assert client.status == "closed"
+
+
+def test_a_lost_scheduler_is_said() -> None:
+    cluster = distributed.LocalCluster(
+        n_workers=1, processes=False, dashboard_address="localhost:0"
+    )
+    with distributed.Client(cluster, set_as_default=False) as client:
+        coming = _cluster.results(client, abs, {"one": (-1,), "two": (-2,)})
+        next(coming)
+        cluster.close()
+        with pytest.raises(ConnectionError, match="was lost during"):
+            list(coming)

@@ -1,0 +1,272 @@
+"""Kills, full disks, damaged files, too little memory: nothing is half-written, and work that is
+resumed ends with the numbers of work that was left alone.
+
+The environment variable NTKDP_KILLS says how many processes are killed at random moments.
+"""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+from typer.testing import CliRunner, Result
+
+from ntkdp import cli, experiment
+
+KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
+PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"
+CONFIGS = {
+    "sweep": PROBLEM + "training = {steps = 1000, n_predicted = 2, sample_rate = 0.5}\n"
+    "[grid]\nlearning_rates = [0.1, 0.2, 0.4]\nclip_norms = [0.1, 1.0, 10.0]\n"
+    "noise_multipliers = [0.0]\n",
+    "compare": PROBLEM + "predictions = ['recursion']\n"
+    "training = {steps = 2000, record_every = 200, n_predicted = 8, sample_rate = 0.5}\n"
+    + "".join(f"[[clipping]]\nclip_norm = {norm}\n" for norm in (0.1, 0.3, 1.0)),
+}
+
+
+def _command(verb: str, folder: Path) -> list[str]:
+    """The verb, its small configuration and its output folder."""
+    config = folder / f"{verb}.toml"
+    config.write_text(CONFIGS[verb])
+    (folder / "runs").mkdir(exist_ok=True)
+    return [verb, str(config), "--out", str(folder / "runs" / "out")]
+
+
+def _growing(verb: str, out: Path) -> Path:
+    """Where finished cells and cases are until the end."""
+    return out if verb == "sweep" else out.with_name(f".{out.name}-partial")
+
+
+def _invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def _said_in_one_line(shown: Result) -> str:
+    """What a failed command printed."""
+    assert shown.exit_code == 2, shown.output
+    assert shown.output.startswith("ntkdp: error: ")
+    assert len(shown.output.splitlines()) == 1
+    return shown.output
+
+
+def _measured(out: Path) -> Any:
+    """What a folder holds, bit for bit, but for what a clock said."""
+    assert not list(out.parent.rglob(".*"))
+    tree = json.loads((out / "metrics.json").read_text())
+    for name in ("seconds", "speed_up", "kernel_seconds"):
+        tree.pop(name, None)
+    for entry in tree.get("results", []):
+        entry.pop("seconds")
+    arrays = {}
+    if (out / "trajectories.nc").exists():
+        with xr.open_datatree(out / "trajectories.nc", engine="h5netcdf") as paths:
+            arrays = {
+                f"{node.path}/{name}": (part.dims, part.dtype, part.values.tobytes())
+                for node in paths.subtree
+                for name, part in node.variables.items()
+            }
+            assert len(arrays) > 10
+    return tree, {path.name for path in out.iterdir()}, arrays
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """What a verb measures when it is left alone."""
+
+    @cache
+    def measure(verb: str) -> Any:
+        folder = tmp_path_factory.mktemp(verb)
+        shown = _invoke(*_command(verb, folder))
+        assert shown.exit_code == 0, shown.output
+        return _measured(folder / "runs" / "out")
+
+    return measure
+
+
+def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Random) -> int:
+    """Run, kill and resume until the end; how many kills there were."""
+    command = _command(verb, folder)
+    out = folder / "runs" / "out"
+    growing = _growing(verb, out)
+    kills = 0
+    while True:
+        there = len(list(growing.glob("cells/0*.json")))
+        resume = ["--resume"] if there or out.exists() else []
+        # The process compiles as the tests do: conftest has set XLA_FLAGS.
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from ntkdp.cli import main; main()", *command, *resume],
+            stdout=subprocess.DEVNULL,
+        )
+        with process:
+            if kills < most:
+                wanted = there + moments.randint(1, 3)
+                while process.poll() is None:
+                    time.sleep(0.01)
+                    if len(list(growing.glob("cells/0*.json"))) >= wanted or (
+                        verb == "compare" and out.exists()
+                    ):
+                        time.sleep(moments.uniform(0, 0.5))
+                        process.send_signal(signal.SIGKILL)
+                        break
+        if process.returncode == 0:
+            return kills
+        assert process.returncode == -signal.SIGKILL
+        assert not (verb == "compare" and out.exists() and not (out / "metrics.json").exists())
+        kills += 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "kills"), [("sweep", KILLS - KILLS // 2), ("compare", KILLS // 2)]
+)
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(
+    verb: str, kills: int, undisturbed: Callable[[str], Any], tmp_path: Path
+) -> None:
+    moments = random.Random(verb)
+    number = 0
+    while kills > 0:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        kills -= _killed_until_it_ends(verb, folder, min(kills, 3), moments)
+        assert _measured(folder / "runs" / "out") == undisturbed(verb)
+        number += 1
+        assert number <= 2 * KILLS, "the processes end before they are killed"
+
+
+class _FullDisk:
+    """A disk that is full once it comes to a file of some name, half of which it takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        write_text = Path.write_text
+
+        def half(path: Path, text: str, *arguments: Any, **options: Any) -> int:
+            if name not in path.name:
+                return write_text(path, text, *arguments, **options)
+            write_text(path, text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_text", half)
+
+
+def test_a_sweep_on_a_full_disk(
+    undisturbed: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, out = _command("sweep", tmp_path), tmp_path / "runs" / "out"
+    for name, resume, continues in (
+        ("00002.json", [], True),
+        ("metrics.json", ["--resume"], False),
+    ):
+        with monkeypatch.context() as patched:
+            _FullDisk(patched, name)
+            said = _said_in_one_line(_invoke(*command, *resume))
+        assert "No space left on device" in said
+        assert ("--resume continues" in said) >= continues
+        assert not list(tmp_path.rglob(".*"))
+        assert not (out / "metrics.json").exists()
+    assert len(list(out.glob("cells/*.json"))) == 10
+    shown = _invoke(*command, "--resume")
+    assert shown.exit_code == 0, shown.output
+    assert _measured(out) == undisturbed("sweep")
+
+
+def test_a_comparison_on_a_full_disk_and_a_damaged_case(
+    undisturbed: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
+    partial = _growing("compare", out)
+    for name, resume, n_cases in (("00001.json", [], 1), ("report.html", ["--resume"], 3)):
+        with monkeypatch.context() as patched:
+            _FullDisk(patched, name)
+            said = _said_in_one_line(_invoke(*command, *resume))
+        assert "No space left on device" in said
+        assert [path.name for path in out.parent.iterdir()] == [partial.name]
+        assert {path.name for path in partial.iterdir()} == {"cells", "run.json"}
+        assert len(list((partial / "cells").iterdir())) == n_cases
+
+    # What is left of a killed run is neither forgotten nor mixed with another's.
+    said = _said_in_one_line(_invoke(*command))
+    assert ".out-partial holds a run; pass --resume to continue it" in said
+    other = Path(command[1])
+    other.write_text("seed = 1\n" + CONFIGS["compare"])
+    said = _said_in_one_line(_invoke(*command, "--resume"))
+    assert "has other settings (seed: 0 there, 1 now)" in said
+    other.write_text(CONFIGS["compare"])
+
+    damaged = partial / "cells" / "00002.json"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    measure = experiment._measured
+    made: list[float] = []
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments[3].clip_norm)
+        return measure(*arguments)
+
+    monkeypatch.setattr(experiment, "_measured", counted)
+    shown = _invoke(*command, "--resume")
+    assert shown.exit_code == 0, shown.output
+    assert f"{damaged} is damaged" in shown.output
+    assert made == [1.0]
+    assert _measured(out) == undisturbed("compare")
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    shown = _invoke(*command, "--resume")
+    assert shown.exit_code == 0, shown.output
+    assert "holds the finished run already" in shown.output
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert made == [1.0]
+
+
+def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None:
+    command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
+    assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume"))
+    assert "--resume needs --out" in _said_in_one_line(_invoke(*command[:2], "--resume"))
+    assert not list(out.parent.iterdir())
+    out.mkdir()
+    (out / "metrics.json").write_text('{"ntkdp": "0", "config": {}}')
+    said = _said_in_one_line(_invoke(*command, "--resume"))
+    assert "holds another run; pass --overwrite" in said
+    assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume", "--overwrite"))
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_too_little_memory_is_said_with_the_ways_out(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 1000)
+    said = _said_in_one_line(_invoke(*_command(verb, tmp_path)))
+    assert "bytes" in said
+    assert "1,000 bytes" in said
+    assert "batch_size" in said or "float32" in said
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
+    verb: str, tmp_path: Path
+) -> None:
+    command = _command(verb, tmp_path)
+    file = tmp_path / "file"
+    file.write_text("precious")
+    said = _said_in_one_line(_invoke(*command[:-1], str(file / "out")))
+    assert f"{file} is not a folder" in said
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_named(verb: str, tmp_path: Path) -> None:
+    command = _command(verb, tmp_path)
+    runs = tmp_path / "runs"
+    runs.chmod(0o555)
+    assert f"{runs} cannot be written to" in _said_in_one_line(_invoke(*command))

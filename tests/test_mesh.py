@@ -1,0 +1,351 @@
+"""Kernels, flows and runs over eight devices and over two processes: those of one device."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from two_processes import trajectories
+
+import ntkdp
+from ntkdp import _memory, clipping, dp_sgd, losses, stochastic_flow
+from ntkdp.ntk import _kernel_in_blocks
+
+N, M, K = 16, 8, 3
+LOSS = losses.SoftmaxCrossEntropy()
+FLAT = clipping.Abadi(0.3)
+LAYERWISE = clipping.Abadi(0.2, scope="layerwise")
+KERNELS = ["whole", "by layer", "infinite", "infinite by layer"]
+
+MODEL = ntkdp.models.mlp([8, 8], K, activation="erf", W_std=1.5)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(N + M, 4)))
+X, TEST_X = X[:N], X[N:]
+Y, TEST_Y = np.arange(N) % K, np.arange(M) % K
+PARAMS = MODEL.init(jax.random.key(0), X)
+OUTPUTS = MODEL.apply(PARAMS, X), MODEL.apply(PARAMS, TEST_X)
+
+
+def mesh_of(n_devices: int) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:n_devices]), ("any",))
+
+
+MESHES = [
+    pytest.param(lambda: mesh_of(8), id="eight"),
+    # As jax.make_mesh makes them, with two axes and explicit ones.
+    pytest.param(lambda: jax.make_mesh((4, 2), ("a", "b")), id="four by two"),
+]
+
+
+def kernel(kind: str, mesh: Any, x1: Any = X, x2: Any = None) -> Any:
+    if kind == "whole":
+        return ntkdp.empirical_ntk(MODEL.apply, PARAMS, x1, x2, mesh=mesh)
+    if kind == "by layer":
+        return ntkdp.layerwise_ntk(MODEL.apply, PARAMS, x1, x2, mesh=mesh)
+    if kind == "infinite":
+        return ntkdp.infinite_ntk(MODEL, x1, x2, mesh=mesh)
+    return ntkdp.layerwise_infinite_ntk(MODEL, x1, x2, mesh=mesh)
+
+
+def flow(kind: str, mesh: Any, rule: Any = None, test: bool = True) -> ntkdp.KernelFlow:
+    rule = (LAYERWISE if "layer" in kind else FLAT) if rule is None else rule
+    beside = {"test_kernel": kernel(kind, mesh, TEST_X, X), "test_targets": TEST_Y} if test else {}
+    return ntkdp.KernelFlow(kernel(kind, mesh), Y, LOSS, rule, mesh=mesh, **beside)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=1e-10)
+
+
+def bytes_on_first_device(tree: Any) -> int:
+    device = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+@pytest.mark.parametrize("make_mesh", MESHES)
+@pytest.mark.parametrize("kind", KERNELS)
+def test_kernels_are_those_of_one_device_in_equal_parts(kind: str, make_mesh: Any) -> None:
+    for x1, x2 in [(X, None), (TEST_X, X)]:
+        found = kernel(kind, make_mesh(), x1, x2)
+        assert_same(found, kernel(kind, None, x1, x2))
+        for leaf in jax.tree.leaves(found):
+            parts = [shard.data.nbytes for shard in leaf.addressable_shards]
+            assert parts == [leaf.nbytes // 8] * 8
+
+
+def test_blocks_of_a_device_make_the_same_kernel() -> None:
+    found = ntkdp.empirical_ntk(MODEL.apply, PARAMS, X, batch_size=3, mesh=mesh_of(4))
+    assert_same(found, kernel("whole", None))
+    rescaled = jax.tree.map(lambda leaf: jnp.full_like(leaf, 2.0), PARAMS)
+    found = ntkdp.ntk.preconditioned_ntk(MODEL.apply, PARAMS, rescaled, X, mesh=mesh_of(2))
+    assert_same(found, kernel("whole", None) / 2)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_flows_and_recursions_are_those_of_one_device(kind: str) -> None:
+    found, expected = (
+        (
+            ntkdp.solve(of, OUTPUTS, [0.0, 1.0, 5.0], outputs=True),
+            ntkdp.recursion(of, OUTPUTS, learning_rate=0.5, steps=4, outputs=True),
+        )
+        for of in (flow(kind, mesh_of(8)), flow(kind, None))
+    )
+    assert_same(found, expected)
+
+
+def test_a_rule_that_needs_the_norm_of_the_sum() -> None:
+    rule = clipping.Batch(0.3)
+    found, expected = (
+        ntkdp.recursion(flow("whole", mesh, rule), OUTPUTS, learning_rate=0.5, steps=3)
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("rule", [LAYERWISE, clipping.Batch(0.3)], ids=["by layer", "batch"])
+def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
+    found, expected = (
+        ntkdp.solve(
+            ntkdp.WeightFlow(
+                MODEL.apply, X, Y, LOSS, rule, test_x=TEST_X, test_targets=TEST_Y, mesh=mesh
+            ),
+            PARAMS,
+            [0.0, 2.0],
+            outputs=True,
+        )
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("kind", "sample_rate"), [("by layer", 0.5), ("infinite", 1.0)])
+def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> None:
+    settings: dict[str, Any] = {
+        "sample_rate": sample_rate,
+        "key": jax.random.split(jax.random.key(1), 3),
+    }
+    found, expected = (
+        (
+            stochastic_flow.ensemble(
+                of,
+                OUTPUTS[0],
+                learning_rate=0.5,
+                steps=4,
+                noise_multiplier=1.0,
+                outputs=True,
+                **settings,
+            ),
+            stochastic_flow.final_outputs(
+                of,
+                OUTPUTS[0],
+                learning_rates=[0.1, 0.5],
+                clip_norms=[1.0, 0.3],
+                noise_multipliers=1.0,
+                steps=4,
+                **settings,
+            ),
+        )
+        for of in (flow(kind, mesh_of(8), test=False), flow(kind, None, test=False))
+    )
+    assert_same(found, expected)
+
+
+def test_moments_are_those_of_one_device() -> None:
+    found, expected = (
+        stochastic_flow.moments(
+            flow("infinite", mesh, test=False),
+            OUTPUTS[0],
+            learning_rate=0.5,
+            steps=3,
+            noise_multiplier=0.5,
+        )
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same([found.loss, found.mean], [expected.loss, expected.mean])
+
+
+@pytest.mark.parametrize(
+    ("rule", "noise", "sample_rate", "gradients"),
+    [
+        (FLAT, 1.0, 1.0, "vmap"),
+        (LAYERWISE, 1.0, 0.4, "structured"),
+        (clipping.Batch(0.3), 0.0, 1.0, "structured"),
+    ],
+    ids=["flat", "by layer", "batch"],
+)
+def test_runs_are_those_of_one_device(
+    rule: Any, noise: float, sample_rate: float, gradients: Any
+) -> None:
+    found, expected = (
+        dp_sgd.run(
+            MODEL.apply,
+            PARAMS,
+            X,
+            Y,
+            LOSS,
+            rule,
+            learning_rate=0.5,
+            steps=4,
+            record_every=2,
+            noise_multiplier=noise,
+            sample_rate=sample_rate,
+            gradients=gradients,
+            test_x=TEST_X,
+            test_targets=TEST_Y,
+            outputs=True,
+            mesh=mesh,
+            key=jax.random.split(jax.random.key(1), 2),
+        )
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same(found, expected)
+
+
+def test_phases_and_microbatches_are_those_of_one_device() -> None:
+    phases = [
+        ntkdp.Phase(2, LAYERWISE, learning_rate=0.5, noise_multiplier=0.5, trainable=["4"]),
+        ntkdp.Phase(2, FLAT, learning_rate=0.5),
+    ]
+    found, expected = (
+        dp_sgd.run_phases(
+            MODEL.apply,
+            PARAMS,
+            X,
+            Y,
+            LOSS,
+            phases,
+            # Test samples that do not divide over the devices are on all of them.
+            test_x=TEST_X[:5],
+            test_targets=TEST_Y[:5],
+            microbatch_size=3,
+            mesh=mesh,
+            key=jax.random.key(1),
+        )
+        for mesh in (mesh_of(4), None)
+    )
+    assert_same(found, expected)
+
+
+def test_memory_of_a_device_falls_as_their_number_grows() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 4)))
+    groups = ntkdp._groups.resolve(PARAMS)
+
+    def needed(n_devices: int) -> dict[str, int]:
+        mesh = ntkdp._mesh.as_mesh(mesh_of(n_devices))
+        place = ntkdp._mesh.everywhere
+        kernel = (
+            _kernel_in_blocks.lower(
+                MODEL.apply,
+                place(mesh, PARAMS),
+                ntkdp._mesh.spread(mesh, x),
+                place(mesh, x),
+                groups,
+                4,
+                K,
+                False,
+                mesh,
+            )
+            .compile()
+            .compiled.memory_analysis()
+        )
+        of = ntkdp.KernelFlow(
+            ntkdp.layerwise_ntk(MODEL.apply, PARAMS, x, mesh=mesh),
+            np.arange(256) % K,
+            LOSS,
+            LAYERWISE,
+            mesh=mesh,
+        )
+        state = of.init(jnp.zeros((256, K)))
+        step = (
+            jax.jit(lambda of, state: of.velocity(state))
+            .lower(of, state)
+            .compile()
+            .memory_analysis()
+        )
+        return {
+            "kernel": kernel.output_size_in_bytes + kernel.temp_size_in_bytes,
+            "flow": bytes_on_first_device(of),
+            "step": step.argument_size_in_bytes + step.temp_size_in_bytes,
+        }
+
+    one, many = needed(1), needed(8)
+    for what in one:
+        # An eighth of the kernel, and what every device has: inputs, targets and outputs.
+        assert one[what] / 8 <= many[what] < one[what] / 7, what
+
+
+def test_memory_asked_for_is_that_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_memory, "available_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match="18,432 bytes"):
+        kernel("whole", mesh_of(8))
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "words"),
+    [(3, "divides over the 3 devices of mesh, e.g. 15, got 16"), (7, "e.g. 14, got 16")],
+)
+def test_meshes_that_do_not_fit_are_refused(n_devices: int, words: str) -> None:
+    wrong: dict[str, Any] = {"mesh": mesh_of(n_devices)}
+    data: tuple[Any, ...] = (MODEL.apply, PARAMS, X)
+    for refuse in (
+        lambda: ntkdp.empirical_ntk(*data, **wrong),
+        lambda: ntkdp.infinite_ntk(MODEL, X, **wrong),
+        lambda: ntkdp.KernelFlow(jnp.eye(N), Y, LOSS, FLAT, **wrong),
+        lambda: ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, **wrong),
+        lambda: dp_sgd.run(
+            *data, Y, LOSS, FLAT, learning_rate=1.0, steps=1, key=jax.random.key(0), **wrong
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse()
+
+
+def test_what_is_no_mesh_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, .* got 'eight'"):
+        ntkdp._mesh.as_mesh("eight")
+
+
+def test_what_is_not_finite_is_found_on_any_device() -> None:
+    bad = jnp.eye(N).at[-1, -1].set(jnp.nan)
+    with pytest.raises(ValueError, match="kernel must be finite, got 1 NaN"):
+        ntkdp.KernelFlow(bad, Y, LOSS, FLAT, mesh=mesh_of(8))
+
+
+def test_two_processes_find_what_one_finds() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parent / "two_processes.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), f"localhost:{port}", str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=script.parent.parent,
+        )
+        for number in range(2)
+    ]
+    ended = [process.communicate(timeout=600) for process in processes]
+    expected = trajectories(None)
+    for process, (said, complained) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, complained
+        last = json.loads(said.splitlines()[-1])
+        assert last["devices"] == 4
+        assert last["found"].keys() == expected.keys()
+        for name, losses_found in last["found"].items():
+            np.testing.assert_allclose(losses_found, expected[name], rtol=0, atol=1e-10)

@@ -1,0 +1,62 @@
+"""One of two processes that share a problem: run by test_mesh.py, prints what it found as JSON."""
+
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ntkdp
+
+
+def main(coordinator: str, number: int) -> None:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
+    ntkdp.enable_x64()
+    jax.distributed.initialize(coordinator, num_processes=2, process_id=number)
+    found = trajectories(jax.make_mesh((jax.device_count(),), ("samples",)))
+    print(json.dumps({"devices": jax.device_count(), "found": found}))
+    jax.distributed.shutdown()
+
+
+def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
+    """Losses of a small problem by every road, on a mesh or on one device."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5)))
+    targets = jnp.sin(x[:, :2])
+    model = ntkdp.models.mlp([8], 2, activation="erf")
+    params = model.init(jax.random.key(0), x)
+    loss, rule = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(0.3)
+    outputs = model.apply(params, x)
+    keys = jax.random.split(jax.random.key(1), 3)
+    steps = {"learning_rate": 0.5, "steps": 6, "noise_multiplier": 0.5, "key": keys}
+
+    kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
+    flow = ntkdp.KernelFlow(kernel, targets, loss, rule, mesh=mesh)
+    by_layer = ntkdp.KernelFlow(
+        ntkdp.layerwise_infinite_ntk(model, x, mesh=mesh),
+        targets,
+        loss,
+        ntkdp.clipping.Abadi(0.3, scope="layerwise"),
+        mesh=mesh,
+    )
+    weights = ntkdp.WeightFlow(model.apply, x, targets, loss, rule, mesh=mesh)
+    times = [0.0, 1.0, 3.0]
+    runs = {
+        "flow": ntkdp.solve(flow, outputs, times),
+        "infinite, by layer": ntkdp.solve(by_layer, outputs, times),
+        "weights": ntkdp.solve(weights, params, times),
+        "recursion": ntkdp.recursion(flow, outputs, learning_rate=0.5, steps=6),
+        "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
+        "dp_sgd": ntkdp.dp_sgd.run(
+            model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps
+        ),
+    }
+    return {name: np.asarray(run.loss).ravel().tolist() for name, run in runs.items()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow faults verify accuracy notebooks kernel-free bench figures experiments docs pins clean
+.PHONY: help lint format types architecture test test-slow faults verify accuracy notebooks kernel-free cost bench figures experiments docs pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ accuracy:  ## The accuracy figures of the README, on real data (about ten minute
 
 kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.md (about seven minutes)
 	uv run --extra data python benchmarks/kernel_free.py
+
+cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
+	uv run python benchmarks/cost.py
 
 bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ntk as ntk,
     )
     from ntkdp._phase import Phase as Phase
+    from ntkdp._plan import plan as plan
     from ntkdp._solve import recursion as recursion
     from ntkdp._solve import solve as solve
     from ntkdp.gradient_flow import HeavyBallFlow as HeavyBallFlow
@@ -82,6 +83,7 @@ _HOMES = {
     "layerwise_infinite_ntk": "ntk",
     "layerwise_ntk": "ntk",
     "per_sample_gradient_norms": "ntk",
+    "plan": "_plan",
     "recursion": "_solve",
     "solve": "_solve",
     "two_time_kernel": "ntk",

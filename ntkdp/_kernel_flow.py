@@ -96,7 +96,7 @@ class KernelFlow(Flow):
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
         clipping.check_groups(n_groups)
-        targets = jnp.asarray(targets)
+        targets = _validate.array(targets=targets)
         n_outputs = terms.shape[3] if terms.ndim == 5 else self.loss.n_outputs(targets)
         self.n_outputs = n_outputs
         targets = check_targets(self.loss, targets, n, n_outputs, "targets")
@@ -237,7 +237,7 @@ class KernelFlow(Flow):
 
 
 def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:
-    outputs = jnp.asarray(outputs)
+    outputs = _validate.array(**{name: outputs})
     if outputs.ndim != 2 or outputs.shape[0] != n or n_outputs not in (None, outputs.shape[1]):
         columns = "K" if n_outputs is None else n_outputs
         raise ValueError(f"{name} must have shape ({n}, {columns}), got {outputs.shape}")
@@ -256,7 +256,7 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
             "terms; use layerwise_ntk or layerwise_infinite_ntk"
         )
     else:
-        values = jnp.asarray(kernel)[None]
+        values = _validate.array(**{name: kernel})[None]
     if values.ndim not in (3, 5) or 0 in values.shape:
         raise ValueError(
             f"{name} must have shape (m, n, K, K), or (m, n) meaning (x) I_K, not empty, "

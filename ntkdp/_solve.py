@@ -116,8 +116,8 @@ def solve(
     """
     _check_flow(flow)
     times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
-    rtol = as_constant(_validate.positive(rtol=rtol))
-    atol = as_constant(_validate.positive(atol=atol))
+    rtol = as_constant(_validate.scalar(rtol=_validate.positive(rtol=rtol)))
+    atol = as_constant(_validate.scalar(atol=_validate.positive(atol=atol)))
     max_steps = _validate.count(max_steps=max_steps)
     state = flow.init(initial)
     solver = diffrax.Tsit5() if solver is None else solver
@@ -126,6 +126,10 @@ def solve(
         raise ValueError(
             "solver must be a diffrax solver with an error estimate, e.g. diffrax.Tsit5(), "
             f"got {solver!r}"
+        )
+    if not isinstance(adjoint, diffrax.AbstractAdjoint):
+        raise TypeError(
+            f"adjoint must be a diffrax adjoint, e.g. diffrax.ForwardMode(), got {adjoint!r}"
         )
     with _progress.listening(progress, "solving the flow") as shown:
         measured, outcome = _integrate(
@@ -150,8 +154,10 @@ def _integrate(
     leaves, structure = jax.tree.flatten(state)
     velocity = _Velocity(flow, structure)
 
-    def measure(t: Any, leaves: list[Array], args: Any) -> Measurement:
-        return flow.measure(velocity.state(leaves), outputs)
+    def measure(t: Any, at: list[Array], args: Any) -> Measurement:
+        # Interpolation in double-precision times promotes a state of single precision.
+        at = [found.astype(leaf.dtype) for found, leaf in zip(at, leaves, strict=True)]
+        return flow.measure(velocity.state(at), outputs)
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),

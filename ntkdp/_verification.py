@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntkdp import _verification_page, claims, table_one
+from ntkdp._provenance import provenance
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
 

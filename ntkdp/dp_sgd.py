@@ -86,7 +86,7 @@ def build(
     >>> state.params.item(), info.clip_fraction.item()
     (2.5, 1.0)
     """
-    x, loss = jnp.asarray(x), losses.as_loss(loss)
+    x, loss = _validate.array(x=x), losses.as_loss(loss)
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must have shape (n, ...) with n >= 1, got {x.shape}")
     if not isinstance(clipping, ClippingRule):
@@ -125,7 +125,7 @@ def build(
     if test_x is None and test_targets is not None:
         raise ValueError("test_targets need test_x, got test_x=None")
     if test_x is not None:
-        test_x = jnp.asarray(test_x)
+        test_x = _validate.array(test_x=test_x)
         if test_x.ndim < 2 or test_x.shape[0] == 0:
             raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
         if test_targets is not None:
@@ -165,9 +165,7 @@ def build(
 
 
 def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
-    if targets is None:
-        raise TypeError(f"{name} must be an array, got None")
-    targets = jnp.asarray(targets)
+    targets = _validate.array(**{name: targets})
     if targets.ndim == 0 or targets.shape[0] != n:
         raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
     known = loss.n_outputs(targets)

@@ -290,7 +290,7 @@ def per_sample_gradient_norms(
     [10.0]
     """
     x, outputs = check_model(apply_fn, params, x)
-    output_gradient = jnp.asarray(output_gradient)
+    output_gradient = _validate.array(output_gradient=output_gradient)
     expected = outputs.shape
     if output_gradient.shape != expected:
         raise ValueError(

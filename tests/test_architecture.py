@@ -1,8 +1,12 @@
 """The file list is the architecture: every module has a layer, and imports point downwards."""
 
 import ast
+import builtins
+import dis
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,7 @@ LAYERS: dict[int, set[str]] = {
         "high_dimensional_sgd",
         "dp_sgd",
         "_dp_step",
+        "_plan",
     },
     4: {*COMPARISON, *EXAMPLES, "claims"},
     5: {
@@ -249,3 +254,21 @@ def test_the_public_face_is_whole() -> None:
     import ntkdp
 
     assert {name for name in ntkdp.__all__ if not hasattr(ntkdp, name)} == set()
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_name_that_is_used_exists(path: Path) -> None:
+    # Neither mypy nor ruff can tell: shapes in annotations are names that do not exist either.
+    module = importlib.import_module(
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    )
+    pending = [compile(path.read_text(), str(path), "exec")]
+    used = set()
+    while pending:
+        code = pending.pop()
+        pending += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        used |= {op.argval for op in dis.get_instructions(code) if op.opname == "LOAD_GLOBAL"}
+    assert used <= {*vars(module), *vars(builtins)}

@@ -1,0 +1,340 @@
+"""What ntkdp.plan predicts, held against what methods take.
+
+Run alone on a machine. Memory is what the compiler plans and what arrays are alive, on one device
+and on eight simulated ones; of time one rate is calibrated for each method at its first size, and
+the other sizes are predicted. Prints the page and writes it to ``docs/cost.md``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ntkdp
+from ntkdp import _mesh, _solve, dp_sgd
+from ntkdp._ensemble import noise_of_step
+from ntkdp._stepping import Stepping
+
+PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
+LOSS = ntkdp.losses.SquaredError()
+DEVICES = 8
+#: Samples, outputs, width, hidden layers, inputs.
+KERNELS = ((400, 2, 64, 1, 16), (800, 1, 64, 2, 16), (240, 5, 64, 1, 16))
+NETWORKS = ((2000, 10, 512, 1, 256), (2000, 10, 512, 3, 256), (400, 10, 512, 2, 256))
+#: More samples than pass through at once.
+IN_BATCHES = (60_000, 10, 128, 2, 64)
+CALLS = 7
+
+
+def network(n, k, width, depth, inputs):
+    """Model, parameters, inputs, and the sizes that a plan wants."""
+    model = ntkdp.models.mlp([width] * depth, k)
+    x = jax.random.normal(jax.random.key(0), (n, inputs))
+    params = model.init(jax.random.key(1), x)
+    sizes = {
+        "n_samples": n,
+        "n_outputs": k,
+        "n_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "n_inputs": inputs,
+        "activations": inputs + 2 * width * depth + k,
+    }
+    return model, params, x, sizes
+
+
+def predicted(name, **arguments):
+    """The plan of one method."""
+    methods = ntkdp.plan(**arguments, memory=1e18).methods
+    return next(method for method in methods if method.name == name)
+
+
+def alive():
+    """Bytes of all arrays, on each device that they are spread over."""
+    return sum(
+        int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize
+        for a in jax.live_arrays()
+        if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+    )
+
+
+def high_water(call):
+    """Most bytes alive while Python runs a call, looked at whenever a function of JAX returns."""
+    most = [alive()]
+
+    def look(frame, event, _):
+        if event == "return" and frame.f_code.co_name in ("reshape", "transpose", "tensordot"):
+            most[0] = max(most[0], alive())
+
+    sys.setprofile(look)
+    try:
+        result = call()
+    finally:
+        sys.setprofile(None)
+    return max(most[0], alive()), result
+
+
+def compiled_bytes(lowered):
+    """Arguments, results and work that the compiler plans, on a device."""
+    program = lowered.compile()
+    found = getattr(program, "compiled", program).memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+
+def solved(flow, params):
+    """Peak of an adaptive solve."""
+    times, tolerances = jnp.linspace(0.0, 1.0, 5), (1e-6, 1e-9)
+    return compiled_bytes(
+        _solve._integrate.lower(
+            flow, flow.init(params), times, diffrax.Tsit5(), diffrax.RecursiveCheckpointAdjoint(),
+            tolerances, 1000, False, False,
+        )
+    )  # fmt: skip
+
+
+def kernel_memory(shape, devices, grouped, noise=False):
+    """Peak of making a flow from the empirical kernel, noise included if it is asked for."""
+    model, params, x, sizes = network(*shape)
+    mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
+    rule = ntkdp.clipping.Abadi(1.0, scope="layerwise" if grouped else "flat")
+    make = ntkdp.layerwise_ntk if grouped else ntkdp.empirical_ntk
+    kernel = make(model.apply, params, x, mesh=mesh)
+    groups = kernel.values.shape[0] if grouped else 1
+    targets = jnp.zeros((shape[0], shape[1]))
+
+    def call():
+        flow = ntkdp.KernelFlow(kernel, targets, LOSS, rule, mesh=mesh)
+        return flow, (noise_of_step(flow, 1.0, 1.0, None, False) if noise else None)
+
+    peak, _ = high_water(call)
+    asked = {**sizes, "n_groups": groups, "n_devices": devices, "noise": noise}
+    return asked, "empirical kernel", peak
+
+
+def network_memory(name, shape, devices, noise=False):
+    """Peak of a method that has no kernel."""
+    model, params, x, sizes = network(*shape)
+    mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
+    targets, rule = jnp.zeros((shape[0], shape[1])), ntkdp.clipping.Abadi(1.0)
+    if name == "DP-SGD":
+        algorithm = dp_sgd.build(
+            model.apply, x, targets, LOSS, rule, learning_rate=0.1,
+            noise_multiplier=float(noise), mesh=mesh,
+        )  # fmt: skip
+        start = algorithm.init(params).params
+        key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
+        stepping = Stepping(0.1, 100, 1)
+        peak = compiled_bytes(
+            dp_sgd._run.lower(algorithm, start, False, key, stepping, False, False)
+        )
+    elif name == "WeightFlow":
+        flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
+        peak = solved(flow, params)
+    else:
+        peak = solved(ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule), params)
+    return {**sizes, "n_devices": devices, "noise": noise}, name, peak
+
+
+def memory():
+    """Rows of predicted and measured peaks."""
+    found = []
+    for shape in KERNELS:
+        for devices in (1, DEVICES):
+            found += [kernel_memory(shape, devices, grouped) for grouped in (False, True)]
+        found.append(kernel_memory(shape, 1, False, noise=True))
+    for shape in NETWORKS:
+        for devices in (1, DEVICES):
+            found.append(network_memory("WeightFlow", shape, devices))
+            found += [network_memory("DP-SGD", shape, devices, noise) for noise in (False, True)]
+        found.append(network_memory("LinearisedFlow", shape, 1))
+    found.append(network_memory("LinearisedFlow", IN_BATCHES, 1))
+    return found
+
+
+def calls_of(name, shape):
+    """A compiled velocity or step, and its operations."""
+    model, params, x, sizes = network(*shape)
+    n, k = shape[:2]
+    targets, rule = jnp.zeros((n, k)), ntkdp.clipping.Abadi(1.0)
+    cost = predicted(name.removesuffix(", assembly").removesuffix(", velocity"), **sizes)
+    operations = cost.step_operations
+    if name == "empirical kernel, assembly":
+        return cost.kernel_operations, lambda: ntkdp.empirical_ntk(model.apply, params, x)
+    if name == "infinite kernel, assembly":
+        return cost.kernel_operations, lambda: ntkdp.infinite_ntk(model, x)
+    if name == "DP-SGD":
+        algorithm = dp_sgd.build(model.apply, x, targets, LOSS, rule, learning_rate=0.1)
+        step, state = algorithm.compile(), algorithm.init(params)
+        return operations, lambda: step(jax.random.key(0), state)
+    if name == "WeightFlow":
+        flow, initial = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule), params
+    elif name == "LinearisedFlow":
+        flow = ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule)
+        initial = params
+    else:
+        empirical = name.startswith("empirical")
+        kernel = (
+            ntkdp.empirical_ntk(model.apply, params, x)
+            if empirical
+            else ntkdp.infinite_ntk(model, x)
+        )
+        flow, initial = ntkdp.KernelFlow(kernel, targets, LOSS, rule), targets
+    state = flow.init(initial)
+    velocity = eqx.filter_jit(lambda flow, state: flow.velocity(state))
+    return operations, lambda: velocity(flow, state)
+
+
+#: Samples that are timed, and the network they pass through.
+TIMED = {
+    "empirical kernel, assembly": ((800, 1200, 1600), (4, 256, 1, 256)),
+    "empirical kernel, velocity": ((2000, 2500, 3000), (3, 64, 1, 16)),
+    "infinite kernel, assembly": ((1500, 2250, 3000), (10, 64, 1, 64)),
+    "infinite kernel, velocity": ((4000, 5000, 6000), (10, 64, 1, 16)),
+    "WeightFlow": ((1000, 1500, 2000), (10, 512, 2, 512)),
+    "LinearisedFlow": ((1000, 1500, 2000), (10, 512, 2, 512)),
+    "DP-SGD": ((1000, 1500, 2000), (10, 512, 2, 512)),
+}
+
+
+def seconds_of(calls):
+    """Least seconds of each call, taken in turns."""
+    least = [np.inf] * len(calls)
+    for turn in range(CALLS + 1):
+        for number, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                least[number] = min(least[number], time.perf_counter() - start)
+    return least
+
+
+def memory_table():
+    """Peaks, in a process of its own with eight simulated devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, __file__, "--job", "memory"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    rows = []
+    for asked, name, measured in json.loads(done.stdout.splitlines()[-1]):
+        cost = predicted(name, **asked)
+        rows.append(
+            f"| {name}{', noise' if asked['noise'] else ''} | {asked['n_samples']:,} "
+            f"| {asked['n_outputs']} | {asked['n_parameters']:,} | {asked.get('n_groups', 1)} "
+            f"| {asked['n_devices']} | {cost.memory_bytes / 1e6:.2f} MB | {measured / 1e6:.2f} MB "
+            f"| {cost.memory_bytes / measured:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def time_table():
+    """Seconds, each method calibrated at its first size."""
+    rows = []
+    for name, (samples, rest) in TIMED.items():
+        shapes = [(n, *rest) for n in samples]
+        operations, calls = zip(*[calls_of(name, shape) for shape in shapes], strict=True)
+        measured = seconds_of(calls)
+        rate = operations[0] / measured[0]
+        for shape, count, taken in zip(shapes, operations, measured, strict=True):
+            n, k, width, depth, inputs = shape
+            layers = "-".join(map(str, [inputs, *[width] * depth, k]))
+            shown = "calibrates" if shape == shapes[0] else f"{count / rate / taken:.2f}"
+            rows.append(
+                f"| {name} | {n:,} | {layers} | {rate / 1e9:.3g} | {1e3 * count / rate:.1f} ms "
+                f"| {1e3 * taken:.1f} ms | {shown} |"
+            )
+    return "\n".join(rows)
+
+
+def beyond():
+    """Plans of what cannot be run here."""
+    common = {"n_outputs": 10, "n_inputs": 784, "memory": 80e9}
+    # A network 784-1024-1024-10.
+    large = {"n_parameters": 1_900_000, "activations": 784 + 4 * 1024 + 10}
+    plans = {
+        "50,000 samples on 8 devices of 80 GB": {"n_samples": 50_000, "n_devices": 8},
+        "1,000,000 samples on one device of 80 GB": {"n_samples": 1_000_000},
+    }
+    shown = []
+    for title, sizes in plans.items():
+        found = ntkdp.plan(**common, **large, **sizes)
+        best = "none" if found.best is None else found.best.name
+        shown += [f"**{title}**", "", found.table(), "", f"To take: {best}.", ""]
+    return "\n".join(shown).strip()
+
+
+TEXT = """# Memory and time before a run
+
+`ntkdp.plan` says what each method will take from sizes alone: n samples, K outputs, P parameters, R groups, D devices, A activations (numbers a sample that
+enter all layers with parameters, and that leave them) and d inputs a sample.
+
+| | numbers on a device | operations of a step | once |
+|---|---|---|---|
+| empirical kernel | 4 (nK)^2 / D, or 3 R (nK)^2 / D with groups | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
+| infinite kernel | the same without K | 2 R n^2 K | R n^2 (2 d + 100) |
+| WeightFlow | 14 P + n (2A - d) / D | 6 n P | |
+| LinearisedFlow | 15 P + n d + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) for the last if all pass at once; one device | 10 n P | |
+| DP-SGD | 3 P + n (3A - d) / D, with noise 7 P | 6 n P | |
+
+The kernel that its caller keeps, a copy as terms, its transposed and the matrix are alive at once while `KernelFlow` is made: four; terms of layers are not copied.
+Two remain during the solve. Noise adds the eigenvectors of an (nK, nK) covariance: seven copies at the peak, two of them workspace of LAPACK that is not an array and
+so not in the table below, and about 9 (nK)^3 operations. A kernel below about 100 MiB takes up to 200 MiB of blocks besides.
+
+## Held against what is taken
+
+`uv run python benchmarks/cost.py` measured this on: {machine}; float32. Memory is arguments, results and work that the compiler plans for a whole solve or run and, for
+kernels, the most bytes of arrays alive while a flow is made; eight devices are simulated.
+
+| method | n | K | P | R | D | predicted | measured | ratio |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|
+{memory}
+
+Time is the least of {calls} calls, all sizes of a method in turns; one rate a method is taken at its first size and predicts the others.
+
+| method | n | layers | 10^9 operations a second | predicted | measured | ratio |
+|---|--:|---|--:|--:|--:|--:|
+{time}
+
+## Past what runs here
+
+P = 1.9 million, 784 inputs, 10 outputs, 200 evaluations, float32, by `ntkdp.plan`; memory is the peak, with the copies above: one copy of the
+full kernel of 50,000 samples is 1 TB, 125 GB on each of eight devices.
+
+{beyond}
+"""  # noqa: E501
+
+
+def main():
+    """The job that is named, else the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--job", choices=["memory"])
+    if parser.parse_args().job:
+        print(json.dumps(memory()))
+        return
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, JAX {jax.__version__} on cpu"
+    text = TEXT.format(
+        machine=machine,
+        memory=memory_table(),
+        time=time_table(),
+        calls=CALLS,
+        beyond=beyond(),
+    )
+    print(text)
+    temporary = PAGE.with_suffix(".partial")
+    temporary.write_text(text)
+    temporary.replace(PAGE)
+
+
+if __name__ == "__main__":
+    main()

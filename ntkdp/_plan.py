@@ -1,0 +1,314 @@
+"""What each method will take in memory and time, before a run."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from ntkdp import _memory, _validate
+
+#: Bytes of per-sample gradients in a batch of the kernel-free flow, unless it is told otherwise.
+_BATCH_BYTES = 2**26
+#: Parameter-sized arrays at the peak of an adaptive solve: stages, states and trial states.
+_WEIGHT_STATES, _DISPLACEMENT_STATES = 14, 15
+#: The same of a run of DP-SGD, without and with noise.
+_RUN_STATES, _NOISY_RUN_STATES = 3, 7
+#: Operations for the eigenvalues and vectors of a matrix, over the cube of its rows.
+_EIGENVALUES = 9
+#: Operations a pair of samples for the integrals of an infinite-width kernel.
+_INTEGRALS = 100
+
+
+class MethodCost(NamedTuple):
+    """What one method takes.
+
+    Attributes
+    ----------
+    name
+        The method.
+    memory_bytes
+        Peak on a device.
+    kernel_operations
+        Once, before the first step, all devices together; zero without a kernel.
+    step_operations
+        Of one velocity or step, all devices together.
+    operations
+        In all.
+    seconds
+        Of all, or None without a rate.
+    fits
+        Whether the peak is within the memory of a device.
+    note
+        What to know about it.
+    """
+
+    name: str
+    memory_bytes: int
+    kernel_operations: float
+    step_operations: float
+    operations: float
+    seconds: float | None
+    fits: bool
+    note: str
+
+
+class Plan(NamedTuple):
+    """What each method takes; see :func:`plan`.
+
+    Attributes
+    ----------
+    methods
+        All of them, a :class:`MethodCost` each.
+    best
+        The one to take, or None if none fits.
+    memory_bytes
+        Memory of a device that they were held against.
+    """
+
+    methods: list[MethodCost]
+    best: MethodCost | None
+    memory_bytes: int
+
+    def table(self) -> str:
+        """The plan in Markdown."""
+        rows = [
+            "| method | memory a device | operations | time | fits | |",
+            "|---|--:|--:|--:|---|---|",
+        ]
+        for method in self.methods:
+            time = "" if method.seconds is None else f"{method.seconds:,.3g} s"
+            rows.append(
+                f"| {method.name} | {method.memory_bytes / 1e9:,.3g} GB | {method.operations:.2e} "
+                f"| {time} | {'yes' if method.fits else 'no'} | {method.note} |"
+            )
+        return "\n".join(rows)
+
+
+def plan(
+    n_samples: int,
+    n_outputs: int,
+    n_parameters: int,
+    *,
+    n_test: int = 0,
+    n_inputs: int = 0,
+    activations: int | None = None,
+    n_groups: int = 1,
+    n_devices: int = 1,
+    steps: int | None = None,
+    evaluations: int = 200,
+    dtype: Any = "float32",
+    memory: Any = None,
+    flops: Any = None,
+    noise: bool = False,
+) -> Plan:
+    r"""Memory and time of every method, from the size of a problem alone.
+
+    With n samples, m test samples, K outputs, P parameters, R groups, A activations and d inputs a
+    sample, and D devices, in numbers on a device:
+
+    - *empirical kernel*: :math:`c\,R (nK)^2 / D`, where c counts the copies alive while
+      :class:`KernelFlow` is made from a kernel that its caller keeps: 4, or 3 with groups, or 7
+      with noise; and as many operations a velocity as :math:`2R (n + m) n K^2`;
+    - *infinite kernel*: :math:`c\,R n^2 / D` and :math:`2R (n + m) n K`;
+    - *WeightFlow*: :math:`14 P + n (2A - d) / D` and :math:`6 n P`;
+    - *LinearisedFlow*: :math:`15 P + n d + b (2A - d)` in batches of b samples that take 64 MiB, or
+      :math:`15 P + n d + n (8A - 7d)` if all pass at once; :math:`10 n P`; on one device;
+    - *DP-SGD*: :math:`3 P + n (3A - d) / D`, 7 P with noise, and :math:`6 n P`.
+
+    Parameters
+    ----------
+    n_samples, n_outputs, n_parameters : int
+        n, K and P.
+    n_test : int
+        m, test samples that are followed.
+    n_inputs : int
+        d, numbers of one sample's input.
+    activations : int, optional
+        A: numbers a sample that enter all layers with parameters, and that leave them. By default
+        :math:`2\sqrt P`, the least that dense layers of P weights can have; a convolution has far
+        more.
+    n_groups : int
+        R, terms of layerwise clipping; 1 means flat.
+    n_devices : int
+        D, over which samples are spread.
+    steps : int, optional
+        Steps of DP-SGD and of the recursion that predicts it.
+    evaluations : int
+        Velocities of an adaptive solve, which WeightFlow always is, and the others without
+        ``steps``.
+    dtype : dtype
+        Of the arrays.
+    memory : int, optional
+        Bytes of each device; by default those free on this one.
+    flops : float, optional
+        Operations a second that each device sustains; without it there are no seconds.
+    noise : bool
+        Whether runs are drawn with noise, which only kernels predict.
+
+    Returns
+    -------
+    Plan
+        ``best`` is, of the predictions that fit, the cheaper one of the empirical kernel and
+        LinearisedFlow, which agree; else the infinite kernel; else WeightFlow, which takes about
+        what the training does.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Counts below one, memory or rate not positive, a dtype that is not floating.
+
+    Notes
+    -----
+    *Derived* from the code and held against what the compiler plans; one rate for all operations is
+    coarse: calibrate it for each method.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> found = ntkdp.plan(50_000, 10, 1_900_000, n_inputs=784, n_devices=8, memory=80e9)
+    >>> [method.name for method in found.methods if not method.fits]
+    ['empirical kernel']
+    >>> found.best.name
+    'LinearisedFlow'
+    """
+    n, k = _validate.count(n_samples=n_samples), _validate.count(n_outputs=n_outputs)
+    p, r = _validate.count(n_parameters=n_parameters), _validate.count(n_groups=n_groups)
+    d = _validate.count(n_devices=n_devices)
+    m, inputs = _at_least_zero("n_test", n_test), _at_least_zero("n_inputs", n_inputs)
+    evaluations = _validate.count(evaluations=evaluations)
+    run_steps = evaluations if steps is None else _validate.count(steps=steps)
+    itemsize = _itemsize(dtype)
+    if not isinstance(noise, bool):
+        raise TypeError(f"noise must be True or False, got {noise!r}")
+    if memory is None:
+        memory = _memory.available_bytes()
+    else:
+        memory = int(_validate.scalar(memory=_validate.positive(memory=memory)))
+    if flops is not None:
+        flops = float(_validate.scalar(flops=_validate.positive(flops=flops)))
+    at_least = activations is None
+    if activations is None:
+        activations = max(math.ceil(2 * math.sqrt(p)), inputs + k)
+    a = _validate.count(activations=activations)
+    if a < inputs:
+        raise ValueError(f"activations must be at least n_inputs, {inputs}, got {a}")
+    estimate = "activations taken as the least possible" if at_least else ""
+
+    def method(
+        name: str,
+        numbers: float,
+        kernel: float,
+        step: float,
+        repeats: int,
+        *notes: str,
+        devices: int = d,
+    ) -> MethodCost:
+        peak = math.ceil(numbers * itemsize)
+        total = kernel + repeats * step
+        seconds = None if flops is None else total / (devices * flops)
+        note = "; ".join(filter(None, notes))
+        return MethodCost(name, peak, kernel, step, total, seconds, peak <= memory, note)
+
+    def kernel_method(name: str, width: int, columns: int, kernel: float) -> MethodCost:
+        """Of a kernel with ``width`` rows a sample, times ``columns`` columns."""
+        step = 2.0 * r * width * width * (n + m) * n * columns
+        numbers = _kernel_copies(r, m / n) * r * (width * n) ** 2 / d
+        rows = width * (n + m)
+        if noise:
+            kernel += _EIGENVALUES * float(rows) ** 3
+            step += 2.0 * rows * rows * columns
+            # A mesh has the eigenvectors found on the host.
+            numbers = max(numbers, _noise_numbers(r, width, n, m) / d)
+        host = "eigenvectors on the host" if noise and d > 1 else ""
+        return method(name, numbers, kernel, step, run_steps, host)
+
+    # Of samples with themselves one device computes half; several have no half in common.
+    pairs = n * n / (1 if d > 1 else 2) + n * m
+    contracted = pairs * (1 + k * k) * a + 2.0 * (n + m) * (k + 1) * p
+    integrals = float(n + m) * n * r * (2 * inputs + _INTEGRALS)
+    batches = math.ceil(n * a * itemsize / _BATCH_BYTES)
+    # Of a single batch the compiler keeps all that does not depend on the displacement.
+    sets = 8 if batches == 1 else 2
+    batch = n / batches * (sets * (a - inputs) + inputs)
+    without_noise = "without noise" if noise else ""
+    methods = [
+        kernel_method("empirical kernel", k, 1, contracted),
+        kernel_method("infinite kernel", 1, k, integrals),
+        method(
+            "WeightFlow",
+            _WEIGHT_STATES * p + n * (2 * a - inputs) / d,
+            0.0,
+            6.0 * n * p,
+            evaluations,
+            estimate,
+            without_noise,
+        ),
+        method(
+            "LinearisedFlow",
+            _DISPLACEMENT_STATES * p + n * inputs + batch,
+            0.0,
+            10.0 * n * p,
+            run_steps,
+            "on one device" if d > 1 else "",
+            estimate,
+            without_noise,
+            devices=1,
+        ),
+        method(
+            "DP-SGD",
+            (_NOISY_RUN_STATES if noise else _RUN_STATES) * p + n * (3 * a - inputs) / d,
+            0.0,
+            6.0 * n * p,
+            run_steps,
+            "the run itself",
+            estimate,
+        ),
+    ]
+    return Plan(methods, _best(methods, noise), memory)
+
+
+def _kernel_copies(n_groups: int, test_share: float) -> float:
+    """Copies of the kernel alive at the peak, the caller's own included.
+
+    A flow is made from the kernel as terms (a copy unless there are groups), transposed and as a
+    matrix; then the same from the test kernel, while terms and matrix of the first are held.
+    """
+    terms = 1 if n_groups == 1 else 0
+    return max(3 + terms + test_share, 2 + terms + (3 + terms) * test_share)
+
+
+def _noise_numbers(n_groups: int, width: int, n: int, m: int) -> float:
+    """Numbers alive while eigenvalues of the noise's covariance are found.
+
+    The kernel and its matrix, those of the test points, then covariance, vectors and workspace.
+    """
+    followed = float(width * (n + m)) ** 2
+    held = 2.0 * n_groups * width**2 * n * (n + m)
+    given = n_groups * followed if m else 0.0
+    return held + given + 5 * followed
+
+
+def _best(methods: list[MethodCost], noise: bool) -> MethodCost | None:
+    empirical, infinite, weights, linearised, _ = methods
+    ranks = [[empirical], [infinite]] if noise else [[empirical, linearised], [infinite], [weights]]
+    for rank in ranks:
+        fitting = [method for method in rank if method.fits]
+        if fitting:
+            return min(fitting, key=lambda method: method.operations)
+    return None
+
+
+def _at_least_zero(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        return 0
+    return _validate.count(**{name: value})
+
+
+def _itemsize(dtype: Any) -> int:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype!r}") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, got {dtype!r}")
+    return int(found.itemsize)

@@ -1,0 +1,334 @@
+"""Privacy as a mechanism: what one sample can do to a step, and what an attacker learns of it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ntkdp import dp_sgd, losses, privacy
+from ntkdp._dp_step import Algorithm
+from ntkdp.clipping import PSAC, Abadi, Automatic, ClippingRule, Custom, Global
+
+# ---------------------------------------------------------------------------- sensitivity
+# A step without noise at learning rate 1 and with the sum moves the parameters by the clipped sum:
+# the difference of two such steps is what one sample more or less does, by the public face alone.
+
+N, D, K = 5, 6, 3
+
+
+def mlp(params: Any, x: Any) -> Any:
+    hidden = jnp.tanh(x @ params["a"]["W"] + params["a"]["b"])
+    return hidden @ params["b"]["W"] + params["b"]["b"]
+
+
+def cnn(params: Any, x: Any) -> Any:
+    images = x.reshape(-1, 2, 3, 1)
+    hidden = jax.lax.conv_general_dilated(
+        images, params["a"]["W"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.tanh(hidden + params["a"]["b"]).mean(axis=(1, 2)) @ params["b"]["W"]
+
+
+def attention(params: Any, x: Any) -> Any:
+    tokens = x.reshape(-1, 3, 2) @ params["a"]["embed"]
+    weights = jax.nn.softmax(tokens @ params["b"]["q"] @ jnp.swapaxes(tokens, 1, 2) / 2.0)
+    tokens = tokens + weights @ tokens @ params["b"]["v"]
+    tokens = tokens / jnp.sqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
+    return tokens.mean(axis=1) @ params["c"]["W"]
+
+
+def normal(seed: int, *shape: int) -> Any:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
+    "mlp": (
+        mlp,
+        {
+            "a": {"W": normal(0, D, 4), "b": normal(1, 4)},
+            "b": {"W": normal(2, 4, K), "b": normal(3, K)},
+        },
+    ),
+    "cnn": (
+        cnn,
+        {"a": {"W": normal(0, 2, 2, 1, 4), "b": normal(1, 4)}, "b": {"W": normal(2, 4, K)}},
+    ),
+    "attention": (
+        attention,
+        {
+            "a": {"embed": normal(0, 2, 4)},
+            "b": {"q": normal(1, 4, 4), "v": normal(2, 4, 4)},
+            "c": {"W": normal(3, 4, K)},
+        },
+    ),
+}
+
+
+def rules(scope: Any, R: Any) -> dict[str, ClippingRule]:
+    return {
+        "abadi": Abadi(R, scope=scope),
+        "global": Global(R, scope=scope),
+        "automatic": Automatic(R, gamma=0.0, scope=scope),
+        "psac": PSAC(R, r=0.01, scope=scope),
+        "custom": Custom(function=lambda s: 0.2 * jnp.cos(s) / (1 + s), R=R, scope=scope),
+    }
+
+
+#: All rules of one network, and of the others what shortens and what lengthens gradients.
+SENSITIVITY_CASES = [
+    (model, rule, scope)
+    for model in MODELS
+    for rule in ("abadi", "automatic", "global", "psac", "custom")
+    for scope in ("flat", "layerwise")
+    if model == "mlp" or rule in ("abadi", "automatic")
+]
+
+SCALES = np.array([1.0, 1e-30, 1e30, 1e200, 1e308])
+
+
+@pytest.mark.parametrize(("model", "rule", "scope"), SENSITIVITY_CASES)
+def test_one_sample_moves_a_step_by_at_most_the_sensitivity(
+    model: str, rule: str, scope: str
+) -> None:
+    apply_fn, params = MODELS[model]
+    n_groups = len(params)
+    R = 0.7 if scope == "flat" else np.linspace(0.2, 0.9, n_groups)
+    clip = rules(scope, R)[rule]
+
+    @jax.jit
+    def clipped_sum(x: Any, y: Any) -> tuple[Any, Any]:
+        algorithm = dp_sgd.build(
+            apply_fn, x, y, losses.SquaredError(), clip, learning_rate=1.0, reduction="sum"
+        )
+        state, info = algorithm.step(jax.random.key(0), algorithm.start(params))
+        return jax.tree.map(lambda w, v: w - v, params, state.params), info
+
+    def norms_by_group(difference: Any) -> np.ndarray:
+        leaves = [jax.tree.leaves(group) for group in difference.values()]
+        return np.sqrt([sum(float(jnp.sum(v**2)) for v in group) for group in leaves])
+
+    rng = np.random.default_rng(0)
+    largest = 0.0
+    for scale in SCALES:
+        x, y = rng.standard_normal((N, D)), rng.standard_normal((N, K))
+        x[-1] *= scale
+        y[-1] *= min(scale, 1e100)
+        with_it, info = clipped_sum(x, y)
+        without_it, _ = clipped_sum(x[:-1], y[:-1])
+        moved = norms_by_group(jax.tree.map(jnp.subtract, with_it, without_it))
+        assert np.all(np.isfinite(moved))
+        assert np.linalg.norm(moved) <= clip.sensitivity(n_groups) * (1 + 1e-9)
+        if scope == "layerwise":  # so that noise in proportion to each R_r keeps its promise too
+            assert np.all(moved <= R * (1 + 1e-9))
+        whole = float(np.linalg.norm(norms_by_group(with_it)))
+        np.testing.assert_allclose(info.gradient_norm, whole, rtol=1e-9)
+        largest = max(largest, float(np.linalg.norm(moved)) / clip.sensitivity(n_groups))
+    if rule in ("abadi", "automatic"):
+        assert largest > 1 - 1e-6  # the bound is met: a smaller sensitivity would be broken
+
+
+def test_a_sample_without_a_finite_gradient_moves_nothing() -> None:
+    apply_fn, params = MODELS["mlp"]
+    loss = losses.Custom(lambda f, y: jnp.sum((f - y) ** 2) * jnp.where(y[0] > 5, jnp.nan, 1.0))
+    x, y = normal(4, N, D), normal(5, N, K).at[-1].set(9.0)
+    for rule in (Abadi(0.7), Automatic(0.7, gamma=0.0)):
+        sums = []
+        for rows in (slice(None), slice(-1)):
+            algorithm = dp_sgd.build(
+                apply_fn, x[rows], y[rows], loss, rule, learning_rate=1.0, reduction="sum"
+            )
+            state, info = algorithm.step(jax.random.key(0), algorithm.init(params))
+            assert int(info.dropped) == (rows == slice(None))
+            sums.append(np.concatenate([np.ravel(v) for v in jax.tree.leaves(state.params)]))
+        np.testing.assert_allclose(sums[0], sums[1], rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------- membership
+# The canary has an input coordinate of its own and a target so far away that its gradient is
+# clipped at every step: the strongest sample there is against this mechanism. The attacker sees
+# the network's output at that coordinate after every step, and nothing else depends on the canary.
+
+RUNS, DELTA, CONFIDENCE = 16_000, 1e-3, 0.99
+CLIP_NORM, RATE, STEPS, FAR = 1.0, 0.1, 16, 1e3
+
+#: Noise multiplier and sampling rate: mu = 1 with full batches, and Poisson sampling.
+MECHANISMS = [(4.0, 1.0), (2.0, 0.5)]
+
+
+class Audit(NamedTuple):
+    """Lower bounds of epsilon that hold with probability `CONFIDENCE`."""
+
+    clopper_pearson: float
+    gaussian: float
+
+
+def scores(
+    canary: bool, sigma: float, q: float, *, runs: int = RUNS, far: float = FAR, seed: int = 7
+) -> np.ndarray:
+    """The attacker's log likelihood ratio of both data sets, of many runs on one of them."""
+    key = jax.random.split(jax.random.key(2 * seed + canary), runs)
+    path = paths(canary, sigma, q, key, far)
+    # One if the canary was drawn and zero if not, and noise of deviation sigma.
+    seen = np.diff(path, axis=1) * q / (RATE * CLIP_NORM)
+    never = np.log1p(-q) if q < 1 else -np.inf
+    ratio: np.ndarray = np.logaddexp(never, np.log(q) + (seen - 0.5) / sigma**2)
+    return ratio.sum(axis=1)
+
+
+def paths(canary: bool, sigma: float, q: float, key: Any, far: float = FAR) -> np.ndarray:
+    """The network's output at the canary's coordinate after each step, of a run for each key."""
+    rng = np.random.default_rng(1)
+    x = np.zeros((4, 4))
+    x[:, :3] = rng.standard_normal((4, 3))
+    y = rng.standard_normal((4, 1))
+    own = np.array([[0.0, 0.0, 0.0, 1.0]])
+    if canary:
+        x, y = np.concatenate([x, own]), np.concatenate([y, [[far]]])
+    run = dp_sgd.run(
+        lambda params, x: x @ params["W"],
+        {"W": jnp.zeros((4, 1))},
+        x,
+        y,
+        losses.SquaredError(),
+        Abadi(CLIP_NORM),
+        learning_rate=RATE,
+        steps=STEPS,
+        noise_multiplier=sigma,
+        sample_rate=q,
+        reduction="sum",
+        test_x=own,
+        outputs=True,
+        key=key,
+    )
+    assert run.test_outputs is not None
+    return np.asarray(run.test_outputs[..., 0, 0])
+
+
+def at_most(successes: Any, trials: int) -> Any:
+    """Clopper and Pearson's upper limit of a probability, both errors sharing `CONFIDENCE`."""
+    level = 1 - (1 - CONFIDENCE) / 2
+    limit = stats.beta.ppf(level, successes + 1, np.maximum(trials - successes, 1))
+    return np.where(successes == trials, 1.0, limit)
+
+
+def audit(present: np.ndarray, absent: np.ndarray) -> Audit:
+    """Bounds by the threshold that the first half of the runs finds best, on the second half.
+
+    Epsilon: log of (1 - FNR - delta)/FPR, or with the errors changed over (Jagielski et al. 2020).
+    Gaussian: mu is at least the sum of the normal quantiles of both (Nasr et al. 2023), which is
+    sound where the mechanism is Gaussian, so with full batches.
+    """
+    half = len(present) // 2
+
+    def bounds(thresholds: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        # Errors of "present if above the threshold", by counting in sorted scores.
+        false_positive = half - np.searchsorted(np.sort(absent[rows]), thresholds, side="right")
+        false_negative = np.searchsorted(np.sort(present[rows]), thresholds, side="right")
+        fp, fn = at_most(false_positive, half), at_most(false_negative, half)
+        forward = np.log(np.maximum(1 - fn - DELTA, 1e-300) / fp)
+        backward = np.log(np.maximum(1 - fp - DELTA, 1e-300) / fn)
+        return np.maximum(forward, backward), -stats.norm.ppf(fp) - stats.norm.ppf(fn)
+
+    tried = np.quantile(np.concatenate([present, absent]), np.linspace(1e-4, 1 - 1e-4, 1000))
+    best = [tried[[int(np.argmax(found))]] for found in bounds(tried, slice(half))]
+    epsilon = float(bounds(best[0], slice(half, None))[0][0])
+    mu = float(bounds(best[1], slice(half, None))[1][0])
+    gaussian = privacy.epsilon(1 / mu, 1.0, 1, DELTA) if mu > 0 else 0.0
+    return Audit(max(epsilon, 0.0), gaussian)
+
+
+def audit_of(sigma: float, q: float, **options: Any) -> Audit:
+    return audit(scores(True, sigma, q, **options), scores(False, sigma, q, **options))
+
+
+def promised(sigma: float, q: float) -> float:
+    return privacy.epsilon(sigma, q, STEPS, DELTA)
+
+
+@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
+def test_the_attacker_learns_no_more_than_promised_and_nearly_as_much(
+    sigma: float, q: float
+) -> None:
+    found, bound = audit_of(sigma, q), promised(sigma, q)
+    assert (0.5 if q == 1 else 0.4) * bound < found.clopper_pearson < bound
+    if q == 1:
+        assert 0.7 * bound < found.gaussian < bound
+
+
+def test_runs_of_one_key_share_their_noise_and_hide_nothing_from_each_other() -> None:
+    key = jax.random.split(jax.random.key(0), 3)
+    difference = paths(True, 4.0, 1.0, key) - paths(False, 4.0, 1.0, key)
+    clipped = RATE * CLIP_NORM * np.arange(STEPS + 1)
+    np.testing.assert_allclose(difference, np.tile(clipped, (3, 1)), rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_canary_there_is_nothing_to_find() -> None:
+    found = audit(scores(False, 4.0, 1.0), scores(False, 4.0, 1.0, seed=8))
+    assert found.clopper_pearson < 0.2
+    assert found.gaussian < 0.2
+
+
+@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
+def test_a_third_of_the_noise_is_found_out(
+    sigma: float, q: float, mutate: Callable[[Any, str, Any], None]
+) -> None:
+    noise = Algorithm._noise
+
+    def third(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf / 3, noise(*arguments))
+
+    mutate(Algorithm, "_noise", third)
+    assert audit_of(sigma, q).clopper_pearson > 1.2 * promised(sigma, q)
+
+
+@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
+def test_a_gradient_that_is_not_clipped_is_found_out(
+    sigma: float, q: float, mutate: Callable[[Any, str, Any], None]
+) -> None:
+    mutate(Abadi, "_weight", lambda self, s, R: jnp.ones_like(s))
+    found = audit_of(sigma, q, far=10 * CLIP_NORM)
+    assert found.clopper_pearson > 1.2 * promised(sigma, q)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
+def test_with_more_runs_the_bounds_close_in(sigma: float, q: float) -> None:
+    found, bound = audit_of(sigma, q, runs=200_000), promised(sigma, q)
+    assert 0.65 * bound < found.clopper_pearson < bound
+    if q == 1:
+        assert 0.9 * bound < found.gaussian < bound
+
+
+def _print_table() -> None:
+    """The numbers of docs/privacy_audit.md."""
+    noise = Algorithm._noise
+
+    def third(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf / 3, noise(*arguments))
+
+    unclipped = (Abadi, "_weight", lambda self, s, R: jnp.ones_like(s))
+    rows: list[tuple[str, Any, dict[str, Any]]] = [
+        ("as it is", None, {}),
+        ("as it is, 200,000 runs", None, {"runs": 200_000}),
+        ("a third of the noise", (Algorithm, "_noise", third), {}),
+        ("no clipping", unclipped, {"far": 10 * CLIP_NORM}),
+    ]
+    for sigma, q in MECHANISMS:
+        print(f"sigma = {sigma}, q = {q}: epsilon promised {promised(sigma, q):.3f}")
+        for name, patched, options in rows:
+            jax.clear_caches()
+            eqx.clear_caches()
+            with mock.patch.object(*patched) if patched else nullcontext():
+                found = audit_of(sigma, q, **options)
+            print(f"  {name:<24} {found.clopper_pearson:.2f}  {found.gaussian:.2f}")
+
+
+if __name__ == "__main__":
+    _print_table()

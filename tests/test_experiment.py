@@ -215,6 +215,7 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
     assert "Without the noise: frozen kernel" in page
 
 
+@pytest.mark.slow
 def test_layerwise_noise_sampling_and_a_budget_are_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +279,7 @@ def test_what_does_not_fit_together_names_its_field(changes: dict, words: list[s
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_regression_and_images_run() -> None:
     shared = {
         "predictions": ["frozen", "infinite"],

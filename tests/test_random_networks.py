@@ -157,6 +157,7 @@ def test_dense(pieces: list[str], n_outputs: int, positions: tuple[int, ...], se
     check(apply, params, new(3, *positions, D), sums=seed % 2 == 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(st.lists(st.sampled_from(LOOPS), min_size=2, max_size=2, unique=True), SEEDS)
 def test_loops(pieces: list[str], seed: int) -> None:

@@ -209,6 +209,7 @@ def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: P
     assert (cells / "00000.json").stat().st_mtime_ns == untouched
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_to_the_same_numbers(
     results: sweep.Results, folder: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +257,7 @@ def test_predict_only_trains_nothing(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, [*options, "--resume"]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_regression_has_losses_alone(tmp_path: Path) -> None:
     config = _sweep_config.from_tree(
         {

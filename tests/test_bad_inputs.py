@@ -40,6 +40,10 @@ class Row(NamedTuple):
     value: Any = None
 
 
+#: One worker runs them all: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("bad_inputs")
+
+
 def linear(w: Any, x: Any) -> Any:
     return x @ w
 

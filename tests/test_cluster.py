@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 from ntkdp import _cluster, cli, experiment, sweep
 
 RATES, NORMS = [0.3, 3.0], [0.01, 0.1, 1.0]
+#: One worker runs them all: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("cluster")
+
 GRID = {"learning_rates": RATES, "clip_norms": NORMS, "noise_multipliers": [0.0]}
 #: With samples drawn at random, and quick to compile.
 SMALL: dict[str, Any] = {

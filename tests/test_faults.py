@@ -23,6 +23,9 @@ from typer.testing import CliRunner, Result
 
 from ntkdp import cli, experiment
 
+#: One worker runs them all: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("faults")
+
 KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
 PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"
 CONFIGS = {

@@ -95,7 +95,14 @@ def test_blocks_of_a_device_make_the_same_kernel() -> None:
     assert_same(found, kernel("whole", None) / 2)
 
 
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "whole",
+        "infinite by layer",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[1:3]),
+    ],
+)
 def test_flows_and_recursions_are_those_of_one_device(kind: str) -> None:
     found, expected = (
         (
@@ -116,7 +123,11 @@ def test_a_rule_that_needs_the_norm_of_the_sum() -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("rule", [LAYERWISE, clipping.Batch(0.3)], ids=["by layer", "batch"])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(LAYERWISE, marks=pytest.mark.slow), clipping.Batch(0.3)],
+    ids=["by layer", "batch"],
+)
 def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
     found, expected = (
         ntkdp.solve(
@@ -181,7 +192,7 @@ def test_moments_are_those_of_one_device() -> None:
 @pytest.mark.parametrize(
     ("rule", "noise", "sample_rate", "gradients"),
     [
-        (FLAT, 1.0, 1.0, "vmap"),
+        pytest.param(FLAT, 1.0, 1.0, "vmap", marks=pytest.mark.slow),
         (LAYERWISE, 1.0, 0.4, "structured"),
         (clipping.Batch(0.3), 0.0, 1.0, "structured"),
     ],

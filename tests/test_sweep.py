@@ -20,6 +20,9 @@ import ntkdp
 from ntkdp import _sweep_config, _sweep_report, cli, experiment, sweep
 
 RATES, NORMS = [0.3, 3.0, 30.0], [0.001, 0.01, 0.1]
+#: One worker runs them all: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("sweep")
+
 SMALL: dict[str, Any] = {
     "data": {"n_train": 32, "n_test": 24},
     "model": {"widths": [256]},

@@ -44,6 +44,9 @@ def infinite_ntk(
     -----
     Jacot et al. (2018); computed by neural-tangents.
 
+    Of a sample with itself a relu network's kernel holds half the digits of its precision (about
+    1e-8 in float64, 3e-4 in float32): its rule has the arc cosine of 1, whose slope is infinite.
+
     Examples
     --------
     >>> import jax.numpy as jnp, ntkdp

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow faults verify accuracy notebooks kernel-free cost bench figures experiments docs pins clean
+.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments docs pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ test:  ## The test suite
 
 test-slow:  ## The larger checks that `make test` leaves out
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m slow
+
+lowest:  ## The core of the test suite with the lowest versions that pyproject.toml allows
+	.ci/lowest
 
 faults:  ## Kill fifty runs and sweeps at random moments, and resume them (about twenty minutes)
 	NTKDP_KILLS=50 uv run pytest -n 0 -q tests/test_faults.py

@@ -139,7 +139,8 @@ def network_memory(name, shape, devices, noise=False):
         flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
         peak = solved(flow, params)
     else:
-        peak = solved(ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule), params)
+        flow = ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule, mesh=mesh)
+        peak = solved(flow, params)
     return {**sizes, "n_devices": devices, "noise": noise}, name, peak
 
 
@@ -154,7 +155,7 @@ def memory():
         for devices in (1, DEVICES):
             found.append(network_memory("WeightFlow", shape, devices))
             found += [network_memory("DP-SGD", shape, devices, noise) for noise in (False, True)]
-        found.append(network_memory("LinearisedFlow", shape, 1))
+            found.append(network_memory("LinearisedFlow", shape, devices))
     found.append(network_memory("LinearisedFlow", IN_BATCHES, 1))
     return found
 
@@ -284,7 +285,7 @@ enter all layers with parameters, and that leave them) and d inputs a sample.
 | empirical kernel | 4 (nK)^2 / D, or 3 R (nK)^2 / D with groups | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
 | infinite kernel | the same without K | 2 R n^2 K | R n^2 (2 d + 100) |
 | WeightFlow | 14 P + n (2A - d) / D | 6 n P | |
-| LinearisedFlow | 15 P + n d + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) for the last if all pass at once; one device | 10 n P | |
+| LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once | 10 n P | |
 | DP-SGD | 3 P + n (3A - d) / D, with noise 7 P | 6 n P | |
 
 The kernel that its caller keeps, a copy as terms, its transposed and the matrix are alive at once while `KernelFlow` is made: four; terms of layers are not copied.

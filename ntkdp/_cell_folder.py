@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ntkdp._run_folder import check_writable
 
 
 class CellFolder:
-    """A folder that a sweep grows in; it is made with the first cell.
+    """A folder that a sweep grows in; :meth:`growing` makes it.
 
     Parameters
     ----------
@@ -64,7 +66,7 @@ class CellFolder:
         # As it reads from the file: tuples are lists there.
         self.settings = json.loads(json.dumps({"ntkdp": __version__, **settings}))
         there = path.exists() and (not path.is_dir() or any(map(_kept, path.iterdir())))
-        if there and not self._marker.is_file():
+        if there and not self._is_ours():
             raise FileExistsError(
                 f"output folder {path} holds files that are not a {what}; choose another --out"
             )
@@ -77,18 +79,26 @@ class CellFolder:
             self._check_same()
             self._remove_left_overs()
         elif overwrite and path.exists():
-            self._remove()
+            self.remove()
         elif there:
             raise FileExistsError(
                 f"output folder {path} holds a {what}; pass --resume to continue it, --overwrite "
                 "to replace it, or choose another --out"
             )
 
+    def _is_ours(self) -> bool:
+        """Whether the file of settings is there, be it damaged, and not another program's."""
+        try:
+            found = json.loads(self._marker.read_bytes())
+        except OSError:
+            return False
+        except ValueError:
+            return True
+        return isinstance(found, dict) and "ntkdp" in found
+
     def _check_same(self) -> None:
         try:
             found = json.loads(self._marker.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no settings in it")
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{self._marker} is damaged ({error}); pass --overwrite to start again"
@@ -108,46 +118,64 @@ class CellFolder:
         for folder in (self.path, self.path / "cells"):
             for path in folder.glob(".*"):
                 if not _kept(path):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
         """Remove the folder, last what it is known by: killed half-way, it can be removed again."""
         for path in self.path.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path != self._marker:
                 path.unlink()
-        shutil.rmtree(self.path)
+        self._marker.unlink(missing_ok=True)
+        # What a link points to stays, empty.
+        if not self.path.is_symlink():
+            self.path.rmdir()
+
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """The folder while cells come: killed from here on, it can be resumed.
+
+        An error before the first cell leaves nothing behind.
+        """
+        try:
+            if not self._marker.is_file():
+                self.path.mkdir(parents=True, exist_ok=True)
+                with replacing(self._marker) as temporary:
+                    text = json.dumps(self.settings, indent=2)
+                    temporary.write_text(text + "\n", encoding="utf-8")
+            yield
+        except BaseException:
+            if self.path.is_dir() and not self._has_cells():
+                self.remove()
+            raise
+
+    def _has_cells(self) -> bool:
+        return any(self.path.glob("cells/[!.]*.json"))
 
     def file(self, name: str) -> Path:
         """Where a cell of this name is, or will be."""
         return self.path / "cells" / f"{name}.json"
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """Put a cell on disk, whole or not at all.
+        """Put a cell on disk, whole or not at all, while the folder is growing.
 
         Raises
         ------
         OSError
-            If it cannot be written, saying that the cells before it are safe.
+            If it cannot be written, saying that the cells before it, if any, are safe.
         """
         encoded = _encoded(content)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self._marker.is_file():
-                with replacing(self._marker) as temporary:
-                    text = json.dumps(self.settings, indent=2)
-                    temporary.write_text(text + "\n", encoding="utf-8")
             self.file(name).parent.mkdir(exist_ok=True)
             with replacing(self.file(name)) as temporary:
-                whole = {"checksum": _checksum(encoded), "content": encoded}
+                whole = {"checksum": self._checksum(encoded), "content": encoded}
                 temporary.write_text(json.dumps(whole) + "\n", encoding="utf-8")
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror} (what is finished is kept: mend this, then --resume continues)",
-                str(self.file(name)),
-            ) from error
+            more = ""
+            if self._has_cells():
+                more = " (what is finished is kept: mend this, then --resume continues)"
+            raise OSError(error.errno, f"{error.strerror}{more}", str(self.file(name))) from error
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A cell that is on disk, None if it is not.
@@ -160,7 +188,7 @@ class CellFolder:
         path = self.file(name)
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
-            if whole["checksum"] != _checksum(whole["content"]):
+            if whole["checksum"] != self._checksum(whole["content"]):
                 raise ValueError("its checksum differs")
             content: dict[str, Any] = _parsed(whole["content"])
         except FileNotFoundError:
@@ -177,6 +205,16 @@ class CellFolder:
             self.notes.append(f"{error}: made again")
             return None
 
+    def _checksum(self, encoded: Any) -> str:
+        # With the settings, for a cell that another process has put here is not of this sweep.
+        text = json.dumps([self.settings, encoded], sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resumable(path: Path, what: str = "sweep") -> bool:
+    """Whether something has begun to grow there."""
+    return (path / f"{what}.json").is_file()
+
 
 class DamagedCell(ValueError):
     """A cell's file that is not what was written."""
@@ -185,11 +223,6 @@ class DamagedCell(ValueError):
 def _kept(path: Path) -> bool:
     """Whether this is no half-written file that a kill has left behind."""
     return not (path.name.startswith(".") and path.name.endswith(".tmp"))
-
-
-def _checksum(encoded: Any) -> str:
-    text = json.dumps(encoded, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _encoded(value: Any) -> Any:

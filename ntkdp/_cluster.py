@@ -83,31 +83,49 @@ def _reason(error: BaseException) -> str:
     return "what answers is something else" if isinstance(error, MemoryError) else str(error)
 
 
+def check_client(client: "Client") -> None:
+    """Raise unless tasks can be given to the client.
+
+    Raises
+    ------
+    TypeError
+        If it is not one of dask.distributed, or asynchronous.
+    ConnectionError
+        If it is closed.
+    """
+    if not isinstance(client, _distributed().Client) or client.asynchronous:
+        raise TypeError(
+            f"client must be a distributed.Client that is not asynchronous, got {client!r}"
+        )
+    if client.status in ("closing", "closed"):
+        raise ConnectionError(
+            f"client must be connected, got {client!r}; its scheduler is lost, or it was closed"
+        )
+
+
 def results(
     client: "Client", function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[tuple[str, Any]]:
     """Results of ``function(*arguments)`` of every task, with its name, as they finish.
 
     What a lost worker had is given to another by the scheduler, until it is lost as often as the
-    scheduler's setting ``allowed-failures`` says. When the iteration ends early, what has not begun
-    is cancelled.
+    scheduler's setting ``allowed-failures`` says; results that had not come back are computed
+    again. When the iteration ends early, what has not begun is cancelled, and what has begun runs
+    on.
 
     Raises
     ------
     TypeError
-        If the client is not one of dask.distributed.
+        If the client is not one of dask.distributed, or asynchronous.
     ConnectionError
         If there is no worker within a minute, or the scheduler is lost.
     TaskFailed
         The first failure, with the name of the task.
     """
-    distributed = _distributed()
-    if not isinstance(client, distributed.Client) or client.asynchronous:
-        raise TypeError(
-            f"client must be a distributed.Client that is not asynchronous, got {client!r}"
-        )
+    check_client(client)
     if not tasks:
         return
+    assert client.scheduler is not None  # But of a closed client.
     address = client.scheduler.address
     try:
         client.wait_for_workers(1, timeout=_SECONDS_TO_A_WORKER)
@@ -119,15 +137,26 @@ def results(
     names = {
         client.submit(function, *arguments, pure=False): name for name, arguments in tasks.items()
     }
+    coming = _distributed().as_completed(names, loop=client.loop)
     try:
-        for future in distributed.as_completed(names, loop=client.loop):
+        for future in coming:
+            if future.status in ("lost", "pending"):
+                # The result went with its worker, and is computed again.
+                coming.add(future)
+                continue
             name = names[future]
-            if future.status == "finished":
-                yield name, future.result()
-            elif future.status == "error":
-                raise _failure(name, future.exception())
-            else:
-                raise ConnectionError(f"the scheduler at {address} was lost during {name}")
+            try:
+                result = future.result()
+            except Exception as error:
+                if future.status == "error":
+                    raise _failure(name, error) from error
+                raise ConnectionError(
+                    f"the scheduler at {address} was lost during {name}"
+                ) from error
+            # As long as somebody holds a future, its result is computed again when it is lost.
+            del names[future]
+            future.release()
+            yield name, result
     finally:
         if client.status == "running":
             client.cancel(list(names))
@@ -136,12 +165,11 @@ def results(
 def _failure(name: str, error: BaseException) -> TaskFailed:
     if isinstance(error, _distributed().KilledWorker):
         return TaskFailed(
-            f"{name}: {error.allowed_failures + 1} workers died of it, the last of them "
-            f"{error.last_worker.address}; it may need more memory than they have"
+            f"{name}: {error.allowed_failures + 1} workers died while it ran there or was next in "
+            f"line, the last of them {error.last_worker.address}; it, or what ran before it, may "
+            "need more memory than they have"
         )
-    failed = TaskFailed(f"{name}: {type(error).__name__}: {error}")
-    failed.__cause__ = error
-    return failed
+    return TaskFailed(f"{name}: {type(error).__name__}: {error}")
 
 
 def _distributed() -> Any:

@@ -1,14 +1,14 @@
 """The command ``ntkdp compare``: predicted against observed training, the main job."""
 
 import sys
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ntkdp import _config
-from ntkdp._terminal import fail, fields_help, progress
+from ntkdp._terminal import explained, fields_help, folder_of, progress
 
 
 def compare(
@@ -33,32 +33,37 @@ def compare(
     Writes metrics.json, trajectories.nc, pictures and report.html to the run folder, when all are
     there. Until then finished cases are kept beside it, in .DIR-partial.
     """
-    from ntkdp._cell_folder import CellFolder
+    from ntkdp._cell_folder import CellFolder, resumable
     from ntkdp._run_folder import RunFolder
 
-    try:
+    with explained():
         settings = _config.Config() if config is None else _config.load(config)
         if resume and out is None:
             raise _config.ConfigError("--resume needs --out, the folder of the run")
-        name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        of_cells = settings.model_dump(mode="json")
         folder = RunFolder(
-            Path("runs") / name if out is None else out,
+            folder_of(settings.name, out),
             overwrite=overwrite,
-            finished=settings.model_dump(mode="json") if resume else None,
+            finished=of_cells if resume else None,
         )
         if folder.is_finished:
-            CellFolder(folder.partial, {}, overwrite=True, what="run")  # Removes it.
+            # Killed at the very end, a run leaves its cases; those of another run are not its own.
+            with suppress(ValueError, FileNotFoundError):
+                CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
             print(f"{folder.path} holds the finished run already")
             return
-    except (_config.ConfigError, OSError) as error:
-        fail(error)
 
     import jax
 
     from ntkdp import _report, experiment
 
+    def continues() -> str | None:
+        if not resumable(folder.partial, "run"):
+            return None
+        return f"--out {folder.path} --resume{' --overwrite' if overwrite else ''}"
+
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
-    try:
+    with explained(continues):
         with progress() as report:
             results = experiment.run(
                 settings,
@@ -71,12 +76,7 @@ def compare(
             report("writing the report", 0.0)
             with folder.replacing() as path:
                 _report.write(results, path)
-            CellFolder(folder.partial, {}, overwrite=True, what="run")  # Removes it.
-    except (ValueError, MemoryError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        more = f"; --out {folder.path} --resume continues" if folder.partial.exists() else ""
-        fail(RuntimeError(f"stopped{more}"))
+        CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
     _report.print_table(results)
     for note in results.notes:
         print(note, file=sys.stderr)

@@ -148,7 +148,7 @@ def from_arrays(
     Raises
     ------
     ValueError
-        If arrays are empty or of unequal length, hold NaN or inf (it says how many in which
+        If arrays are empty, ragged or of unequal length, hold NaN or inf (it says how many in which
         features), hold a single class or labels that are not whole, or have fewer samples than
         asked for; if a name is unknown or ``seed`` negative.
     TypeError
@@ -181,7 +181,7 @@ def build(
     """:func:`from_arrays`, which with ``impute`` fills NaN by means over the training part."""
     choice(STANDARDISATIONS, standardise=standardise)
     seed = _checked_seed(seed)
-    x, y = _real(x, "x"), np.asarray(y)
+    x, y = _real(x, "x"), _array(y, "y")
     if task is None:
         task = "regression" if y.dtype.kind == "f" else "classification"
     choice(TASKS, task=task)
@@ -248,11 +248,15 @@ def _checked_seed(seed: Any) -> int:
     return operator.index(seed)
 
 
-def _real(array: Any, argument: str) -> np.ndarray:
+def _array(array: Any, argument: str) -> np.ndarray:
     try:
-        array = np.asarray(array)
+        return np.asarray(array)
     except ValueError as error:
         raise ValueError(f"{argument} must be an array, got rows of unequal length") from error
+
+
+def _real(array: Any, argument: str) -> np.ndarray:
+    array = _array(array, argument)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{argument} must be real numbers, got an array of {array.dtype}")
     return array
@@ -292,8 +296,7 @@ def _check_inputs(
             )
 
 
-def _vector(y: Any, task: str) -> np.ndarray:
-    y = np.asarray(y)
+def _vector(y: np.ndarray, task: str) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:

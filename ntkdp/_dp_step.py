@@ -16,7 +16,7 @@ from ntkdp._check_model import check_inputs
 from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms
+from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import (
     Measurement,
 )
@@ -78,9 +78,9 @@ class Algorithm(eqx.Module):
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""
-        params = jax.tree.map(jnp.asarray, params)
+        params = _mesh.everywhere(self.mesh, jax.tree.map(jnp.asarray, params))
         self._check(params)
-        return self.start(_mesh.everywhere(self.mesh, params))
+        return self.start(params)
 
     def start(self, params: Params) -> State:
         """The same, of parameters that were checked."""
@@ -275,22 +275,10 @@ class Algorithm(eqx.Module):
         gradients = [per_sample.keep(gradient, usable) for gradient in gradients]
         norms = clipping.norms_from_squares(squares)
 
-        def weighted(factors: Array) -> list[Array]:
-            return [
-                per_sample.weighted_sum(gradient, factors[group], leaf)
-                for gradient, group, leaf in zip(
-                    gradients, groups.leaf_to_group, leaves, strict=True
-                )
-            ]
-
         total = None
         if self.clipping.needs_total_norm:
-            unclipped = _mesh.total(self.mesh, weighted(jnp.ones_like(norms)))
-            sums = [jnp.sum(leaf**2) for leaf in unclipped]
-            of_group = jnp.asarray(groups.leaf_to_group)
-            total = clipping.norms_from_squares(
-                jax.ops.segment_sum(jnp.stack(sums), of_group, groups.size)
-            )
+            unclipped = weighted_sums(gradients, jnp.ones_like(norms), groups, leaves)
+            total = norms_of_sum(_mesh.total(self.mesh, unclipped), groups)
         finite_norms = jnp.where(usable, norms, 0.0)
         if self.clipping.scope == "flat":
             factors = self.clipping.factors(finite_norms[0], None if total is None else total[0])
@@ -298,7 +286,7 @@ class Algorithm(eqx.Module):
             norms = norms[0]
         else:
             factors = by_group = self.clipping.factors(finite_norms, total)
-        clipped = weighted(jnp.where(usable, by_group, 0.0))
+        clipped = weighted_sums(gradients, jnp.where(usable, by_group, 0.0), groups, leaves)
         return jax.tree.unflatten(treedef, clipped), outputs, norms, factors
 
     def _plain_gradients(

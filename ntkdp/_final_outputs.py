@@ -10,7 +10,7 @@ from jax import lax
 
 from ntkdp import _mesh, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._output_noise import noise_covariance, sampling, square_root
+from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import NoClipping
 
@@ -158,14 +158,21 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs:
     train = whole[:n, :n]
     if flow.test_drive is None:
         return _Noise(square_root(train, flow.mesh), None, None)
-    values, vectors = jnp.linalg.eigh(train)
-    smallest = _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
-    roots = jnp.sqrt(jnp.maximum(values, 0))
-    inverse = jnp.where(values > smallest, 1 / jnp.where(values > smallest, roots, 1.0), 0.0)
-    given = whole[n:, :n] @ vectors * inverse
-    left = whole[n:, n:] - given @ given.T
-    of_left, basis = jnp.linalg.eigh(left)
-    return _Noise(vectors * roots, given, basis * jnp.sqrt(jnp.maximum(of_left, 0)))
+    values, vectors = eigh(train, flow.mesh)
+    usable = values > _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
+    inverse = usable / (values * usable + ~usable) ** 0.5
+    across: Any = whole[n:, :n]
+    test: Any = whole[n:, n:]
+    if flow.mesh is not None:
+        across, test = _mesh.on_host(across), _mesh.on_host(test)
+    given = across @ symmetric(inverse, vectors)
+    of_left, basis = eigh(test - given @ given.T, flow.mesh)
+    parts = (
+        symmetric(values.clip(min=0) ** 0.5, vectors),
+        given,
+        symmetric(of_left.clip(min=0) ** 0.5, basis),
+    )
+    return _Noise(*(_mesh.spread(flow.mesh, part) for part in parts))
 
 
 @eqx.filter_jit

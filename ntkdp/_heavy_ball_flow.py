@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ntkdp import _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._types import PyTree, as_constant
 from ntkdp._weight_flow import WeightFlow
 from ntkdp.trajectory import Measurement
@@ -24,7 +25,7 @@ class HeavyBallFlow(Flow):
 
     Parameters
     ----------
-    flow : KernelFlow or WeightFlow
+    flow : KernelFlow, WeightFlow or LinearisedFlow
         What is given inertia; its ``initial`` is taken.
     friction : float
         :math:`\alpha`, at least 0, per unit of this flow's time.
@@ -53,8 +54,10 @@ class HeavyBallFlow(Flow):
     friction: Any = eqx.field(converter=as_constant)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.flow, KernelFlow | WeightFlow):
-            raise TypeError(f"flow must be a KernelFlow or a WeightFlow, got {self.flow!r}")
+        if not isinstance(self.flow, KernelFlow | WeightFlow | LinearisedFlow):
+            raise TypeError(
+                f"flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got {self.flow!r}"
+            )
         _validate.non_negative(friction=self.friction)
 
     def init(self, initial: PyTree) -> tuple[PyTree, PyTree]:

@@ -128,7 +128,7 @@ class KernelFlow(Flow):
             if test_targets is not None:
                 test_targets = check_targets(
                     self.loss,
-                    jnp.asarray(test_targets),
+                    test_targets,
                     test_terms.shape[1],
                     n_outputs,
                     "test_targets",

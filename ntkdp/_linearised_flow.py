@@ -8,19 +8,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from ntkdp import _groups, _validate, clipping, losses
+from ntkdp import _groups, _memory, _mesh, _validate, clipping, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms
+from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import Measurement
-
-#: Bytes that the per-sample gradients of one batch may take, in factored form.
-_FACTOR_BYTES = 2**26
 
 
 class LinearisedFlow(Flow):
@@ -52,6 +50,9 @@ class LinearisedFlow(Flow):
     batch_size : int, optional
         Samples that pass through at once, at most; batches are of even size. By default so many
         that their per-sample gradients take 64 MiB in factored form. Results do not depend on it.
+    mesh : jax.sharding.Mesh, optional
+        Devices over which the training samples are spread; their number must divide over them.
+        Batches are then of each device.
 
     Raises
     ------
@@ -88,6 +89,7 @@ class LinearisedFlow(Flow):
     test_x: Array | None
     test_targets: Array | None
     batch_size: int = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -103,30 +105,36 @@ class LinearisedFlow(Flow):
         test_x: Any = None,
         test_targets: Any = None,
         batch_size: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.apply_fn = apply_fn
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.mesh = mesh = _mesh.as_mesh(mesh)
+        params = jax.tree.map(jnp.asarray, params)
+        self.params = _mesh.everywhere(mesh, params)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
         self.groups = groups
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
         self.clipping.check_groups(self._resolve().size)
-        self.x, outputs = check_model(apply_fn, self.params, x)
+        x, outputs = check_model(apply_fn, params, x)
         n, n_outputs = outputs.shape
-        self.targets = check_targets(self.loss, targets, n, n_outputs, "targets")
+        _mesh.check_divides(mesh, x=n)
+        if batch_size is None:
+            batch_size = _samples_within_budget(apply_fn, params, x, n_outputs)
+        self.batch_size = _validate.count(batch_size=batch_size)
+        self.x = _mesh.spread(mesh, x)
+        targets = check_targets(self.loss, targets, n, n_outputs, "targets")
+        self.targets = _mesh.spread(mesh, targets)
         self.test_x = self.test_targets = None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            self.test_x = check_inputs(apply_fn, self.params, test_x, "test_x")
+            test_x = check_inputs(apply_fn, params, test_x, "test_x")
+            self.test_x = _mesh.everywhere(mesh, test_x)
             if test_targets is not None:
-                m = self.test_x.shape[0]
-                self.test_targets = check_targets(
-                    self.loss, test_targets, m, n_outputs, "test_targets"
-                )
-        if batch_size is None:
-            batch_size = _samples_within_budget(apply_fn, self.params, self.x, n_outputs)
-        self.batch_size = _validate.count(batch_size=batch_size)
+                m = test_x.shape[0]
+                test_targets = check_targets(self.loss, test_targets, m, n_outputs, "test_targets")
+                self.test_targets = _mesh.everywhere(mesh, test_targets)
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters: how far they are from where the model is linearised."""
@@ -144,6 +152,7 @@ class LinearisedFlow(Flow):
             if start.shape != leaf.shape:
                 name = "initial" + jax.tree_util.keystr(path)
                 raise ValueError(f"{name} must have shape {leaf.shape}, got {start.shape}")
+        initial = _mesh.everywhere(self.mesh, initial)
         return jax.tree.map(lambda w, w0: (w - w0).astype(w0.dtype), initial, self.params)
 
     def _resolve(self) -> _groups.Groups:
@@ -151,13 +160,13 @@ class LinearisedFlow(Flow):
             return _groups.resolve(self.params, lambda path: "all")
         return _groups.resolve(self.params, self.groups)
 
-    def _push(self, x: Array, displacement: Params) -> tuple[Array, Array]:
+    def _push(self, params: Params, x: Array, displacement: Params) -> tuple[Array, Array]:
         """Outputs at ``params``, and how far the displacement moves them."""
         # A solver may carry the state in another precision than the network has.
-        direction = jax.tree.map(lambda d, w0: d.astype(w0.dtype), displacement, self.params)
+        direction = jax.tree.map(lambda d, w0: d.astype(w0.dtype), displacement, params)
 
         def one(x_i: Array) -> tuple[Array, Array]:
-            f, moved = jax.jvp(lambda p: self.apply_fn(p, x_i[None]), (self.params,), (direction,))
+            f, moved = jax.jvp(lambda p: self.apply_fn(p, x_i[None]), (params,), (direction,))
             return f[0], moved[0]
 
         # Sample by sample, as per-sample gradients are traced: the compiler can see that both need
@@ -165,39 +174,67 @@ class LinearisedFlow(Flow):
         pushed: tuple[Array, Array] = jax.vmap(one)(x)
         return pushed
 
+    def _clip(self, displacement: Params) -> tuple[Params, Array, Array]:
+        """Sum of the clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
+        over_devices = _mesh.over_samples(
+            self._of_device, self.mesh, (None, None, 0, 0), (None, 0, 1)
+        )
+        found: tuple[Params, Array, Array] = over_devices(
+            displacement, self.params, self.x, self.targets
+        )
+        return found
+
+    def _of_device(
+        self, displacement: Params, params: Params, x: Array, targets: Array
+    ) -> tuple[Params, Array, Array]:
+        groups = self._resolve()
+        total: Array | None = None
+
+        def factors(norms: Array) -> Array:
+            if self.clipping.scope == "flat":
+                return self.clipping.factors(norms[0], None if total is None else total[0])[None]
+            return self.clipping.factors(norms, total)
+
+        samples = (displacement, params, x, targets)
+        if self.clipping.needs_total_norm:
+            summed, _, _ = self._pass(*samples, groups, jnp.ones_like)
+            total = norms_of_sum(_mesh.total(self.mesh, summed), groups)
+        clipped, outputs, weights = self._pass(*samples, groups, factors)
+        return _mesh.total(self.mesh, clipped), outputs, weights
+
     def _pass(
-        self, displacement: Params, weigh: Callable[[Array], Array]
+        self,
+        displacement: Params,
+        params: Params,
+        x: Array,
+        targets: Array,
+        groups: _groups.Groups,
+        weigh: Callable[[Array], Array],
     ) -> tuple[Params, Array, Array]:
         """Weighted sum of all gradients, outputs ``(n, K)`` and weights ``(R, n)`` (flat: R = 1).
 
         ``weigh`` maps the norms of a batch to its weights.
         """
-        n = self.x.shape[0]
-        groups = self._resolve()
-        structure = per_sample.trace(self.apply_fn, self.params, self.x)
-        leaves, treedef = jax.tree.flatten(self.params)
+        n = x.shape[0]
+        structure = per_sample.trace(self.apply_fn, params, x)
+        leaves, treedef = jax.tree.flatten(params)
 
         def gradient(f: Array, moved: Array, y: Array) -> Array:
             return self.loss.output_gradient((f + moved)[None], y[None])
 
         def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
             rows = jnp.minimum(index, n - 1)
-            x = self.x[rows]
-            _, moved = self._push(x, displacement)
+            _, moved = self._push(params, x[rows], displacement)
             f, gradients = per_sample.factored(
-                structure, self.params, x, gradient, moved, self.targets[rows]
+                structure, params, x[rows], gradient, moved, targets[rows]
             )
             gradients = [per_sample.for_norms(factor) for factor in gradients]
-            squares = grouped_squared_norms(gradients, groups, x.shape[0])
+            squares = grouped_squared_norms(gradients, groups, rows.shape[0])
             weights = weigh(clipping.norms_from_squares(squares))
             # What fills up the last batch is not counted again.
             used = jnp.where(index < n, weights, 0.0)
-            sums = [
-                total + per_sample.weighted_sum(factor, used[group], leaf)
-                for total, factor, group, leaf in zip(
-                    sums, gradients, groups.leaf_to_group, leaves, strict=True
-                )
-            ]
+            more = weighted_sums(gradients, used, groups, leaves)
+            sums = [total + one for total, one in zip(sums, more, strict=True)]
             return sums, (f + moved, weights)
 
         zeros = [jnp.zeros_like(leaf) for leaf in leaves]
@@ -208,25 +245,6 @@ class LinearisedFlow(Flow):
             outputs.reshape(-1, outputs.shape[-1])[:n],
             weights[:, :n],
         )
-
-    def _clip(self, displacement: Params) -> tuple[Params, Array, Array]:
-        """Sum of the clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
-        total: Array | None = None
-        if self.clipping.needs_total_norm:
-            summed, _, _ = self._pass(displacement, jnp.ones_like)
-            groups = self._resolve()
-            of_leaves = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed)])
-            of_groups = jax.ops.segment_sum(
-                of_leaves, jnp.asarray(groups.leaf_to_group), groups.size
-            )
-            total = clipping.norms_from_squares(of_groups)
-
-        def factors(norms: Array) -> Array:
-            if self.clipping.scope == "flat":
-                return self.clipping.factors(norms[0], None if total is None else total[0])[None]
-            return self.clipping.factors(norms, total)
-
-        return self._pass(displacement, factors)
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""
@@ -249,7 +267,8 @@ class LinearisedFlow(Flow):
 
     def _outputs(self, x: Array, displacement: Params) -> Array:
         def batch(index: Array) -> Array:
-            f, moved = self._push(x[jnp.minimum(index, x.shape[0] - 1)], displacement)
+            rows = jnp.minimum(index, x.shape[0] - 1)
+            f, moved = self._push(self.params, x[rows], displacement)
             return f + moved
 
         outputs = lax.map(batch, _batches(x.shape[0], self.batch_size))
@@ -272,4 +291,4 @@ def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_output
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
     of_one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
-    return max(1, _FACTOR_BYTES // max(of_one, 1))
+    return max(1, _memory.FACTOR_BYTES // max(of_one, 1))

@@ -14,9 +14,13 @@ _CGROUP_LIMITS = (
 )
 
 
+#: Bytes that per-sample gradients in factored form may take at once, where work is done in batches.
+FACTOR_BYTES = 2**26
+
+
 def available_bytes() -> int:
     """Bytes free for arrays on the default device: its own, or the machine's or container's."""
-    statistics = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if statistics and "bytes_limit" in statistics:
         return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
     available = int(psutil.virtual_memory().available)

@@ -66,6 +66,12 @@ def over_samples(
     """
     if mesh is None:
         return function
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty:
+        raise ValueError(
+            "mesh must be used outside of jax.set_mesh, which would spread arrays by itself, got "
+            f"one within {context}; leave the context"
+        )
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -85,8 +91,25 @@ def own_part(mesh: Mesh | None, n: int) -> Any:
     return 0 if mesh is None else jax.lax.axis_index(_AXIS) * (n // mesh.size)
 
 
-def on_host(array: Array) -> np.ndarray:
+def whole(tree: Any) -> Any:
+    """Arrays that are spread over the devices of several processes, whole on all of them."""
+
+    def gathered(leaf: Any) -> Any:
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        assert isinstance(leaf.sharding, NamedSharding)
+        on_all = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.jit(lambda array: array, out_shardings=on_all)(leaf)
+
+    return jax.tree.map(gathered, tree)
+
+
+def on_host(array: Any) -> np.ndarray:
     """A whole array in the memory of each process."""
+    if isinstance(array, np.ndarray):
+        return array
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental import multihost_utils

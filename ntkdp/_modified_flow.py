@@ -21,7 +21,7 @@ class ModifiedFlow(Flow):
 
     Parameters
     ----------
-    flow : KernelFlow or WeightFlow
+    flow : KernelFlow, WeightFlow or LinearisedFlow
         Whose steps are meant; its ``initial`` is taken.
     learning_rate : float
         :math:`\eta`, positive.
@@ -61,7 +61,9 @@ class ModifiedFlow(Flow):
 
     def __init__(self, flow: Flow, learning_rate: Any) -> None:
         if not isinstance(flow, Flow) or isinstance(flow, HeavyBallFlow | ModifiedFlow):
-            raise TypeError(f"flow must be a KernelFlow or a WeightFlow, got {flow!r}")
+            raise TypeError(
+                f"flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got {flow!r}"
+            )
         if callable(learning_rate):
             raise TypeError(
                 "learning_rate must be a number, got a schedule, whose modified equation changes "

@@ -53,7 +53,7 @@ def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
         layered = flow.clipping.scope == "layerwise"
         terms = noise_kernel.values if layered else noise_kernel.total[None]
     else:
-        terms = jnp.asarray(noise_kernel)[None]
+        terms = _validate.array(noise_kernel=noise_kernel)[None]
     followed = own.shape[1]
     if flow.test_drive is not None:
         per_row = 1 if own.ndim == 3 else own.shape[-1]
@@ -64,7 +64,8 @@ def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
             f"noise_kernel must have terms of shape {expected}, train before test, "
             f"got {terms.shape}"
         )
-    return _validate.finite(noise_kernel=terms)
+    finite: Array = _validate.finite(noise_kernel=terms)
+    return finite.astype(own.dtype)
 
 
 def _as_matrix(kernel: Array) -> Array:
@@ -75,20 +76,27 @@ def _as_matrix(kernel: Array) -> Array:
 
 
 def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[Array, "N N"]:
-    """F with F F^T the matrix, which may be singular; with a mesh, its rows over the devices.
+    """The symmetric square root of a matrix, which may be singular.
 
-    There are no eigenvalues of a matrix in parts: with a mesh, the host finds them.
+    Of all F with F F^T the matrix it is the one that does not depend on who finds the eigenvectors.
+    With a mesh, its rows are over the devices: as there are no eigenvalues of a matrix in parts,
+    the host finds them.
     """
-    if mesh is None:
-        values, vectors = jnp.linalg.eigh(matrix)
-    else:
-        values, vectors = np.linalg.eigh(_mesh.on_host(matrix))
+    values, vectors = eigh(matrix, mesh)
     if not bool(values[0] >= -_NEGATIVE * values[-1]):
         raise ValueError(
             "the kernel must be positive semi-definite to be a covariance, got an eigenvalue "
             f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
         )
-    if mesh is None:
-        return vectors * jnp.sqrt(jnp.maximum(values, 0))
-    factor: Array = _mesh.spread(mesh, vectors * np.sqrt(np.maximum(values, 0)))
+    factor: Array = _mesh.spread(mesh, symmetric(values.clip(min=0) ** 0.5, vectors))
     return factor
+
+
+def eigh(matrix: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """Eigenvalues, ascending, and vectors: with a mesh NumPy's, on the host."""
+    return jnp.linalg.eigh(matrix) if mesh is None else np.linalg.eigh(_mesh.on_host(matrix))
+
+
+def symmetric(values: Any, vectors: Any) -> Any:
+    """The matrix of these eigenvalues and vectors."""
+    return (vectors * values) @ vectors.T

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 
 from ntkdp import _memory, _validate
 
-#: Bytes of per-sample gradients in a batch of the kernel-free flow, unless it is told otherwise.
-_BATCH_BYTES = 2**26
 #: Parameter-sized arrays at the peak of an adaptive solve: stages, states and trial states.
 _WEIGHT_STATES, _DISPLACEMENT_STATES = 14, 15
 #: The same of a run of DP-SGD, without and with noise.
 _RUN_STATES, _NOISY_RUN_STATES = 3, 7
-#: Operations for the eigenvalues and vectors of a matrix, over the cube of its rows.
-_EIGENVALUES = 9
+#: Operations for the symmetric square root of a matrix, over the cube of its rows: 9 for the
+#: eigenvalues and vectors, 2 for their product.
+_SQUARE_ROOT = 11
 #: Operations a pair of samples for the integrals of an infinite-width kernel.
 _INTEGRALS = 100
 
@@ -29,7 +28,7 @@ class MethodCost(NamedTuple):
     memory_bytes
         Peak on a device.
     kernel_operations
-        Once, before the first step, all devices together; zero without a kernel.
+        Once, before the first step, all devices and the host together; zero without a kernel.
     step_operations
         Of one velocity or step, all devices together.
     operations
@@ -107,12 +106,17 @@ def plan(
     sample, and D devices, in numbers on a device:
 
     - *empirical kernel*: :math:`c\,R (nK)^2 / D`, where c counts the copies alive while
-      :class:`KernelFlow` is made from a kernel that its caller keeps: 4, or 3 with groups, or 7
-      with noise; and as many operations a velocity as :math:`2R (n + m) n K^2`;
+      :class:`KernelFlow` is made from a kernel that its caller keeps: 4, or 3 with groups, and
+      more with test samples; and as many operations a velocity as :math:`2R (n + m) n K^2`;
     - *infinite kernel*: :math:`c\,R n^2 / D` and :math:`2R (n + m) n K`;
+    - *noise of either*, with :math:`N = n + m` rows, times K for the empirical kernel:
+      :math:`(2R n N + 5 N^2) / D`, and :math:`R N^2 / D` more if m > 0, if that is more than the
+      above (7 copies for R = 1 and m = 0); :math:`11 N^3` operations once, by the host alone if
+      there are several devices, and :math:`2 N^2` a step and output;
     - *WeightFlow*: :math:`14 P + n (2A - d) / D` and :math:`6 n P`;
-    - *LinearisedFlow*: :math:`15 P + n d + b (2A - d)` in batches of b samples that take 64 MiB, or
-      :math:`15 P + n d + n (8A - 7d)` if all pass at once; :math:`10 n P`; on one device;
+    - *LinearisedFlow*: :math:`15 P + n d / D + b (2A - d)` in batches of b samples that take
+      64 MiB, or of one; or :math:`15 P + n d / D + n (8A - 7d) / D` if all of a device pass at
+      once, so that more devices may take more each; and :math:`10 n P`;
     - *DP-SGD*: :math:`3 P + n (3A - d) / D`, 7 P with noise, and :math:`6 n P`.
 
     Parameters
@@ -174,7 +178,7 @@ def plan(
     n, k = _validate.count(n_samples=n_samples), _validate.count(n_outputs=n_outputs)
     p, r = _validate.count(n_parameters=n_parameters), _validate.count(n_groups=n_groups)
     d = _validate.count(n_devices=n_devices)
-    m, inputs = _at_least_zero("n_test", n_test), _at_least_zero("n_inputs", n_inputs)
+    m, inputs = _validate.count(0, n_test=n_test), _validate.count(0, n_inputs=n_inputs)
     evaluations = _validate.count(evaluations=evaluations)
     run_steps = evaluations if steps is None else _validate.count(steps=steps)
     itemsize = _itemsize(dtype)
@@ -201,11 +205,11 @@ def plan(
         step: float,
         repeats: int,
         *notes: str,
-        devices: int = d,
+        by_host: float = 0.0,
     ) -> MethodCost:
         peak = math.ceil(numbers * itemsize)
         total = kernel + repeats * step
-        seconds = None if flops is None else total / (devices * flops)
+        seconds = None if flops is None else ((total - by_host) / d + by_host) / flops
         note = "; ".join(filter(None, notes))
         return MethodCost(name, peak, kernel, step, total, seconds, peak <= memory, note)
 
@@ -214,29 +218,31 @@ def plan(
         step = 2.0 * r * width * width * (n + m) * n * columns
         numbers = _kernel_copies(r, m / n) * r * (width * n) ** 2 / d
         rows = width * (n + m)
-        if noise:
-            kernel += _EIGENVALUES * float(rows) ** 3
-            step += 2.0 * rows * rows * columns
-            # A mesh has the eigenvectors found on the host.
-            numbers = max(numbers, _noise_numbers(r, width, n, m) / d)
-        host = "eigenvectors on the host" if noise and d > 1 else ""
-        return method(name, numbers, kernel, step, run_steps, host)
+        if not noise:
+            return method(name, numbers, kernel, step, run_steps)
+        root = _SQUARE_ROOT * float(rows) ** 3
+        step += 2.0 * rows * rows * columns
+        numbers = max(numbers, _noise_numbers(r, width, n, m) / d)
+        # There are no eigenvectors of a matrix in parts: the host finds those of a mesh.
+        note = "eigenvectors by the host alone, at the rate of a device" if d > 1 else ""
+        return method(name, numbers, kernel + root, step, run_steps, note, by_host=root)
 
     # Of samples with themselves one device computes half; several have no half in common.
     pairs = n * n / (1 if d > 1 else 2) + n * m
     contracted = pairs * (1 + k * k) * a + 2.0 * (n + m) * (k + 1) * p
     integrals = float(n + m) * n * r * (2 * inputs + _INTEGRALS)
-    batches = math.ceil(n * a * itemsize / _BATCH_BYTES)
+    own = max(1.0, n / d)
+    batch_size = max(1.0, own / math.ceil(own * a * itemsize / _memory.FACTOR_BYTES))
     # Of a single batch the compiler keeps all that does not depend on the displacement.
-    sets = 8 if batches == 1 else 2
-    batch = n / batches * (sets * (a - inputs) + inputs)
+    sets = 8 if batch_size == own else 2
+    batch = batch_size * (sets * (a - inputs) + inputs)
     without_noise = "without noise" if noise else ""
     methods = [
         kernel_method("empirical kernel", k, 1, contracted),
         kernel_method("infinite kernel", 1, k, integrals),
         method(
             "WeightFlow",
-            _WEIGHT_STATES * p + n * (2 * a - inputs) / d,
+            _WEIGHT_STATES * p + own * (2 * a - inputs),
             0.0,
             6.0 * n * p,
             evaluations,
@@ -245,18 +251,16 @@ def plan(
         ),
         method(
             "LinearisedFlow",
-            _DISPLACEMENT_STATES * p + n * inputs + batch,
+            _DISPLACEMENT_STATES * p + own * inputs + batch,
             0.0,
             10.0 * n * p,
             run_steps,
-            "on one device" if d > 1 else "",
             estimate,
             without_noise,
-            devices=1,
         ),
         method(
             "DP-SGD",
-            (_NOISY_RUN_STATES if noise else _RUN_STATES) * p + n * (3 * a - inputs) / d,
+            (_NOISY_RUN_STATES if noise else _RUN_STATES) * p + own * (3 * a - inputs),
             0.0,
             6.0 * n * p,
             run_steps,
@@ -278,9 +282,10 @@ def _kernel_copies(n_groups: int, test_share: float) -> float:
 
 
 def _noise_numbers(n_groups: int, width: int, n: int, m: int) -> float:
-    """Numbers alive while eigenvalues of the noise's covariance are found.
+    """Numbers alive while the square root of the noise's covariance is found.
 
-    The kernel and its matrix, those of the test points, then covariance, vectors and workspace.
+    The kernel and its matrix, with those of the test points; the terms over all points, which are
+    another array if there are test points; then covariance, vectors and workspace.
     """
     followed = float(width * (n + m)) ** 2
     held = 2.0 * n_groups * width**2 * n * (n + m)
@@ -296,12 +301,6 @@ def _best(methods: list[MethodCost], noise: bool) -> MethodCost | None:
         if fitting:
             return min(fitting, key=lambda method: method.operations)
     return None
-
-
-def _at_least_zero(name: str, value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
-        return 0
-    return _validate.count(**{name: value})
 
 
 def _itemsize(dtype: Any) -> int:

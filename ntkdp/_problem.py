@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntkdp import clipping, datasets, losses, models
 from ntkdp._config import Config, ConfigError, ProblemConfig
@@ -55,6 +56,10 @@ def rules_of(config: Config) -> list[ClippingRule]:
         }
         if case.rule != "none":
             options["R"] = case.clip_norm
+        elif not np.all(np.isfinite(case.clip_norm)):
+            raise ConfigError(
+                f"field 'clipping.{number}': R must be positive and finite, got {case.clip_norm}"
+            )
         try:
             rule = clipping.from_name(case.rule, **options)
         except (TypeError, ValueError) as error:

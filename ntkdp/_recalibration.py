@@ -252,7 +252,7 @@ def fit_temperature_privately(
 
     Full batches, in :math:`\theta = \ln T` from 0:
     :math:`\theta^+ = \theta - \tfrac\eta n (\sum_i C_i g_i + \sigma R z)`, :math:`z \sim N(0, 1)`,
-    with Abadi's factors :math:`C_i = \min(1, R / |g_i|)`.
+    with Abadi's factors :math:`C_i = \min(1, R / |g_i|)`, and 0 where :math:`|g_i|` is not finite.
 
     **Privacy**: that of ``steps`` Gaussian mechanisms with this noise multiplier on the held-out
     set (sampling rate 1; samples added or removed; n public), and of nothing else: what the
@@ -400,10 +400,15 @@ def _noisy_descent(
 
     def step(k: Any, theta: Array) -> Array:
         gradients = jax.vmap(jax.grad(loss_of), in_axes=(None, 0, 0))(theta, logits, labels)
-        squares = jnp.sum(gradients.reshape(len(logits), -1) ** 2, axis=1)
-        factors = rule.factors(clipping.norms_from_squares(squares))
+        gradients = gradients.reshape(len(logits), -1)
+        squares = jnp.sum(gradients**2, axis=1)
+        # Scaled logits may overflow. Zero times NaN is NaN: what is dropped must be zero before it
+        # is weighted.
+        usable = jnp.isfinite(squares)
+        gradients = jnp.where(usable[:, None], gradients, 0.0)
+        factors = rule.factors(clipping.norms_from_squares(jnp.where(usable, squares, 0.0)))
         noise = std * jax.random.normal(jax.random.fold_in(key, k), theta.shape, theta.dtype)
-        clipped = jnp.tensordot(factors, gradients, axes=1)
+        clipped = (factors @ gradients).reshape(theta.shape)
         return theta - learning_rate * (clipped + noise) / len(logits)
 
     return lax.fori_loop(0, steps, step, theta)

@@ -48,7 +48,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "kernel": KERNEL_OF[name],
                     "sup_relative_error": _number(prediction.comparison.sup_relative_error),
                     "mean_relative_error": _number(prediction.comparison.mean_relative_error),
-                    "weight_noise_variance": case.weight_noise,
+                    "weight_noise_variance": _number(case.weight_noise),
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
                     "initial_clip_fraction": _last_or_first(case.run.clip_fraction, 0),

@@ -13,6 +13,8 @@ from ntkdp import __version__
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"
+#: That of a sweep, which has a ``metrics.json`` too.
+_OF_A_SWEEP = "sweep.json"
 
 
 class RunFolder:
@@ -25,7 +27,8 @@ class RunFolder:
     overwrite : bool
         Replace a run that is there. A folder that holds anything else is never replaced.
     finished : dict, optional
-        The configuration of a run that may be there: what was to be made is there already.
+        The configuration of a run that is resumed, and may be there: what was to be made is there
+        already.
 
     Raises
     ------
@@ -40,6 +43,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.overwrite = overwrite
+        self._resumed = finished is not None
         #: Whether the run that was to be made is there.
         self.is_finished = finished is not None and self._holds(finished)
         if not self.is_finished:
@@ -52,13 +56,18 @@ class RunFolder:
         target = self.path.absolute()
         return target.with_name(f".{target.name}-partial")
 
-    def _holds(self, config: dict[str, Any]) -> bool:
+    def _run(self) -> dict[str, Any]:
+        """What the run that is there says of itself; nothing if there is none."""
         try:
-            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-            made_by, made_of = found["ntkdp"], found["config"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return bool(made_by == __version__ and made_of == json.loads(json.dumps(config)))
+            found = json.loads((self.path / MARKER).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and "ntkdp" in found else {}
+
+    def _holds(self, config: dict[str, Any]) -> bool:
+        run = self._run()
+        same_version = run.get("ntkdp") == __version__
+        return same_version and bool(run.get("config") == json.loads(json.dumps(config)))
 
     def _check(self) -> None:
         if not self.path.exists():
@@ -67,14 +76,18 @@ class RunFolder:
             raise FileExistsError(f"output folder {self.path} is a file; choose another --out")
         if not any(self.path.iterdir()):
             return
-        if not (self.path / MARKER).is_file():
+        if not self._run() or (self.path / _OF_A_SWEEP).exists():
             raise FileExistsError(
                 f"output folder {self.path} holds files that are not a run; choose another --out"
             )
         if not self.overwrite:
+            replace = (
+                "pass --overwrite beside --resume to replace it with what is resumed"
+                if self._resumed
+                else "pass --overwrite to replace it"
+            )
             raise FileExistsError(
-                f"output folder {self.path} holds another run; pass --overwrite to replace it, or "
-                "choose another --out"
+                f"output folder {self.path} holds another run; {replace}, or choose another --out"
             )
 
     @contextmanager

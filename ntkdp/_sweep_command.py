@@ -1,14 +1,13 @@
 """The command ``ntkdp sweep``: the map of learning rate against clipping norm."""
 
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ntkdp import _cluster, _config, _sweep_config
-from ntkdp._terminal import fail, fields_help, progress
+from ntkdp._terminal import explained, fields_help, folder_of, progress
 
 
 def sweep(
@@ -51,7 +50,7 @@ def sweep(
 
     Cells land in the folder as they finish. Writes metrics.json, pictures and report.html.
     """
-    try:
+    with explained():
         settings = _sweep_config.SweepConfig() if config is None else _sweep_config.load(config)
         changes: dict[str, Any] = {}
         if predict_only:
@@ -65,30 +64,25 @@ def sweep(
             raise _config.ConfigError("--resume and --overwrite exclude each other")
         if workers is not None and scheduler != _cluster.LOCAL:
             raise _config.ConfigError("--workers needs --scheduler local: others have their own")
-    except (_config.ConfigError, OSError) as error:
-        fail(error)
 
     import jax
 
     from ntkdp import _sweep_report
     from ntkdp import sweep as sweeping
+    from ntkdp._cell_folder import resumable
 
-    name = f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path("runs") / name if out is None else out
+    folder = folder_of(settings.name, out)
+    # Workers train, and nothing else.
+    alone = scheduler is None or not settings.observe
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
-    try:
-        cluster = nullcontext() if scheduler is None else _cluster.connected(scheduler, workers)
+    with explained(lambda: f"--out {folder} --resume" if resumable(folder) else None):
+        cluster = nullcontext() if alone else _cluster.connected(str(scheduler), workers)
         with cluster as client, progress() as report:
             results = sweeping.run(
                 settings, folder, resume=resume, overwrite=overwrite, client=client, report=report
             )
             report("writing the report", 0.0)
             measured = _sweep_report.write(results, folder)
-    except (ValueError, MemoryError, OSError, ImportError, _cluster.TaskFailed) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        more = f"; --out {folder} --resume continues" if folder.exists() else ""
-        fail(RuntimeError(f"stopped{more}"))
     _sweep_report.print_results(results, measured)
     print(f"written to {folder}: open {folder / 'report.html'}")
 

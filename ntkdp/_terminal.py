@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 from pydantic import BaseModel
 
 from ntkdp import _config
+from ntkdp._cluster import TaskFailed
 
 
 @contextmanager
@@ -29,6 +32,23 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, done: bar.update(task, description=what, completed=done)
+
+
+def folder_of(name: str, out: Path | None) -> Path:
+    """The folder that is asked for, by default one of this name and time."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}" if out is None else out
+
+
+@contextmanager
+def explained(continues: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+    """What is wrong with input or machine in one line, and of Ctrl-C what ``continues`` after."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        options = continues()
+        fail(RuntimeError("stopped" if options is None else f"stopped; {options} continues"))
+    except (ValueError, MemoryError, OSError, ImportError, TaskFailed) as error:
+        fail(error)
 
 
 def fail(error: BaseException) -> NoReturn:

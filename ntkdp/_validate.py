@@ -76,8 +76,8 @@ def scalar(**named: Any) -> Any:
     return value
 
 
-def count(**named: Any) -> int:
-    """A whole number of at least one, known before the program runs."""
+def count(minimum: int = 1, /, **named: Any) -> int:
+    """A whole number of at least ``minimum``, known before the program runs."""
     name, value = _single(named)
     if isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
@@ -85,8 +85,8 @@ def count(**named: Any) -> int:
         number = operator.index(value)
     except TypeError as error:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from error
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     return number
 
 

@@ -14,7 +14,7 @@ from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurem
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms
+from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import Measurement
 
 
@@ -87,6 +87,8 @@ class WeightFlow(Flow):
     ) -> None:
         self.apply_fn = apply_fn
         x = _validate.array(x=x)
+        if x.ndim < 2:
+            raise ValueError(f"x must have shape (n, ...), got {x.shape}")
         self.mesh = mesh = _mesh.as_mesh(mesh)
         _mesh.check_divides(mesh, x=x.shape[0])
         self.x = _mesh.spread(mesh, x)
@@ -96,20 +98,23 @@ class WeightFlow(Flow):
         self.clipping = check_clipping(clipping)
         self.groups = groups
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
-        self.preconditioner = preconditioner
+        self.preconditioner = _mesh.everywhere(mesh, preconditioner)
         self.test_x = self.test_targets = None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            self.test_x = _mesh.everywhere(mesh, _validate.array(test_x=test_x))
+            test_x = _validate.array(test_x=test_x)
+            if test_x.ndim < 2:
+                raise ValueError(f"test_x must have shape (n, ...), got {test_x.shape}")
+            self.test_x = _mesh.everywhere(mesh, test_x)
             if test_targets is not None:
-                m = self.test_x.shape[0]
+                m = test_x.shape[0]
                 test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
                 self.test_targets = _mesh.everywhere(mesh, test_targets)
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters."""
-        params = jax.tree.map(jnp.asarray, initial)
+        params = _mesh.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
         self.clipping.check_groups(self._resolve(params).size)
         x = check_inputs(self.apply_fn, params, self.x)
         n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
@@ -120,7 +125,7 @@ class WeightFlow(Flow):
                 self.loss.check(self.test_targets, test_x.shape[0], n_outputs, "test_targets")
         if self.preconditioner is not None:
             check_preconditioner(params, self.preconditioner)
-        return _mesh.everywhere(self.mesh, params)
+        return params
 
     def _resolve(self, params: Params) -> _groups.Groups:
         if self.clipping.scope == "flat":
@@ -135,6 +140,7 @@ class WeightFlow(Flow):
 
     def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
         groups = self._resolve(params)
+        leaves, treedef = jax.tree.flatten(params)
         structure = per_sample.trace(self.apply_fn, params, x)
         outputs, gradients = per_sample.factored(
             structure,
@@ -148,37 +154,15 @@ class WeightFlow(Flow):
         norms = clipping.norms_from_squares(squares)
         total = None
         if self.clipping.needs_total_norm:
-            summed = self._weighted_sum(params, gradients, jnp.ones_like(norms), groups)
-            summed = _mesh.total(self.mesh, summed)
-            of_leaves = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed)])
-            leaf_to_group = jnp.asarray(groups.leaf_to_group)
-            total = clipping.norms_from_squares(
-                jax.ops.segment_sum(of_leaves, leaf_to_group, groups.size)
-            )
+            summed = weighted_sums(gradients, jnp.ones_like(norms), groups, leaves)
+            total = norms_of_sum(_mesh.total(self.mesh, summed), groups)
         if self.clipping.scope == "flat":
             factors = self.clipping.factors(norms[0], None if total is None else total[0])[None]
         else:
             factors = self.clipping.factors(norms, total)
-        clipped = self._weighted_sum(params, gradients, factors, groups)
-        return _mesh.total(self.mesh, clipped), outputs, factors
-
-    def _weighted_sum(
-        self,
-        params: Params,
-        gradients: list[per_sample.Factor],
-        factors: Array,
-        groups: _groups.Groups,
-    ) -> Params:
-        leaves, treedef = jax.tree.flatten(params)
-        return jax.tree.unflatten(
-            treedef,
-            [
-                per_sample.weighted_sum(gradient, factors[group], leaf)
-                for gradient, group, leaf in zip(
-                    gradients, groups.leaf_to_group, leaves, strict=True
-                )
-            ],
-        )
+        clipped = weighted_sums(gradients, factors, groups, leaves)
+        summed = jax.tree.unflatten(treedef, _mesh.total(self.mesh, clipped))
+        return summed, outputs, factors
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""

@@ -1,14 +1,13 @@
 """The command line: one verb a job, each writing a run folder."""
 
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ntkdp import __version__, _compare_command, _privacy_command, _sweep_command
-from ntkdp._terminal import fail, progress
+from ntkdp._terminal import explained, folder_of, progress
 
 app = typer.Typer(
     name="ntkdp",
@@ -68,24 +67,18 @@ def verify(
 
     whole = not names
     folder = None
-    try:
+    with explained():
         if out is not None or whole:
-            default = Path("runs") / f"verify-{datetime.now():%Y%m%d-%H%M%S}"
-            folder = RunFolder(default if out is None else out, overwrite=overwrite)
-    except OSError as error:
-        fail(error)
+            folder = RunFolder(folder_of("verify", out), overwrite=overwrite)
 
     from ntkdp import _verification, claims
 
-    try:
+    with explained(), progress() as report:
         asked = claims.names() if whole else tuple(claims.get(name).name for name in names or ())
-        with progress() as report:
-            found = _verification.run(asked, table=whole, report=report)
-            if folder is not None:
-                with folder.replacing() as path:
-                    _verification.write(found, path)
-    except (ValueError, OSError) as error:
-        fail(error)
+        found = _verification.run(asked, table=whole, report=report)
+        if folder is not None:
+            with folder.replacing() as path:
+                _verification.write(found, path)
     if as_json:
         print(_verification.as_json(found.verdicts))
     else:

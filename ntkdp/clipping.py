@@ -23,6 +23,7 @@ Edge cases, the same for every rule: a norm of **zero** gives the limit of w at 
 `NoClipping`, `Abadi` and `Batch`, R/Z or 1 for `Global`, R/gamma for `Automatic`, or 0 if gamma is
 0, R for `PSAC`); an **infinite** norm gives 0, except for `NoClipping`; a **NaN** norm gives NaN,
 so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
+A factor beyond the dtype of the norms is its largest number.
 """
 
 from abc import abstractmethod
@@ -48,7 +49,18 @@ def _checked_number(check: Callable[..., Any], name: str) -> Callable[[Any], Any
     return lambda value: as_constant(_validate.scalar(**{name: check(**{name: value})}))
 
 
-_checked_R = _checked(_validate.positive, "R")
+def _checked_R(R: Any) -> Any:
+    R = _checked(_validate.positive, "R")(R)
+    if np.size(R) == 0:
+        raise ValueError("R must be one number, or one a group, got an empty array")
+    return R
+
+
+def _in_range(value: Any, dtype: Any) -> Array:
+    """``value`` in ``dtype``; the largest number of that if it is beyond."""
+    with np.errstate(over="ignore"):
+        found = jnp.asarray(value, dtype=dtype)
+    return jnp.minimum(found, jnp.finfo(dtype).max)
 
 
 def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -120,8 +132,6 @@ class ClippingRule(eqx.Module):
                 f"R must be one number with scope={self.scope!r}, got shape {np.shape(self.R)}"
                 + ("" if self.scope == "layerwise" else "; several R need scope='layerwise'")
             )
-        if np.size(self.R) == 0:
-            raise ValueError("R must be one number, or one a group, got an empty array")
 
     def factors(
         self,
@@ -153,10 +163,7 @@ class ClippingRule(eqx.Module):
             s = jnp.broadcast_to(jnp.asarray(total_norm)[..., None], norms.shape)
         else:
             s = norms
-        with np.errstate(over="ignore"):  # An R beyond the range of the dtype clips nothing.
-            R = jnp.asarray(self.R, dtype=s.dtype)
-        R = R[:, None] if R.ndim == 1 else R
-        return self._weight(s, jnp.broadcast_to(R, s.shape))
+        return self._weight(s, _over_samples(self.R, s))
 
     def sensitivity(self, n_groups: int = 1) -> Any:
         r"""Largest norm of a clipped gradient: R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise.
@@ -188,8 +195,14 @@ class ClippingRule(eqx.Module):
             )
 
 
+def _over_samples(value: Any, s: Array) -> Array:
+    """One number, or one a group, for each norm in ``s``."""
+    found = _in_range(value, s.dtype)
+    return jnp.broadcast_to(found[:, None] if found.ndim == 1 else found, s.shape)
+
+
 def _shortening(s: Array, R: Array) -> Array:
-    """min(1, R/s), also where R is beyond the range of the dtype, and so zero or infinite."""
+    """min(1, R/s), also where R is below the range of the dtype, and so zero."""
     within = s <= R
     return jnp.where(within, 1.0, R / jnp.where(within, 1.0, s))
 
@@ -264,9 +277,9 @@ class Global(ClippingRule):
         if self.Z is None:
             factor = (s <= R).astype(s.dtype)
         else:
-            Z = jnp.asarray(self.Z, dtype=s.dtype)
-            Z = jnp.broadcast_to(Z[:, None] if Z.ndim == 1 else Z, s.shape)
-            factor = jnp.where(s <= Z, R / Z, 0.0)
+            with np.errstate(over="ignore"):  # Of the numbers as given: both may be out of range.
+                ratio = self.R / self.Z
+            factor = jnp.where(s <= _over_samples(self.Z, s), _over_samples(ratio, s), 0.0)
         return jnp.where(jnp.isnan(s), s, factor)
 
 
@@ -289,7 +302,7 @@ class Automatic(ClippingRule):
     needs_total_norm: ClassVar[bool] = False
 
     def _weight(self, s: Array, R: Array) -> Array:
-        denominator = s + jnp.asarray(self.gamma, dtype=s.dtype)
+        denominator = s + _in_range(self.gamma, s.dtype)
         is_zero = denominator == 0
         factor = jnp.where(is_zero, 0.0, R / jnp.where(is_zero, 1.0, denominator))
         # Where the quotient overflows, s w(s) is below R with the largest number too.
@@ -314,8 +327,8 @@ class PSAC(ClippingRule):
 
     def _weight(self, s: Array, R: Array) -> Array:
         # Below the smallest normal number r would be taken for zero, and zero over zero is NaN.
-        r = jnp.maximum(jnp.asarray(self.r, dtype=s.dtype), jnp.finfo(s.dtype).tiny)
-        return R / (s + r / (s + r))
+        r = jnp.maximum(_in_range(self.r, s.dtype), jnp.finfo(s.dtype).tiny)
+        return jnp.minimum(R / (s + r / (s + r)), jnp.finfo(s.dtype).max)
 
 
 class Batch(ClippingRule):
@@ -340,9 +353,9 @@ class Batch(ClippingRule):
 class Custom(ClippingRule):
     r"""Any factor ``function(s)`` with :math:`|s\,w(s)| \le R`.
 
-    The bound is checked on norms from 1e-6 R to 1e6 R when the rule is made, and enforced at every
-    norm afterwards by capping the factor at R/s, so the sensitivity holds whatever the function
-    does between.
+    The bound is checked on norms from 1e-6 R to 1e6 R, within the dtype, when the rule is made, and
+    enforced at every norm afterwards by capping the factor at R/s, so the sensitivity holds
+    whatever the function does between.
 
     Parameters
     ----------
@@ -369,14 +382,16 @@ class Custom(ClippingRule):
         if is_traced(self.R):
             return
         smallest = float(np.min(self.R))
-        s = jnp.asarray(smallest * np.logspace(-6, 6, 1201))
+        with np.errstate(over="ignore"):
+            norms = smallest * np.logspace(-6, 6, 1201)
+        s = _in_range(norms, jnp.result_type(float))
         factors = self.function(s)
         if getattr(factors, "shape", None) != s.shape:
             raise ValueError(
                 f"function must map norms of shape {s.shape} to factors of that shape, "
                 f"got {getattr(factors, 'shape', factors)!r}"
             )
-        clipped = np.asarray(s * factors)
+        clipped = np.asarray(s, np.float64) * np.asarray(factors, np.float64)
         worst = int(np.argmax(np.where(np.isnan(clipped), np.inf, np.abs(clipped))))
         tolerance = 100 * float(jnp.finfo(s.dtype).eps)
         if not abs(clipped[worst]) <= smallest * (1 + tolerance):

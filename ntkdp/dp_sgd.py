@@ -153,7 +153,7 @@ def build(
         groups=groups,
         optimizer=optax.sgd if optimizer is None else optimizer,
         sample_rate=sample_rate,
-        capacity=_capacity(x.shape[0] // n_devices, sample_rate),
+        capacity=_capacity(x.shape[0] // n_devices, sample_rate, n_devices),
         reduction=reduction,
         gradients=gradients,
         noise_per_group=noise_per_group,
@@ -172,12 +172,13 @@ def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
     return targets if known is None else loss.check(targets, n, known, name)
 
 
-def _capacity(n: int, sample_rate: float) -> int:
+def _capacity(n: int, sample_rate: float, n_devices: int) -> int:
+    """Places for the batch of a device that has n samples."""
     if sample_rate >= 1:
         return n
     from scipy.stats import binom
 
-    return max(1, min(n, int(binom.isf(_OVERFLOW_PROBABILITY, n, sample_rate))))
+    return max(1, min(n, int(binom.isf(_OVERFLOW_PROBABILITY / n_devices, n, sample_rate))))
 
 
 def run(

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +170,8 @@ def run(
 
     Raises
     ------
+    TypeError
+        What is no config.
     ConfigError
         A field that does not fit the others, naming it.
     FileExistsError, FileNotFoundError, ValueError
@@ -187,6 +190,11 @@ def run(
     >>> results.cases[0].predictions["recursion"].comparison.sup_relative_error < 0.1
     True
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            "config must be a Config, e.g. ntkdp.experiment.load_config(path), got "
+            f"{type(config).__name__}"
+        )
     rules = rules_of(config)
     disk = None
     if folder is not None:
@@ -200,6 +208,17 @@ def run(
                 rule.check_groups(_groups.resolve(problem.params).size)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
+    with nullcontext() if disk is None else disk.growing():
+        return _run(config, problem, rules, disk, report)
+
+
+def _run(
+    config: Config,
+    problem: Problem,
+    rules: list[ClippingRule],
+    disk: CellFolder | None,
+    report: Report,
+) -> Results:
     kernels = {}
     for kind in sorted(needed_kernels(config)):
         report(f"{kind} kernel", 0.0)

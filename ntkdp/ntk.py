@@ -324,6 +324,24 @@ def grouped_squared_norms(
     return jax.ops.segment_sum(squares, np.asarray(groups.leaf_to_group), groups.size)
 
 
+def weighted_sums(
+    factors: list[per_sample.Factor], weights: Array, groups: _groups.Groups, leaves: list[Array]
+) -> list[Array]:
+    """Gradients of each leaf summed over the samples, weighted by ``(groups, n)``."""
+    return [
+        per_sample.weighted_sum(factor, weights[group], leaf)
+        for factor, group, leaf in zip(factors, groups.leaf_to_group, leaves, strict=True)
+    ]
+
+
+def norms_of_sum(gradient: Params, groups: _groups.Groups) -> Float[Array, " groups"]:
+    """Norm in each group of a gradient summed over the samples."""
+    squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)])
+    return clipping.norms_from_squares(
+        jax.ops.segment_sum(squares, np.asarray(groups.leaf_to_group), groups.size)
+    )
+
+
 def _kernel(
     apply_fn: ApplyFn,
     params: Params,

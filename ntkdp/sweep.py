@@ -5,15 +5,16 @@ losses, accuracies and calibration errors after the last step.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ntkdp import (
     __version__,
@@ -126,7 +127,7 @@ def run(
     client : distributed.Client, optional
         Train the cells on the workers of its dask cluster, in any order. Each makes the problem
         from ``config`` for itself: a data file must be there too. On machines of one kind the
-        results are those without a client, bit for bit.
+        results are those without a client, bit for bit. Not used where ``config.observe`` is false.
     report : callable, optional
         Called with what is being done and the fraction of it that is done.
 
@@ -136,6 +137,8 @@ def run(
 
     Raises
     ------
+    TypeError
+        What is no config, or no client.
     ntkdp.experiment.ConfigError
         A field that does not fit the others, naming it.
     FileExistsError, FileNotFoundError, ValueError
@@ -143,7 +146,7 @@ def run(
     MemoryError
         A kernel that does not fit.
     ConnectionError
-        A cluster without workers, or lost.
+        A cluster without workers, or lost; a client that is closed.
     RuntimeError
         A cell that failed on the cluster, naming it. What has finished is in the folder.
 
@@ -159,6 +162,13 @@ def run(
     >>> results.predicted[0].test_loss.shape, results.observed[0].test_loss.shape
     ((4,), (4,))
     """
+    if not isinstance(config, SweepConfig):
+        raise TypeError(
+            "config must be a SweepConfig, e.g. ntkdp.sweep.load_config(path), got "
+            f"{type(config).__name__}"
+        )
+    if client is not None and config.observe:
+        _cluster.check_client(client)
     found_planes = planes(config)
     found_cells = cells(config, len(found_planes))
     disk = None
@@ -167,18 +177,23 @@ def run(
         disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
-    predicted = None if disk is None else disk.find("predicted")
-    if predicted is None:
-        predicted = _predict(config, problem, found_planes, report)
-        if disk is not None:
-            disk.write("predicted", predicted)
-    seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
-    observed = None
+    observe = None
     if config.observe:
         observe = partial(_observe_here, config, problem, found_planes)
         if client is not None:
             observe = partial(_observe_there, config, problem, found_planes, client)
-        of_cells = _of_cells(found_cells, disk, observe, report)
+    of_cells: list[dict[str, Any]] = []
+    with nullcontext() if disk is None else disk.growing():
+        predicted = None if disk is None else disk.find("predicted")
+        if predicted is None:
+            predicted = _predict(config, problem, found_planes, report)
+            if disk is not None:
+                disk.write("predicted", predicted)
+        if observe is not None:
+            of_cells = _of_cells(found_cells, disk, observe, report)
+    seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
+    observed = None
+    if of_cells:
         seconds["observation"] = sum(one["seconds"] for one in of_cells)
         observed = _by_plane([one["metrics"] for one in of_cells], len(found_planes))
     return Results(
@@ -239,12 +254,7 @@ def _observe_there(
     client: "Client",
     missing: dict[int, Cell],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    told = _Told(
-        __version__,
-        json.dumps(config.model_dump(mode="json")),
-        jax.config.read("jax_enable_x64"),
-        _reduced(problem, config.training.reduction),
-    )
+    told = _told(config, problem)
     numbers, tasks = {}, {}
     for number, cell in missing.items():
         plane = found_planes[cell.plane]
@@ -258,13 +268,42 @@ def _observe_there(
         yield numbers[name], content
 
 
+#: Rounding, of single precision too, changes a mean loss by less.
+_SAME_DATA = 1e-5
+
+
 class _Told(NamedTuple):
     """What a worker needs to know of a sweep, and to see that it has the same."""
 
     version: str
     settings: str
     x64: bool
-    initial_loss: float
+    #: At the start, as text: what is not a number equals itself there.
+    losses: str
+
+
+def _told(config: SweepConfig, problem: Problem) -> _Told:
+    return _Told(
+        __version__,
+        json.dumps(config.model_dump(mode="json")),
+        jax.config.read("jax_enable_x64"),
+        json.dumps(_losses_at_start(problem)),
+    )
+
+
+def _losses_at_start(problem: Problem) -> dict[str, float]:
+    """Mean losses of both parts of the data, as alike on all devices as they can be had."""
+    found = {}
+    for name, x, targets in (
+        ("training", problem.x, problem.targets),
+        ("test", problem.test_x, problem.test_targets),
+    ):
+        # Some devices shorten the factors of products, and some add up one by one.
+        with jax.default_matmul_precision("highest"):
+            outputs = problem.model.apply(problem.params, x)
+        of_samples = np.asarray(problem.loss(outputs, targets), np.float64)
+        found[name] = of_samples.mean().item()
+    return found
 
 
 def _observe_as_told(told: _Told, plane: Plane, cell: Cell) -> dict[str, Any]:
@@ -272,20 +311,23 @@ def _observe_as_told(told: _Told, plane: Plane, cell: Cell) -> dict[str, Any]:
         raise RuntimeError(f"the worker has ntkdp {__version__}, the sweep ntkdp {told.version}")
     with jax.enable_x64(told.x64):
         config, problem = _made_as_told(told)
-        found = _reduced(problem, config.training.reduction)
-        if not math.isclose(found, told.initial_loss, rel_tol=1e-3):
-            raise RuntimeError(
-                f"the worker has other data: the loss at the start is {found:g}, not "
-                f"{told.initial_loss:g}; data.name = {config.data.name!r} must be the same there"
-            )
         return _observe(config, problem, plane, cell)
 
 
-# A worker makes the problem once, not for every cell.
+# A worker makes the problem once, not for every cell; one that it refuses it makes again.
 @lru_cache(maxsize=1)
 def _made_as_told(told: _Told) -> tuple[SweepConfig, Problem]:
     config = _sweep_config.from_tree(json.loads(told.settings))
-    return config, problem_of(config)
+    problem = problem_of(config)
+    found = _losses_at_start(problem)
+    for part, loss in json.loads(told.losses).items():
+        if not np.isclose(found[part], loss, rtol=_SAME_DATA, atol=0, equal_nan=True):
+            raise RuntimeError(
+                f"the worker has other data: at the start the loss of the {part} part is "
+                f"{found[part]:.9g}, not {loss:.9g}; data.name = {config.data.name!r} must be the "
+                "same there"
+            )
+    return config, problem
 
 
 def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate
+from ntkdp import _mesh, _validate
 from ntkdp._files import replacing
 from ntkdp._types import Array, is_traced
 
@@ -39,7 +39,8 @@ _ADVICE = {
     Outcome.SUCCESS: "success",
     Outcome.MAX_STEPS: (
         "the solver reached max_steps before the last time; raise max_steps, loosen rtol and atol, "
-        "shorten the horizon, or for a stiff kernel pass solver=diffrax.Kvaerno5()"
+        "shorten the horizon, or for a stiff kernel pass an implicit solver such as "
+        "diffrax.Kvaerno5()"
     ),
     Outcome.STEP_TOO_SMALL: (
         "the solver's step size shrank to rounding; the flow may blow up near there, or the "
@@ -232,20 +233,17 @@ class Trajectory(eqx.Module):
         missing = {"loss", "clip_fraction", "outcome"} - set(dataset.data_vars)
         if missing or "time" not in dataset.coords:
             raise ValueError(f"not a trajectory: lacks {', '.join(sorted(missing or {'time'}))}")
+        seed = ("seed",) if "seed" in dataset["loss"].dims else ()
         fields = {}
         for name, trailing in _DIMENSIONS.items():
-            if name not in dataset:
-                continue
-            expected, found = ("time", *trailing), tuple(map(str, dataset[name].dims))
-            if found not in (expected, ("seed", *expected)):
-                raise ValueError(
-                    f"not a trajectory: {name} must have dimensions {expected}, with or without a "
-                    f"leading seed, got {found}"
-                )
-            fields[name] = _validate.array(**{name: dataset[name].values})
+            if name in dataset:
+                _check_dimensions(dataset, name, [(*seed, "time", *trailing)])
+                fields[name] = _validate.array(**{name: dataset[name].values})
         steps = None
         if "step" in dataset.coords:
+            _check_dimensions(dataset, "step", [("time",)])
             steps = _validate.array(step=dataset["step"].values)
+        _check_dimensions(dataset, "outcome", [seed, ()])
         outcome = dataset["outcome"].values
         if not np.all(np.isin(outcome, [int(known) for known in Outcome])):
             raise ValueError(
@@ -265,6 +263,16 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "test_accuracy": (),
     "test_outputs": ("test_sample", "output"),
 }
+
+
+def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[str, ...]]) -> None:
+    found = tuple(map(str, dataset[name].dims))
+    if found not in allowed:
+        expected = " or ".join(map(str, dict.fromkeys(allowed)))
+        raise ValueError(
+            f"not a trajectory: {name} must have dimensions {expected}, got {found}; all have a "
+            "leading seed if loss has one"
+        )
 
 
 def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array | None:
@@ -305,6 +313,7 @@ def from_measurements(
     outcome = jnp.where(
         (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
     )
+    measured = _mesh.whole(measured)
     return Trajectory(times=times, steps=steps, outcome=outcome, **measured._asdict())
 
 

@@ -1,5 +1,6 @@
 """Strict numerics for every test: float64, and shapes checked at run time."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,10 @@ install_import_hook(
     "strict_types.check",
 )
 
+
+# Tracing makes many objects and little garbage: at Python's own thresholds a tenth of the time goes
+# into looking for it.
+gc.set_threshold(100_000, 20, 20)
 
 #: A process may have 65,530 memory maps on Linux, and every compiled program takes several.
 _MOST_MEMORY_MAPS = 20_000

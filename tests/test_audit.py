@@ -218,6 +218,28 @@ def at_most(successes: Any, trials: int) -> Any:
     return np.where(successes == trials, 1.0, limit)
 
 
+def bounds(present: np.ndarray, absent: np.ndarray, thresholds: Any) -> tuple[Any, Any]:
+    """Lower bounds of epsilon and of mu by each threshold, above which "present" is guessed."""
+    false_positive = len(absent) - np.searchsorted(np.sort(absent), thresholds, side="right")
+    false_negative = np.searchsorted(np.sort(present), thresholds, side="right")
+    fp, fn = at_most(false_positive, len(absent)), at_most(false_negative, len(present))
+    forward = np.log(np.maximum(1 - fn - DELTA, 1e-300) / fp)
+    backward = np.log(np.maximum(1 - fp - DELTA, 1e-300) / fn)
+    return np.maximum(forward, backward), -stats.norm.ppf(fp) - stats.norm.ppf(fn)
+
+
+def best_thresholds(present: np.ndarray, absent: np.ndarray) -> tuple[float, float]:
+    """The quantiles of these scores that bound epsilon and mu best.
+
+    The bounds hold on scores that had no part in the choice.
+    """
+    tried = np.quantile(np.concatenate([present, absent]), np.linspace(1e-4, 1 - 1e-4, 1000))
+    for_epsilon, for_mu = (
+        float(tried[int(np.argmax(found))]) for found in bounds(present, absent, tried)
+    )
+    return for_epsilon, for_mu
+
+
 def audit(present: np.ndarray, absent: np.ndarray) -> Audit:
     """Bounds by the threshold that the first half of the runs finds best, on the second half.
 
@@ -226,20 +248,9 @@ def audit(present: np.ndarray, absent: np.ndarray) -> Audit:
     sound where the mechanism is Gaussian, so with full batches.
     """
     half = len(present) // 2
-
-    def bounds(thresholds: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        # Errors of "present if above the threshold", by counting in sorted scores.
-        false_positive = half - np.searchsorted(np.sort(absent[rows]), thresholds, side="right")
-        false_negative = np.searchsorted(np.sort(present[rows]), thresholds, side="right")
-        fp, fn = at_most(false_positive, half), at_most(false_negative, half)
-        forward = np.log(np.maximum(1 - fn - DELTA, 1e-300) / fp)
-        backward = np.log(np.maximum(1 - fp - DELTA, 1e-300) / fn)
-        return np.maximum(forward, backward), -stats.norm.ppf(fp) - stats.norm.ppf(fn)
-
-    tried = np.quantile(np.concatenate([present, absent]), np.linspace(1e-4, 1 - 1e-4, 1000))
-    best = [tried[[int(np.argmax(found))]] for found in bounds(tried, slice(half))]
-    epsilon = float(bounds(best[0], slice(half, None))[0][0])
-    mu = float(bounds(best[1], slice(half, None))[1][0])
+    for_epsilon, for_mu = best_thresholds(present[:half], absent[:half])
+    epsilon = float(bounds(present[half:], absent[half:], for_epsilon)[0])
+    mu = float(bounds(present[half:], absent[half:], for_mu)[1])
     gaussian = privacy.epsilon(1 / mu, 1.0, 1, DELTA) if mu > 0 else 0.0
     return Audit(max(epsilon, 0.0), gaussian)
 

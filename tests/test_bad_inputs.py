@@ -40,10 +40,6 @@ class Row(NamedTuple):
     value: Any = None
 
 
-#: One worker runs them all: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("bad_inputs")
-
-
 def linear(w: Any, x: Any) -> Any:
     return x @ w
 
@@ -277,6 +273,8 @@ ROWS = [
     Row("rate of zero in a sweep", lambda t: ntkdp.sweep.config(grid={"learning_rates": [0.0]}), "ConfigError", "grid.learning_rates must be positive.*0.0"),
     Row("no norms in a sweep", lambda t: ntkdp.sweep.config(grid={"clip_norms": []}), "ConfigError", r"'grid.clip_norms'.*got \[\]"),
     Row("noise without a bound in a sweep", lambda t: toml(t, b"[grid]\nrules = ['batch']", ntkdp.sweep.load_config), "ConfigError", "grid.rules must not hold 'batch' with noise"),
+    Row("a path for a config", lambda t: ntkdp.experiment.run("a.toml"), T, r"config must be a Config, e.g. ntkdp.experiment.load_config\(path\), got str"),
+    Row("a dictionary for a config", lambda t: ntkdp.sweep.run({}), T, r"config must be a SweepConfig, e.g. ntkdp.sweep.load_config\(path\), got dict"),
     Row("a folder for a config", lambda t: ntkdp.experiment.load_config(t), F, "config file does not exist"),
     # -------------------------------------------------------------------- truncated and foreign files
     Row("no bytes of netCDF", lambda t: ntkdp.Trajectory.load(written(t / "given.nc", b"")), V, "path is not a netCDF file: .*given.nc"),

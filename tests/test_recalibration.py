@@ -1,6 +1,7 @@
 """Temperature and Platt scaling against SciPy and scikit-learn, the private ones by statistics."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -209,6 +210,30 @@ def test_one_sample_moves_a_noiseless_step_by_at_most_the_clipping_norm() -> Non
     near, far = (fit_platt_privately(f, labels, **one) for f in (logits, outlier))
     moved = np.hypot(np.linalg.norm(near.scale - far.scale), np.linalg.norm(near.shift - far.shift))
     assert 0 < moved <= 2 * rate * R / 50 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("fit", [fit_temperature_privately, fit_platt_privately])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+@pytest.mark.parametrize("predicted", [True, False])
+def test_a_sample_whose_logits_overflow_moves_nothing(
+    fit: Callable[..., Any], n_outputs: int, predicted: bool
+) -> None:
+    """n is public, so that a rate in proportion to it takes the same steps without the sample."""
+    logits, labels = held_out(8, 40, n_outputs, 0.2)
+    huge = np.zeros((1, n_outputs))
+    huge[0, 0] = 1e308
+    label = int(predicted) if n_outputs == 1 else int(not predicted)
+    options = {**DESCENT, "noise_multiplier": 0.1, "clip_norm": 1.0}
+    without = fit(logits, labels, **{**options, "learning_rate": 1.0})
+    # Beyond this scale the logit is infinite in the steps that remain.
+    scales = 1 / without.temperature if fit is fit_temperature_privately else without.scale
+    assert np.min(scales) > np.finfo(np.float64).max / 1e308
+    with_it = fit(
+        np.concatenate([logits, huge]), np.append(labels, label),
+        **{**options, "learning_rate": 41 / 40},
+    )  # fmt: skip
+    for found, expected in zip(jax.tree.leaves(with_it), jax.tree.leaves(without), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 import ntkdp
-from ntkdp import clipping, dp_sgd, losses, stochastic_flow
+from ntkdp import _output_noise, clipping, dp_sgd, losses, stochastic_flow
 
 N, P, M = 6, 9, 3
 GROUPS = {"first": "first", "second": "second"}
@@ -231,3 +232,28 @@ def test_bad_input_is_named(change: dict[str, Any], error: type, message: str) -
     }
     with pytest.raises(error, match=message):
         stochastic_flow.ensemble(options.pop("flow"), options.pop("initial"), **options)
+
+
+def test_noise_is_that_of_the_symmetric_root() -> None:
+    # Which LAPACK finds the eigenvectors, and with which signs, changes nothing that is drawn.
+    a = np.random.default_rng(0).standard_normal((6, 4))
+    matrix = a @ a.T + np.diag([0, 0, 0, 0, 1e-3, 1.0])
+    found = _output_noise.square_root(jnp.asarray(matrix))
+    np.testing.assert_allclose(found, np.real(scipy.linalg.sqrtm(matrix)), atol=1e-7)
+    np.testing.assert_allclose(found @ found, matrix, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [int, np.float32])
+def test_a_noise_kernel_of_another_type_makes_the_same_noise(dtype: Any) -> None:
+    flow = ntkdp.KernelFlow(
+        jnp.eye(2), jnp.ones((2, 1)), losses.SquaredError(), clipping.Abadi(1.0)
+    )
+    found, expected = (
+        stochastic_flow.ensemble(
+            flow, jnp.zeros((2, 1)), learning_rate=0.1, steps=2, noise_multiplier=0.1,
+            noise_kernel=kernel, key=jax.random.key(0),
+        ).loss
+        for kernel in (2 * np.eye(2, dtype=dtype), 2 * jnp.eye(2))
+    )  # fmt: skip
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)

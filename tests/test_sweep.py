@@ -1,12 +1,7 @@
 """A sweep end to end, small: maps agree, cells survive a kill, nothing runs twice."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +15,6 @@ import ntkdp
 from ntkdp import _sweep_config, _sweep_report, cli, experiment, sweep
 
 RATES, NORMS = [0.3, 3.0, 30.0], [0.001, 0.01, 0.1]
-#: One worker runs them all: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("sweep")
-
 SMALL: dict[str, Any] = {
     "data": {"n_train": 32, "n_test": 24},
     "model": {"widths": [256]},
@@ -210,34 +202,6 @@ def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: P
     assert found.pop("notes") != expected.pop("notes") == []
     assert found == expected
     assert (cells / "00000.json").stat().st_mtime_ns == untouched
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_resumes_to_the_same_numbers(
-    results: sweep.Results, folder: Path, tmp_path: Path
-) -> None:
-    del results
-    config, out = tmp_path / "config.toml", tmp_path / "killed"
-    config.write_text(
-        "data = {n_train = 32, n_test = 24}\nmodel = {widths = [256]}\n"
-        "training = {steps = 12, n_predicted = 2, delta = 1e-2}\n"
-        f"grid = {{learning_rates = {RATES}, clip_norms = {NORMS}, noise_multipliers = [0.0]}}\n"
-    )
-    command = [sys.executable, "-c", "from ntkdp.cli import main; main()", "sweep", str(config)]
-    command += ["--out", str(out)]
-    # The process compiles as the tests do: conftest has set XLA_FLAGS.
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while len(list(out.glob("cells/0*.json"))) < 2:
-            assert process.poll() is None
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
-    assert not (out / "metrics.json").exists()
-    found = sweep.run(_sweep_config.load(config), out, resume=True)
-    _sweep_report.write(found, out)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    mine, theirs = without_seconds(out), without_seconds(folder)
-    assert mine["planes"] == theirs["planes"]
 
 
 def test_predict_only_trains_nothing(tmp_path: Path) -> None:

@@ -135,6 +135,47 @@ def test_files_that_are_no_trajectory(tmp_path: Path) -> None:
         Trajectory.from_xarray(least().to_xarray().drop_vars("time"))
 
 
+@pytest.mark.parametrize(
+    ("seeds", "changed", "message"),
+    [
+        ((S,), {"clip_fraction": "time"}, r"clip_fraction .*\('seed', 'time'\), got \('time',\)"),
+        ((S,), {"loss": "time"}, r"accuracy .*\('time',\), got \('seed', 'time'\)"),
+        ((), {"loss": ("seed", "time")}, r"accuracy .*\('seed', 'time'\), got \('time',\)"),
+        ((), {"loss": "seed"}, r"loss .*\('seed', 'time'\), got \('seed',\)"),
+        ((), {"loss": ("time", "seed")}, r"loss .* got \('time', 'seed'\)"),
+        ((S,), {"outputs": ("time", "sample", "output")}, r"outputs .*'seed', 'time', 'sample'"),
+        ((), {"test_outputs": "time"}, r"test_outputs .*\('time', 'test_sample', 'output'\), got"),
+        ((), {"outcome": "time"}, r"outcome .* dimensions \(\), got \('time',\)"),
+        ((), {"outcome": "seed"}, r"outcome .* dimensions \(\), got \('seed',\)"),
+        (
+            (S,),
+            {"outcome": ("seed", "time")},
+            r"outcome .*\('seed',\) or \(\), got \('seed', 'time'",
+        ),
+        ((S,), {"step": ("seed", "time")}, r"step .*\('time',\), got \('seed', 'time'\)"),
+    ],
+)
+def test_dimensions_that_no_trajectory_has(
+    seeds: tuple[int, ...], changed: dict[str, Any], message: str
+) -> None:
+    ((name, dims),) = changed.items()
+    dims = (dims,) if isinstance(dims, str) else dims
+    sizes = {"seed": S, "time": T, "sample": N, "output": K}
+    dataset = full(*seeds).to_xarray()
+    other = (dims, np.zeros([sizes[dim] for dim in dims], int))
+    other_dataset = (dataset.assign_coords if name == "step" else dataset.assign)({name: other})
+    with pytest.raises(ValueError, match=f"not a trajectory: {message}"):
+        Trajectory.from_xarray(other_dataset)
+
+
+def test_one_outcome_may_be_that_of_all_seeds(tmp_path: Path) -> None:
+    path = eqx.tree_at(lambda path: path.outcome, full(S), 0)
+    path.save(tmp_path / "run.nc")
+    loaded = Trajectory.load(tmp_path / "run.nc")
+    assert np.shape(loaded.outcome) == ()
+    np.testing.assert_array_equal(loaded.loss, path.loss)
+
+
 def test_messages() -> None:
     assert least().message == "success"
     assert least().successful

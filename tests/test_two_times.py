@@ -266,6 +266,7 @@ def test_a_linear_model_has_the_moments_of_the_linear_recursion(options: Any) ->
     assert np.max(np.abs(error)) < 5 * np.max(theta) * np.sqrt(2 / n_runs)
 
 
+@pytest.mark.slow
 def test_frozen_kernels_have_the_law_of_the_frozen_ensemble() -> None:
     kernel = ntkdp.layerwise_infinite_ntk(ERF, X)
     rule = clipping.Abadi(np.array([0.3, 0.2]), scope="layerwise")
@@ -349,8 +350,6 @@ def test_frozen_kernels_follow_dp_sgd_of_linearised_networks() -> None:
     last = observed[:, -1]
     error = np.std(last) / np.sqrt(n_networks)
     assert abs(np.mean(last) - 0.3785) < 3 * error
-    # Not the earlier estimate.
-    assert np.mean(last) + 5 * error < 0.4027
 
 
 def test_the_frozen_kernel_is_the_limit_of_little_noise() -> None:
@@ -434,7 +433,9 @@ def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frozen", "initial"), [(False, None), (True, START)], ids=("random", "frozen, given")
+    ("frozen", "initial"),
+    [pytest.param(False, None, marks=pytest.mark.slow), (True, START)],
+    ids=("random", "frozen, given"),
 )
 def test_single_precision_stays_single(frozen: bool, initial: Any) -> None:
     def runs(dtype: Any) -> Any:

@@ -68,10 +68,20 @@ def test_counts() -> None:
     for value in (0, -2):
         with pytest.raises(ValueError, match=f"^steps must be at least 1, got {value}$"):
             _validate.count(steps=value)
-    for value in (1.0, "3", None, True, np.array([1, 2])):
-        with pytest.raises(TypeError, match=r"^steps must be a whole number, got") as info:
-            _validate.count(steps=value)
-        assert repr(value) in str(info.value)
+    for value in (1.0, "3", None, True, False, np.array([1, 2])):
+        for minimum in (0, 1):
+            with pytest.raises(TypeError, match=r"^steps must be a whole number, got") as info:
+                _validate.count(minimum, steps=value)
+            assert repr(value) in str(info.value)
+
+
+def test_counts_from_zero() -> None:
+    for value in (0, np.int64(0), jnp.array(0), 3):
+        counted = _validate.count(0, n_test=value)
+        assert type(counted) is int
+        assert counted == int(value)
+    with pytest.raises(ValueError, match=r"^n_test must be at least 0, got -1$"):
+        _validate.count(0, n_test=-1)
 
 
 def test_finite_says_which_leaf() -> None:

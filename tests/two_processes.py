@@ -13,7 +13,8 @@ import ntkdp
 
 def main(coordinator: str, number: int) -> None:
     os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2 "
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_force_host_platform_device_count=2 "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
     ntkdp.enable_x64()
@@ -44,18 +45,33 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
         mesh=mesh,
     )
     weights = ntkdp.WeightFlow(model.apply, x, targets, loss, rule, mesh=mesh)
+    linearised = ntkdp.LinearisedFlow(model.apply, params, x, targets, loss, rule, mesh=mesh)
     times = [0.0, 1.0, 3.0]
+    recorded = {"outputs": True, "test_x": x[:4], "test_targets": targets[:4]}
     runs = {
         "flow": ntkdp.solve(flow, outputs, times),
         "infinite, by layer": ntkdp.solve(by_layer, outputs, times),
-        "weights": ntkdp.solve(weights, params, times),
+        "weights": ntkdp.solve(weights, params, times, outputs=True),
+        "linearised": ntkdp.recursion(
+            linearised, params, learning_rate=0.5, steps=3, outputs=True
+        ),
         "recursion": ntkdp.recursion(flow, outputs, learning_rate=0.5, steps=6),
         "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
         "dp_sgd": ntkdp.dp_sgd.run(
-            model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps
+            model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps,
+            **recorded,
         ),
+    }  # fmt: skip
+    return {
+        f"{name}, {what}": np.asarray(values).ravel().tolist()
+        for name, run in runs.items()
+        for what, values in (
+            ("loss", run.loss),
+            ("outputs", run.outputs),
+            ("test", run.test_outputs),
+        )
+        if values is not None
     }
-    return {name: np.asarray(run.loss).ravel().tolist() for name, run in runs.items()}
 
 
 if __name__ == "__main__":

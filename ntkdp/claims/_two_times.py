@@ -99,7 +99,7 @@ def _between(apply: Any, after: Any, before: Any, x: Array) -> tuple[Array, Arra
     assumptions="The stored 16 samples, two hidden ReLU layers, squared loss, flat abadi, full "
     "batch, random initial networks, 80 steps, v(T) = 1; means over runs, within 3 standard errors "
     "of the difference. E L(T) of the frozen kernel is derived and checked by runs of linearised "
-    "networks, which an earlier estimate of .4027 is not",
+    "networks",
     source="derived",
 )
 def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
@@ -135,6 +135,6 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         equal("E L(T)", np.mean(between[:, -1]), 0.66, within=0.04),
         equal("E L(T), observed", last, 0.66, within=0.07),
         # Twenty thousand draws give .3785 +- .0014, 5000 runs of DP-SGD on linearised networks of
-        # width 512 .3772 +- .0029, of width 1024 .3768 +- .0032: the quoted .4027 is too high.
+        # width 512 .3772 +- .0029, of width 1024 .3768 +- .0032.
         equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.3785, within=0.01),
     ]

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The tests compile far more than they compute: the first two take half of it off, and change
-# rounding only. But without its fusion emitters XLA gets lookups by short indices wrong:
+# The tests compile far more than they compute: the first three take half of it off, and
+# change rounding only. But without its fusion emitters XLA gets lookups by short indices wrong:
 # test_irregular_networks looks at those in a process of its own, and `make test-slow` runs as users
 # do. Eight devices are for the tests of meshes, where they may wait long for one another.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1 "
     "--xla_force_host_platform_device_count=8 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )

@@ -32,6 +32,7 @@ def test_c22_fails_with_noise_on_the_mean_or_with_summed_norms(mutate: Any) -> N
     assert failing("C22") == {grouped}
 
 
+@pytest.mark.slow
 def test_c24_fails_with_twice_the_friction_on_the_momentum(mutate: Any) -> None:
     velocity = HeavyBallFlow.velocity
 

@@ -320,6 +320,7 @@ def test_an_undefined_loss_at_the_start_is_no_other_data(tmp_path: Path) -> None
         sweep._made_as_told(told)
 
 
+@pytest.mark.slow
 def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
     """Single precision travels, though 64 bits are on in the process of the worker."""
     single = sweep.config(**SMALL | {"dtype": "float32"})

@@ -549,6 +549,7 @@ def test_wrong_distributions(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_noisy_runs_of_a_linear_model_are_inside_the_band_of_their_kernel():
     """And not inside that of a third of the noise; the frozen flow has a worse score."""
     key_x, key_y, of_runs, of_ensemble = jax.random.split(jax.random.key(8), 4)

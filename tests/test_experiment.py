@@ -203,12 +203,18 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
         for name, prediction in case.predictions.items()
     }
     assert errors["infinite"] < 0.15
-    assert errors["infinite"] < errors["recursion"] < errors["frozen"]
+    # Which of the two ensembles is closer is not resolved by so few runs.
+    assert max(errors["infinite"], errors["recursion"]) < errors["frozen"]
     measured = _report.metrics(results)["results"]
     bands = {entry["prediction"]: entry["band"] for entry in measured}
     assert bands["frozen"] is None
     assert bands["infinite"]["p_value"] > 0.01
-    assert bands["infinite"]["mean_crps"] < bands["recursion"]["mean_crps"]
+    assert abs(bands["infinite"]["standardised_error"]) < 3
+    # What a forecast by the law of the runs itself scores on average: E |L - L'| / 2.
+    runs = np.asarray(case.run.loss)
+    own = np.mean(np.abs(runs[:, None] - runs)) / 2
+    for name in ("infinite", "recursion"):
+        assert bands[name]["mean_crps"] == pytest.approx(own, rel=0.15)
     _report.write(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "0.694 (flat abadi R=0.5)" in page

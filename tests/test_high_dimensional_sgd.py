@@ -104,6 +104,7 @@ def test_a_small_clipping_norm_descends_at_a_saturated_rate() -> None:
     np.testing.assert_allclose(solve(problem, times).risk[-1], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_simulations_follow_the_equation() -> None:
     """Risk and the part of each block of modes within 2 %, of 300 runs with their own clipping."""
     problem = two_modes()

@@ -325,6 +325,7 @@ def test_default_batches_fit_the_budget() -> None:
     assert flow.batch_size == 2**26 // (8 * 1024)
 
 
+@pytest.mark.slow
 def test_float32_stays() -> None:
     """With 64-bit mode on, where a solver carries the state in float64, and without."""
     apply_fn, params, x, _ = PROBLEMS["mlp"]

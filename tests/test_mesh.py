@@ -99,8 +99,7 @@ def test_blocks_of_a_device_make_the_same_kernel() -> None:
     "kind",
     [
         "whole",
-        "infinite by layer",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[1:3]),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[1:]),
     ],
 )
 def test_flows_and_recursions_are_those_of_one_device(kind: str) -> None:
@@ -143,11 +142,10 @@ def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("make_mesh", MESHES)
 @pytest.mark.parametrize(
     "rule", [LAYERWISE, pytest.param(clipping.Batch(0.3), marks=pytest.mark.slow)]
 )
-def test_flows_without_a_kernel_are_those_of_one_device(rule: Any, make_mesh: Any) -> None:
+def test_flows_without_a_kernel_are_those_of_one_device(rule: Any) -> None:
     def both(mesh: Any, **options: Any) -> Any:
         of = ntkdp.LinearisedFlow(
             MODEL.apply, PARAMS, X, Y, LOSS, rule, test_x=TEST_X[:5], test_targets=TEST_Y[:5],
@@ -159,7 +157,7 @@ def test_flows_without_a_kernel_are_those_of_one_device(rule: Any, make_mesh: An
         )
 
     # A device has two samples, in batches of one.
-    assert_same(both(make_mesh(), batch_size=1), both(None))
+    assert_same(both(mesh_of(8), batch_size=1), both(None))
 
 
 @pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])

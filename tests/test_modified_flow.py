@@ -96,7 +96,9 @@ def linearised_network(params: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("name", "n_devices"), [("abadi", 1), ("AUTO-S", 5)], ids=["abadi", "AUTO-S on five devices"]
+    ("name", "n_devices"),
+    [("abadi", 1), pytest.param("AUTO-S", 5, marks=pytest.mark.slow)],
+    ids=["abadi", "AUTO-S on five devices"],
 )
 def test_descent_of_a_linearised_network_meets_it_at_second_order(
     name: str, n_devices: int

@@ -214,6 +214,7 @@ def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
     np.testing.assert_allclose(slopes, 1.0, atol=0.15)
 
 
+@pytest.mark.slow
 def test_at_fixed_privacy_the_noise_stays_as_the_step_shrinks() -> None:
     """Eight samples, mu = 1, T = 20: runs end near 2066 +- 30 whatever the step, 909.18 without."""
     J = np.load(Path(__file__).parent / "data" / "instances.npz")["c23_J"]

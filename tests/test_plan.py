@@ -124,6 +124,7 @@ def test_solves_take_what_is_planned(name: str, n: int, width: int, inputs: int)
     assert planned == pytest.approx(measured, rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_single_batch_takes_more_than_one_of_several() -> None:
     """Of a single batch the compiler keeps what it computes anew for each of several."""
     found = [_of_a_solve("LinearisedFlow", 100_000, 64, 32, devices) for devices in (1, 4)]

@@ -113,6 +113,7 @@ def _circling_by_hand(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return outputs, jacobian
 
 
+@pytest.mark.slow
 def test_the_circling_network_goes_around_for_ever_by_scipy_too() -> None:
     """Moving kernel, flat clipping, H > 0: neither monotone nor convergent."""
     found = evidence.circling_network()

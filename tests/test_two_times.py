@@ -201,6 +201,7 @@ def test_without_noise_runs_are_steps_of_the_kernel(rule: Any, options: Any) -> 
         )
 
 
+@pytest.mark.slow
 def test_without_noise_paths_are_second_order_in_the_step() -> None:
     rule = clipping.Automatic(0.5)
     kernel = ntkdp.infinite_ntk(ERF, X)
@@ -386,6 +387,7 @@ def test_coarse_nodes_come_close_to_a_node_at_every_step() -> None:
     assert np.max(np.abs(errors[1])) > 5
 
 
+@pytest.mark.slow
 def test_bridges_between_nodes_have_the_increments_covariance() -> None:
     # Without drift, with a clipping norm next to nothing, outputs are the process itself.
     flow = _flow(ERF, clipping.Abadi(1e-12))
@@ -432,9 +434,10 @@ def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:
     assert len({float(v) for v in several.loss[:, -1]}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frozen", "initial"),
-    [pytest.param(False, None, marks=pytest.mark.slow), (True, START)],
+    [(False, None), (True, START)],
     ids=("random", "frozen, given"),
 )
 def test_single_precision_stays_single(frozen: bool, initial: Any) -> None:

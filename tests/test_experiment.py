@@ -211,10 +211,10 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
     assert bands["infinite"]["p_value"] > 0.01
     assert abs(bands["infinite"]["standardised_error"]) < 3
     # What a forecast by the law of the runs itself scores on average: E |L - L'| / 2.
-    runs = np.asarray(case.run.loss)
+    runs = np.asarray(case.run.loss)[:, 1:]  # All start at one loss, which is not scored.
     own = np.mean(np.abs(runs[:, None] - runs)) / 2
     for name in ("infinite", "recursion"):
-        assert bands[name]["mean_crps"] == pytest.approx(own, rel=0.15)
+        assert bands[name]["mean_crps"] == pytest.approx(own, rel=0.1)
     _report.write(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "0.694 (flat abadi R=0.5)" in page

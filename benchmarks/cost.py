@@ -23,6 +23,7 @@ import numpy as np
 import ntkdp
 from ntkdp import _mesh, _solve, dp_sgd
 from ntkdp._ensemble import noise_of_step
+from ntkdp._files import replacing
 from ntkdp._stepping import Stepping
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
@@ -332,9 +333,8 @@ def main():
         beyond=beyond(),
     )
     print(text)
-    temporary = PAGE.with_suffix(".partial")
-    temporary.write_text(text)
-    temporary.replace(PAGE)
+    with replacing(PAGE) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

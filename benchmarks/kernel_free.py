@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
+from ntkdp._files import replacing
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel_free.md"
 SAMPLES = (625, 1250, 2500, 5000)
@@ -168,9 +169,8 @@ def main():
         return
     text = page()
     print(text)
-    temporary = PAGE.with_suffix(".partial")
-    temporary.write_text(text)
-    temporary.replace(PAGE)
+    with replacing(PAGE) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,9 @@ class CellFolder:
             yield
         except BaseException:
             if self.path.is_dir() and not self._has_cells():
-                self.remove()
+                # What went wrong first is what is told.
+                with suppress(OSError):
+                    self.remove()
             raise
 
     def _has_cells(self) -> bool:

@@ -48,7 +48,7 @@ def compare(
         )
         if folder.is_finished:
             # Killed at the very end, a run leaves its cases; those of another run are not its own.
-            with suppress(ValueError, FileNotFoundError):
+            with suppress(ValueError, FileExistsError, FileNotFoundError):
                 CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
             print(f"{folder.path} holds the finished run already")
             return

@@ -1,5 +1,6 @@
 """Outputs at the end of training, of many learning rates and clipping norms in one product."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from ntkdp import _mesh, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
@@ -158,21 +160,30 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs:
     train = whole[:n, :n]
     if flow.test_drive is None:
         return _Noise(square_root(train, flow.mesh), None, None)
+    test, across = whole[n:, n:], _mesh.spread(flow.mesh, whole[n:, :n])
     values, vectors = eigh(train, flow.mesh)
     usable = values > _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
     inverse = usable / (values * usable + ~usable) ** 0.5
-    across: Any = whole[n:, :n]
-    test: Any = whole[n:, n:]
-    if flow.mesh is not None:
-        across, test = _mesh.on_host(across), _mesh.on_host(test)
-    given = across @ symmetric(inverse, vectors)
-    of_left, basis = eigh(test - given @ given.T, flow.mesh)
-    parts = (
-        symmetric(values.clip(min=0) ** 0.5, vectors),
-        given,
-        symmetric(of_left.clip(min=0) ** 0.5, basis),
+    root = symmetric(values.clip(min=0) ** 0.5, vectors, flow.mesh)
+    given, left = _given_train(across, symmetric(inverse, vectors, flow.mesh), test, flow.mesh)
+    of_left, basis = eigh(left, flow.mesh)
+    return _Noise(root, given, symmetric(of_left.clip(min=0) ** 0.5, basis, flow.mesh))
+
+
+@partial(jax.jit, static_argnums=3)
+def _given_train(
+    across: Array, inverse_root: Array, test: Array, mesh: Mesh | None
+) -> tuple[Array, Array]:
+    """Regression of test noise on white numbers of the training noise; the covariance left."""
+
+    def rows(across: Array, inverse_root: Array, test: Array) -> tuple[Array, Array]:
+        given = _mesh.product(mesh, across, inverse_root)
+        return given, test - _mesh.outer(mesh, given, given)
+
+    found: tuple[Array, Array] = _mesh.over_samples(rows, mesh, (0, 0, 0), (0, 0))(
+        across, inverse_root, _mesh.spread(mesh, test)
     )
-    return _Noise(*(_mesh.spread(flow.mesh, part) for part in parts))
+    return found
 
 
 @eqx.filter_jit

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _excess_variance
-from ntkdp._covariance_forms import CovarianceForm
+from ntkdp import _excess_variance, _mesh
+from ntkdp._covariance_form import CovarianceForm
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
 from ntkdp.clipping import norms_from_squares
@@ -86,7 +86,19 @@ class Closure(eqx.Module):
             factors = flow.clipping.factors(norms[:, None])[:, 0]
         return factors[:, None] * a[None]
 
-    def _mean_slope(self, axes: Array, deviations: Array, clipped: Array, slopes: Array) -> Array:
+    def _draw(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:
+        """Axes of a sample's Gaussian, deviations and standard points along them; its points.
+
+        The symmetric root of the covariance, which does not depend on who finds the axes, and
+        moves smoothly with it.
+        """
+        axes, deviations = _principal_axes(own)
+        points = self.points @ axes
+        return axes, deviations, points, mean + (points * deviations) @ axes.T
+
+    def _mean_slope(
+        self, axes: Array, deviations: Array, points: Array, clipped: Array, slopes: Array
+    ) -> Array:
         r"""E of the derivative of one sample's clipped gradients, ``(R, K, K)``.
 
         By Stein's identity, :math:`E\,\partial\varphi = E[\varphi\,(f - m)^\top] \Sigma^{-1}`:
@@ -97,7 +109,7 @@ class Closure(eqx.Module):
         if self.points.shape[1] > _MOST_OF_STEIN:
             return direct
         wide = deviations > _NARROW * (1 + jnp.max(jnp.abs(clipped)))
-        products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, self.points)
+        products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, points)
         along = jnp.where(wide, products / jnp.where(wide, deviations, 1.0), direct @ axes)
         return along @ axes.T
 
@@ -115,11 +127,10 @@ class Closure(eqx.Module):
             def at(outputs: Array) -> Array:
                 return self._clipped(outputs, targets, diagonal)
 
-            axes, deviations = _principal_axes(own)
-            drawn = mean + (self.points * deviations) @ axes.T
+            axes, deviations, points, drawn = self._draw(mean, own)
             clipped, slopes = jax.vmap(at)(drawn), jax.vmap(jax.jacfwd(at))(drawn)
             first = jnp.einsum("p,prk->rk", self.weights, clipped)
-            slope = self._mean_slope(axes, deviations, clipped, slopes)
+            slope = self._mean_slope(axes, deviations, points, clipped, slopes)
             second = jnp.einsum("p,prk,psl->rksl", self.weights, clipped, clipped)
             linear = jnp.einsum("rka,ab,slb->rksl", slope, own, slope)
             centred = second - jnp.einsum("rk,sl->rksl", first, first)
@@ -134,11 +145,15 @@ class Closure(eqx.Module):
         """Of each sample, as many at a time as fit in little memory."""
         n_groups, n_outputs = self.flow.diagonal.shape[0], self.points.shape[1]
         numbers = self.weights.size * n_groups * n_outputs * (n_outputs + 1)
-        n = jax.tree.leaves(samples)[0].shape[0]
         at_a_time = max(1, _NUMBERS // numbers)
-        if at_a_time >= n:
-            return jax.vmap(function)(samples)
-        return lax.map(function, samples, batch_size=at_a_time)
+
+        def of_device(samples: Any) -> Any:
+            if at_a_time >= jax.tree.leaves(samples)[0].shape[0]:
+                return jax.vmap(function)(samples)
+            return lax.map(function, samples, batch_size=at_a_time)
+
+        mesh = self.flow.mesh
+        return _mesh.everywhere(mesh, _mesh.over_samples(of_device, mesh, (0,), 0)(samples))
 
     def zero(self, mean: Array) -> State:
         """Outputs that are known."""
@@ -172,12 +187,13 @@ class Closure(eqx.Module):
             2 * coefficients * excess + source,
         )
 
-    def _parts(self) -> list[tuple[slice, Array]]:
-        """Rows and targets of the losses, train and test."""
+    def _parts(self) -> list[tuple[bool, slice, Array]]:
+        """Whether it is the test part, rows and targets of the losses."""
         n = self.flow.targets.shape[0]
-        parts = [(slice(0, n), self.flow.targets)]
+        parts = [(False, slice(0, n), self.flow.targets)]
         if self.flow.test_targets is not None:
-            parts.append((slice(n, n + self.flow.test_targets.shape[0]), self.flow.test_targets))
+            rows = slice(n, n + self.flow.test_targets.shape[0])
+            parts.append((True, rows, self.flow.test_targets))
         return parts
 
     def _excess_rates(self, state: State, own: Array, rate: Array) -> tuple[Array, Array]:
@@ -186,20 +202,19 @@ class Closure(eqx.Module):
 
         def of_sample(sample: tuple[Any, ...]) -> Array:
             mean, own, targets, diagonal, links = sample
-            axes, deviations = _principal_axes(own)
-            drawn = mean + (self.points * deviations) @ axes.T
+            axes, deviations, points, drawn = self._draw(mean, own)
             clipped = jax.vmap(lambda outputs: self._clipped(outputs, targets, diagonal))(drawn)
             return _excess_variance.of_sample(
-                links, axes, deviations, clipped, self.points, self.weights
+                links, axes, deviations, clipped, points, self.weights
             )
 
         found = []
-        for rows, targets in self._parts():
+        for test, rows, targets in self._parts():
             _, g, W, *_ = self._expand(state.mean[rows], own[rows], targets)
-            links = self.form.links(state.covariance, rows, g, W)
+            links = self.form.links(state.covariance, test, g, W)
             diagonal = jnp.moveaxis(flow.diagonal, 1, 0)
             samples = (state.mean[:n], own[:n], flow.targets, diagonal, links)
-            variance = self.form.variance(state.covariance, rows, g, W)
+            variance = self.form.variance(state.covariance, test, g, W)
             parts = self._of_samples(of_sample, samples)
             found.append(_excess_variance.rates(parts, variance, self.sample_rate, rate))
         coefficients, sources = zip(*found, strict=True)
@@ -210,8 +225,8 @@ class Closure(eqx.Module):
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
         found = [
-            self._loss_statistics(mean, covariance, own, more, rows, targets)
-            for (rows, targets), more in zip(self._parts(), excess, strict=True)
+            self._loss_statistics(covariance, test, mean[rows], own[rows], more, targets)
+            for (test, rows, targets), more in zip(self._parts(), excess, strict=True)
         ]
         loss, std, accuracy = found[0]
         test_loss, test_std, test_accuracy = found[1] if len(found) == 2 else (None, None, None)
@@ -228,15 +243,21 @@ class Closure(eqx.Module):
         )
 
     def _loss_statistics(
-        self, mean: Array, covariance: Any, own: Array, excess: Array, rows: slice, targets: Array
+        self,
+        covariance: Any,
+        test: bool,
+        mean: Array,
+        own: Array,
+        excess: Array,
+        targets: Array,
     ) -> tuple[Array, Array, Array | None]:
         """Mean and standard deviation of the reduced loss, and mean accuracy.
 
         The covariance of two samples' losses is that of their second-order expansions, a sample's
         own variance is integrated.
         """
-        first, g, W, more, accuracy = self._expand(mean[rows], own[rows], targets)
-        total = self.form.variance(covariance, rows, g, W) + jnp.sum(more) + excess
+        first, g, W, more, accuracy = self._expand(mean, own, targets)
+        total = self.form.variance(covariance, test, g, W) + jnp.sum(more) + excess
         scale = 1 / first.shape[0] if self.flow.reduction == "mean" else 1.0
         std = scale * jnp.sqrt(jnp.maximum(total, 0.0))
         return scale * jnp.sum(first), std, None if accuracy is None else jnp.mean(accuracy)
@@ -249,8 +270,7 @@ class Closure(eqx.Module):
 
         def of_sample(sample: tuple[Array, ...]) -> tuple[Any, ...]:
             mean, own, target = sample
-            axes, deviations = _principal_axes(own)
-            drawn = mean + (self.points * deviations) @ axes.T
+            *_, drawn = self._draw(mean, own)
             repeated = jnp.broadcast_to(target, (drawn.shape[0], *target.shape))
             values = loss(drawn, repeated)
 

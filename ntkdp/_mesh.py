@@ -9,12 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntkdp._types import Array
 
-_AXIS = "samples"
+#: The axis along which samples are spread.
+AXIS = "samples"
 
 
 def as_mesh(mesh: Any) -> Mesh | None:
@@ -26,7 +29,7 @@ def as_mesh(mesh: Any) -> Mesh | None:
             "mesh must be a jax.sharding.Mesh, e.g. jax.make_mesh((jax.device_count(),), "
             f"('samples',)), got {mesh!r}"
         )
-    return Mesh(mesh.devices.reshape(-1), (_AXIS,))
+    return Mesh(mesh.devices.reshape(-1), (AXIS,))
 
 
 def check_divides(mesh: Mesh | None, **counts: int) -> None:
@@ -83,12 +86,69 @@ def over_samples(
 
 def total(mesh: Mesh | None, tree: Any) -> Any:
     """Sum over the devices, inside :func:`over_samples`."""
-    return tree if mesh is None else jax.lax.psum(tree, _AXIS)
+    return tree if mesh is None else lax.psum(tree, AXIS)
 
 
 def own_part(mesh: Mesh | None, n: int) -> Any:
     """Number of the first of n samples that this device has, inside :func:`over_samples`."""
-    return 0 if mesh is None else jax.lax.axis_index(_AXIS) * (n // mesh.size)
+    return 0 if mesh is None else lax.axis_index(AXIS) * (n // mesh.size)
+
+
+def product(mesh: Mesh | None, rows: Array, other: Array) -> Array:
+    """A's rows of A B, inside :func:`over_samples`, where B too is spread over the devices.
+
+    B's parts go round, so that no device ever holds the whole.
+    """
+    if mesh is None:
+        return rows @ other
+    width = other.shape[0]
+
+    def add(found: Array, part: Array, source: Array) -> Array:
+        return found + lax.dynamic_slice_in_dim(rows, source * width, width, axis=1) @ part
+
+    start = jnp.zeros((rows.shape[0], other.shape[1]), jnp.result_type(rows, other))
+    return _round(mesh, add, start, other)
+
+
+def outer(mesh: Mesh | None, rows: Array, other: Array) -> Array:
+    """A's rows of A B^T, inside :func:`over_samples`, where B too is spread over the devices."""
+    if mesh is None:
+        return rows @ other.T
+    width = other.shape[0]
+
+    def put(found: Array, part: Array, source: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(found, rows @ part.T, source * width, axis=1)
+
+    shape = (rows.shape[0], width * mesh.size)
+    return _round(mesh, put, jnp.zeros(shape, jnp.result_type(rows, other)), other)
+
+
+def transposed(mesh: Mesh | None, rows: Array) -> Array:
+    """Rows of the transposed of a square matrix in parts, inside :func:`over_samples`."""
+    return columns(mesh, rows, axis=1).T
+
+
+def columns(mesh: Mesh | None, rows: Array, axis: int) -> Array:
+    """A device's share of ``axis`` with all rows of an array, inside :func:`over_samples`."""
+    if mesh is None:
+        return rows
+    return lax.all_to_all(rows, AXIS, split_axis=axis, concat_axis=0, tiled=True)
+
+
+def _round(
+    mesh: Mesh, meet: Callable[[Array, Array, Array], Array], start: Array, part: Array
+) -> Array:
+    """What ``meet`` makes of the parts of all devices, one after the other, its own first."""
+    towards = [(device, (device - 1) % mesh.size) for device in range(mesh.size)]
+    own = lax.axis_index(AXIS)
+
+    def turn(k: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        found, part = carry
+        found = meet(found, part, (own + k) % mesh.size)
+        return found, lax.ppermute(part, AXIS, towards)
+
+    found, part = lax.fori_loop(0, mesh.size - 1, turn, (start, part))
+    return meet(found, part, (own + mesh.size - 1) % mesh.size)
 
 
 def whole(tree: Any) -> Any:
@@ -144,4 +204,4 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _rows(axis: int | None) -> PartitionSpec:
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, _AXIS)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)

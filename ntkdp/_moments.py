@@ -7,8 +7,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _covariance_forms, _gaussian_closure, _progress, _validate, privacy
-from ntkdp._covariance_forms import CovarianceForm
+from ntkdp import (
+    _full_covariance,
+    _gaussian_closure,
+    _low_rank_covariance,
+    _mesh,
+    _progress,
+    _validate,
+    privacy,
+)
+from ntkdp._covariance_form import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
@@ -106,7 +114,7 @@ def moments(
     -----
     *Derived*: Gaussian closure, exact in the mean and covariance for squared loss while nothing is
     clipped; see the modules ``_gaussian_closure`` for the equations, ``_excess_variance`` for the
-    spread of the loss and ``_covariance_forms`` for that of low rank. A step takes about ten
+    spread of the loss and ``_low_rank_covariance`` for that of low rank. A step takes about ten
     products of ``(N K, N K)`` matrices with the whole covariance, ``n K rank^2`` with a rank.
 
     Examples
@@ -126,7 +134,7 @@ def moments(
     )
     with _progress.listening(progress, "stepping the moments") as shown:
         found = _step_moments(closure, mean, stepping, outputs, shown)
-        return Moments(stepping.times, jnp.asarray(stepping.recorded), *found)
+        return Moments(stepping.times, jnp.asarray(stepping.recorded), *_mesh.whole(found))
 
 
 def moment_flow(
@@ -193,7 +201,7 @@ def moment_flow(
     found = _solve_moments(
         closure, mean, times, rate, as_constant(rtol), as_constant(atol), outputs
     )
-    return Moments(times, None, *found)
+    return Moments(times, None, *_mesh.whole(found))
 
 
 def fixed_privacy_flow(
@@ -295,9 +303,9 @@ def _closure(
     noise = None if covariance is None else covariance / divisor**2
     n_outputs = mean.shape[1]
     if mean.size <= (_LARGEST_FULL if rank is None else rank):
-        form: CovarianceForm = _covariance_forms.full(flow, noise, n_outputs)
+        form: CovarianceForm = _full_covariance.full(flow, noise, n_outputs)
     else:
-        form = _covariance_forms.low_rank(flow, noise, n_outputs, rank)
+        form = _low_rank_covariance.low_rank(flow, noise, n_outputs, rank)
     points, weights = _gaussian_closure.integration_points(n_outputs)
     closure = Closure(
         flow=flow,

@@ -1,12 +1,13 @@
 """The noise of DP-SGD in the outputs: its covariance, a function of the kernel."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _validate, privacy
+from ntkdp import _mesh, _mesh_eigh, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
 from ntkdp._weight_noise import deviations
@@ -79,8 +80,7 @@ def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[
     """The symmetric square root of a matrix, which may be singular.
 
     Of all F with F F^T the matrix it is the one that does not depend on who finds the eigenvectors.
-    With a mesh, its rows are over the devices: as there are no eigenvalues of a matrix in parts,
-    the host finds them.
+    With a mesh, its rows are over the devices.
     """
     values, vectors = eigh(matrix, mesh)
     if not bool(values[0] >= -_NEGATIVE * values[-1]):
@@ -88,15 +88,23 @@ def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[
             "the kernel must be positive semi-definite to be a covariance, got an eigenvalue "
             f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
         )
-    factor: Array = _mesh.spread(mesh, symmetric(values.clip(min=0) ** 0.5, vectors))
-    return factor
+    return symmetric(values.clip(min=0) ** 0.5, vectors, mesh)
 
 
-def eigh(matrix: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
-    """Eigenvalues, ascending, and vectors: with a mesh NumPy's, on the host."""
-    return jnp.linalg.eigh(matrix) if mesh is None else np.linalg.eigh(_mesh.on_host(matrix))
+def eigh(matrix: Array, mesh: Mesh | None = None) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and vectors; with a mesh its devices find them together."""
+    if mesh is None:
+        values, vectors = jnp.linalg.eigh(matrix)
+        return values, vectors
+    return _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
 
 
-def symmetric(values: Any, vectors: Any) -> Any:
+@partial(jax.jit, static_argnums=2)
+def symmetric(values: Array, vectors: Array, mesh: Mesh | None = None) -> Array:
     """The matrix of these eigenvalues and vectors."""
-    return (vectors * values) @ vectors.T
+
+    def rows(values: Array, vectors: Array) -> Array:
+        return _mesh.outer(mesh, vectors * values, vectors)
+
+    matrix: Array = _mesh.over_samples(rows, mesh, (None, 0), 0)(values, vectors)
+    return matrix

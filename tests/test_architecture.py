@@ -52,7 +52,7 @@ COMPARISON = {
 CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
-    0: {"_types", "_validate", "_files", "_memory", "_mesh", "_progress", "_look"},
+    0: {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress", "_look"},
     1: {
         "losses",
         "clipping",
@@ -88,7 +88,10 @@ LAYERS: dict[int, set[str]] = {
         "_modified_flow",
         "_solve",
         "stochastic_flow",
-        "_covariance_forms",
+        "_covariance_form",
+        "_followed_points",
+        "_full_covariance",
+        "_low_rank_covariance",
         "_ensemble",
         "_excess_variance",
         "_final_outputs",
@@ -133,14 +136,17 @@ LAYERS: dict[int, set[str]] = {
 }
 #: Modules that may import others of their own layer, as parts of one family.
 FAMILIES = (
-    {"_types", "_validate", "_files", "_memory", "_mesh", "_progress"},
+    {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress"},
     {"models", "_model", "_adapters", "_stax_kernels"},
     {"datasets", "_dataset", "_data_files"},
     KERNELS,
     {
         "gradient_flow",
         "stochastic_flow",
-        "_covariance_forms",
+        "_covariance_form",
+        "_followed_points",
+        "_full_covariance",
+        "_low_rank_covariance",
         "_ensemble",
         "_excess_variance",
         "_final_outputs",

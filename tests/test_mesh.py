@@ -11,69 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_problem import (
+    FLAT,
+    KERNELS,
+    LAYERWISE,
+    LOSS,
+    MODEL,
+    OUTPUTS,
+    PARAMS,
+    TEST_X,
+    TEST_Y,
+    K,
+    N,
+    X,
+    Y,
+    assert_same,
+    bytes_on_first_device,
+    flow,
+    kernel,
+    mesh_of,
+)
 from two_processes import trajectories
 
 import ntkdp
-from ntkdp import _memory, clipping, dp_sgd, losses, stochastic_flow
+from ntkdp import _memory, clipping, dp_sgd
 from ntkdp.ntk import _kernel_in_blocks
-
-N, M, K = 16, 8, 3
-LOSS = losses.SoftmaxCrossEntropy()
-FLAT = clipping.Abadi(0.3)
-LAYERWISE = clipping.Abadi(0.2, scope="layerwise")
-KERNELS = ["whole", "by layer", "infinite", "infinite by layer"]
-
-MODEL = ntkdp.models.mlp([8, 8], K, activation="erf", W_std=1.5)
-X = jnp.asarray(np.random.default_rng(0).normal(size=(N + M, 4)))
-X, TEST_X = X[:N], X[N:]
-Y, TEST_Y = np.arange(N) % K, np.arange(M) % K
-PARAMS = MODEL.init(jax.random.key(0), X)
-OUTPUTS = MODEL.apply(PARAMS, X), MODEL.apply(PARAMS, TEST_X)
-
-
-def mesh_of(n_devices: int) -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array(jax.devices()[:n_devices]), ("any",))
-
 
 MESHES = [
     pytest.param(lambda: mesh_of(8), id="eight"),
     # As jax.make_mesh makes them, with two axes and explicit ones.
     pytest.param(lambda: jax.make_mesh((4, 2), ("a", "b")), id="four by two"),
 ]
-
-
-def kernel(kind: str, mesh: Any, x1: Any = X, x2: Any = None) -> Any:
-    if kind == "whole":
-        return ntkdp.empirical_ntk(MODEL.apply, PARAMS, x1, x2, mesh=mesh)
-    if kind == "by layer":
-        return ntkdp.layerwise_ntk(MODEL.apply, PARAMS, x1, x2, mesh=mesh)
-    if kind == "infinite":
-        return ntkdp.infinite_ntk(MODEL, x1, x2, mesh=mesh)
-    return ntkdp.layerwise_infinite_ntk(MODEL, x1, x2, mesh=mesh)
-
-
-def flow(kind: str, mesh: Any, rule: Any = None, test: bool = True) -> ntkdp.KernelFlow:
-    rule = (LAYERWISE if "layer" in kind else FLAT) if rule is None else rule
-    beside = {"test_kernel": kernel(kind, mesh, TEST_X, X), "test_targets": TEST_Y} if test else {}
-    return ntkdp.KernelFlow(kernel(kind, mesh), Y, LOSS, rule, mesh=mesh, **beside)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=1e-10)
-
-
-def bytes_on_first_device(tree: Any) -> int:
-    device = jax.devices()[0]
-    return sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.Array)
-        for shard in leaf.addressable_shards
-        if shard.device == device
-    )
 
 
 @pytest.mark.parametrize("make_mesh", MESHES)
@@ -160,25 +128,6 @@ def test_flows_without_a_kernel_are_those_of_one_device(rule: Any) -> None:
     assert_same(both(mesh_of(8), batch_size=1), both(None))
 
 
-@pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])
-def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
-    everything = jnp.concatenate([X, TEST_X])
-    found, expected = (
-        stochastic_flow.final_outputs(
-            flow(kind, mesh),
-            OUTPUTS,
-            learning_rates=[0.5],
-            clip_norms=[0.3],
-            noise_multipliers=1.0,
-            steps=3,
-            noise_kernel=kernel(kind, None, everything),
-            key=jax.random.key(1),
-        )
-        for mesh in (mesh_of(8), None)
-    )
-    assert_same(found, expected)
-
-
 def test_what_lies_on_one_device_goes_to_all() -> None:
     # Such as parameters that were trained elsewhere.
     params, mesh = jax.device_put(PARAMS, jax.devices()[0]), mesh_of(4)
@@ -203,52 +152,6 @@ def test_what_lies_on_one_device_goes_to_all() -> None:
 def test_a_mesh_of_the_context_is_refused() -> None:
     with jax.set_mesh(mesh_of(2)), pytest.raises(ValueError, match=r"outside of jax\.set_mesh"):
         kernel("whole", mesh_of(2))
-
-
-@pytest.mark.parametrize(("kind", "sample_rate"), [("by layer", 0.5), ("infinite", 1.0)])
-def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> None:
-    settings: dict[str, Any] = {
-        "sample_rate": sample_rate,
-        "key": jax.random.split(jax.random.key(1), 3),
-    }
-    found, expected = (
-        (
-            stochastic_flow.ensemble(
-                of,
-                OUTPUTS[0],
-                learning_rate=0.5,
-                steps=4,
-                noise_multiplier=1.0,
-                outputs=True,
-                **settings,
-            ),
-            stochastic_flow.final_outputs(
-                of,
-                OUTPUTS[0],
-                learning_rates=[0.1, 0.5],
-                clip_norms=[1.0, 0.3],
-                noise_multipliers=1.0,
-                steps=4,
-                **settings,
-            ),
-        )
-        for of in (flow(kind, mesh_of(8), test=False), flow(kind, None, test=False))
-    )
-    assert_same(found, expected)
-
-
-def test_moments_are_those_of_one_device() -> None:
-    found, expected = (
-        stochastic_flow.moments(
-            flow("infinite", mesh, test=False),
-            OUTPUTS[0],
-            learning_rate=0.5,
-            steps=3,
-            noise_multiplier=0.5,
-        )
-        for mesh in (mesh_of(8), None)
-    )
-    assert_same([found.loss, found.mean], [expected.loss, expected.mean])
 
 
 @pytest.mark.parametrize(

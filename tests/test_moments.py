@@ -10,7 +10,15 @@ import pytest
 from scipy.stats import binomtest
 
 import ntkdp
-from ntkdp import _covariance_forms, _moments, clipping, dp_sgd, losses, stochastic_flow
+from ntkdp import (
+    _full_covariance,
+    _low_rank_covariance,
+    _moments,
+    clipping,
+    dp_sgd,
+    losses,
+    stochastic_flow,
+)
 from ntkdp._gaussian_closure import integration_points
 
 N, P, M = 12, 20, 4
@@ -338,8 +346,8 @@ def test_all_modes_are_the_whole_covariance(shared: bool, monkeypatch: pytest.Mo
         return [stepped, stochastic_flow.moment_flow(flow, start, [0.0, 3.0], **tight, **options)]
 
     whole = found()
-    low_rank = _covariance_forms.low_rank
-    monkeypatch.setattr(_covariance_forms, "full", lambda *of: low_rank(*of, options["rank"]))
+    low_rank = _low_rank_covariance.low_rank
+    monkeypatch.setattr(_full_covariance, "full", lambda *of: low_rank(*of, options["rank"]))
     for full, modes in zip(whole, found(), strict=True):
         for field in ("loss", "loss_std", "test_loss", "test_loss_std", "mean", "covariance"):
             ours, theirs = getattr(modes, field), getattr(full, field)

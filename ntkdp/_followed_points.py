@@ -1,0 +1,99 @@
+"""The points whose outputs are followed, in parts over the devices of a mesh.
+
+Each device has equal parts of the training points and of the test points, and its training points
+come first: the devices' order. On one device that is train before test, as elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ntkdp import _mesh
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._types import Array
+
+
+class FollowedPoints(NamedTuple):
+    """Numbers of training points and of all, and the devices that they are spread over."""
+
+    n_samples: int
+    n_points: int
+    mesh: Mesh | None
+
+    @property
+    def n_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def own_samples(self) -> int:
+        """Training points of a device."""
+        return self.n_samples // self.n_devices
+
+    @property
+    def own_points(self) -> int:
+        """All points of a device."""
+        return self.n_points // self.n_devices
+
+    def part(self, test: bool) -> slice:
+        """A device's training or test points among its own."""
+        return slice(self.own_samples, None) if test else slice(0, self.own_samples)
+
+    def on_devices(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
+        """``function`` on each device's parts."""
+        return _mesh.over_samples(function, self.mesh, in_axes, out_axes)
+
+    def by_point(self, function: Callable[..., Array], in_axes: Any, *args: Any) -> Array:
+        """What each device finds of its points, of all of them, train before test."""
+
+        def parts(*args: Any) -> tuple[Array, Array]:
+            found = function(*args)
+            return found[self.part(False)], found[self.part(True)]
+
+        found = _mesh.everywhere(self.mesh, self.on_devices(parts, in_axes, (0, 0))(*args))
+        return jnp.concatenate(found)
+
+    def in_devices_order(self, matrix: Array) -> Array:
+        """Rows and columns of a covariance of the points, its rows over the devices."""
+        rows: Array = _mesh.spread(self.mesh, _reordered(matrix, self._order()))
+        return rows
+
+    def in_order(self, matrix: Array) -> Array:
+        """The same taken back: train before test."""
+        rows: Array = _mesh.spread(self.mesh, _reordered(matrix, np.argsort(self._order())))
+        return rows
+
+    def _order(self) -> np.ndarray:
+        train = np.arange(self.n_samples).reshape(self.n_devices, -1)
+        test = np.arange(self.n_samples, self.n_points).reshape(self.n_devices, -1)
+        return np.concatenate([train, test], axis=1).ravel()
+
+
+def of_flow(flow: KernelFlow) -> FollowedPoints:
+    """The points of a flow."""
+    n = flow.targets.shape[0]
+    of_test = 0 if flow.test_drive is None else flow.test_drive.shape[0]
+    return FollowedPoints(n, n + of_test * n // flow.drive.shape[0], flow.mesh)
+
+
+def operator(flow: KernelFlow) -> Array:
+    """What moves all points, ``(N K, R n K)`` or ``(N, R n)``, in the devices' order.
+
+    Over the divisor of the reduction.
+    """
+
+    def rows(train: Array, test: Array | None) -> Array:
+        both = train if test is None else jnp.concatenate([train, test])
+        return both / flow.targets.shape[0] if flow.reduction == "mean" else both
+
+    found: Array = _mesh.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive, flow.test_drive)
+    return found
+
+
+def _reordered(matrix: Array, order: np.ndarray) -> Array:
+    if np.array_equal(order, np.arange(order.size)):
+        return matrix
+    split = matrix.reshape(2 * (order.size, len(matrix) // order.size))
+    return split[order][:, :, order].reshape(matrix.shape)

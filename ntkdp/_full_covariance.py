@@ -1,0 +1,186 @@
+"""The whole covariance of noisy outputs, its rows over the devices of a mesh."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+
+from ntkdp import _followed_points, _mesh
+from ntkdp._covariance_form import CovarianceForm
+from ntkdp._excess_variance import Links
+from ntkdp._followed_points import FollowedPoints
+from ntkdp._kernel_flow import KernelFlow
+from ntkdp._types import Array, Float
+
+
+class Full(CovarianceForm):
+    """The whole covariance, ``(N K, N K)``; noise and operator over the reduction's divisor."""
+
+    noise: Float[Array, "NK NK"]
+    operator: Float[Array, "NK R n K"]
+    points: FollowedPoints = eqx.field(static=True)
+
+    def zero(self) -> Array:
+        zero: Array = _mesh.spread(self.points.mesh, jnp.zeros_like(self.noise))
+        return zero
+
+    def _split(self, rows: Array) -> Float[Array, "points K devices own K"]:
+        """A device's rows, by point and output."""
+        n_outputs = self.operator.shape[-1]
+        own = self.points.own_points
+        return rows.reshape(-1, n_outputs, self.points.n_devices, own, n_outputs)
+
+    def _columns(self, rows: Array, test: bool) -> Float[Array, "points K part K"]:
+        """Columns of the training or of the test points."""
+        n_outputs = self.operator.shape[-1]
+        part = self._split(rows)[:, :, :, self.points.part(test)]
+        return part.reshape(part.shape[0], n_outputs, -1, n_outputs)
+
+    def own_blocks(self, covariance: Array) -> Array:
+        def blocks(rows: Array) -> Array:
+            device = 0 if self.points.mesh is None else lax.axis_index(_mesh.AXIS)
+            own = lax.dynamic_index_in_dim(self._split(rows), device, 2, keepdims=False)
+            return jnp.moveaxis(jnp.diagonal(own, axis1=0, axis2=2), -1, 0)
+
+        return self.points.by_point(blocks, (0,), covariance)
+
+    def drift(self, clipped: Array) -> Array:
+        def velocity(operator: Array, clipped: Array) -> Array:
+            moved = -jnp.einsum("arnk,nrk->a", operator, clipped)
+            return moved.reshape(-1, clipped.shape[-1])
+
+        return self.points.by_point(velocity, (0, None), self.operator, clipped)
+
+    def _linear_map(self, operator: Array, slope: Array) -> Array:
+        """A device's rows of it."""
+        n_rows, n_outputs = operator.shape[0], operator.shape[-1]
+        towards = -jnp.einsum("arnk,nrkl->anl", operator, slope)
+        towards = towards.reshape(n_rows, self.points.n_devices, -1, n_outputs)
+        beside = self.points.own_points - self.points.own_samples
+        padded = jnp.pad(towards, ((0, 0), (0, 0), (0, beside), (0, 0)))
+        return padded.reshape(n_rows, -1)
+
+    def _diffusion(self, operator: Array, noise: Array, spread: Array) -> Array:
+        n_rows = operator.shape[0]
+        moved = jnp.einsum("arnk,nrksl->asnl", operator, spread)
+        return noise + _mesh.outer(
+            self.points.mesh, moved.reshape(n_rows, -1), operator.reshape(n_rows, -1)
+        )
+
+    def _evolved(self, rows: Callable[..., Array], covariance: Array, *small: Array) -> Array:
+        in_axes = (0, 0, 0, *[None] * len(small))
+        evolved: Array = self.points.on_devices(rows, in_axes, 0)(
+            covariance, self.operator, self.noise, *small
+        )
+        return evolved
+
+    def step(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
+        def rows(
+            covariance: Array,
+            operator: Array,
+            noise: Array,
+            slope: Array,
+            spread: Array,
+            rate: Array,
+        ) -> Array:
+            moved = rate * self._linear_map(operator, slope)
+            own = jnp.arange(len(moved))
+            moved = moved.at[own, _mesh.own_part(self.points.mesh, moved.shape[1]) + own].add(1.0)
+            half = _mesh.product(self.points.mesh, moved, covariance)
+            after = _mesh.outer(self.points.mesh, half, moved)
+            after = after + rate**2 * self._diffusion(operator, noise, spread)
+            return (after + _mesh.transposed(self.points.mesh, after)) / 2
+
+        return self._evolved(rows, covariance, slope, spread, rate)
+
+    def velocity(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
+        def rows(
+            covariance: Array,
+            operator: Array,
+            noise: Array,
+            slope: Array,
+            spread: Array,
+            rate: Array,
+        ) -> Array:
+            half = _mesh.product(self.points.mesh, self._linear_map(operator, slope), covariance)
+            both = half + _mesh.transposed(self.points.mesh, half)
+            return both + rate * self._diffusion(operator, noise, spread)
+
+        return self._evolved(rows, covariance, slope, spread, rate)
+
+    def variance(self, covariance: Array, test: bool, g: Array, W: Array) -> Array:
+        def of_device(
+            rows: Array, own_g: Array, own_W: Array, g: Array, W: Array
+        ) -> Float[Array, ""]:
+            block = self._columns(rows, test)[self.points.part(test)]
+            linear = jnp.einsum("ik,ikjl,jl->", own_g, block, g)
+            left = jnp.einsum("ikl,iljm->ikjm", own_W, block)
+            right = jnp.einsum("ikjl,jml->ikjm", block, W)
+            return _mesh.total(self.points.mesh, linear + 0.5 * jnp.sum(left * right))
+
+        in_axes = (0, 0, 0, None, None)
+        variance: Array = self.points.on_devices(of_device, in_axes, None)(covariance, g, W, g, W)
+        return variance
+
+    def links(self, covariance: Array, test: bool, g: Array, W: Array) -> Links:
+        def of_device(
+            rows: Array, operator: Array, own_g: Array, own_W: Array, g: Array, W: Array
+        ) -> Links:
+            n_outputs = operator.shape[-1]
+            operator = operator.reshape(-1, n_outputs, *operator.shape[1:])[self.points.part(test)]
+            block, near = (
+                self._columns(rows, which)[self.points.part(test)] for which in (test, False)
+            )
+            turned = jnp.einsum("akrnl,akb->abrnl", operator, own_W)
+            weighted = jnp.einsum("imab,abc->imac", block, W)
+            far = _mesh.product(
+                self.points.mesh,
+                weighted.reshape(block.shape[0] * n_outputs, -1),
+                near.reshape(block.shape[0] * n_outputs, -1),
+            ).reshape(near.shape)
+            own = Links(
+                pull=jnp.einsum("akrnl,ak->nrl", operator, own_g),
+                turn=jnp.einsum("abrnl,abnm->nrlm", turned, near),
+                slope=jnp.einsum("ak,aknl->nl", own_g, near),
+                bend=jnp.einsum("aknl,akb,abnm->nlm", near, own_W, near),
+                far_pull=jnp.einsum("abrnl,abim,im->nrl", turned, block, g),
+                far_turn=jnp.einsum("abrnl,abnm->nrlm", turned, far),
+            )
+            links: Links = _mesh.total(self.points.mesh, own)
+            return links
+
+        in_axes = (0, 0, 0, 0, None, None)
+        links: Links = self.points.on_devices(of_device, in_axes, None)(
+            covariance, self.operator, g, W, g, W
+        )
+        return links
+
+    def matrix(self, covariance: Array) -> Array:
+        return self.points.in_order(covariance)
+
+    def truncation(self, covariance: Array) -> Array:
+        return jnp.zeros((), covariance.dtype)
+
+
+def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
+    """The whole covariance; ``noise`` is that of the flow's shape, None without."""
+    points = _followed_points.of_flow(flow)
+    shared = flow.diagonal.ndim == 2
+    n_groups, n = flow.diagonal.shape[:2]
+
+    def rows(operator: Array, noise: Array | None) -> tuple[Array, Array]:
+        if shared:
+            eye = jnp.eye(n_outputs, dtype=operator.dtype)
+            operator = jnp.einsum("arn,kl->akrnl", operator.reshape(-1, n_groups, n), eye)
+            noise = None if noise is None else jnp.kron(noise, eye)
+        operator = operator.reshape(-1, n_groups, n, n_outputs)
+        size = points.n_points * n_outputs
+        if noise is None:
+            noise = jnp.zeros((operator.shape[0], size), operator.dtype)
+        return noise, operator
+
+    noise = None if noise is None else points.in_devices_order(noise)
+    operator = _followed_points.operator(flow)
+    noise, operator = points.on_devices(rows, (0, 0), (0, 0))(operator, noise)
+    return Full(noise, operator, points)

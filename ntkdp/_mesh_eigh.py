@@ -1,0 +1,143 @@
+r"""Eigenvalues and vectors of a symmetric matrix whose rows are spread over the devices of a mesh.
+
+Block Jacobi: the coordinates lie in two blocks a device. A device diagonalises the part of the
+matrix within its two blocks, all apply each other's rotations, and blocks move on as players of a
+tournament do until every two have met. The part off the diagonal falls quadratically in the end, so
+that such sweeps are few. A device holds its columns of the matrix and of the rotations so far.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from ntkdp import _mesh
+from ntkdp._types import Array, Float
+
+#: Off the diagonal less than so many roundings of the whole norm counts as none.
+_ROUNDINGS = 8
+_MOST_SWEEPS = 40
+
+
+class _Columns(NamedTuple):
+    """A device's columns, ``(N, 2 w)``, of the matrix and of the rotations; numbers of its blocks.
+
+    The matrix's rows are in the order of the blocks over the devices, the rotations' never move.
+    """
+
+    matrix: Array
+    vectors: Array
+    left: Array
+    right: Array
+
+
+@partial(jax.jit, static_argnums=0)
+def eigh(mesh: Mesh, matrix: Float[Array, "N N"]) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
+    """Eigenvalues, ascending and whole, and columns of vectors whose rows are spread."""
+    over_devices = _mesh.over_samples(partial(_of_device, mesh), mesh, (0,), (None, 0))
+    found: tuple[Array, Array] = over_devices(matrix)
+    return found
+
+
+def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
+    n = rows.shape[1]
+    norm = jnp.sqrt(_mesh.total(mesh, jnp.sum(rows**2)))
+    rows = _even(mesh, rows, norm)
+    width = rows.shape[0]
+    place = _mesh.own_part(mesh, rows.shape[1])
+    own = jnp.arange(width)
+    # As the matrix is symmetric, its own rows are its own columns.
+    start = _Columns(
+        rows.T,
+        jnp.zeros_like(rows.T).at[place + own, own].set(1.0),
+        2 * lax.axis_index(_mesh.AXIS),
+        2 * lax.axis_index(_mesh.AXIS) + 1,
+    )
+
+    def off_diagonal(columns: _Columns) -> Array:
+        off = columns.matrix.at[place + own, own].set(0.0)
+        return jnp.sqrt(_mesh.total(mesh, jnp.sum(off**2)))
+
+    def more(carry: tuple[_Columns, Array, Array, Array]) -> Array:
+        _, sweeps, left, before = carry
+        # At the end rounding keeps it from falling.
+        falls = (left < before / 2) | (left > jnp.sqrt(eps) * norm)
+        return (left > _ROUNDINGS * eps * norm) & falls & (sweeps < _MOST_SWEEPS)
+
+    def sweep(carry: tuple[_Columns, Array, Array, Array]) -> Any:
+        columns, sweeps, left, _ = carry
+        rounds = 2 * mesh.size - 1
+        columns = lax.fori_loop(0, rounds, lambda _, now: _move(mesh, _rotate(mesh, now)), columns)
+        return columns, sweeps + 1, off_diagonal(columns), left
+
+    eps = jnp.finfo(rows.dtype).eps
+    none = jnp.zeros((), int)
+    columns, *_ = lax.while_loop(more, sweep, (start, none, off_diagonal(start), jnp.inf * norm))
+    values = lax.all_gather(columns.matrix[place + own, own], _mesh.AXIS, tiled=True)
+    # The coordinates that were added have the largest values.
+    order = jnp.argsort(values)[:n]
+    vectors = _mesh.transposed(mesh, columns.vectors.T)
+    return values[order], vectors[: n // mesh.size, order]
+
+
+def _even(mesh: Mesh, rows: Array, norm: Array) -> Array:
+    """Rows of a matrix with an even number of coordinates a device.
+
+    One that is added is its own eigenvector, of a value above all others.
+    """
+    width, n = rows.shape
+    if width % 2 == 0:
+        return rows
+    padded = jnp.pad(rows.reshape(width, mesh.size, width), ((0, 1), (0, 0), (0, 1)))
+    padded = padded.reshape(width + 1, n + mesh.size)
+    own = _mesh.own_part(mesh, n + mesh.size) + width
+    return padded.at[width, own].set(2 * norm + 1)
+
+
+def _rotate(mesh: Mesh, columns: _Columns) -> _Columns:
+    """Diagonalise within each device's blocks: the lower block takes the larger values."""
+    matrix, vectors, left, right = columns
+    width = matrix.shape[1]
+    within = lax.dynamic_slice_in_dim(matrix, _mesh.own_part(mesh, len(matrix)), width)
+    _, turn = jnp.linalg.eigh((within + within.T) / 2)
+    turn = jnp.where(left < right, turn[:, ::-1], turn)
+    turns = lax.all_gather(turn, _mesh.AXIS)
+    split = (matrix @ turn).reshape(mesh.size, width, width)
+    turned = jnp.einsum("dij,dik->djk", turns, split).reshape(matrix.shape)
+    return _Columns(turned, vectors @ turn, left, right)
+
+
+def _move(mesh: Mesh, columns: _Columns) -> _Columns:
+    """The blocks' next places: the first stays, all others go round."""
+    if mesh.size == 1:
+        return columns
+    matrix, vectors, left, right = columns
+    half = matrix.shape[1] // 2
+    lefts = matrix[:, :half], vectors[:, :half], left
+    rights = matrix[:, half:], vectors[:, half:], right
+    last, own = mesh.size - 1, lax.axis_index(_mesh.AXIS)
+    up = [(device, device + 1) for device in range(last)]
+    down = [(device + 1, device) for device in range(last)]
+
+    def places(left: Array, right: Array) -> tuple[Array, Array]:
+        leaving = jnp.where(own == 0, right, left)
+        from_below = lax.ppermute(leaving, _mesh.AXIS, up)
+        from_above = lax.ppermute(right, _mesh.AXIS, down)
+        return jnp.where(own == 0, left, from_below), jnp.where(own == last, left, from_above)
+
+    moved = [places(one, other) for one, other in zip(lefts, rights, strict=True)]
+    matrix, vectors = (jnp.concatenate(pair, axis=1) for pair in moved[:2])
+    blocks = matrix.reshape(2 * mesh.size, half, 2 * half)
+    return _Columns(blocks[_order(mesh.size)].reshape(matrix.shape), vectors, *moved[2])
+
+
+def _order(size: int) -> np.ndarray:
+    """Which place each place's next block is at now; a device has an even and an odd one."""
+    lefts, rights = 2 * np.arange(size), 2 * np.arange(size) + 1
+    next_lefts = np.concatenate([lefts[:1], rights[:1], lefts[1:-1]])
+    next_rights = np.concatenate([rights[1:], lefts[-1:]])
+    return np.stack([next_lefts, next_rights], axis=1).ravel()

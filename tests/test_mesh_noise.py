@@ -1,0 +1,198 @@
+"""Noise over eight devices, its root and its moments: those of one device."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mesh_problem import (
+    OUTPUTS,
+    TEST_X,
+    X,
+    assert_same,
+    bytes_on_first_device,
+    flow,
+    kernel,
+    mesh_of,
+)
+
+import ntkdp
+from ntkdp import _mesh, _mesh_eigh, _moments, stochastic_flow
+from ntkdp._stepping import Stepping
+
+slow = pytest.mark.slow
+EVERYTHING = jnp.concatenate([X, TEST_X])
+
+
+def symmetric_matrix(kind: str, n: int) -> np.ndarray:
+    square = np.random.default_rng(0).normal(size=(n, n))
+    if kind == "singular":
+        return square[:, : n // 3] @ square[:, : n // 3].T
+    if kind == "decaying":
+        basis, _ = np.linalg.qr(square)
+        decaying = (basis * 10.0 ** -np.linspace(0, 14, n)) @ basis.T
+        return (decaying + decaying.T) / 2
+    if kind == "of one value":
+        return np.eye(n)
+    return (square + square.T) / 2
+
+
+@pytest.mark.parametrize("kind", ["singular", "decaying", "indefinite", "of one value"])
+@pytest.mark.parametrize(("n_devices", "own"), [(8, 5), (3, 1), (2, 12), (1, 7)])
+def test_eigenvalues_of_a_matrix_in_parts(kind: str, n_devices: int, own: int) -> None:
+    matrix = symmetric_matrix(kind, n_devices * own)
+    mesh = _mesh.as_mesh(mesh_of(n_devices))
+    assert mesh is not None
+    values, vectors = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
+    parts = [shard.data.shape for shard in vectors.addressable_shards]
+    assert parts == [(own, n_devices * own)] * n_devices
+    values, vectors = np.asarray(values), np.asarray(vectors)
+    size = np.linalg.norm(matrix, 2)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-13 * size)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, matrix, rtol=0, atol=1e-13 * size)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(matrix)), rtol=0, atol=1e-12)
+
+
+def test_eigenvalues_in_single_precision() -> None:
+    matrix = symmetric_matrix("indefinite", 16).astype(np.float32)
+    mesh = _mesh.as_mesh(mesh_of(4))
+    assert mesh is not None
+    values, vectors = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
+    assert values.dtype == vectors.dtype == jnp.float32
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])
+def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
+    found, expected = (
+        stochastic_flow.final_outputs(
+            flow(kind, mesh),
+            OUTPUTS,
+            learning_rates=[0.5],
+            clip_norms=[0.3],
+            noise_multipliers=1.0,
+            steps=3,
+            noise_kernel=kernel(kind, None, EVERYTHING),
+            key=jax.random.key(1),
+        )
+        for mesh in (mesh_of(8), None)
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("kind", "sample_rate"), [("by layer", 0.5), ("infinite", 1.0)])
+def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> None:
+    settings: dict[str, Any] = {
+        "sample_rate": sample_rate,
+        "key": jax.random.split(jax.random.key(1), 3),
+    }
+    found, expected = (
+        (
+            stochastic_flow.ensemble(
+                of,
+                OUTPUTS[0],
+                learning_rate=0.5,
+                steps=4,
+                noise_multiplier=1.0,
+                outputs=True,
+                **settings,
+            ),
+            stochastic_flow.final_outputs(
+                of,
+                OUTPUTS[0],
+                learning_rates=[0.1, 0.5],
+                clip_norms=[1.0, 0.3],
+                noise_multipliers=1.0,
+                steps=4,
+                **settings,
+            ),
+        )
+        for of in (flow(kind, mesh_of(8), test=False), flow(kind, None, test=False))
+    )
+    assert_same(found, expected)
+
+
+MOMENTS = {
+    "whole": ("whole", {}),
+    "by layer, test points": ("by layer", {"sample_rate": 0.5}),
+    "infinite, test points": ("infinite", {}),
+    "a few modes": ("infinite", {"rank": 9, "sample_rate": 0.5}),
+    "a few modes by layer": ("by layer", {"rank": 20}),
+    "a few modes of sampling": ("whole", {"rank": 20, "sample_rate": 0.5, "noise_multiplier": 0.0}),
+}
+
+
+FAST = ("whole", "a few modes")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FAST else slow) for name in MOMENTS],
+)
+def test_moments_are_those_of_one_device(name: str) -> None:
+    kind, options = MOMENTS[name]
+    options = {"noise_multiplier": 0.5, "outputs": True, **options}
+    test = "test" in name or "modes" in name
+    if test and options["noise_multiplier"]:
+        options["noise_kernel"] = kernel(kind, None, EVERYTHING)
+    start = OUTPUTS if test else OUTPUTS[0]
+    found, expected = (
+        (
+            stochastic_flow.moments(of, start, learning_rate=0.5, steps=3, **options),
+            stochastic_flow.moment_flow(of, start, [0.0, 0.5], learning_rate=0.5, **options)
+            if name == "infinite, test points"
+            else None,
+        )
+        for of in (flow(kind, mesh_of(8), test=test), flow(kind, None, test=test))
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
+    n = 128
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 4)))
+    model = ntkdp.models.mlp([8], 1, activation="erf")
+    rule = ntkdp.clipping.Abadi(0.3)
+
+    def needed(n_devices: int) -> dict[str, int]:
+        mesh = mesh_of(n_devices)
+        of = ntkdp.KernelFlow(
+            ntkdp.infinite_ntk(model, x, mesh=mesh),
+            jnp.sin(x[:, :1]),
+            ntkdp.losses.SquaredError(),
+            rule,
+            mesh=mesh,
+        )
+        settings = (0.5, 1.0, None, False, rank)
+        closure, mean = _moments._closure(of, jnp.zeros((n, 1)), *settings)
+        step = (
+            _moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, False)
+            .compile()
+            .compiled.memory_analysis()
+        )
+        return {
+            "form": bytes_on_first_device(eqx.filter(closure.form, eqx.is_array)),
+            "steps": step.argument_size_in_bytes + step.temp_size_in_bytes,
+        }
+
+    one, many = needed(1), needed(8)
+    for what in one:
+        # What is small is whole on each: means, points of integration, what the modes do.
+        assert many[what] < one[what] / 5, (what, one, many)
+
+
+def test_memory_of_a_root_falls_with_the_devices() -> None:
+    matrix = symmetric_matrix("decaying", 256)
+
+    def needed(n_devices: int) -> int:
+        mesh = _mesh.as_mesh(mesh_of(n_devices))
+        assert mesh is not None
+        found = _mesh_eigh.eigh.lower(mesh, _mesh.spread(mesh, matrix)).compile().memory_analysis()
+        return int(
+            found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        )
+
+    assert needed(8) < needed(1) / 5

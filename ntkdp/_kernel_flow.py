@@ -1,8 +1,10 @@
 """The flow of the outputs under a frozen kernel."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -92,44 +94,46 @@ class KernelFlow(Flow):
         self.clipping = check_clipping(clipping)
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
         terms = _terms(kernel, clipping, "kernel", mesh)
-        n_groups, n, columns = terms.shape[:3]
+        n_groups, n, columns, *blocks = _shape(terms, clipping)
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
         clipping.check_groups(n_groups)
         targets = _validate.array(targets=targets)
-        n_outputs = terms.shape[3] if terms.ndim == 5 else self.loss.n_outputs(targets)
+        n_outputs = blocks[0] if blocks else self.loss.n_outputs(targets)
         self.n_outputs = n_outputs
         targets = check_targets(self.loss, targets, n, n_outputs, "targets")
         self.targets = _mesh.everywhere(mesh, targets)
-        self.diagonal = _diagonal(terms, mesh)
-        self.operator = self.drive = _as_operator(terms)
+        layered = clipping.scope == "layerwise"
+        self.diagonal = _diagonal(terms, layered, mesh)
+        self.operator = self.drive = _as_operator(terms, layered, mesh)
         self.preconditioned = preconditioned_kernel is not None
         if preconditioned_kernel is not None:
             _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
             driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel", mesh)
             if driving.shape != terms.shape:
                 raise ValueError(
-                    f"preconditioned_kernel must have the shape of kernel, {terms.shape[1:]}, "
-                    f"got {driving.shape[1:]}"
+                    "preconditioned_kernel must have the shape of kernel, "
+                    f"{(n, columns, *blocks)}, got {_shape(driving, clipping)[1:]}"
                 )
-            self.drive = _as_operator(driving)
+            self.drive = _as_operator(driving, layered, mesh)
         self.test_drive = self.test_targets = None
         if test_kernel is None and test_targets is not None:
             raise ValueError("test_targets need a test_kernel, got test_kernel=None")
         if test_kernel is not None:
             _check_names(kernel, test_kernel, "test_kernel")
             test_terms = _terms(test_kernel, clipping, "test_kernel", mesh)
-            if test_terms.shape[:1] + test_terms.shape[2:] != terms.shape[:1] + terms.shape[2:]:
+            test_groups, m, *rest = _shape(test_terms, clipping)
+            if (test_groups, *rest) != (n_groups, columns, *blocks):
                 raise ValueError(
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
-                    f"{terms.shape}, got {test_terms.shape}"
+                    f"{(n_groups, n, columns, *blocks)}, got {(test_groups, m, *rest)}"
                 )
-            self.test_drive = _as_operator(test_terms)
+            self.test_drive = _as_operator(test_terms, layered, mesh)
             if test_targets is not None:
                 test_targets = check_targets(
                     self.loss,
                     test_targets,
-                    test_terms.shape[1],
+                    m,
                     n_outputs,
                     "test_targets",
                 )
@@ -247,39 +251,62 @@ def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Ar
 
 
 def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Array:
-    """Terms ``(R, m, n, K, K)`` or ``(R, m, n)`` as the scope needs them: flat, their sum."""
+    """Terms as the scope needs them: layerwise with an axis of groups, flat their sum without."""
+    layered = rule.scope == "layerwise"
     if isinstance(kernel, LayerwiseKernel):
-        values = kernel.values if rule.scope == "layerwise" else kernel.total[None]
-    elif rule.scope == "layerwise":
+        values = kernel.values if layered else kernel.total
+    elif layered:
         raise ValueError(
             f"{name} must be a LayerwiseKernel with scope='layerwise', got an array without layer "
             "terms; use layerwise_ntk or layerwise_infinite_ntk"
         )
     else:
-        values = _validate.array(**{name: kernel})[None]
-    if values.ndim not in (3, 5) or 0 in values.shape:
+        values = _validate.array(**{name: kernel})
+    if values.ndim - layered not in (2, 4) or 0 in values.shape:
         raise ValueError(
             f"{name} must have shape (m, n, K, K), or (m, n) meaning (x) I_K, not empty, "
-            f"got {values.shape[1:]}"
+            f"got {values.shape[layered:]}"
         )
-    if values.ndim == 5 and values.shape[3] != values.shape[4]:
-        raise ValueError(f"{name} must have square K x K blocks, got {values.shape[3:]}")
+    _, rows, _, *blocks = _shape(values, rule)
+    if blocks and blocks[0] != blocks[1]:
+        raise ValueError(f"{name} must have square K x K blocks, got {tuple(blocks)}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.result_type(float))
-    _mesh.check_divides(mesh, **{name: values.shape[1]})
-    return _validate.finite(**{name: _mesh.spread(mesh, values, axis=1)})
+    _mesh.check_divides(mesh, **{name: rows})
+    return _validate.finite(**{name: _mesh.spread(mesh, values, axis=int(layered))})
 
 
-def _diagonal(terms: Array, mesh: Mesh | None) -> Array:
+def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
+    """``(R, m, n, K, K)`` or ``(R, m, n)``; flat, R = 1."""
+    return terms.shape if rule.scope == "layerwise" else (1, *terms.shape)
+
+
+# Compiled, so that no copy is made but the result.
+@partial(jax.jit, static_argnums=(1, 2))
+def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
-    n = terms.shape[1]
+    by_group = terms if layered else terms[None]
+    n = by_group.shape[1]
 
     def of_rows(rows: Array) -> Array:
         own = _mesh.own_part(mesh, n) + jnp.arange(rows.shape[1])
         return rows[:, jnp.arange(rows.shape[1]), own]
 
-    blocks: Array = _mesh.everywhere(mesh, _mesh.over_samples(of_rows, mesh, (1,), 1)(terms))
+    blocks: Array = _mesh.everywhere(mesh, _mesh.over_samples(of_rows, mesh, (1,), 1)(by_group))
     return blocks
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _as_operator(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
+    """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``, for a single product a step."""
+    by_group = terms if layered else terms[None]
+    if by_group.ndim == 3:
+        matrix = jnp.moveaxis(by_group, 0, 1).reshape(by_group.shape[1], -1)
+    else:
+        rows = by_group.shape[1] * by_group.shape[3]
+        matrix = jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
+    operator: Array = _mesh.spread(mesh, matrix)
+    return operator
 
 
 def _check_names(kernel: Any, other: Any, name: str) -> None:
@@ -288,11 +315,3 @@ def _check_names(kernel: Any, other: Any, name: str) -> None:
         raise ValueError(
             f"{name} must have the groups of kernel, {kernel.names}, got {other.names}"
         )
-
-
-def _as_operator(terms: Array) -> Array:
-    """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``, for a single product a step."""
-    if terms.ndim == 3:
-        return jnp.moveaxis(terms, 0, 1).reshape(terms.shape[1], -1)
-    rows = terms.shape[1] * terms.shape[3]
-    return jnp.transpose(terms, (1, 3, 0, 2, 4)).reshape(rows, -1)

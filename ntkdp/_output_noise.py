@@ -3,11 +3,12 @@
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _mesh_eigh, _validate, privacy
+from ntkdp import _followed_points, _mesh, _mesh_eigh, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
 from ntkdp._weight_noise import deviations
@@ -36,44 +37,48 @@ def noise_covariance(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
             "function of the kernels"
         )
-    terms = _noise_terms(flow, noise_kernel)
-    return _as_matrix(jnp.tensordot((stds**2).astype(terms.dtype), terms, axes=1))
+    if noise_kernel is not None:
+        return _weighted(_given_terms(flow, noise_kernel), stds**2)
+    if flow.test_drive is not None:
+        raise ValueError(
+            "noise_kernel must be the kernel of train and test points with each other, since "
+            "the flow has a test_kernel, got None"
+        )
+    return _weighted_of_flow(flow, stds**2)
 
 
-def _noise_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
-    """Terms of the kernel over all points that are followed."""
-    own = flow.terms()
-    if noise_kernel is None:
-        if flow.test_drive is not None:
-            raise ValueError(
-                "noise_kernel must be the kernel of train and test points with each other, since "
-                "the flow has a test_kernel, got None"
-            )
-        return own
+def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
+    """Terms of a given kernel over all points that are followed, checked."""
     if isinstance(noise_kernel, LayerwiseKernel):
         layered = flow.clipping.scope == "layerwise"
         terms = noise_kernel.values if layered else noise_kernel.total[None]
     else:
         terms = _validate.array(noise_kernel=noise_kernel)[None]
-    followed = own.shape[1]
-    if flow.test_drive is not None:
-        per_row = 1 if own.ndim == 3 else own.shape[-1]
-        followed += flow.test_drive.shape[0] // per_row
-    expected = (own.shape[0], followed, followed, *own.shape[3:])
+    followed = _followed_points.of_flow(flow).n_points
+    expected = (flow.diagonal.shape[0], followed, followed, *flow.diagonal.shape[2:])
     if terms.shape != expected:
         raise ValueError(
             f"noise_kernel must have terms of shape {expected}, train before test, "
             f"got {terms.shape}"
         )
     finite: Array = _validate.finite(noise_kernel=terms)
-    return finite.astype(own.dtype)
+    return finite.astype(flow.operator.dtype)
 
 
-def _as_matrix(kernel: Array) -> Array:
+# Compiled, so that no copy is made but the result.
+@jax.jit
+def _weighted(terms: Array, weights: Float[Array, " R"]) -> Float[Array, "N N"]:
+    """Weighted sum of the terms of a kernel, as a matrix."""
+    kernel = jnp.tensordot(weights.astype(terms.dtype), terms, axes=1)
     if kernel.ndim == 2:
         return kernel
     rows = kernel.shape[0] * kernel.shape[2]
     return jnp.transpose(kernel, (0, 2, 1, 3)).reshape(rows, rows)
+
+
+@eqx.filter_jit
+def _weighted_of_flow(flow: KernelFlow, weights: Float[Array, " R"]) -> Float[Array, "N N"]:
+    return _weighted(flow.terms(), weights)
 
 
 def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[Array, "N N"]:

@@ -17,6 +17,9 @@ import numpy as np
 
 from ntkdp._types import Array, is_traced
 
+#: Entries from which on an array is looked at where it is, without a copy on the host.
+_LARGE = 2**20
+
 
 def _single(named: dict[str, Any]) -> tuple[str, Any]:
     ((name, value),) = named.items()
@@ -145,7 +148,8 @@ def finite(**named: Any) -> Any:
             continue
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
             continue  # PRNG keys
-        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        large = np.size(leaf) > _LARGE
+        if isinstance(leaf, jax.Array) and (large or len(leaf.sharding.device_set) > 1):
             bad = int(jnp.sum(~jnp.isfinite(leaf)))  # where it is: no host might hold it
         else:
             array = np.asarray(leaf)

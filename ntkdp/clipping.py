@@ -26,6 +26,7 @@ so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm 
 A factor beyond the dtype of the norms is its largest number.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -33,6 +34,7 @@ from typing import Any, ClassVar, Literal
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ntkdp import _validate
 from ntkdp._types import Array, Float, as_constant, is_traced
@@ -176,7 +178,11 @@ class ClippingRule(eqx.Module):
         if self.scope == "flat":
             return self.R if is_traced(self.R) else float(self.R)
         R = self.group_norms(n_groups)
-        return jnp.sqrt(jnp.sum(R**2)) if is_traced(R) else float(np.sqrt(np.sum(np.square(R))))
+        if not is_traced(R):
+            return math.hypot(*R)
+        # Scaled, as hypot does it: squares may leave the range of the dtype.
+        largest = lax.stop_gradient(jnp.max(R))
+        return largest * jnp.sqrt(jnp.sum((R / largest) ** 2))
 
     def group_norms(self, n_groups: int) -> Any:
         """R of each group, shape ``(n_groups,)``."""

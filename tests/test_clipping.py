@@ -260,6 +260,20 @@ def test_one_sample_moves_the_clipped_sum_by_the_sensitivity(name: str, scope: s
     assert largest[1] >= 2 * (1 - 1e-6) * floor
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_sensitivities_at_the_ends_of_the_range(scale: float) -> None:
+    """Of thresholds whose squares are not numbers; with its slopes, if they are traced."""
+
+    def sensitivity(R: Any) -> Any:
+        return Abadi(R, scope="layerwise").sensitivity(2)
+
+    R = scale * np.array([3.0, 4.0])
+    assert sensitivity(R) == pytest.approx(5 * scale, rel=1e-15)
+    assert sensitivity(scale) == pytest.approx(math.sqrt(2) * scale, rel=1e-15)
+    np.testing.assert_allclose(jax.jit(sensitivity)(R), 5 * scale, rtol=1e-15)
+    np.testing.assert_allclose(jax.jit(jax.grad(sensitivity))(R), [0.6, 0.8], rtol=1e-15)
+
+
 def test_batch_and_no_clipping_bound_no_sample() -> None:
     for rule in (Batch(1.0), NoClipping(), Batch(1.0, scope="layerwise")):
         assert rule.sensitivity(3) == np.inf

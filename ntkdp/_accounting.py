@@ -22,6 +22,8 @@ _LARGEST_PLD_EPSILON = 1e6
 #: The grid is refined until epsilon moves by less than this.
 _RELATIVE_CHANGE = 1e-3
 _REFINEMENTS = 9
+#: Steps that are composed in one round, and the mass of the tails that a round cuts off.
+_AT_ONCE, _TAIL = 10_000, 1e-15
 #: The same for a first search, and how often its outcome is corrected.
 _ROUGH_CHANGE, _CORRECTIONS = 0.05, 6
 #: A Gaussian mechanism of this noise has a Renyi divergence of order a of 1e-14 a.
@@ -64,11 +66,10 @@ def composed_epsilon_of(
     bound = float(_rdp(mechanisms).get_epsilon(delta))
     if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON:
         return bound
-    return _refined(
-        lambda interval: _pld(mechanisms, interval).get_epsilon(delta),
-        bound,
-        change,
+    refined = _refined(
+        lambda interval: _pld(mechanisms, interval).get_epsilon_for_delta(delta), bound, change
     )
+    return min(bound, refined)
 
 
 def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
@@ -93,7 +94,7 @@ def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str
     if bound > _LARGEST_PLD_EPSILON:
         return 1.0
     return _refined(
-        lambda interval: _pld([(sigma, q, steps)], interval).get_delta(epsilon),
+        lambda interval: _pld([(sigma, q, steps)], interval).get_delta_for_epsilon(epsilon),
         bound,
         10 * _RELATIVE_CHANGE,
         _SMALLEST_DELTA,
@@ -134,12 +135,30 @@ def _refined(
 
 
 def _pld(mechanisms: Iterable[Mechanism], interval: float) -> Any:
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
 
-    accountant = PLDAccountant(value_discretization_interval=interval)
+    total = identity(interval)
     for sigma, q, steps in mechanisms:
-        accountant.compose(_event(sigma, q), steps)
-    return accountant
+        if q == 1:  # As a single step of less noise.
+            sigma, steps = sigma / math.sqrt(steps), 1
+        one = from_gaussian_mechanism(
+            sigma, sampling_prob=q, value_discretization_interval=interval
+        )
+        total = total.compose(_composed(one, steps))
+    return total
+
+
+def _composed(one: Any, steps: int) -> Any:
+    """A distribution of privacy losses, added up over steps.
+
+    In rounds: of very many steps at once dp-accounting raises the number of losses to the power of
+    the steps to learn that it is large, and keeps far more of the tails than they need.
+    """
+    rounds, rest = divmod(steps, _AT_ONCE)
+    if rounds == 0 or steps == _AT_ONCE:
+        return one.self_compose(steps, _TAIL)
+    total = _composed(one.self_compose(_AT_ONCE, _TAIL / rounds), rounds)
+    return total.compose(one.self_compose(rest, _TAIL)) if rest else total
 
 
 def _rdp(mechanisms: Iterable[Mechanism]) -> Any:

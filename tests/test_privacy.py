@@ -4,18 +4,21 @@ import json
 import math
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import typer
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 from typer.testing import CliRunner
 
-from ntkdp import _privacy_command, privacy
+from ntkdp import _accounting, _privacy_command, privacy
 
 MNIST = (256 / 60000, 14063, 1e-5)
 SNLI = (32 / 550152, 51576, 1 / 550152)
@@ -130,6 +133,43 @@ def test_many_weak_steps_reach_the_central_limit() -> None:
         found = privacy.epsilon(sigma, q, steps, delta)
         gaps.append(found / privacy.gaussian_dp(sigma, q, steps, delta).epsilon - 1)
     assert gaps[0] > 4 * gaps[1] > 0
+
+
+def delta_of_many(sigma: float, q: float, steps: int, epsilon: float) -> float:
+    """Delta of subsampled steps from the characteristic function of their loss, nothing rounded."""
+    x = np.linspace(-14 * sigma, 1 + 14 * sigma, 4001)
+    ratio = np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2)))
+    without = stats.norm.pdf(x, 0, sigma) * (x[1] - x[0])
+    found = []
+    for loss, weights in ((ratio, without * np.exp(ratio)), (-ratio, without)):
+        deviation = math.sqrt(steps * float(weights @ loss**2))
+        w = np.linspace(0, 9 / deviation, 801)
+        of_sum = np.exp(steps * np.log1p(np.expm1(1j * np.outer(w, loss)) @ weights))
+        above = np.linspace(epsilon, epsilon + 12 * deviation, 1201)
+        waves = np.exp(-1j * np.outer(above, w)) * of_sum
+        density = integrate.trapezoid(waves.real, w) / np.pi
+        found.append(float(integrate.trapezoid(-np.expm1(epsilon - above) * density, above)))
+    return max(found)
+
+
+def test_millions_of_weak_steps_take_seconds() -> None:
+    mechanism, delta = (10.0, 1e-5, 10**7), 1e-5
+    begun = time.process_time()
+    found = privacy.epsilon(*mechanism, delta)
+    assert time.process_time() - begun < 30
+    assert found < privacy.epsilon(*mechanism, delta, "rdp")
+    assert delta_of_many(*mechanism, found) < delta < delta_of_many(*mechanism, 0.98 * found)
+
+
+@pytest.mark.parametrize("steps", [10_000, 20_000, 123_457])
+def test_steps_in_rounds_are_those_at_once(steps: int) -> None:
+    sigma, q, interval = 1.3, 1e-3, 2e-3
+    event = PoissonSampledDpEvent(q, GaussianDpEvent(sigma))
+    at_once = PLDAccountant(value_discretization_interval=interval).compose(event, steps)
+    found = _accounting._pld([(sigma, q, steps)], interval)
+    for delta in (1e-3, 1e-6):
+        expected = at_once.get_epsilon(delta)
+        assert found.get_epsilon_for_delta(delta) == pytest.approx(expected, rel=1e-6)
 
 
 mechanisms = st.tuples(st.floats(0.6, 20.0), st.floats(0.001, 1.0), st.integers(1, 300))

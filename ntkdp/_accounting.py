@@ -154,9 +154,9 @@ def _composed(one: Any, steps: int) -> Any:
     In rounds: of very many steps at once dp-accounting raises the number of losses to the power of
     the steps to learn that it is large, and keeps far more of the tails than they need.
     """
-    rounds, rest = divmod(steps, _AT_ONCE)
-    if rounds == 0 or steps == _AT_ONCE:
+    if steps <= _AT_ONCE:
         return one.self_compose(steps, _TAIL)
+    rounds, rest = divmod(steps, _AT_ONCE)
     total = _composed(one.self_compose(_AT_ONCE, _TAIL / rounds), rounds)
     return total.compose(one.self_compose(rest, _TAIL)) if rest else total
 

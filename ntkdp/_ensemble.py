@@ -1,4 +1,4 @@
-"""Noisy runs drawn from a kernel, hundreds in one batched product."""
+"""Noisy runs of the linearised model, drawn from its kernel or without one."""
 
 from typing import Any
 
@@ -8,37 +8,68 @@ import jax.numpy as jnp
 
 from ntkdp import _mesh, _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
 from ntkdp._stepping import Stepping
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
+from ntkdp._weight_noise import deviations
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements
 
 
-class _Noise(eqx.Module):
-    """What a step draws: noise of the outputs, a factor of its covariance, and the batch."""
+class _OutputNoise(eqx.Module):
+    """Noise of the outputs, through a factor of its covariance."""
 
-    factor: Float[Array, "N N"] | None
+    factor: Float[Array, "N N"]
     divisor: Any
-    sample_rate: float = eqx.field(static=True)
     per_output: bool = eqx.field(static=True)
 
-    def velocity(self, flow: KernelFlow, state: Any, key: PRNGKeyArray) -> Any:
-        """The step over the learning rate."""
-        of_batch, of_noise = jax.random.split(key)
-        train, _ = state
+    def draw(self, flow: KernelFlow, drift: Any, key: PRNGKeyArray) -> Any:
+        """What a step adds to the velocity of train and test outputs."""
+        train, test = drift
         n, n_outputs = train.shape
-        weights = None
-        if self.sample_rate < 1:
-            drawn = jax.random.bernoulli(of_batch, self.sample_rate, (n,))
-            weights = drawn.astype(train.dtype) / self.sample_rate
-        d_train, d_test = flow.velocity(state, weights)
-        if self.factor is None:
-            return d_train, d_test
         columns = n_outputs if self.per_output else 1
-        z = jax.random.normal(of_noise, (self.factor.shape[0], columns), train.dtype)
+        z = jax.random.normal(key, (self.factor.shape[0], columns), train.dtype)
         moved: Array = _mesh.everywhere(flow.mesh, self.factor @ z)
         noise = moved.reshape(-1, n_outputs) / self.divisor
-        return d_train + noise[:n], None if d_test is None else d_test + noise[n:]
+        return noise[:n], None if test is None else noise[n:]
+
+
+class _WeightNoise(eqx.Module):
+    """Noise of the weights, of its own deviation in each leaf."""
+
+    deviations: list[Array]
+
+    def draw(self, flow: Any, drift: Any, key: PRNGKeyArray) -> Any:
+        """What a step adds to the velocity of the weights."""
+        leaves, treedef = jax.tree.flatten(drift)
+        # Noise of a gradient that is descended, with a key a leaf: what a run would draw.
+        noise = [
+            -deviation.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype)
+            for deviation, leaf, own in zip(
+                self.deviations, leaves, jax.random.split(key, len(leaves)), strict=True
+            )
+        ]
+        return jax.tree.unflatten(treedef, noise)
+
+
+class _Noise(eqx.Module):
+    """What a step draws: the batch, and noise of what moves."""
+
+    added: _OutputNoise | _WeightNoise | None
+    sample_rate: float = eqx.field(static=True)
+
+    def velocity(self, flow: Any, state: Any, key: PRNGKeyArray) -> Any:
+        """The step over the learning rate."""
+        of_batch, of_noise = jax.random.split(key)
+        weights = None
+        if self.sample_rate < 1:
+            drawn = jax.random.bernoulli(of_batch, self.sample_rate, flow.targets.shape[:1])
+            dtype = jnp.result_type(*jax.tree.leaves(state))
+            weights = drawn.astype(dtype) / self.sample_rate
+        drift = flow.velocity(state, weights)
+        if self.added is None:
+            return drift
+        return jax.tree.map(jnp.add, drift, self.added.draw(flow, drift, of_noise))
 
 
 def ensemble(
@@ -56,14 +87,15 @@ def ensemble(
     progress: Any = False,
     key: Any,
 ) -> Trajectory:
-    r"""Draw noisy runs from a kernel: the law of DP-SGD on the linearised model.
+    r"""Draw noisy runs, from a kernel or without one: the law of DP-SGD on the linearised model.
 
     Parameters
     ----------
-    flow : KernelFlow
-        Kernel, targets, loss and clipping; without a preconditioner.
-    initial : array or pair
-        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel.
+    flow : KernelFlow or LinearisedFlow
+        Kernel or linearised model, targets, loss and clipping; without a preconditioner.
+    initial : array, pair or pytree
+        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel; parameters for a
+        LinearisedFlow.
     learning_rate : float or optax schedule
         Step size of the reduced loss's gradient.
     steps : int
@@ -76,7 +108,8 @@ def ensemble(
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
-        with noise if the flow has a test kernel, since the same noise moves both.
+        with noise if the flow has a test kernel, since the same noise moves both. None with a
+        LinearisedFlow, whose weights the noise moves.
     noise_per_group : bool
         Layerwise only: noise of group r in proportion to its own R_r, as in ``dp_sgd.run``.
     record_every : int
@@ -101,8 +134,11 @@ def ensemble(
     Notes
     -----
     *Derived* from the step of DP-SGD; exact in law for a model that is linear in its parameters, at
-    any step size. Full covariance: memory and, once, time of the eigenvalues of an
-    ``(n K, n K)`` matrix, or ``(n, n)`` if the kernel means ``(x) I_K``.
+    any step size. A KernelFlow draws hundreds in one batched product, with the full covariance:
+    memory and, once, time of the eigenvalues of an ``(n K, n K)`` matrix, or ``(n, n)`` if the
+    kernel means ``(x) I_K``. A LinearisedFlow takes for each run the memory of its weights and a
+    batch, and a velocity over all samples a step, with Poisson sampling too; with the same key it
+    is, but for rounding, the run that ``dp_sgd.run`` makes of the linearised model.
 
     Examples
     --------
@@ -115,8 +151,8 @@ def ensemble(
     >>> runs.loss.shape
     (100, 4)
     """
-    if not isinstance(flow, KernelFlow):
-        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    if not isinstance(flow, KernelFlow | LinearisedFlow):
+        raise TypeError(f"flow must be a KernelFlow or a LinearisedFlow, got {type(flow).__name__}")
     stepping = Stepping(learning_rate, steps, record_every)
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
@@ -128,18 +164,36 @@ def ensemble(
 
 
 def noise_of_step(
-    flow: KernelFlow, noise_multiplier: Any, sample_rate: Any, noise_kernel: Any, per_group: bool
+    flow: KernelFlow | LinearisedFlow,
+    noise_multiplier: Any,
+    sample_rate: Any,
+    noise_kernel: Any,
+    per_group: bool,
 ) -> _Noise:
     """What a step draws, checked against the flow."""
     sample_rate, divisor = sampling(flow, sample_rate)
-    covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
-    factor = None if covariance is None else square_root(covariance, flow.mesh)
-    return _Noise(factor, divisor, sample_rate, flow.diagonal.ndim == 2)
+    added: _OutputNoise | _WeightNoise | None = None
+    if isinstance(flow, LinearisedFlow):
+        if noise_kernel is not None:
+            raise ValueError(
+                "noise_kernel must be None with a LinearisedFlow, whose noise is that of the "
+                f"weights and moves the outputs with them, got {type(noise_kernel).__name__}"
+            )
+        groups = flow.weight_groups()
+        stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
+        if bool(jnp.any(stds > 0)):
+            added = _WeightNoise([stds[group] / divisor for group in groups.leaf_to_group])
+    else:
+        covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
+        if covariance is not None:
+            factor = square_root(covariance, flow.mesh)
+            added = _OutputNoise(factor, divisor, flow.diagonal.ndim == 2)
+    return _Noise(added, sample_rate)
 
 
 @eqx.filter_jit
 def draw(
-    flow: KernelFlow,
+    flow: KernelFlow | LinearisedFlow,
     noise: _Noise,
     state: Any,
     per_seed: bool,

@@ -198,6 +198,9 @@ class KernelFlow(Flow):
     ) -> Float[Array, "R n K"]:
         """Clipped output gradients by term of the kernel, over n with the mean loss."""
         a = self.loss.output_gradient(train, self.targets)
+        if weights is not None:
+            # Those who are not drawn have no part in the norm of the sum either.
+            a = jnp.where(weights[:, None] > 0, a, 0.0)
         factors = self._factors(a)
         factors = factors[None] if factors.ndim == 1 else factors
         weighted = factors[:, :, None] * a[None]

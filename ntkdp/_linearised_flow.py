@@ -115,7 +115,7 @@ class LinearisedFlow(Flow):
         self.clipping = check_clipping(clipping)
         self.groups = groups
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
-        self.clipping.check_groups(self._resolve().size)
+        self.clipping.check_groups(self.weight_groups().size)
         x, outputs = check_model(apply_fn, params, x)
         n, n_outputs = outputs.shape
         _mesh.check_divides(mesh, x=n)
@@ -155,7 +155,8 @@ class LinearisedFlow(Flow):
         initial = _mesh.everywhere(self.mesh, initial)
         return jax.tree.map(lambda w, w0: (w - w0).astype(w0.dtype), initial, self.params)
 
-    def _resolve(self) -> _groups.Groups:
+    def weight_groups(self) -> _groups.Groups:
+        """Groups that are clipped apart; flat, all weights are one."""
         if self.clipping.scope == "flat":
             return _groups.resolve(self.params, lambda path: "all")
         return _groups.resolve(self.params, self.groups)
@@ -174,20 +175,29 @@ class LinearisedFlow(Flow):
         pushed: tuple[Array, Array] = jax.vmap(one)(x)
         return pushed
 
-    def _clip(self, displacement: Params) -> tuple[Params, Array, Array]:
-        """Sum of the clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
+    def _clip(
+        self, displacement: Params, weights: Array | None = None
+    ) -> tuple[Params, Array, Array]:
+        """Weighted sum of clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
         over_devices = _mesh.over_samples(
-            self._of_device, self.mesh, (None, None, 0, 0), (None, 0, 1)
+            self._of_device, self.mesh, (None, None, 0, 0, 0), (None, 0, 1)
         )
         found: tuple[Params, Array, Array] = over_devices(
-            displacement, self.params, self.x, self.targets
+            displacement, self.params, self.x, self.targets, weights
         )
         return found
 
     def _of_device(
-        self, displacement: Params, params: Params, x: Array, targets: Array
+        self,
+        displacement: Params,
+        params: Params,
+        x: Array,
+        targets: Array,
+        weights: Array | None,
     ) -> tuple[Params, Array, Array]:
-        groups = self._resolve()
+        groups = self.weight_groups()
+        if weights is None:
+            weights = jnp.ones(x.shape[0])
         total: Array | None = None
 
         def factors(norms: Array) -> Array:
@@ -197,10 +207,10 @@ class LinearisedFlow(Flow):
 
         samples = (displacement, params, x, targets)
         if self.clipping.needs_total_norm:
-            summed, _, _ = self._pass(*samples, groups, jnp.ones_like)
+            summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
             total = norms_of_sum(_mesh.total(self.mesh, summed), groups)
-        clipped, outputs, weights = self._pass(*samples, groups, factors)
-        return _mesh.total(self.mesh, clipped), outputs, weights
+        clipped, outputs, found = self._pass(*samples, weights, groups, factors)
+        return _mesh.total(self.mesh, clipped), outputs, found
 
     def _pass(
         self,
@@ -208,12 +218,14 @@ class LinearisedFlow(Flow):
         params: Params,
         x: Array,
         targets: Array,
+        weights: Array,
         groups: _groups.Groups,
-        weigh: Callable[[Array], Array],
+        rule: Callable[[Array], Array],
     ) -> tuple[Params, Array, Array]:
-        """Weighted sum of all gradients, outputs ``(n, K)`` and weights ``(R, n)`` (flat: R = 1).
+        """Weighted sum of all gradients, outputs ``(n, K)`` and factors ``(R, n)`` (flat: R = 1).
 
-        ``weigh`` maps the norms of a batch to its weights.
+        A gradient counts with the weight of its sample times the factor that ``rule`` makes of its
+        norm.
         """
         n = x.shape[0]
         structure = per_sample.trace(self.apply_fn, params, x)
@@ -230,25 +242,25 @@ class LinearisedFlow(Flow):
             )
             gradients = [per_sample.for_norms(factor) for factor in gradients]
             squares = grouped_squared_norms(gradients, groups, rows.shape[0])
-            weights = weigh(clipping.norms_from_squares(squares))
+            factors = rule(clipping.norms_from_squares(squares))
             # What fills up the last batch is not counted again.
-            used = jnp.where(index < n, weights, 0.0)
+            used = factors * jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
             more = weighted_sums(gradients, used, groups, leaves)
             sums = [total + one for total, one in zip(sums, more, strict=True)]
-            return sums, (f + moved, weights)
+            return sums, (f + moved, factors)
 
         zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-        sums, (outputs, weights) = lax.scan(batch, zeros, _batches(n, self.batch_size))
-        weights = jnp.moveaxis(weights, 1, 0).reshape(groups.size, -1)
+        sums, (outputs, factors) = lax.scan(batch, zeros, _batches(n, self.batch_size))
+        factors = jnp.moveaxis(factors, 1, 0).reshape(groups.size, -1)
         return (
             jax.tree.unflatten(treedef, sums),
             outputs.reshape(-1, outputs.shape[-1])[:n],
-            weights[:, :n],
+            factors[:, :n],
         )
 
-    def velocity(self, state: Params) -> Params:
-        """Time derivative of the parameters."""
-        clipped, _, _ = self._clip(state)
+    def velocity(self, state: Params, weights: Array | None = None) -> Params:
+        """Time derivative of the parameters; of a batch by ``weights`` of samples."""
+        clipped, _, _ = self._clip(state, weights)
         scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
         return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
 

@@ -18,7 +18,7 @@ from ntkdp.ntk import LayerwiseKernel
 _NEGATIVE = 1e-6
 
 
-def sampling(flow: KernelFlow, sample_rate: Any) -> tuple[float, float]:
+def sampling(flow: Any, sample_rate: Any) -> tuple[float, float]:
     """The sampling rate, and the divisor of the noisy sum."""
     rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
     return rate, rate * (flow.targets.shape[0] if flow.reduction == "mean" else 1)

@@ -1,4 +1,7 @@
-"""The kernel-free flow against DP-SGD of a linearised model, SciPy, and the flows with a kernel."""
+"""The kernel-free flow against DP-SGD of a linearised model, SciPy, and the flows with a kernel.
+
+With noise it is held to the very runs of DP-SGD, draw by draw, and in law to the kernel's ensemble.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import clipping, losses
+from ntkdp import clipping, losses, privacy, stochastic_flow
 
 N, M, K = 7, 3, 3
 SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
@@ -180,6 +183,105 @@ def test_recursion_is_training_of_the_linearised_model(name: str, rule: str, sco
     _assert_same(path, with_kernel, 1e-9)
     if rule == "abadi":  # else nothing would tell it from no rule, or from normalising
         assert 0 < float(jnp.min(path.clip_fraction)) < 1
+
+
+#: Problem, rule, scope, noise multiplier, noise by group, sampling rate.
+NOISY = [
+    ("mlp", "abadi", "flat", privacy.Budget(mu=8.0), False, 1.0),
+    ("plain", "automatic", "layerwise", 0.5, True, 0.6),
+]
+NOISY_SLOW = [
+    ("plain", "abadi", "layerwise", 0.4, False, 0.6),
+    ("cnn", "psac", "layerwise", 0.3, True, 1.0),
+    ("cnn", "global", "flat", 0.3, False, 0.3),
+    ("plain", "batch", "layerwise", 0.0, False, 0.6),
+    ("mlp", "none", "flat", 0.0, False, 0.3),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "scope", "sigma", "per_group", "sample_rate"),
+    NOISY + [pytest.param(*one, marks=pytest.mark.slow) for one in NOISY_SLOW],
+)
+def test_a_noisy_run_is_that_of_the_linearised_model_with_the_same_key(
+    name: str, rule: str, scope: str, sigma: Any, per_group: bool, sample_rate: float
+) -> None:
+    """To 1e-9, draw by draw, against plain DP-SGD: batches and the noise of every leaf."""
+    apply_fn, params, x, test_x = PROBLEMS[name]
+    chosen = _rule(rule, scope, params)
+    reduction: Any = "sum" if per_group else "mean"
+    options: dict[str, Any] = {
+        "learning_rate": lambda k: (0.05 if per_group else 0.5) / (1 + 0.1 * k),
+        "steps": 6,
+        "noise_multiplier": sigma,
+        "sample_rate": sample_rate,
+        "noise_per_group": per_group,
+        "record_every": 3,
+        "outputs": True,
+        "key": jax.random.split(jax.random.key(4), 2),
+    }
+    start = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    drawn = stochastic_flow.ensemble(
+        _flow(name, chosen, reduction=reduction, batch_size=3), start, **options
+    )
+    run = ntkdp.dp_sgd.run(
+        linearised(apply_fn, params),
+        start,
+        x,
+        LABELS,
+        SOFTMAX,
+        chosen,
+        reduction=reduction,
+        test_x=test_x,
+        test_targets=TEST_LABELS,
+        gradients="vmap",
+        **options,
+    )
+    _assert_same(drawn, run, 1e-9)
+    np.testing.assert_array_equal(drawn.times, run.times)
+    np.testing.assert_array_equal(drawn.steps, run.steps)
+    assert abs(float(run.loss[0, -1] / run.loss[1, -1]) - 1) > 1e-6
+
+
+@pytest.mark.parametrize(("scope", "sample_rate"), [("flat", 1.0), ("layerwise", 0.5)])
+def test_noisy_runs_have_the_law_of_the_ensemble_of_the_kernel(
+    scope: str, sample_rate: float
+) -> None:
+    """Mean and deviation of the final losses, train and test, at four standard errors."""
+    apply_fn, params, x, test_x = PROBLEMS["mlp"]
+    rule, seeds = _rule("abadi", scope, params), 400
+    options: dict[str, Any] = {"learning_rate": 0.5, "steps": 10, "noise_multiplier": 0.5}
+    options |= {"sample_rate": sample_rate, "record_every": 10}
+    without = stochastic_flow.ensemble(
+        _flow("mlp", rule), params, key=jax.random.split(jax.random.key(1), seeds), **options
+    )
+    kernel_flow, initial = _kernel_flow("mlp", rule)
+    everything = ntkdp.layerwise_ntk(apply_fn, params, jnp.concatenate([x, test_x]))
+    with_kernel = stochastic_flow.ensemble(
+        kernel_flow,
+        initial,
+        noise_kernel=everything,
+        key=jax.random.split(jax.random.key(2), seeds),
+        **options,
+    )
+    for field in ("loss", "test_loss"):
+        one, other = (np.asarray(getattr(path, field))[:, -1] for path in (without, with_kernel))
+        error = np.sqrt((one.var() + other.var()) / seeds)
+        assert abs(one.mean() - other.mean()) < 4 * error, field
+        # The standard error of the ratio of two deviations, by the fourth moment.
+        kurtosis = np.mean((other - other.mean()) ** 4) / other.var() ** 2
+        spread = np.sqrt((kurtosis - 1) / (2 * seeds))
+        assert abs(one.std() / other.std() - 1) < 4 * spread, field
+        # A third more noise would be seen.
+        assert 4 * spread < 1 / 3, field
+
+
+def test_a_noise_kernel_is_refused_where_there_is_no_kernel() -> None:
+    with pytest.raises(ValueError, match="noise_kernel must be None with a LinearisedFlow"):
+        stochastic_flow.ensemble(
+            _flow("mlp", clipping.Abadi(1.0)), PROBLEMS["mlp"][1], learning_rate=0.1, steps=1,
+            noise_multiplier=1.0, noise_kernel=jnp.eye(N), key=jax.random.key(0),
+        )  # fmt: skip
 
 
 @eqx.filter_jit

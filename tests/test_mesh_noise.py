@@ -64,6 +64,33 @@ def test_eigenvalues_in_single_precision() -> None:
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "per_group", "sample_rate"),
+    [(LAYERWISE, True, 0.5), pytest.param(FLAT, False, 1.0, marks=pytest.mark.slow)],
+)
+def test_noisy_runs_without_a_kernel_are_those_of_one_device(
+    rule: Any, per_group: bool, sample_rate: float
+) -> None:
+    found, expected = (
+        stochastic_flow.ensemble(
+            ntkdp.LinearisedFlow(
+                MODEL.apply, PARAMS, X, Y, LOSS, rule, test_x=TEST_X[:5], test_targets=TEST_Y[:5],
+                batch_size=batch_size, mesh=mesh,
+            ),
+            PARAMS,
+            learning_rate=0.5,
+            steps=4,
+            noise_multiplier=1.0,
+            noise_per_group=per_group,
+            sample_rate=sample_rate,
+            outputs=True,
+            key=jax.random.split(jax.random.key(1), 3),
+        )
+        for mesh, batch_size in ((mesh_of(8), 1), (None, None))
+    )  # fmt: skip
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])
 def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
     found, expected = (

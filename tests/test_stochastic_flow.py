@@ -156,6 +156,21 @@ def test_without_noise_it_is_the_recursion() -> None:
     np.testing.assert_array_equal(drawn.times, exact.times)
 
 
+def test_the_norm_of_the_sum_is_that_of_the_samples_drawn() -> None:
+    """Without noise only the batches are random, and the same key draws those of a run."""
+    params, x = problem(2)[0], jnp.asarray(problem(2)[1])
+    loss, rule, y = losses.SquaredError(), clipping.Batch(0.5), jnp.ones((N, 2))
+    options: dict[str, Any] = {"learning_rate": 0.3, "steps": 5, "sample_rate": 0.4}
+    options |= {"outputs": True, "key": jax.random.key(0)}
+    run = dp_sgd.run(linear, params, x, y, loss, rule, **options)
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, params, x), y, loss, rule)
+    drawn = stochastic_flow.ensemble(flow, linear(params, x), **options)
+    np.testing.assert_allclose(drawn.outputs, run.outputs, rtol=1e-10)
+    flow_of_weights = ntkdp.LinearisedFlow(linear, params, x, y, loss, rule, batch_size=4)
+    drawn = stochastic_flow.ensemble(flow_of_weights, params, **options)
+    np.testing.assert_allclose(drawn.outputs, run.outputs, rtol=1e-10)
+
+
 def test_a_flow_that_went_through_a_transformation_is_still_not_preconditioned() -> None:
     options: dict[str, Any] = {"learning_rate": 0.1, "steps": 2, "noise_multiplier": 0.01}
     again = jax.tree.map(lambda leaf: leaf * 1, one_sample())
@@ -188,7 +203,7 @@ def test_the_same_key_draws_the_same_and_a_schedule_is_followed() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"flow": None}, TypeError, "flow must be a KernelFlow"),
+        ({"flow": None}, TypeError, "flow must be a KernelFlow or a LinearisedFlow, got NoneType"),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive"),
         ({"noise_multiplier": -1.0}, ValueError, "noise_multiplier must be at least 0"),

@@ -22,7 +22,7 @@ import numpy as np
 
 import ntkdp
 from ntkdp import _mesh, _solve, dp_sgd
-from ntkdp._ensemble import noise_of_step
+from ntkdp._ensemble import draw, noise_of_step
 from ntkdp._files import replacing
 from ntkdp._stepping import Stepping
 
@@ -101,6 +101,16 @@ def solved(flow, params):
     )  # fmt: skip
 
 
+def drawn(flow, params):
+    """Peak of one noisy run."""
+    noise = noise_of_step(flow, 1.0, 1.0, None, False)
+    key = _mesh.everywhere(flow.mesh, jax.random.key(0))
+    stepping = Stepping(0.1, 100, 1)
+    return compiled_bytes(
+        draw.lower(flow, noise, flow.init(params), False, stepping, key, False, False)
+    )
+
+
 def kernel_memory(shape, devices, grouped, noise=False):
     """Peak of making a flow from the empirical kernel, noise included if it is asked for."""
     model, params, x, sizes = network(*shape)
@@ -141,7 +151,7 @@ def network_memory(name, shape, devices, noise=False):
         peak = solved(flow, params)
     else:
         flow = ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule, mesh=mesh)
-        peak = solved(flow, params)
+        peak = drawn(flow, params) if noise else solved(flow, params)
     return {**sizes, "n_devices": devices, "noise": noise}, name, peak
 
 
@@ -156,8 +166,10 @@ def memory():
         for devices in (1, DEVICES):
             found.append(network_memory("WeightFlow", shape, devices))
             found += [network_memory("DP-SGD", shape, devices, noise) for noise in (False, True)]
-            found.append(network_memory("LinearisedFlow", shape, devices))
-    found.append(network_memory("LinearisedFlow", IN_BATCHES, 1))
+            found += [
+                network_memory("LinearisedFlow", shape, devices, noise) for noise in (False, True)
+            ]
+    found += [network_memory("LinearisedFlow", IN_BATCHES, 1, noise) for noise in (False, True)]
     return found
 
 

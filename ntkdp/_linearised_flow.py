@@ -303,4 +303,4 @@ def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_output
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
     of_one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
-    return max(1, _memory.FACTOR_BYTES // max(of_one, 1))
+    return _memory.samples_at_once(of_one)

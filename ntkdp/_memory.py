@@ -34,6 +34,11 @@ def available_bytes() -> int:
     return max(available, 0)
 
 
+def samples_at_once(bytes_of_one: int) -> int:
+    """How many samples' gradients in factored form may be held at once, one or more."""
+    return max(1, FACTOR_BYTES // max(bytes_of_one, 1))
+
+
 def require(needed: int, what: str, ways_out: str) -> None:
     """Raise ``MemoryError`` unless ``needed`` bytes are there.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ntkdp import _progress, _validate
 from ntkdp._ensemble import draw, noise_of_step
-from ntkdp._flow import Reduction
+from ntkdp._flow import Flow, Reduction
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._phase import Phase, check_phases, steppings
 from ntkdp._solve import recursion, solve
@@ -314,6 +314,11 @@ def _one_a_phase(kernel: Any, phases: tuple[Phase, ...], name: str) -> list[Any]
 
 
 def _of_phase(kernel: Any, phase: Phase, name: str) -> Any:
+    if isinstance(kernel, Flow):
+        raise TypeError(
+            f"{name} must be a kernel, got a {type(kernel).__name__}: phases make flows of their "
+            "own; a LinearisedFlow is stepped by ensemble and recursion, in one phase"
+        )
     if kernel is None or phase.trainable is None:
         return kernel
     if not isinstance(kernel, LayerwiseKernel):

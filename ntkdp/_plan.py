@@ -9,8 +9,14 @@ from ntkdp import _memory, _validate
 
 #: Parameter-sized arrays at the peak of an adaptive solve: stages, states and trial states.
 _WEIGHT_STATES, _DISPLACEMENT_STATES = 14, 15
-#: The same of a run of DP-SGD, without and with noise.
-_RUN_STATES, _NOISY_RUN_STATES = 3, 7
+#: The same of a run of DP-SGD, without and with noise, and of a noisy run of the linearised model.
+_RUN_STATES, _NOISY_RUN_STATES, _NOISY_DISPLACEMENT_STATES = 3, 7, 8
+#: Sets of activations at the peak of a batch of several. If the size of a batch is not told, that
+#: of the activations alone is taken: with biases fewer samples pass, of as much memory together.
+_SETS, _SETS_IF_TOLD = 2, 3
+#: The same of a single batch, without and with noise: the compiler keeps all of it that does not
+#: depend on the displacement.
+_SINGLE_SETS, _NOISY_SINGLE_SETS = 8, 7
 #: Operations for the symmetric square root of a matrix, over the cube of its rows: 9 for the
 #: eigenvalues and vectors, 2 for their product.
 _SQUARE_ROOT = 11
@@ -99,6 +105,7 @@ def plan(
     memory: Any = None,
     flops: Any = None,
     noise: bool = False,
+    batch_size: int | None = None,
 ) -> Plan:
     r"""Memory and time of every method, from the size of a problem alone.
 
@@ -115,8 +122,10 @@ def plan(
       there are several devices, and :math:`2 N^2` a step and output;
     - *WeightFlow*: :math:`14 P + n (2A - d) / D` and :math:`6 n P`;
     - *LinearisedFlow*: :math:`15 P + n d / D + b (2A - d)` in batches of b samples that take
-      64 MiB, or of one; or :math:`15 P + n d / D + n (8A - 7d) / D` if all of a device pass at
-      once, so that more devices may take more each; and :math:`10 n P`;
+      64 MiB, or of one, and 3A - 2d for 2A - d if b is told; or
+      :math:`15 P + n d / D + n (8A - 7d) / D` if all of a device pass at once, so that more devices
+      may take more each; and :math:`10 n P`. A noisy run takes 8 P for 15 P, and 7A - 6d for
+      8A - 7d;
     - *DP-SGD*: :math:`3 P + n (3A - d) / D`, 7 P with noise, and :math:`6 n P`.
 
     Parameters
@@ -147,7 +156,12 @@ def plan(
     flops : float, optional
         Operations a second that each device sustains; without it there are no seconds.
     noise : bool
-        Whether runs are drawn with noise, which only kernels predict.
+        Whether runs are drawn with noise, which WeightFlow cannot. Figures are of one run; hundreds
+        share a kernel and its square root, while each takes its own with LinearisedFlow.
+    batch_size : int, optional
+        b, samples of a device that pass at once: the ``batch_size`` of a LinearisedFlow. By default
+        so many as A numbers a sample leave room for. Gradients of biases and convolutions need room
+        too: the flow may choose fewer, and take several times less where all would barely pass.
 
     Returns
     -------
@@ -232,11 +246,13 @@ def plan(
     contracted = pairs * (1 + k * k) * a + 2.0 * (n + m) * (k + 1) * p
     integrals = float(n + m) * n * r * (2 * inputs + _INTEGRALS)
     own = max(1.0, n / d)
-    batch_size = max(1.0, own / math.ceil(own * a * itemsize / _memory.FACTOR_BYTES))
-    # Of a single batch the compiler keeps all that does not depend on the displacement.
-    sets = 8 if batch_size == own else 2
-    batch = batch_size * (sets * (a - inputs) + inputs)
-    without_noise = "without noise" if noise else ""
+    sets = _SETS if batch_size is None else _SETS_IF_TOLD
+    if batch_size is None:
+        batch_size = _memory.samples_at_once(a * itemsize)
+    n_batches = math.ceil(own / _validate.count(batch_size=batch_size))
+    if n_batches == 1:
+        sets = _NOISY_SINGLE_SETS if noise else _SINGLE_SETS
+    batch = math.ceil(own / n_batches) * (sets * (a - inputs) + inputs)
     methods = [
         kernel_method("empirical kernel", k, 1, contracted),
         kernel_method("infinite kernel", 1, k, integrals),
@@ -247,16 +263,18 @@ def plan(
             6.0 * n * p,
             evaluations,
             estimate,
-            without_noise,
+            "without noise" if noise else "",
         ),
         method(
             "LinearisedFlow",
-            _DISPLACEMENT_STATES * p + own * inputs + batch,
+            (_NOISY_DISPLACEMENT_STATES if noise else _DISPLACEMENT_STATES) * p
+            + own * inputs
+            + batch,
             0.0,
             10.0 * n * p,
             run_steps,
             estimate,
-            without_noise,
+            "one run" if noise else "",
         ),
         method(
             "DP-SGD",
@@ -295,7 +313,7 @@ def _noise_numbers(n_groups: int, width: int, n: int, m: int) -> float:
 
 def _best(methods: list[MethodCost], noise: bool) -> MethodCost | None:
     empirical, infinite, weights, linearised, _ = methods
-    ranks = [[empirical], [infinite]] if noise else [[empirical, linearised], [infinite], [weights]]
+    ranks = [[empirical, linearised], [infinite]] + ([] if noise else [[weights]])
     for rank in ranks:
         fitting = [method for method in rank if method.fits]
         if fitting:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import _solve, clipping, losses
+from ntkdp import _ensemble, _solve, clipping, losses
+from ntkdp._stepping import Stepping
 
 SQUARED = losses.SquaredError()
 PLENTY = 10**18
@@ -88,6 +89,12 @@ def test_kernel_flow_takes_what_is_planned(groups: int, with_test: bool) -> None
     assert _method(found, "empirical kernel").memory_bytes == pytest.approx(most - before, rel=0.25)
 
 
+def _bytes(lowered: Any) -> int:
+    """Arguments, results and work that the compiler plans."""
+    used = lowered.compile().compiled.memory_analysis()
+    return int(used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes)
+
+
 def _of_a_solve(name: str, n: int, width: int, inputs: int, devices: int) -> tuple[int, int]:
     """Bytes on a device: planned, and in the compiler's plan."""
     model, params, x, sizes = _network(n, 4, width, inputs)
@@ -99,7 +106,7 @@ def _of_a_solve(name: str, n: int, width: int, inputs: int, devices: int) -> tup
         else ntkdp.LinearisedFlow(model.apply, params, x, targets, SQUARED, rule, mesh=mesh)
     )
     integrate: Any = _solve._integrate
-    program = integrate.lower(
+    lowered = integrate.lower(
         flow,
         flow.init(params),
         jnp.linspace(0.0, 1.0, 3),
@@ -109,11 +116,28 @@ def _of_a_solve(name: str, n: int, width: int, inputs: int, devices: int) -> tup
         100,
         False,
         False,
-    ).compile()
-    used = program.compiled.memory_analysis()
-    measured = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    )
     found = ntkdp.plan(**sizes, n_devices=devices, dtype="float64", memory=PLENTY)
-    return _method(found, name).memory_bytes, measured
+    return _method(found, name).memory_bytes, _bytes(lowered)
+
+
+def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
+    """The same of a run without a kernel: planned, planned for its batches, and compiled."""
+    model, params, x, sizes = _network(n, 4, width, inputs)
+    flow = ntkdp.LinearisedFlow(
+        model.apply, params, x, jnp.zeros((n, 4)), SQUARED, clipping.Abadi(1.0)
+    )
+    noise = _ensemble.noise_of_step(flow, 1.0, 1.0, None, False)
+    draw: Any = _ensemble.draw
+    lowered = draw.lower(
+        flow, noise, flow.init(params), False, Stepping(0.1, 10, 1), jax.random.key(0), False, False
+    )
+    asked: Any = {**sizes, "dtype": "float64", "noise": True, "memory": PLENTY}
+    planned, for_batches = (
+        _method(ntkdp.plan(**asked, batch_size=size), "LinearisedFlow").memory_bytes
+        for size in (None, flow.batch_size)
+    )
+    return planned, for_batches, _bytes(lowered)
 
 
 @pytest.mark.parametrize(("n", "width", "inputs"), [(2000, 64, 32), (20, 256, 128)])
@@ -122,6 +146,19 @@ def test_solves_take_what_is_planned(name: str, n: int, width: int, inputs: int)
     """Many samples, where factors dominate, and few, where states of the solver do."""
     planned, measured = _of_a_solve(name, n, width, inputs, 1)
     assert planned == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize(("n", "width", "inputs"), [(2000, 64, 32), (20, 256, 128)])
+def test_noisy_runs_without_a_kernel_take_what_is_planned(n: int, width: int, inputs: int) -> None:
+    planned, for_batches, measured = _of_a_noisy_run(n, width, inputs)
+    assert planned == for_batches == pytest.approx(measured, rel=0.25)
+
+
+def test_the_batches_of_a_flow_may_be_told() -> None:
+    """Biases take room: the flow makes two batches of what 164 numbers a sample would let pass."""
+    planned, for_batches, measured = _of_a_noisy_run(40_000, 64, 32)
+    assert for_batches == pytest.approx(measured, rel=0.25)
+    assert planned > 2 * measured
 
 
 @pytest.mark.slow
@@ -209,7 +246,9 @@ def test_the_best_fits_and_is_cheap() -> None:
     assert _method(many, "infinite kernel").fits
     noisy = ntkdp.plan(50_000, 10, 1_900_000, n_devices=8, memory=80e9, noise=True)
     assert noisy.best is not None
-    assert noisy.best.name == "infinite kernel"
+    assert noisy.best.name == "LinearisedFlow"
+    assert "without noise" not in noisy.best.note
+    assert "without noise" in _method(noisy, "WeightFlow").note
     assert ntkdp.plan(10, 1, 100, memory=1).best is None
     assert ntkdp.plan(2, 1, 10**9, memory=10**6).best is not None  # a kernel needs no parameters
 
@@ -289,6 +328,7 @@ def test_the_memory_of_this_machine_is_the_default() -> None:
         ({"dtype": "int32"}, TypeError, "dtype must be a floating dtype"),
         ({"dtype": "flat32"}, TypeError, "dtype must be a floating dtype"),
         ({"noise": 1.0}, TypeError, "noise"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_bad_sizes(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -6,6 +6,7 @@ the other sizes are predicted. Prints the page and writes it to ``docs/cost.md``
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import _mesh, _solve, dp_sgd
+from ntkdp import _mesh, _mesh_eigh, _output_noise, _solve, dp_sgd
 from ntkdp._ensemble import draw, noise_of_step
 from ntkdp._files import replacing
 from ntkdp._stepping import Stepping
@@ -31,10 +32,12 @@ LOSS = ntkdp.losses.SquaredError()
 DEVICES = 8
 #: Samples, outputs, width, hidden layers, inputs.
 KERNELS = ((400, 2, 64, 1, 16), (800, 1, 64, 2, 16), (240, 5, 64, 1, 16))
+#: Large, so that the memory of the process shows the matrices and little else.
+NOISY = ((3200, 1, 64, 2, 16), (1600, 2, 64, 1, 16), (640, 5, 64, 1, 16))
 NETWORKS = ((2000, 10, 512, 1, 256), (2000, 10, 512, 3, 256), (400, 10, 512, 2, 256))
 #: More samples than pass through at once.
 IN_BATCHES = (60_000, 10, 128, 2, 64)
-CALLS = 7
+CALLS = 15
 
 
 def network(n, k, width, depth, inputs):
@@ -68,11 +71,12 @@ def alive():
 
 
 def high_water(call):
-    """Most bytes alive while Python runs a call, looked at whenever a function of JAX returns."""
+    """Most bytes alive while Python runs a call, looked at whenever a step of it returns."""
     most = [alive()]
+    steps = ("_terms", "_as_operator", "__init__")
 
     def look(frame, event, _):
-        if event == "return" and frame.f_code.co_name in ("reshape", "transpose", "tensordot"):
+        if event == "return" and frame.f_code.co_name in steps:
             most[0] = max(most[0], alive())
 
     sys.setprofile(look)
@@ -111,8 +115,24 @@ def drawn(flow, params):
     )
 
 
-def kernel_memory(shape, devices, grouped, noise=False):
-    """Peak of making a flow from the empirical kernel, noise included if it is asked for."""
+def resident(call):
+    """What the process holds more at the peak of a second call, workspace of LAPACK included."""
+
+    def read(what):
+        status = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in status if line.startswith(what)]
+        return int(line.split()[1]) * 1024
+
+    call()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
+
+
+def kernel_memory(shape, devices, grouped):
+    """Peak of making a flow from the empirical kernel."""
     model, params, x, sizes = network(*shape)
     mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
     rule = ntkdp.clipping.Abadi(1.0, scope="layerwise" if grouped else "flat")
@@ -120,14 +140,31 @@ def kernel_memory(shape, devices, grouped, noise=False):
     kernel = make(model.apply, params, x, mesh=mesh)
     groups = kernel.values.shape[0] if grouped else 1
     targets = jnp.zeros((shape[0], shape[1]))
+    peak, _ = high_water(lambda: ntkdp.KernelFlow(kernel, targets, LOSS, rule, mesh=mesh))
+    return {**sizes, "n_groups": groups, "n_devices": devices, "noise": False}, peak
 
-    def call():
-        flow = ntkdp.KernelFlow(kernel, targets, LOSS, rule, mesh=mesh)
-        return flow, (noise_of_step(flow, 1.0, 1.0, None, False) if noise else None)
 
-    peak, _ = high_water(call)
-    asked = {**sizes, "n_groups": groups, "n_devices": devices, "noise": noise}
-    return asked, "empirical kernel", peak
+def noise_memory(shape, devices):
+    """Peak of making a flow and its noise, the kernel that the caller keeps included."""
+    model, params, x, sizes = network(*shape)
+    mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
+    kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
+    targets, rule = jnp.zeros((shape[0], shape[1])), ntkdp.clipping.Abadi(1.0)
+
+    def make():
+        return ntkdp.KernelFlow(kernel, targets, LOSS, rule, mesh=mesh)
+
+    if mesh is None:
+        peak = kernel.nbytes + resident(
+            lambda: jax.block_until_ready(noise_of_step(make(), 1.0, 1.0, None, False))
+        )
+    else:
+        flow = make()
+        covariance = _output_noise.noise_covariance(flow, 1.0, None, False)
+        held = alive()
+        plan = _mesh_eigh.eigh.lower(flow.mesh, covariance).compile().memory_analysis()
+        peak = held + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return {**sizes, "n_devices": devices, "noise": True}, peak
 
 
 def network_memory(name, shape, devices, noise=False):
@@ -160,8 +197,13 @@ def memory():
     found = []
     for shape in KERNELS:
         for devices in (1, DEVICES):
-            found += [kernel_memory(shape, devices, grouped) for grouped in (False, True)]
-        found.append(kernel_memory(shape, 1, False, noise=True))
+            for grouped in (False, True):
+                asked, peak = kernel_memory(shape, devices, grouped)
+                found.append((asked, "empirical kernel", peak))
+    for shape in NOISY:
+        for devices in (1, DEVICES):
+            asked, peak = noise_memory(shape, devices)
+            found.append((asked, "empirical kernel", peak))
     for shape in NETWORKS:
         for devices in (1, DEVICES):
             found.append(network_memory("WeightFlow", shape, devices))
@@ -295,20 +337,21 @@ enter all layers with parameters, and that leave them) and d inputs a sample.
 
 | | numbers on a device | operations of a step | once |
 |---|---|---|---|
-| empirical kernel | 4 (nK)^2 / D, or 3 R (nK)^2 / D with groups | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
+| empirical kernel | 2 R (nK)^2 / D | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
 | infinite kernel | the same without K | 2 R n^2 K | R n^2 (2 d + 100) |
 | WeightFlow | 14 P + n (2A - d) / D | 6 n P | |
 | LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once | 10 n P | |
 | DP-SGD | 3 P + n (3A - d) / D, with noise 7 P | 6 n P | |
 
-The kernel that its caller keeps, a copy as terms, its transposed and the matrix are alive at once while `KernelFlow` is made: four; terms of layers are not copied.
-Two remain during the solve. Noise adds the eigenvectors of an (nK, nK) covariance: seven copies at the peak, two of them workspace of LAPACK that is not an array and
-so not in the table below, and about 9 (nK)^3 operations. A kernel below about 100 MiB takes up to 200 MiB of blocks besides.
+The kernel that its caller keeps and the matrix of `KernelFlow` are alive at once: two. Noise adds a covariance and its eigenvectors: six copies at the peak, two of
+them workspace of LAPACK, and 11 (nK)^3 operations once; on several devices, which find them together by the block Jacobi method, eight copies in parts and
+(98 + 144 / D) (nK)^3 operations. A kernel below about 100 MiB takes up to 200 MiB of blocks besides.
 
 ## Held against what is taken
 
 `uv run python benchmarks/cost.py` measured this on: {machine}; float32. Memory is arguments, results and work that the compiler plans for a whole solve or run and, for
-kernels, the most bytes of arrays alive while a flow is made; eight devices are simulated.
+kernels, the most bytes of arrays alive while a flow is made; with noise on one device it is what the process holds more, workspace of LAPACK included. Eight devices are
+simulated.
 
 | method | n | K | P | R | D | predicted | measured | ratio |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|

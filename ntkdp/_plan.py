@@ -17,9 +17,13 @@ _SETS, _SETS_IF_TOLD = 2, 3
 #: The same of a single batch, without and with noise: the compiler keeps all of it that does not
 #: depend on the displacement.
 _SINGLE_SETS, _NOISY_SINGLE_SETS = 8, 7
-#: Operations for the symmetric square root of a matrix, over the cube of its rows: 9 for the
-#: eigenvalues and vectors, 2 for their product.
-_SQUARE_ROOT = 11
+#: Operations over the cube of its rows: of all eigenvalues and vectors of a symmetric matrix on one
+#: device, and of a product of two.
+_EIGENVECTORS, _PRODUCT = 9, 2
+#: Sweeps of the block Jacobi method that finds them on several devices.
+_SWEEPS = 8
+#: Matrices alive at its peak, the covariance included: workspace of LAPACK, or parts under way.
+_ROOT_COPIES, _ROOT_COPIES_IN_PARTS = 4, 6
 #: Operations a pair of samples for the integrals of an infinite-width kernel.
 _INTEGRALS = 100
 
@@ -34,7 +38,7 @@ class MethodCost(NamedTuple):
     memory_bytes
         Peak on a device.
     kernel_operations
-        Once, before the first step, all devices and the host together; zero without a kernel.
+        Once, before the first step, all devices together; zero without a kernel.
     step_operations
         Of one velocity or step, all devices together.
     operations
@@ -112,14 +116,14 @@ def plan(
     With n samples, m test samples, K outputs, P parameters, R groups, A activations and d inputs a
     sample, and D devices, in numbers on a device:
 
-    - *empirical kernel*: :math:`c\,R (nK)^2 / D`, where c counts the copies alive while
-      :class:`KernelFlow` is made from a kernel that its caller keeps: 4, or 3 with groups, and
-      more with test samples; and as many operations a velocity as :math:`2R (n + m) n K^2`;
-    - *infinite kernel*: :math:`c\,R n^2 / D` and :math:`2R (n + m) n K`;
+    - *empirical kernel*: :math:`2R n (n + m) K^2 / D`, the kernels that their caller keeps and as
+      matrices in :class:`KernelFlow`, and as many operations a velocity as
+      :math:`2R (n + m) n K^2`;
+    - *infinite kernel*: :math:`2R n (n + m) / D` and :math:`2R (n + m) n K`;
     - *noise of either*, with :math:`N = n + m` rows, times K for the empirical kernel:
-      :math:`(2R n N + 5 N^2) / D`, and :math:`R N^2 / D` more if m > 0, if that is more than the
-      above (7 copies for R = 1 and m = 0); :math:`11 N^3` operations once, by the host alone if
-      there are several devices, and :math:`2 N^2` a step and output;
+      :math:`4 N^2` more, :math:`6 N^2 / D` on several devices, and :math:`R N^2 / D` if m > 0;
+      :math:`11 N^3` operations once, :math:`(98 + 144 / D) N^3` on several devices, and
+      :math:`2 N^2` a step and output;
     - *WeightFlow*: :math:`14 P + n (2A - d) / D` and :math:`6 n P`;
     - *LinearisedFlow*: :math:`15 P + n d / D + b (2A - d)` in batches of b samples that take
       64 MiB, or of one, and 3A - 2d for 2A - d if b is told; or
@@ -213,33 +217,28 @@ def plan(
     estimate = "activations taken as the least possible" if at_least else ""
 
     def method(
-        name: str,
-        numbers: float,
-        kernel: float,
-        step: float,
-        repeats: int,
-        *notes: str,
-        by_host: float = 0.0,
+        name: str, numbers: float, kernel: float, step: float, repeats: int, *notes: str
     ) -> MethodCost:
         peak = math.ceil(numbers * itemsize)
         total = kernel + repeats * step
-        seconds = None if flops is None else ((total - by_host) / d + by_host) / flops
+        seconds = None if flops is None else total / d / flops
         note = "; ".join(filter(None, notes))
         return MethodCost(name, peak, kernel, step, total, seconds, peak <= memory, note)
 
     def kernel_method(name: str, width: int, columns: int, kernel: float) -> MethodCost:
         """Of a kernel with ``width`` rows a sample, times ``columns`` columns."""
         step = 2.0 * r * width * width * (n + m) * n * columns
-        numbers = _kernel_copies(r, m / n) * r * (width * n) ** 2 / d
-        rows = width * (n + m)
+        # The kernels that their caller keeps, and as matrices.
+        held = 2.0 * r * width * width * n * (n + m)
         if not noise:
-            return method(name, numbers, kernel, step, run_steps)
-        root = _SQUARE_ROOT * float(rows) ** 3
+            return method(name, held / d, kernel, step, run_steps)
+        rows = float(width * (n + m))
         step += 2.0 * rows * rows * columns
-        numbers = max(numbers, _noise_numbers(r, width, n, m) / d)
-        # There are no eigenvectors of a matrix in parts: the host finds those of a mesh.
-        note = "eigenvectors by the host alone, at the rate of a device" if d > 1 else ""
-        return method(name, numbers, kernel + root, step, run_steps, note, by_host=root)
+        numbers = held + rows**2 * (_ROOT_COPIES if d == 1 else _ROOT_COPIES_IN_PARTS)
+        if m:
+            # The kernel of all points with each other is another array.
+            numbers += r * rows**2
+        return method(name, numbers / d, kernel + _root(d) * rows**3, step, run_steps)
 
     # Of samples with themselves one device computes half; several have no half in common.
     pairs = n * n / (1 if d > 1 else 2) + n * m
@@ -289,26 +288,14 @@ def plan(
     return Plan(methods, _best(methods, noise), memory)
 
 
-def _kernel_copies(n_groups: int, test_share: float) -> float:
-    """Copies of the kernel alive at the peak, the caller's own included.
-
-    A flow is made from the kernel as terms (a copy unless there are groups), transposed and as a
-    matrix; then the same from the test kernel, while terms and matrix of the first are held.
-    """
-    terms = 1 if n_groups == 1 else 0
-    return max(3 + terms + test_share, 2 + terms + (3 + terms) * test_share)
-
-
-def _noise_numbers(n_groups: int, width: int, n: int, m: int) -> float:
-    """Numbers alive while the square root of the noise's covariance is found.
-
-    The kernel and its matrix, with those of the test points; the terms over all points, which are
-    another array if there are test points; then covariance, vectors and workspace.
-    """
-    followed = float(width * (n + m)) ** 2
-    held = 2.0 * n_groups * width**2 * n * (n + m)
-    given = n_groups * followed if m else 0.0
-    return held + given + 5 * followed
+def _root(n_devices: int) -> float:
+    """Operations for a symmetric square root, over the cube of its rows, all devices together."""
+    if n_devices == 1:
+        return _EIGENVECTORS + _PRODUCT
+    # In a sweep every two blocks meet: columns, rows and vectors are turned by what diagonalises
+    # the rows and columns of both, on each device so many.
+    of_sweep = 6 * _PRODUCT + 2 * _EIGENVECTORS / n_devices
+    return _SWEEPS * of_sweep + _PRODUCT
 
 
 def _best(methods: list[MethodCost], noise: bool) -> MethodCost | None:

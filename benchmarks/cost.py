@@ -340,7 +340,7 @@ enter all layers with parameters, and that leave them) and d inputs a sample.
 | empirical kernel | 2 R (nK)^2 / D | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
 | infinite kernel | the same without K | 2 R n^2 K | R n^2 (2 d + 100) |
 | WeightFlow | 14 P + n (2A - d) / D | 6 n P | |
-| LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once | 10 n P | |
+| LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once; a noisy run 8 P for 15 P, and 7A - 6d for 8A - 7d | 10 n P | |
 | DP-SGD | 3 P + n (3A - d) / D, with noise 7 P | 6 n P | |
 
 The kernel that its caller keeps and the matrix of `KernelFlow` are alive at once: two. Noise adds a covariance and its eigenvectors: six copies at the peak, two of

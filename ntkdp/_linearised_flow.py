@@ -61,9 +61,10 @@ class LinearisedFlow(Flow):
 
     Notes
     -----
-    ``initial`` of :func:`ntkdp.solve` and :func:`ntkdp.recursion` are parameters, as for
-    :class:`WeightFlow`: mostly :math:`w_0` itself. The state is the displacement
-    :math:`w - w_0`, so the solver's tolerances are in units of the parameters.
+    ``initial`` of :func:`ntkdp.solve`, :func:`ntkdp.recursion` and
+    :func:`ntkdp.stochastic_flow.ensemble` are parameters, as for :class:`WeightFlow`: mostly
+    :math:`w_0` itself. The state is the displacement :math:`w - w_0`, so the solver's tolerances
+    are in units of the parameters.
 
     *Derived*: the chain rule on both sides of the frozen kernel, :math:`H = J J^\top`.
 

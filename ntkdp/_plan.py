@@ -245,13 +245,10 @@ def plan(
     contracted = pairs * (1 + k * k) * a + 2.0 * (n + m) * (k + 1) * p
     integrals = float(n + m) * n * r * (2 * inputs + _INTEGRALS)
     own = max(1.0, n / d)
-    sets = _SETS if batch_size is None else _SETS_IF_TOLD
-    if batch_size is None:
-        batch_size = _memory.samples_at_once(a * itemsize)
-    n_batches = math.ceil(own / _validate.count(batch_size=batch_size))
-    if n_batches == 1:
-        sets = _NOISY_SINGLE_SETS if noise else _SINGLE_SETS
-    batch = math.ceil(own / n_batches) * (sets * (a - inputs) + inputs)
+    if batch_size is not None:
+        batch_size = _validate.count(batch_size=batch_size)
+    states = _NOISY_DISPLACEMENT_STATES if noise else _DISPLACEMENT_STATES
+    batch = _batch_numbers(own, a, inputs, itemsize, batch_size, noise)
     methods = [
         kernel_method("empirical kernel", k, 1, contracted),
         kernel_method("infinite kernel", 1, k, integrals),
@@ -266,9 +263,7 @@ def plan(
         ),
         method(
             "LinearisedFlow",
-            (_NOISY_DISPLACEMENT_STATES if noise else _DISPLACEMENT_STATES) * p
-            + own * inputs
-            + batch,
+            states * p + own * inputs + batch,
             0.0,
             10.0 * n * p,
             run_steps,
@@ -296,6 +291,19 @@ def _root(n_devices: int) -> float:
     # the rows and columns of both, on each device so many.
     of_sweep = 6 * _PRODUCT + 2 * _EIGENVECTORS / n_devices
     return _SWEEPS * of_sweep + _PRODUCT
+
+
+def _batch_numbers(
+    own: float, a: int, inputs: int, itemsize: int, batch_size: int | None, noise: bool
+) -> int:
+    """Numbers of the samples that a LinearisedFlow passes at once, of a device that has ``own``."""
+    sets = _SETS if batch_size is None else _SETS_IF_TOLD
+    if batch_size is None:
+        batch_size = _memory.samples_at_once(a * itemsize)
+    n_batches = math.ceil(own / batch_size)
+    if n_batches == 1:
+        sets = _NOISY_SINGLE_SETS if noise else _SINGLE_SETS
+    return math.ceil(own / n_batches) * (sets * (a - inputs) + inputs)
 
 
 def _best(methods: list[MethodCost], noise: bool) -> MethodCost | None:

@@ -9,7 +9,9 @@ outputs by
 with the batch drawn by Poisson sampling at rate q, and without the n with ``reduction="sum"``. So
 whole runs can be drawn from the kernel alone, hundreds in one batched product, and their law is
 that of real runs, clipping included, as far as the kernel stays what it is: :func:`ensemble`, and
-:func:`ensemble_phases` where groups are frozen and released, or rules change on the way.
+:func:`ensemble_phases` where groups are frozen and released, or rules change on the way. Where the
+kernel does not fit the memory, :func:`ensemble` takes a :class:`ntkdp.LinearisedFlow`, whose noise
+is that of the weights.
 :func:`moments` follows mean and covariance of the outputs instead, as those of a Gaussian, step by
 step; :func:`moment_flow` does so in flow time, and :func:`fixed_privacy_flow` in the limit of small
 steps at a fixed budget. That is exact for the mean and covariance of an unclipped squared loss.

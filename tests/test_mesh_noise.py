@@ -1,4 +1,4 @@
-"""Noise over eight devices, its root and its moments: those of one device."""
+"""Noise over eight devices, its root, its runs and its moments: those of one device."""
 
 from typing import Any
 
@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_problem import (
+    FLAT,
+    LAYERWISE,
+    LOSS,
+    MODEL,
     OUTPUTS,
+    PARAMS,
     TEST_X,
+    TEST_Y,
     X,
+    Y,
     assert_same,
     bytes_on_first_device,
     flow,

@@ -58,6 +58,9 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
         ),
         "recursion": ntkdp.recursion(flow, outputs, learning_rate=0.5, steps=6),
         "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
+        "ensemble without a kernel": ntkdp.stochastic_flow.ensemble(
+            linearised, params, sample_rate=0.5, **steps
+        ),
         "dp_sgd": ntkdp.dp_sgd.run(
             model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps,
             **recorded,

@@ -95,7 +95,7 @@ def output_process(
     modes = None
     if rank < n_points:
         _, vectors = jnp.linalg.eigh(_covariance(flow, jnp.asarray(distinct[-1])))
-        modes = vectors[:, ::-1]
+        modes = _signed(vectors[:, ::-1])
     count = len(distinct)
     later, earlier = np.tril_indices(count)
     pairs = jnp.asarray(later), jnp.asarray(earlier)
@@ -139,6 +139,14 @@ def output_process(
         bridge_tail,
         left_out,
     )
+
+
+@jax.jit
+def _signed(modes: Array) -> Array:
+    """Modes whose signs, and with them what is drawn, do not depend on who found them."""
+    # Hardly a vector is orthogonal to these.
+    weights = jnp.cos(jnp.arange(modes.shape[0], dtype=modes.dtype))
+    return jnp.where(weights @ modes < 0, -modes, modes)
 
 
 @eqx.filter_jit

@@ -61,7 +61,7 @@ def infinite_ntk(
             "serial or from_stax"
         )
     x1, x2 = check_infinite_inputs(x1, x2)
-    x1, x2, mesh = _placed(1, x1, x2, mesh)
+    x1, x2, mesh = place_inputs(1, x1, x2, mesh)
     return _compiled(model.kernel_fn, mesh, x1, x2, "ntk")
 
 
@@ -111,7 +111,7 @@ def layerwise_infinite_ntk(
         )
     x1, x2 = check_infinite_inputs(x1, x2)
     params = jax.eval_shape(model.init, jax.random.key(0), x1)
-    x1, x2, mesh = _placed(_groups.resolve(params).size, x1, x2, mesh)
+    x1, x2, mesh = place_inputs(_groups.resolve(params).size, x1, x2, mesh)
     terms = _compiled(model.layer_kernel_fn, mesh, x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 
@@ -125,7 +125,7 @@ def _compiled(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *g
     return _mesh.over_samples(rows, mesh, (0, None), 0)(x1, x2)
 
 
-def _placed(
+def place_inputs(
     n_terms: int, x1: Array, x2: Array | None, mesh: Mesh | None
 ) -> tuple[Array, Array | None, Mesh | None]:
     """Inputs where the kernel is to be computed, if there is room for it."""

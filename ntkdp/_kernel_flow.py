@@ -288,15 +288,7 @@ def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
 @partial(jax.jit, static_argnums=(1, 2))
 def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
-    by_group = terms if layered else terms[None]
-    n = by_group.shape[1]
-
-    def of_rows(rows: Array) -> Array:
-        own = _mesh.own_part(mesh, n) + jnp.arange(rows.shape[1])
-        return rows[:, jnp.arange(rows.shape[1]), own]
-
-    blocks: Array = _mesh.everywhere(mesh, _mesh.over_samples(of_rows, mesh, (1,), 1)(by_group))
-    return blocks
+    return _mesh.diagonal(mesh, terms if layered else terms[None])
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntkdp._types import Array
+from ntkdp._types import Array, Float
 
 #: The axis along which samples are spread.
 AXIS = "samples"
@@ -149,6 +149,28 @@ def _round(
 
     found, part = lax.fori_loop(0, mesh.size - 1, turn, (start, part))
     return meet(found, part, (own + mesh.size - 1) % mesh.size)
+
+
+def gathered(mesh: Mesh | None, rows: Array, axis: int = 0) -> Array:
+    """The rows of all devices, on each of them, inside :func:`over_samples`."""
+    return rows if mesh is None else lax.all_gather(rows, AXIS, axis=axis, tiled=True)
+
+
+def diagonal(mesh: Mesh | None, terms: Float[Array, "R m n ..."]) -> Float[Array, "R n ..."]:
+    """Blocks of samples with themselves, whole, of terms whose rows are spread.
+
+    The rows begin with the n samples of the columns.
+    """
+    n_rows, n = terms.shape[1:3]
+
+    def of_rows(rows: Array) -> Array:
+        own = jnp.arange(rows.shape[1])
+        # Rows beyond the columns have no diagonal: what is taken for it is cut off below.
+        blocks = rows[:, own, jnp.minimum(own_part(mesh, n_rows) + own, n - 1)]
+        return gathered(mesh, blocks, axis=1)[:, :n]
+
+    blocks: Array = over_samples(of_rows, mesh, (1,), None)(terms)
+    return blocks
 
 
 def whole(tree: Any) -> Any:

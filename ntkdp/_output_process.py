@@ -4,6 +4,9 @@ Between nodes of time the process is a straight line and a Brownian bridge, whos
 of the increment: outputs under noise are as rough as Brownian motion. Where points and nodes are
 many, the covariance is taken in its eigenbasis at the last time: the ``rank`` leading modes with
 each other at all times, the others each for itself. What this leaves out is reported.
+
+On a mesh of devices, rows of covariances and modes are spread; what is of the size of the leading
+modes at all times is on every device.
 """
 
 from typing import NamedTuple
@@ -13,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
+from ntkdp import _mesh
+from ntkdp._output_noise import eigh
 from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._types import Array, Key
+from ntkdp._types import Array, Float, Key
 
 
 class OutputProcess(NamedTuple):
@@ -47,7 +53,7 @@ class OutputProcess(NamedTuple):
     bridge_tail: Array
     left_out: Array
 
-    def draw(self, keys: Key[Array, " S"], n_outputs: int) -> Array:
+    def draw(self, keys: Key[Array, " S"], n_outputs: int, mesh: Mesh | None) -> Array:
         """Samples at the nodes, ``(M + 1, N, S, K)``."""
         n_modes, drawn = self.mean.shape[1], self.tail.shape[1]
         rank = n_modes - self.tail.shape[0]
@@ -62,20 +68,28 @@ class OutputProcess(NamedTuple):
         # Place -1 finds the zeros.
         noise = jnp.pad(noise, ((0, 1), (0, 0), (0, 0), (0, 0)))
         paths = self.mean[:, :, None] + noise[self.place]
-        return paths if self.modes is None else jnp.einsum("Nm,amsk->aNsk", self.modes, paths)
+        if self.modes is None:
+            return paths
 
-    def bridges(self) -> Array:
+        def of_rows(modes: Array, paths: Array) -> Array:
+            return _mesh.gathered(mesh, jnp.einsum("Nm,amsk->aNsk", modes, paths), axis=1)
+
+        outputs: Array = _mesh.over_samples(of_rows, mesh, (0, None), None)(self.modes, paths)
+        return outputs
+
+    def bridges(self, mesh: Mesh | None) -> Array:
         """Roots of the increments' covariances over the points, ``(M, N, N)``."""
-        rank, n_modes = self.bridge_head.shape[1], self.mean.shape[1]
+        if self.modes is None:
+            return self.bridge_head
+        rank = self.bridge_head.shape[1]
 
-        def whole(head: Array, tail: Array) -> Array:
-            root = jnp.zeros((n_modes, n_modes), head.dtype)
-            root = root.at[:rank, :rank].set(head)
-            index = jnp.arange(rank, n_modes)
-            root = root.at[index, index].set(tail)
-            return root if self.modes is None else self.modes @ root
+        def of_rows(modes: Array, head: Array, tail: Array) -> Array:
+            leading = jnp.einsum("Nr,arq->aNq", modes[:, :rank], head)
+            return jnp.concatenate([leading, modes[:, rank:] * tail[:, None]], axis=2)
 
-        return jax.vmap(whole)(self.bridge_head, self.bridge_tail)
+        over_devices = _mesh.over_samples(of_rows, mesh, (0, None, None), 1)
+        roots: Array = over_devices(self.modes, self.bridge_head, self.bridge_tail)
+        return roots
 
 
 def output_process(
@@ -92,14 +106,19 @@ def output_process(
         np.asarray(variances, flow.points.dtype), axis=0, return_inverse=True
     )
     place = place.reshape(-1)
-    modes = None
-    if rank < n_points:
-        _, vectors = jnp.linalg.eigh(_covariance(flow, jnp.asarray(distinct[-1])))
-        modes = _signed(vectors[:, ::-1])
     count = len(distinct)
     later, earlier = np.tril_indices(count)
-    pairs = jnp.asarray(later), jnp.asarray(earlier)
-    head, tail, squares = _blocks(flow, jnp.asarray(distinct), pairs, modes, rank)
+    nodes, *pairs = _mesh.everywhere(flow.mesh, [*map(jnp.asarray, (distinct, later, earlier))])
+    modes = None
+    if rank < n_points:
+        _, vectors = eigh(_covariance(flow, nodes[-1]), flow.mesh)
+        modes = _signed(_mesh.spread(flow.mesh, vectors[:, ::-1]), flow.mesh)
+    found = _blocks(flow, nodes, tuple(pairs), modes, rank)
+    start = initial if initial is None or modes is None else _in_modes(modes, initial, flow.mesh)
+    if flow.mesh is not None:
+        # What follows is small, and done once rather than by every device.
+        found, start = jax.tree.map(lambda leaf: jnp.asarray(_mesh.on_host(leaf)), (found, start))
+    head, tail, squares = found
     # Each pair of different nodes stands for two blocks.
     total, kept = jnp.where(later > earlier, 2, 1) @ squares
     left_out = jnp.sqrt(jnp.maximum(1 - kept / total, 0))
@@ -119,8 +138,7 @@ def output_process(
     bridge_tail = jnp.concatenate([bridge_tail, jnp.zeros_like(tail[0, :1])])[within]
 
     mean = jnp.zeros((count, n_points, flow.n_outputs), head.dtype)
-    if initial is not None:
-        start = initial if modes is None else modes.T @ initial
+    if start is not None:
         of_head, head = _given(head, start[:rank])
         shares = tail[1:, 0] / tail[0, 0]
         of_tail = shares[:, :, None] * start[rank:]
@@ -129,8 +147,7 @@ def output_process(
         mean = jnp.concatenate([start[None].astype(head.dtype), later_mean])
     drawn = head.shape[0]
     joint = jnp.swapaxes(head, 1, 2).reshape(drawn * rank, drawn * rank)
-    return OutputProcess(
-        modes,
+    small = (
         mean[place],
         _roots(joint[None])[0],
         _roots(jnp.moveaxis(tail, -1, 0)),
@@ -139,14 +156,33 @@ def output_process(
         bridge_tail,
         left_out,
     )
+    return OutputProcess(modes, *_mesh.everywhere(flow.mesh, small))
 
 
-@jax.jit
-def _signed(modes: Array) -> Array:
+@eqx.filter_jit
+def _signed(modes: Float[Array, "N N"], mesh: Mesh | None) -> Float[Array, "N N"]:
     """Modes whose signs, and with them what is drawn, do not depend on who found them."""
-    # Hardly a vector is orthogonal to these.
-    weights = jnp.cos(jnp.arange(modes.shape[0], dtype=modes.dtype))
-    return jnp.where(weights @ modes < 0, -modes, modes)
+
+    def of_rows(rows: Array) -> Array:
+        own = _mesh.own_part(mesh, rows.shape[1]) + jnp.arange(rows.shape[0])
+        # Hardly a vector is orthogonal to these.
+        weights = jnp.cos(own.astype(rows.dtype))
+        return jnp.where(_mesh.total(mesh, weights @ rows) < 0, -rows, rows)
+
+    signed: Array = _mesh.over_samples(of_rows, mesh, (0,), 0)(modes)
+    return signed
+
+
+@eqx.filter_jit
+def _in_modes(
+    modes: Float[Array, "N N"], outputs: Float[Array, "N K"], mesh: Mesh | None
+) -> Float[Array, "N K"]:
+    def of_rows(modes: Array, outputs: Array) -> Array:
+        summed: Array = _mesh.total(mesh, modes.T @ outputs)
+        return summed
+
+    turned: Array = _mesh.over_samples(of_rows, mesh, (0, 0), None)(modes, outputs)
+    return turned
 
 
 @eqx.filter_jit
@@ -164,12 +200,26 @@ def _blocks(
 ) -> tuple[Array, Array, Array]:
     """Covariances between pairs of nodes: of the leading modes, of the others, and norms."""
 
+    mesh = flow.mesh
+
+    def whole(covariance: Array) -> tuple[Array, Array]:
+        return _mesh.gathered(mesh, covariance), covariance[0, :0]
+
+    def in_modes(covariance: Array, modes: Array) -> tuple[Array, Array]:
+        turned = _mesh.product(mesh, covariance, modes)
+        head = modes[:, :rank].T @ turned[:, :rank]
+        tail = jnp.sum(modes[:, rank:] * turned[:, rank:], axis=0)
+        summed: tuple[Array, Array] = _mesh.total(mesh, (head, tail))
+        return summed
+
     def of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        whole = flow.covariance(variances[pair[0]], variances[pair[1]])
-        turned = whole if modes is None else modes.T @ whole @ modes
-        head, tail = turned[:rank, :rank], jnp.diagonal(turned)[rank:]
+        covariance = flow.covariance(variances[pair[0]], variances[pair[1]])
+        if modes is None:
+            head, tail = _mesh.over_samples(whole, mesh, (0,), None)(covariance)
+        else:
+            head, tail = _mesh.over_samples(in_modes, mesh, (0, 0), None)(covariance, modes)
         kept = jnp.sum(head**2) + jnp.sum(tail**2)
-        return head, tail, jnp.stack([jnp.sum(turned**2), kept])
+        return head, tail, jnp.stack([jnp.sum(covariance**2), kept])
 
     return lax.map(of_pair, pairs)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _progress, _validate, _volterra, privacy
+from ntkdp import _memory, _mesh, _progress, _validate, _volterra, privacy
 from ntkdp._output_process import output_process
 from ntkdp._stepping import Stepping
 from ntkdp._two_time_flow import TwoTimeFlow
@@ -254,8 +254,9 @@ def draw(
     paths = 3 * (n_cells + 1) * n_points * n_columns
     joint = 3 * (min(rank, n_points) * (n_cells + 1)) ** 2
     kept = len(recorded) * n_points * n_columns * bool(outputs)
+    copies = 1 if flow.mesh is None else flow.mesh.size
     _memory.require(
-        (rows + paths + joint + kept) * itemsize,
+        _mesh.bytes_on_host(flow.mesh, (rows + copies * (paths + joint + kept)) * itemsize),
         f"an ensemble of {keys.size} runs, {n_points} points and {n_cells + 1} nodes",
         "use fewer seeds at a time, fewer nodes, a lower rank or float32",
     )
@@ -263,13 +264,16 @@ def draw(
     process = output_process(flow, at_nodes, start, rank)
     # In proportion to each other, the layers' variances mark the same places.
     steps_of_cells = _volterra.grid(times, variances.sum(1), recorded, per_cell)
+    at_nodes, steps_of_cells, of_seeds = _mesh.everywhere(
+        flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
+    )
     with _progress.listening(progress, "drawing wide networks") as shown:
         measured = _volterra.run(
             flow,
             process,
-            jnp.asarray(at_nodes, flow.points.dtype),
+            at_nodes,
             steps_of_cells,
-            keys.reshape(-1),
+            of_seeds,
             len(recorded),
             sample_rate,
             trapezoidal,

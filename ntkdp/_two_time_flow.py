@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ntkdp import _memory, _validate, clipping, losses
+from ntkdp import _memory, _mesh, _validate, clipping, losses
 from ntkdp._flow import Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
@@ -50,11 +51,14 @@ class TwoTimeFlow(eqx.Module):
         Keep the kernels of the start, :math:`\Theta(0, 0)` and
         :math:`\Sigma(0, 0) + \min(v_t, v_s) \Theta(0, 0)`: first order in the variance, for
         comparison.
+    mesh : jax.sharding.Mesh, optional
+        Devices that share the rows of all kernels and covariances; n and m must divide over them.
 
     Raises
     ------
     ValueError, TypeError
-        A model without kernels between times, shapes that do not fit, a rule that couples samples.
+        A model without kernels between times, shapes that do not fit, a rule that couples samples,
+        numbers of samples that do not divide over the mesh.
 
     Notes
     -----
@@ -85,6 +89,7 @@ class TwoTimeFlow(eqx.Module):
     reduction: Reduction = eqx.field(static=True)
     n_outputs: int = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -98,7 +103,9 @@ class TwoTimeFlow(eqx.Module):
         test_x: Any = None,
         test_targets: Any = None,
         frozen: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
+        self.mesh = mesh = _mesh.as_mesh(mesh)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
         if clipping.needs_total_norm:
@@ -108,16 +115,20 @@ class TwoTimeFlow(eqx.Module):
             )
         self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
         x = _inputs(x, None, "x")
+        _mesh.check_divides(mesh, x=x.shape[0])
         self.model, self.frozen = model, bool(frozen)
         self.names = check_two_time(model, x)
         clipping.check_groups(len(self.names))
         params = jax.eval_shape(model.init, jax.random.key(0), x)
         self.n_outputs = jax.eval_shape(model.apply, params, x).shape[1]
-        self.points, self.test_targets = x, None
+        points, self.test_targets = x, None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            self.points = jnp.concatenate([x, _inputs(test_x, x, "test_x")])
+            test_x = _inputs(test_x, x, "test_x")
+            _mesh.check_divides(mesh, test_x=test_x.shape[0])
+            points = jnp.concatenate([x, test_x])
+        self.points = _mesh.everywhere(mesh, points)
         n = x.shape[0]
         self.targets = self._checked(targets, n, "targets")
         if test_targets is not None:
@@ -127,19 +138,21 @@ class TwoTimeFlow(eqx.Module):
         if self.frozen:
             shape = (len(self.names) + 1, *2 * self.points.shape[:1])
             _memory.require(
-                math.prod(shape) * self.points.dtype.itemsize,
+                _mesh.bytes_on_host(mesh, math.prod(shape) * self.points.dtype.itemsize),
                 f"the kernels of the start of shape {shape}",
                 "use fewer samples or float32",
             )
-            none = jnp.zeros(len(self.names), self.points.dtype)
-            kernel = model.two_time.kernel
-            self.start = _compiled(kernel, self.names, self.points, self.points, none, none)
+            none = _mesh.everywhere(mesh, jnp.zeros(len(self.names), self.points.dtype))
+            kernel, points = model.two_time.kernel, self.points
+            self.start = _compiled(kernel, self.names, points, points, none, none, mesh)
 
     def _checked(self, targets: Any, n: int, name: str) -> Array:
         """Targets in the precision of the points; labels, whole numbers, as they are."""
         targets = check_targets(self.loss, targets, n, self.n_outputs, name)
         floating = jnp.issubdtype(targets.dtype, jnp.floating)
-        return targets.astype(self.points.dtype) if floating else targets
+        targets = targets.astype(self.points.dtype) if floating else targets
+        placed: Array = _mesh.everywhere(self.mesh, targets)
+        return placed
 
     @property
     def n_samples(self) -> int:
@@ -169,10 +182,13 @@ class TwoTimeFlow(eqx.Module):
                     f"initial must have outputs of shape {(rows, self.n_outputs)}, got {part.shape}"
                 )
         outputs = jnp.concatenate(parts)
-        return _validate.finite(initial=outputs.astype(self.points.dtype))
+        finite = _validate.finite(initial=outputs.astype(self.points.dtype))
+        placed: Array = _mesh.everywhere(self.mesh, finite)
+        return placed
 
     def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
-        return _in_precision(self.model.two_time.kernel, self.names, self.points, x, v1, v2)
+        kernel = self.model.two_time.kernel
+        return _in_precision(kernel, self.names, self.points, x, v1, v2, self.mesh)
 
     def covariance(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "N N"]:
         """Covariance of the undriven outputs of all points, between noise variances by layer."""
@@ -214,10 +230,16 @@ class TwoTimeFlow(eqx.Module):
 
 
 def _in_precision(
-    kernel: Any, names: tuple[str, ...], points: Array, x: Array, v1: Array, v2: Array
+    kernel: Any,
+    names: tuple[str, ...],
+    points: Array,
+    x: Array,
+    v1: Array,
+    v2: Array,
+    mesh: Mesh | None,
 ) -> TwoTimeKernel:
     """Kernels between times in the precision of the points; neural-tangents' is the highest."""
-    found = between_times(kernel, names, points, x, v1, v2)
+    found = between_times(kernel, names, points, x, v1, v2, mesh)
     return jax.tree.map(lambda leaf: leaf.astype(points.dtype), found)
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ntkdp import _validate
-from ntkdp._infinite_ntk import check_infinite_inputs
+from ntkdp import _mesh, _validate
+from ntkdp._infinite_ntk import check_infinite_inputs, place_inputs
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._types import Array, Float
 
@@ -33,6 +34,7 @@ def two_time_kernel(
     *,
     variance1: Any,
     variance2: Any,
+    mesh: Mesh | None = None,
 ) -> TwoTimeKernel:
     r"""Kernels at infinite width between two times of training under noise.
 
@@ -60,6 +62,8 @@ def two_time_kernel(
         :math:`v_t` and :math:`v_s`, variances of the noise that each weight has gathered, at least
         0; one, or one for each layer with parameters ``(R,)``. The weights at the start have
         variance one.
+    mesh : jax.sharding.Mesh, optional
+        Devices that compute the kernels, each its share of the rows; n1 must divide over them.
 
     Returns
     -------
@@ -69,7 +73,10 @@ def two_time_kernel(
     Raises
     ------
     ValueError
-        A model without such kernels, a negative variance, inputs that are empty or not finite.
+        A model without such kernels, a negative variance, inputs that are empty or not finite, an
+        n1 that does not divide over the mesh.
+    MemoryError
+        Kernels that do not fit.
 
     Notes
     -----
@@ -90,7 +97,9 @@ def two_time_kernel(
         _by_layer(_validate.non_negative(**{name: value}), len(names), name)
         for name, value in (("variance1", variance1), ("variance2", variance2))
     ]
-    return _compiled(model.two_time.kernel, names, x1, x1 if x2 is None else x2, *variances)
+    x1, x2, mesh = place_inputs(len(names) + 1, x1, x2, mesh)
+    v1, v2 = _mesh.everywhere(mesh, variances)
+    return _compiled(model.two_time.kernel, names, x1, x1 if x2 is None else x2, v1, v2, mesh)
 
 
 def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
@@ -114,11 +123,17 @@ def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
 
 
 def between_times(
-    kernel: Any, names: tuple[str, ...], x1: Array, x2: Array, v1: Array, v2: Array
+    kernel: Any,
+    names: tuple[str, ...],
+    x1: Array,
+    x2: Array,
+    v1: Array,
+    v2: Array,
+    mesh: Mesh | None = None,
 ) -> TwoTimeKernel:
     """The kernels between ``x1`` and ``x2`` at weight noise ``v1`` and ``v2``, ``(R,)`` by layer.
 
-    ``kernel`` is that of a model's rule, ``names`` those of its layers.
+    ``kernel`` is that of a model's rule, ``names`` those of its layers; rows are over ``mesh``.
 
     Examples
     --------
@@ -129,11 +144,18 @@ def between_times(
     >>> ntkdp.ntk.between_times(model.two_time.kernel, names, x, x, v, v).nngp.shape
     (3, 3)
     """
-    covariances = {
-        name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r]) for r, name in enumerate(names)
-    }
-    nngp, terms = kernel(x1, x2, covariances)
-    return TwoTimeKernel(LayerwiseKernel(names, jnp.stack([terms[name] for name in names])), nngp)
+
+    def of_rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
+        covariances = {
+            name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r])
+            for r, name in enumerate(names)
+        }
+        nngp, terms = kernel(x1, x2, covariances)
+        return jnp.stack([terms[name] for name in names]), nngp
+
+    over_devices = _mesh.over_samples(of_rows, mesh, (0, None, None, None), (1, 0))
+    values, nngp = over_devices(x1, x2, v1, v2)
+    return TwoTimeKernel(LayerwiseKernel(names, values), nngp)
 
 
 _compiled = eqx.filter_jit(between_times)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _progress
+from ntkdp import _mesh, _progress
 from ntkdp._output_process import OutputProcess
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._types import Array, Float, Key
@@ -109,6 +109,27 @@ class _Runs(eqx.Module):
 
         return lax.map(with_node, jnp.arange(variances.shape[0]))
 
+    def apply(self, kernels: Array, charges: Array) -> Float[Array, "N C"]:
+        """Sum over leading axes, terms and samples."""
+        mesh = self.flow.mesh
+
+        def of_rows(kernels: Array, charges: Array) -> Array:
+            return _mesh.gathered(mesh, jnp.einsum("...tNn,...tnc->Nc", kernels, charges))
+
+        over_devices = _mesh.over_samples(of_rows, mesh, (kernels.ndim - 2, None), None)
+        outputs: Array = over_devices(kernels, charges)
+        return outputs
+
+    def along_bridge(self, bridge: Float[Array, "N N"], path: Array) -> Float[Array, "N C"]:
+        """Outputs of standard bridges."""
+        mesh = self.flow.mesh
+
+        def of_rows(bridge: Array, path: Array) -> Array:
+            return _mesh.gathered(mesh, bridge @ path)
+
+        outputs: Array = _mesh.over_samples(of_rows, mesh, (0, None), None)(bridge, path)
+        return outputs
+
     def by_seed(self, columns: Array) -> Float[Array, "S rows K"]:
         split = columns.reshape(columns.shape[0], self.keys.size, self.flow.n_outputs)
         return jnp.moveaxis(split, 1, 0)
@@ -116,7 +137,7 @@ class _Runs(eqx.Module):
     def gradients(self, f: Array, kernel: Array, batch: Array | None) -> tuple[Array, Array]:
         """Clipped gradients ``(T, n, C)``, and the factors by seed."""
         n = self.flow.n_samples
-        diagonal = jnp.diagonal(kernel[:, :n], axis1=1, axis2=2)
+        diagonal = _mesh.diagonal(self.flow.mesh, kernel)
         clipped, factors = jax.vmap(lambda one: self.flow.clipped(one, diagonal))(
             self.by_seed(f[:n])
         )
@@ -149,14 +170,15 @@ class _Runs(eqx.Module):
                 along * past.gradients - past.moments,
                 past.moments,
             ]
-            f = f - _apply(kernels, jnp.stack(charges)) + nodes.bridge @ past.bridge
+            f = f - self.apply(kernels, jnp.stack(charges))
+            f = f + self.along_bridge(nodes.bridge, past.bridge)
         own = (1 - along) * nodes.here + along * nodes.ahead
         batch = self.batch(keys)
         weight = after
         if self.trapezoidal:
             # The end of a step stands on both sides: two rounds are second order.
-            guess = f - before / 2 * _apply(own, past.last)
-            f = f - before / 2 * _apply(own, self.gradients(guess, own, batch)[0])
+            guess = f - before / 2 * self.apply(own, past.last)
+            f = f - before / 2 * self.apply(own, self.gradients(guess, own, batch)[0])
             weight = (before + after) / 2
         clipped, factors = self.gradients(f, own, batch)
         record = jax.tree.map(
@@ -185,11 +207,6 @@ class _Runs(eqx.Module):
         return path * (1 - following) / left + jnp.sqrt(variance) * noise
 
 
-def _apply(kernels: Array, charges: Array) -> Float[Array, "N C"]:
-    """Sum over leading axes, terms and samples."""
-    return jnp.einsum("...tNn,...tnc->Nc", kernels, charges)
-
-
 @eqx.filter_jit
 def run(
     flow: TwoTimeFlow,
@@ -207,9 +224,9 @@ def run(
     of_process, of_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     runs = _Runs(flow, variances, of_steps, sample_rate, trapezoidal, outputs)
     n_nodes = variances.shape[0]
-    undriven = process.draw(of_process, flow.n_outputs)
+    undriven = process.draw(of_process, flow.n_outputs, flow.mesh)
     undriven = undriven.reshape(*undriven.shape[:2], -1)
-    bridges = process.bridges() if steps.number.shape[1] > 1 else None
+    bridges = process.bridges(flow.mesh) if steps.number.shape[1] > 1 else None
 
     def node(carry: Any, place: Array) -> tuple[Any, None]:
         here, path_here, charges, last, record = carry
@@ -220,7 +237,7 @@ def run(
         def cell() -> tuple[Array, Array, Measurement]:
             """The steps between the node before and this one."""
             of_cell, bridge = jax.tree.map(lambda leaf: leaf[place - 1], (steps, bridges))
-            path_ahead = undriven[place] - _apply(row, charges)
+            path_ahead = undriven[place] - runs.apply(row, charges)
             nodes = _Nodes(here, row[place - 1], row[place], path_here, path_ahead, bridge)
             zeros = jnp.zeros_like(last)
             start = _Past(zeros, zeros, jnp.zeros_like(path_here), last, record)
@@ -230,7 +247,7 @@ def run(
 
         # The first node has none: its kernel is computed here all the same, in one program.
         charges, last, record = lax.cond(place > 0, cell, lambda: (charges, last, record))
-        path = undriven[place] - _apply(row, charges)
+        path = undriven[place] - runs.apply(row, charges)
         return (row[place], path, charges, last, record), None
 
     kernel = jnp.zeros((flow.n_terms, undriven.shape[1], flow.n_samples), undriven.dtype)

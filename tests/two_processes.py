@@ -47,6 +47,7 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
     )
     weights = ntkdp.WeightFlow(model.apply, x, targets, loss, rule, mesh=mesh)
     linearised = ntkdp.LinearisedFlow(model.apply, params, x, targets, loss, rule, mesh=mesh)
+    between_times = ntkdp.stochastic_flow.TwoTimeFlow(model, x, targets, loss, rule, mesh=mesh)
     times = [0.0, 1.0, 3.0]
     recorded = {"outputs": True, "test_x": x[:4], "test_targets": targets[:4]}
     runs = {
@@ -60,6 +61,9 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
         "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
         "ensemble without a kernel": ntkdp.stochastic_flow.ensemble(
             linearised, params, sample_rate=0.5, **steps
+        ),
+        "between times": ntkdp.stochastic_flow.two_time_ensemble(
+            between_times, outputs, nodes=2, rank=5, outputs=True, **steps | {"key": keys[0]}
         ),
         "dp_sgd": ntkdp.dp_sgd.run(
             model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps,

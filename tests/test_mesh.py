@@ -302,27 +302,32 @@ def test_what_is_not_finite_is_found_on_any_device() -> None:
         ntkdp.KernelFlow(bad, Y, LOSS, FLAT, mesh=mesh_of(8))
 
 
-def test_two_processes_find_what_one_finds() -> None:
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = Path(__file__).parent / "two_processes.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), f"localhost:{port}", str(number)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=script.parent.parent,
-        )
-        for number in range(2)
-    ]
-    ended = [process.communicate(timeout=600) for process in processes]
+    processes = []
+    for number in range(2):
+        # Into files: a full pipe would keep one from the end, where they wait for each other.
+        with (tmp_path / f"said {number}").open("w") as said:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), f"localhost:{port}", str(number)],
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    cwd=script.parent.parent,
+                )
+            )
+    for process in processes:
+        process.wait(timeout=600)
     expected = trajectories(None)
-    for process, (said, complained) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, complained
-        last = json.loads(said.splitlines()[-1])
-        assert last["devices"] == 4
-        assert last["found"].keys() == expected.keys()
-        for name, losses_found in last["found"].items():
+    for number, process in enumerate(processes):
+        said = (tmp_path / f"said {number}").read_text()
+        assert process.returncode == 0, said
+        (line,) = [line for line in said.splitlines() if line.startswith('{"devices"')]
+        found = json.loads(line)
+        assert found["devices"] == 4
+        assert found["found"].keys() == expected.keys()
+        for name, losses_found in found["found"].items():
             np.testing.assert_allclose(losses_found, expected[name], rtol=0, atol=1e-10)

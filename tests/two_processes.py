@@ -59,6 +59,9 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
         ),
         "recursion": ntkdp.recursion(flow, outputs, learning_rate=0.5, steps=6),
         "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
+        "moments": ntkdp.stochastic_flow.moments(
+            flow, outputs, learning_rate=0.5, steps=2, noise_multiplier=0.5, outputs=True
+        ),
         "ensemble without a kernel": ntkdp.stochastic_flow.ensemble(
             linearised, params, sample_rate=0.5, **steps
         ),
@@ -75,8 +78,9 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
         for name, run in runs.items()
         for what, values in (
             ("loss", run.loss),
-            ("outputs", run.outputs),
-            ("test", run.test_outputs),
+            ("outputs", getattr(run, "outputs", None)),
+            ("test", getattr(run, "test_outputs", None)),
+            ("covariance", getattr(run, "covariance", None)),
         )
         if values is not None
     }

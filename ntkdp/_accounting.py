@@ -22,8 +22,11 @@ _LARGEST_PLD_EPSILON = 1e6
 #: The grid is refined until epsilon moves by less than this.
 _RELATIVE_CHANGE = 1e-3
 _REFINEMENTS = 9
-#: Steps that are composed in one round, and the mass of the tails that a round cuts off.
-_AT_ONCE, _TAIL = 10_000, 1e-15
+#: Steps that are composed first, and the mass of the tails that is cut off.
+_FIRST, _TAIL = 10, 1e-15
+#: Part of the mass that rounding may take or give a step, as the powers of Fourier transforms have
+#: it, and the part of delta that may be missing of the whole mass before a grid is no bound.
+_ROUNDING, _LOST = 4 * float(np.finfo(np.float64).eps), 1e-3
 #: The same for a first search, and how often its outcome is corrected.
 _ROUGH_CHANGE, _CORRECTIONS = 0.05, 6
 #: A Gaussian mechanism of this noise has a Renyi divergence of order a of 1e-14 a.
@@ -64,12 +67,15 @@ def composed_epsilon_of(
         if -math.expm1(never) <= delta:
             return 0.0  # The sample is that unlikely ever to be drawn.
     bound = float(_rdp(mechanisms).get_epsilon(delta))
-    if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON:
+    exact = delta - _ROUNDING * sum(steps for _, steps in sampled)
+    if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON or exact <= 0:
         return bound
-    refined = _refined(
-        lambda interval: _pld(mechanisms, interval).get_epsilon_for_delta(delta), bound, change
-    )
-    return min(bound, refined)
+
+    def figure(interval: float) -> float:
+        losses = _pld(mechanisms, interval)
+        return losses.get_epsilon_for_delta(exact) if _is_whole(losses, delta) else math.inf
+
+    return min(bound, _refined(figure, bound, change))
 
 
 def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
@@ -93,12 +99,13 @@ def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str
         return float(_rdp([(sigma, q, steps)]).get_delta(epsilon))
     if bound > _LARGEST_PLD_EPSILON:
         return 1.0
-    return _refined(
-        lambda interval: _pld([(sigma, q, steps)], interval).get_delta_for_epsilon(epsilon),
-        bound,
-        10 * _RELATIVE_CHANGE,
-        _SMALLEST_DELTA,
-    )
+
+    def figure(interval: float) -> float:
+        losses = _pld([(sigma, q, steps)], interval)
+        delta = float(losses.get_delta_for_epsilon(epsilon)) + _ROUNDING * steps
+        return min(delta, 1.0) if _is_whole(losses, max(delta, _SMALLEST_DELTA)) else 1.0
+
+    return _refined(figure, bound, 10 * _RELATIVE_CHANGE, _SMALLEST_DELTA)
 
 
 def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
@@ -151,14 +158,20 @@ def _pld(mechanisms: Iterable[Mechanism], interval: float) -> Any:
 def _composed(one: Any, steps: int) -> Any:
     """A distribution of privacy losses, added up over steps.
 
-    In rounds: of very many steps at once dp-accounting raises the number of losses to the power of
-    the steps to learn that it is large, and keeps far more of the tails than they need.
+    A few steps first: of a distribution of few losses dp-accounting raises their number to the
+    power of the steps, to learn that it is large.
     """
-    if steps <= _AT_ONCE:
+    rounds, rest = divmod(steps, _FIRST)
+    if rounds < _FIRST:
         return one.self_compose(steps, _TAIL)
-    rounds, rest = divmod(steps, _AT_ONCE)
-    total = _composed(one.self_compose(_AT_ONCE, _TAIL / rounds), rounds)
+    total = one.self_compose(_FIRST, _TAIL / rounds).self_compose(rounds, _TAIL)
     return total.compose(one.self_compose(rest, _TAIL)) if rest else total
+
+
+def _is_whole(losses: Any, delta: float) -> bool:
+    """Whether rounding has left the mass that a bound of this delta needs."""
+    # At a loss far below all others delta is the whole mass.
+    return float(losses.get_delta_for_epsilon(-1e9)) >= 1 - _LOST * delta
 
 
 def _rdp(mechanisms: Iterable[Mechanism]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _progress, _validate
+from ntkdp import _followed_points, _mesh, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
@@ -123,10 +123,10 @@ def final_outputs(
         raise ValueError("key must be given with noise or sampling, got None")
     keys = _validate.keys(key=jax.random.key(0) if key is None else key)
     keys, cells = _mesh.everywhere(flow.mesh, (keys, cells))
-    noise = _unit_noise(flow, noise_kernel, noise_per_group, state.shape[1]) if noisy else None
+    noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
     with _progress.listening(progress, "predicting the cells") as shown:
         found = _final(flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, shown)
-        return FinalOutputs(*found)
+        return FinalOutputs(*_mesh.whole(found))
 
 
 def _cells(
@@ -151,16 +151,14 @@ def _cells(
     return rates, norms, sigmas
 
 
-def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs: int) -> _Noise:
+def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool) -> _Noise:
     """Noise with sigma and R of one: others scale it."""
     unit = eqx.tree_at(lambda flow: flow.clipping.R, flow, np.asarray(1.0))
     whole = noise_covariance(unit, 1.0, noise_kernel, per_group)
     assert whole is not None
-    n = flow.targets.shape[0] * (1 if flow.diagonal.ndim == 2 else n_outputs)
-    train = whole[:n, :n]
     if flow.test_drive is None:
-        return _Noise(square_root(train, flow.mesh), None, None)
-    test, across = whole[n:, n:], _mesh.spread(flow.mesh, whole[n:, :n])
+        return _Noise(square_root(whole, flow.mesh), None, None)
+    train, across, test = _blocks(_followed_points.of_flow(flow), whole)
     values, vectors = eigh(train, flow.mesh)
     usable = values > _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
     inverse = usable / (values * usable + ~usable) ** 0.5
@@ -168,6 +166,11 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool, n_outputs:
     given, left = _given_train(across, symmetric(inverse, vectors, flow.mesh), test, flow.mesh)
     of_left, basis = eigh(left, flow.mesh)
     return _Noise(root, given, symmetric(of_left.clip(min=0) ** 0.5, basis, flow.mesh))
+
+
+@partial(jax.jit, static_argnums=0)
+def _blocks(points: _followed_points.FollowedPoints, covariance: Array) -> Any:
+    return points.blocks(covariance)
 
 
 @partial(jax.jit, static_argnums=3)

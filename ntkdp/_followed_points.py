@@ -57,13 +57,36 @@ class FollowedPoints(NamedTuple):
 
     def in_devices_order(self, matrix: Array) -> Array:
         """Rows and columns of a covariance of the points, its rows over the devices."""
-        rows: Array = _mesh.spread(self.mesh, _reordered(matrix, self._order()))
-        return rows
+        return self._reordered(matrix, self._order())
 
     def in_order(self, matrix: Array) -> Array:
         """The same taken back: train before test."""
-        rows: Array = _mesh.spread(self.mesh, _reordered(matrix, np.argsort(self._order())))
-        return rows
+        return self._reordered(matrix, np.argsort(self._order()))
+
+    def blocks(self, matrix: Array) -> tuple[Array, Array, Array]:
+        """Of a covariance: train with train, test with train, and test with test."""
+        n_outputs = len(matrix) // self.n_points
+        index = _by_output(self._order(), n_outputs)
+        own, n = self.own_samples * n_outputs, self.n_samples * n_outputs
+
+        def cut(rows: Array) -> tuple[Array, Array, Array]:
+            turned = _rows_in_order(self.mesh, rows, index)
+            return turned[:own, :n], turned[own:, :n], turned[own:, n:]
+
+        found: tuple[Array, Array, Array] = self.on_devices(cut, (0,), (0, 0, 0))(
+            _mesh.spread(self.mesh, matrix)
+        )
+        return found
+
+    def _reordered(self, matrix: Array, order: np.ndarray) -> Array:
+        spread: Array = _mesh.spread(self.mesh, matrix)
+        if np.array_equal(order, np.arange(self.n_points)):
+            return spread
+        index = _by_output(order, len(matrix) // self.n_points)
+        turned: Array = self.on_devices(
+            lambda rows: _rows_in_order(self.mesh, rows, index)[:, index], (0,), 0
+        )(spread)
+        return turned
 
     def _order(self) -> np.ndarray:
         train = np.arange(self.n_samples).reshape(self.n_devices, -1)
@@ -92,8 +115,14 @@ def operator(flow: KernelFlow) -> Array:
     return found
 
 
-def _reordered(matrix: Array, order: np.ndarray) -> Array:
-    if np.array_equal(order, np.arange(order.size)):
-        return matrix
-    split = matrix.reshape(2 * (order.size, len(matrix) // order.size))
-    return split[order][:, :, order].reshape(matrix.shape)
+def _by_output(order: np.ndarray, n_outputs: int) -> np.ndarray:
+    """An order of points as one of their outputs."""
+    return (order[:, None] * n_outputs + np.arange(n_outputs)).ravel()
+
+
+def _rows_in_order(mesh: Mesh | None, rows: Array, index: np.ndarray) -> Array:
+    """A device's rows of a symmetric matrix whose rows are put in another order.
+
+    They are exchanged as the columns that they also are, so that no device holds them all.
+    """
+    return _mesh.transposed(mesh, rows[:, index])

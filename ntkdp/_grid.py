@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _validate, losses, privacy
+from ntkdp import _memory, _mesh, _validate, losses, privacy
 from ntkdp._cell_metrics import CellMetrics, measure
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
@@ -156,8 +156,9 @@ def _cells_at_once(
     item = train.dtype.itemsize
     of_cell = _COPIES * (flow.diagonal.shape[0] + 1) * followed * n_seeds * item
     rows = followed if flow.diagonal.ndim == 4 else followed // train.shape[1]
-    # The noise's covariance, its eigenvectors, and what is derived from both.
-    of_noise = 4 * rows**2 * item if noisy else 0
+    # The noise's covariance, its eigenvectors, and work of those who find them.
+    copies = (4 if flow.mesh is None else 6) if noisy else 0
+    of_noise = _mesh.bytes_on_host(flow.mesh, copies * rows**2 * item)
     _memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
     return max(1, int(_SHARE * (_memory.available_bytes() - of_noise) / of_cell))
 

@@ -89,6 +89,11 @@ def total(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else lax.psum(tree, AXIS)
 
 
+def largest(mesh: Mesh | None, array: Any) -> Any:
+    """The largest over the devices, inside :func:`over_samples`."""
+    return array if mesh is None else lax.pmax(array, AXIS)
+
+
 def own_part(mesh: Mesh | None, n: int) -> Any:
     """Number of the first of n samples that this device has, inside :func:`over_samples`."""
     return 0 if mesh is None else lax.axis_index(AXIS) * (n // mesh.size)

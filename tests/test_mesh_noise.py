@@ -27,6 +27,7 @@ from mesh_problem import (
 
 import ntkdp
 from ntkdp import _mesh, _mesh_eigh, _moments, stochastic_flow
+from ntkdp._output_noise import square_root
 from ntkdp._stepping import Stepping
 
 slow = pytest.mark.slow
@@ -41,12 +42,20 @@ def symmetric_matrix(kind: str, n: int) -> np.ndarray:
         basis, _ = np.linalg.qr(square)
         decaying = (basis * 10.0 ** -np.linspace(0, 14, n)) @ basis.T
         return (decaying + decaying.T) / 2
-    if kind == "of one value":
-        return np.eye(n)
+    if kind == "of few values":
+        basis, _ = np.linalg.qr(square)
+        return (basis * np.random.default_rng(1).integers(0, 3, n)) @ basis.T
+    if kind in ("tiny", "huge"):
+        return square @ square.T * (1e-200 if kind == "tiny" else 1e200)
+    if kind == "zero":
+        return np.zeros((n, n))
     return (square + square.T) / 2
 
 
-@pytest.mark.parametrize("kind", ["singular", "decaying", "indefinite", "of one value"])
+KINDS = ("singular", "decaying", "indefinite", "of few values", "tiny", "huge", "zero")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_devices", "own"), [(8, 5), (3, 1), (2, 12), (1, 7)])
 def test_eigenvalues_of_a_matrix_in_parts(kind: str, n_devices: int, own: int) -> None:
     matrix = symmetric_matrix(kind, n_devices * own)
@@ -68,7 +77,19 @@ def test_eigenvalues_in_single_precision() -> None:
     assert mesh is not None
     values, vectors = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
     assert values.dtype == vectors.dtype == jnp.float32
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=3e-5)
+    for scale in (1e-25, 1e25):
+        scaled, _ = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, np.float32(scale) * matrix))
+        np.testing.assert_allclose(scaled / np.float32(scale), values, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_root_of_what_is_not_finite_is_refused(bad: float) -> None:
+    matrix = np.eye(8)
+    matrix[6, 1] = matrix[1, 6] = bad
+    for mesh in (None, _mesh.as_mesh(mesh_of(4))):
+        with pytest.raises(ValueError, match="must be positive semi-definite"):
+            square_root(jnp.asarray(matrix), mesh)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +209,7 @@ def test_moments_are_those_of_one_device(name: str) -> None:
 def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
     n = 128
     x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 4)))
+    test_x, everything = x[:64], jnp.concatenate([x, x[:64]])
     model = ntkdp.models.mlp([8], 1, activation="erf")
     rule = ntkdp.clipping.Abadi(0.3)
 
@@ -198,21 +220,33 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
             jnp.sin(x[:, :1]),
             ntkdp.losses.SquaredError(),
             rule,
+            test_kernel=ntkdp.infinite_ntk(model, test_x, x, mesh=mesh),
             mesh=mesh,
         )
-        settings = (0.5, 1.0, None, False, rank)
-        closure, mean = _moments._closure(of, jnp.zeros((n, 1)), *settings)
+        noise_kernel = ntkdp.infinite_ntk(model, everything, mesh=mesh)
+        settings = (0.5, 1.0, noise_kernel, False, rank)
+        start = jnp.zeros((n, 1)), jnp.zeros((64, 1))
+        closure, mean = _moments._closure(of, start, *settings)
         step = (
             _moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, False)
             .compile()
             .compiled.memory_analysis()
         )
+        reordered = (
+            jax.jit(closure.form.points.in_order)
+            .lower(_mesh.spread(of.mesh, jnp.zeros((n + 64, n + 64))))
+            .compile()
+            .memory_analysis()
+        )
         return {
+            "order": reordered.output_size_in_bytes + reordered.temp_size_in_bytes,
             "form": bytes_on_first_device(eqx.filter(closure.form, eqx.is_array)),
             "steps": step.argument_size_in_bytes + step.temp_size_in_bytes,
         }
 
     one, many = needed(1), needed(8)
+    # Rows that are exchanged: a device's part, as it comes, on its way and as it goes.
+    assert many.pop("order") < 3 * one.pop("order") / 8
     for what in one:
         # What is small is whole on each: means, points of integration, what the modes do.
         assert many[what] < one[what] / 5, (what, one, many)

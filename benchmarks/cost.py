@@ -252,7 +252,7 @@ def calls_of(name, shape):
 TIMED = {
     "empirical kernel, assembly": ((800, 1200, 1600), (4, 256, 1, 256)),
     "empirical kernel, velocity": ((2000, 2500, 3000), (3, 64, 1, 16)),
-    "infinite kernel, assembly": ((1500, 2250, 3000), (10, 64, 1, 64)),
+    "infinite kernel, assembly": ((3000, 4000, 5000), (10, 64, 1, 64)),
     "infinite kernel, velocity": ((4000, 5000, 6000), (10, 64, 1, 16)),
     "WeightFlow": ((1000, 1500, 2000), (10, 512, 2, 512)),
     "LinearisedFlow": ((1000, 1500, 2000), (10, 512, 2, 512)),
@@ -340,7 +340,7 @@ enter all layers with parameters, and that leave them) and d inputs a sample.
 | empirical kernel | 2 R (nK)^2 / D | 2 R (nK)^2 | n^2 (1 + K^2) A / 2 + 2 n (K + 1) P; the first term twice on several devices |
 | infinite kernel | the same without K | 2 R n^2 K | R n^2 (2 d + 100) |
 | WeightFlow | 14 P + n (2A - d) / D | 6 n P | |
-| LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once; a noisy run 8 P for 15 P, and 7A - 6d for 8A - 7d | 10 n P | |
+| LinearisedFlow | 15 P + n d / D + b (2A - d), b samples of 64 MiB at a time; n (8A - 7d) / D for the last if all pass at once; a noisy run 7 P for 15 P, and 7A - 6d for 8A - 7d | 10 n P | |
 | DP-SGD | 3 P + n (3A - d) / D, with noise 7 P | 6 n P | |
 
 The kernel that its caller keeps and the matrix of `KernelFlow` are alive at once: two. Noise adds a covariance and its eigenvectors: six copies at the peak, two of

@@ -10,7 +10,7 @@ from ntkdp import _memory, _validate
 #: Parameter-sized arrays at the peak of an adaptive solve: stages, states and trial states.
 _WEIGHT_STATES, _DISPLACEMENT_STATES = 14, 15
 #: The same of a run of DP-SGD, without and with noise, and of a noisy run of the linearised model.
-_RUN_STATES, _NOISY_RUN_STATES, _NOISY_DISPLACEMENT_STATES = 3, 7, 8
+_RUN_STATES, _NOISY_RUN_STATES, _NOISY_DISPLACEMENT_STATES = 3, 7, 7
 #: Sets of activations at the peak of a batch of several. If the size of a batch is not told, that
 #: of the activations alone is taken: with biases fewer samples pass, of as much memory together.
 _SETS, _SETS_IF_TOLD = 2, 3
@@ -20,7 +20,7 @@ _SINGLE_SETS, _NOISY_SINGLE_SETS = 8, 7
 #: Operations over the cube of its rows: of all eigenvalues and vectors of a symmetric matrix on one
 #: device, and of a product of two.
 _EIGENVECTORS, _PRODUCT = 9, 2
-#: Sweeps of the block Jacobi method that finds them on several devices.
+#: Sweeps of the block Jacobi method that finds them on several devices: of kernels, six to eight.
 _SWEEPS = 8
 #: Matrices alive at its peak, the covariance included: workspace of LAPACK, or parts under way.
 _ROOT_COPIES, _ROOT_COPIES_IN_PARTS = 4, 6
@@ -128,7 +128,7 @@ def plan(
     - *LinearisedFlow*: :math:`15 P + n d / D + b (2A - d)` in batches of b samples that take
       64 MiB, or of one, and 3A - 2d for 2A - d if b is told; or
       :math:`15 P + n d / D + n (8A - 7d) / D` if all of a device pass at once, so that more devices
-      may take more each; and :math:`10 n P`. A noisy run takes 8 P for 15 P, and 7A - 6d for
+      may take more each; and :math:`10 n P`. A noisy run takes 7 P for 15 P, and 7A - 6d for
       8A - 7d;
     - *DP-SGD*: :math:`3 P + n (3A - d) / D`, 7 P with noise, and :math:`6 n P`.
 

@@ -83,7 +83,11 @@ MUTATIONS = {
     "a factor of two": (changed(clipping.Abadi, "_weight", lambda factor, *_: factor / 2), "C10"),
     "noise that does not scale with R": (changed(Algorithm, "_noise", noise_of_one_size), "C11"),
     "layers in reverse order": (
-        changed(_kernel_flow, "_as_operator", lambda operator, terms: AS_OPERATOR(terms[::-1])),
+        changed(
+            _kernel_flow,
+            "_as_operator",
+            lambda operator, terms, *rest: AS_OPERATOR(terms[::-1], *rest),
+        ),
         "C12",
     ),
     "one factor a sample under batch clipping": (

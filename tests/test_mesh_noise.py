@@ -205,7 +205,7 @@ def test_moments_are_those_of_one_device(name: str) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("rank", [None, 6])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=slow), 6])
 def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
     n = 128
     x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 4)))

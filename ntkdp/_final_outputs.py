@@ -184,7 +184,7 @@ def _given_train(
         return given, test - _mesh.outer(mesh, given, given)
 
     found: tuple[Array, Array] = _mesh.over_samples(rows, mesh, (0, 0, 0), (0, 0))(
-        across, inverse_root, _mesh.spread(mesh, test)
+        across, inverse_root, test
     )
     return found
 

@@ -48,12 +48,13 @@ class FollowedPoints(NamedTuple):
     def by_point(self, function: Callable[..., Array], in_axes: Any, *args: Any) -> Array:
         """What each device finds of its points, of all of them, train before test."""
 
-        def parts(*args: Any) -> tuple[Array, Array]:
+        def parts(*args: Any) -> Array:
             found = function(*args)
-            return found[self.part(False)], found[self.part(True)]
+            train, test = (found[self.part(which)] for which in (False, True))
+            return jnp.concatenate([_mesh.gathered(self.mesh, part) for part in (train, test)])
 
-        found = _mesh.everywhere(self.mesh, self.on_devices(parts, in_axes, (0, 0))(*args))
-        return jnp.concatenate(found)
+        by_point: Array = self.on_devices(parts, in_axes, None)(*args)
+        return by_point
 
     def in_devices_order(self, matrix: Array) -> Array:
         """Rows and columns of a covariance of the points, its rows over the devices."""

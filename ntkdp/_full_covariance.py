@@ -22,7 +22,7 @@ class Full(CovarianceForm):
     points: FollowedPoints = eqx.field(static=True)
 
     def zero(self) -> Array:
-        zero: Array = _mesh.spread(self.points.mesh, jnp.zeros_like(self.noise))
+        zero: Array = self.points.on_devices(jnp.zeros_like, (0,), 0)(self.noise)
         return zero
 
     def _split(self, rows: Array) -> Float[Array, "points K devices own K"]:
@@ -68,44 +68,45 @@ class Full(CovarianceForm):
             self.points.mesh, moved.reshape(n_rows, -1), operator.reshape(n_rows, -1)
         )
 
-    def _evolved(self, rows: Callable[..., Array], covariance: Array, *small: Array) -> Array:
-        in_axes = (0, 0, 0, *[None] * len(small))
-        evolved: Array = self.points.on_devices(rows, in_axes, 0)(
-            covariance, self.operator, self.noise, *small
+    def _evolved(
+        self,
+        rows: Callable[..., Array],
+        covariance: Array,
+        slope: Array,
+        spread: Array,
+        rate: Array,
+    ) -> Array:
+        """What ``rows`` makes of a device's rows of covariance, linear map and diffusion."""
+
+        def of_device(covariance: Array, operator: Array, noise: Array, *small: Array) -> Array:
+            slope, spread, rate = small
+            linear_map = self._linear_map(operator, slope)
+            return rows(covariance, linear_map, self._diffusion(operator, noise, spread), rate)
+
+        evolved: Array = self.points.on_devices(of_device, (0, 0, 0, None, None, None), 0)(
+            covariance, self.operator, self.noise, slope, spread, rate
         )
         return evolved
 
     def step(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
-        def rows(
-            covariance: Array,
-            operator: Array,
-            noise: Array,
-            slope: Array,
-            spread: Array,
-            rate: Array,
-        ) -> Array:
-            moved = rate * self._linear_map(operator, slope)
-            own = jnp.arange(len(moved))
-            moved = moved.at[own, _mesh.own_part(self.points.mesh, moved.shape[1]) + own].add(1.0)
-            half = _mesh.product(self.points.mesh, moved, covariance)
-            after = _mesh.outer(self.points.mesh, half, moved)
-            after = after + rate**2 * self._diffusion(operator, noise, spread)
-            return (after + _mesh.transposed(self.points.mesh, after)) / 2
+        mesh = self.points.mesh
+
+        def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
+            own = jnp.arange(len(linear_map))
+            place = _mesh.own_part(mesh, linear_map.shape[1]) + own
+            moved = (rate * linear_map).at[own, place].add(1.0)
+            after = _mesh.outer(mesh, _mesh.product(mesh, moved, covariance), moved)
+            after = after + rate**2 * diffusion
+            return (after + _mesh.transposed(mesh, after)) / 2
 
         return self._evolved(rows, covariance, slope, spread, rate)
 
     def velocity(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
-        def rows(
-            covariance: Array,
-            operator: Array,
-            noise: Array,
-            slope: Array,
-            spread: Array,
-            rate: Array,
-        ) -> Array:
-            half = _mesh.product(self.points.mesh, self._linear_map(operator, slope), covariance)
-            both = half + _mesh.transposed(self.points.mesh, half)
-            return both + rate * self._diffusion(operator, noise, spread)
+        mesh = self.points.mesh
+
+        def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
+            half = _mesh.product(mesh, linear_map, covariance)
+            return half + _mesh.transposed(mesh, half) + rate * diffusion
 
         return self._evolved(rows, covariance, slope, spread, rate)
 

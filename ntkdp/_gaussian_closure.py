@@ -147,13 +147,16 @@ class Closure(eqx.Module):
         numbers = self.weights.size * n_groups * n_outputs * (n_outputs + 1)
         at_a_time = max(1, _NUMBERS // numbers)
 
+        mesh = self.flow.mesh
+
         def of_device(samples: Any) -> Any:
             if at_a_time >= jax.tree.leaves(samples)[0].shape[0]:
-                return jax.vmap(function)(samples)
-            return lax.map(function, samples, batch_size=at_a_time)
+                found = jax.vmap(function)(samples)
+            else:
+                found = lax.map(function, samples, batch_size=at_a_time)
+            return jax.tree.map(lambda own: _mesh.gathered(mesh, own), found)
 
-        mesh = self.flow.mesh
-        return _mesh.everywhere(mesh, _mesh.over_samples(of_device, mesh, (0,), 0)(samples))
+        return _mesh.over_samples(of_device, mesh, (0,), None)(samples)
 
     def zero(self, mean: Array) -> State:
         """Outputs that are known."""

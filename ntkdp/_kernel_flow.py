@@ -42,12 +42,14 @@ class KernelFlow(Flow):
     preconditioned_kernel : array or LayerwiseKernel, optional
         :math:`J M^{-1} J^\top` drives the outputs (DP-Adam with a frozen preconditioner); the norms
         always come from ``kernel``.
+    mesh : jax.sharding.Mesh, optional
+        Devices that share the rows of all kernels; n and m must divide over them.
 
     Raises
     ------
     ValueError
         Shapes that do not fit, NaN or infinities, layerwise clipping of a kernel without layer
-        terms, one R too few.
+        terms, one R too few, numbers of samples that do not divide over the mesh.
 
     Notes
     -----
@@ -294,13 +296,15 @@ def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
 @partial(jax.jit, static_argnums=(1, 2))
 def _as_operator(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``, for a single product a step."""
-    by_group = terms if layered else terms[None]
-    if by_group.ndim == 3:
-        matrix = jnp.moveaxis(by_group, 0, 1).reshape(by_group.shape[1], -1)
-    else:
+
+    def of_rows(terms: Array) -> Array:
+        by_group = terms if layered else terms[None]
+        if by_group.ndim == 3:
+            return jnp.moveaxis(by_group, 0, 1).reshape(by_group.shape[1], -1)
         rows = by_group.shape[1] * by_group.shape[3]
-        matrix = jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
-    operator: Array = _mesh.spread(mesh, matrix)
+        return jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
+
+    operator: Array = _mesh.over_samples(of_rows, mesh, (int(layered),), 0)(terms)
     return operator
 
 

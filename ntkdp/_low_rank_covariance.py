@@ -16,6 +16,7 @@ With a mesh, rows of the modes are over the devices, what is followed of them is
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from ntkdp import _followed_points, _mesh
@@ -221,6 +222,7 @@ class LowRank(CovarianceForm):
         """Of the leading modes."""
         S, _ = covariance
         gradient, hessian, _, _ = self._expanded(test, g, W)
+        mesh = self.points.mesh
 
         def of_device(leading: Modes, S: Array, gradient: Array, hessian: Array) -> Links:
             turned = hessian @ S
@@ -233,7 +235,7 @@ class LowRank(CovarianceForm):
             def along(vector: Array) -> Array:
                 return jnp.stack([self._at(drive, vector) for drive in leading.drives], axis=1)
 
-            return Links(
+            own = Links(
                 pull=along(gradient),
                 turn=against(turned),
                 slope=self._at(vectors, S @ gradient),
@@ -241,11 +243,11 @@ class LowRank(CovarianceForm):
                 far_pull=along(turned @ gradient),
                 far_turn=against(turned @ turned),
             )
+            whole: Links = jax.tree.map(lambda part: _mesh.gathered(mesh, part), own)
+            return whole
 
-        by_sample = self.points.on_devices(of_device, (0, None, None, None), 0)
-        links: Links = _mesh.everywhere(
-            self.points.mesh, by_sample(self.leading, S, gradient, hessian)
-        )
+        over_devices = self.points.on_devices(of_device, (0, None, None, None), None)
+        links: Links = over_devices(self.leading, S, gradient, hessian)
         return links
 
     def matrix(self, covariance: tuple[Array, Array]) -> Array:

@@ -317,7 +317,7 @@ def _of_phase(kernel: Any, phase: Phase, name: str) -> Any:
     if isinstance(kernel, Flow):
         raise TypeError(
             f"{name} must be a kernel, got a {type(kernel).__name__}: phases make flows of their "
-            "own; a LinearisedFlow is stepped by ensemble and recursion, in one phase"
+            "own; without a kernel ensemble and recursion step a LinearisedFlow, in one phase"
         )
     if kernel is None or phase.trainable is None:
         return kernel

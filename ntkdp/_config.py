@@ -190,7 +190,7 @@ class Config(ProblemConfig):
         description="exact: flow in weight space; frozen: flow of the empirical kernel; infinite: "
         "flow of the infinite-width kernel, with noise an ensemble under the kernels between "
         "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
-        "ensemble of them",
+        "ensemble of them; by default without recursion if there is momentum",
     )
     rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
@@ -212,6 +212,10 @@ class Config(ProblemConfig):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
+        if self.training.momentum > 0 and "predictions" not in self.model_fields_set:
+            # A configuration is frozen for its users; its defaults are still being found here.
+            without = [name for name in self.predictions if name != "recursion"]
+            object.__setattr__(self, "predictions", without)
         if self.training.momentum > 0 and "recursion" in self.predictions:
             raise ValueError(
                 "predictions must not hold 'recursion' with training.momentum > 0, "

@@ -52,7 +52,10 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"model": {"widths": []}}, ["'model.widths'"]),
         ({"model": 3}, ["'model'", "3"]),
         ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),
-        ({"training": {"momentum": 0.9}}, ["recursion", "momentum"]),
+        (
+            {"training": {"momentum": 0.9}, "predictions": ["frozen", "recursion"]},
+            ["recursion", "momentum"],
+        ),
         ({"training": {"epsilon": 3.0}}, ["epsilon", "delta", "together"]),
         ({"training": {"mu": 1.0, "noise_multiplier": 2.0}}, ["one way", "mu"]),
         ({"training": {"n_predicted": 1}}, ["'training.n_predicted'", "1"]),
@@ -63,6 +66,13 @@ def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> No
         _config.from_tree(tree)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_default_predictions_follow_the_momentum() -> None:
+    assert _config.from_tree({}).predictions == ["frozen", "infinite", "recursion"]
+    with_momentum = _config.from_tree({"training": {"momentum": 0.9}})
+    assert with_momentum.predictions == ["frozen", "infinite"]
+    assert _config.from_tree(with_momentum.model_dump()) == with_momentum
 
 
 @pytest.mark.parametrize(

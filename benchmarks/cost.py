@@ -100,7 +100,7 @@ def solved(flow, params):
     return compiled_bytes(
         _solve._integrate.lower(
             flow, flow.init(params), times, diffrax.Tsit5(), diffrax.RecursiveCheckpointAdjoint(),
-            tolerances, 1000, False, False,
+            tolerances, 1000, False, None,
         )
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def drawn(flow, params):
     key = _mesh.everywhere(flow.mesh, jax.random.key(0))
     stepping = Stepping(0.1, 100, 1)
     return compiled_bytes(
-        draw.lower(flow, noise, flow.init(params), False, stepping, key, False, False)
+        draw.lower(flow, noise, flow.init(params), False, stepping, key, False, None)
     )
 
 
@@ -181,7 +181,7 @@ def network_memory(name, shape, devices, noise=False):
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
         peak = compiled_bytes(
-            dp_sgd._run.lower(algorithm, start, False, key, stepping, False, False)
+            dp_sgd._run.lower(algorithm, start, False, key, stepping, False, None)
         )
     elif name == "WeightFlow":
         flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)

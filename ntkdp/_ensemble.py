@@ -10,6 +10,7 @@ from ntkdp import _mesh, _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
+from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp._weight_noise import deviations
@@ -158,8 +159,8 @@ def ensemble(
     noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
     state = flow.init(initial)
     keys = _mesh.everywhere(flow.mesh, _validate.keys(key=key))
-    with _progress.listening(progress, "drawing runs") as shown:
-        _, measured = draw(flow, noise, state, False, stepping, keys, outputs, shown)
+    with _progress.listening(progress, "drawing runs") as listener:
+        _, measured = draw(flow, noise, state, False, stepping, keys, outputs, listener)
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
@@ -200,7 +201,7 @@ def draw(
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
-    shown: bool,
+    listener: Listener,
 ) -> tuple[Any, Measurement]:
     """State at the end and what was measured, from one state for all seeds or one for each."""
 
@@ -210,7 +211,9 @@ def draw(
             velocity = noise.velocity(flow, state, jax.random.fold_in(key, stepping.number(k)))
             return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)
 
-        return stepping.walk_to_end(step, lambda state: flow.measure(state, outputs), state, shown)
+        return stepping.walk_to_end(
+            step, lambda state: flow.measure(state, outputs), state, listener
+        )
 
     if keys.ndim == 0:
         return one_run(keys, state)

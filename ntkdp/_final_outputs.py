@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ntkdp import _followed_points, _mesh, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
+from ntkdp._progress import Listener
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import NoClipping
 
@@ -124,8 +125,10 @@ def final_outputs(
     keys = _validate.keys(key=jax.random.key(0) if key is None else key)
     keys, cells = _mesh.everywhere(flow.mesh, (keys, cells))
     noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
-    with _progress.listening(progress, "predicting the cells") as shown:
-        found = _final(flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, shown)
+    with _progress.listening(progress, "predicting the cells") as listener:
+        found = _final(
+            flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, listener
+        )
         return FinalOutputs(*_mesh.whole(found))
 
 
@@ -199,7 +202,7 @@ def _final(
     steps: int,
     sample_rate: float,
     divisor: float,
-    shown: bool,
+    listener: Listener,
 ) -> tuple[Array, Array | None]:
     start, test = initial
     n, n_outputs = start.shape
@@ -232,9 +235,9 @@ def _final(
         gathered = None if noise is None else jnp.zeros((noise.root.shape[1], columns), start.dtype)
 
         def tell_and_step(k: Any, carry: Any) -> Any:
-            if shown:
+            if listener is not None:
                 due = k % max(1, steps // 100) == 0
-                lax.cond(due, lambda: _progress.report(k / steps), lambda: None)
+                lax.cond(due, lambda: _progress.report(listener, k / steps), lambda: None)
             return step(k, carry)
 
         f, charges, gathered = lax.fori_loop(0, steps, tell_and_step, (start, charges, gathered))

@@ -20,6 +20,7 @@ from ntkdp._covariance_form import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
+from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
 from ntkdp._types import Array, as_constant
 from ntkdp.clipping import Batch, Global
@@ -132,8 +133,8 @@ def moments(
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
-    with _progress.listening(progress, "stepping the moments") as shown:
-        found = _step_moments(closure, mean, stepping, outputs, shown)
+    with _progress.listening(progress, "stepping the moments") as listener:
+        found = _step_moments(closure, mean, stepping, outputs, listener)
         return Moments(stepping.times, jnp.asarray(stepping.recorded), *_mesh.whole(found))
 
 
@@ -319,13 +320,13 @@ def _closure(
 
 @eqx.filter_jit
 def _step_moments(
-    closure: Closure, mean: Array, stepping: Stepping, outputs: bool, shown: bool
+    closure: Closure, mean: Array, stepping: Stepping, outputs: bool, listener: Listener
 ) -> Statistics:
     def step(k: Any, state: State) -> State:
         return closure.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
 
     measured: Statistics = stepping.walk(
-        step, lambda state: closure.measure(state, outputs), closure.zero(mean), shown
+        step, lambda state: closure.measure(state, outputs), closure.zero(mean), listener
     )
     return measured
 

@@ -94,14 +94,14 @@ def ensemble_phases(
     keys = _validate.keys(key=key)
     state = flows[0].init(initial)
     paths: list[Trajectory] = []
-    with _progress.listening(progress, "drawing runs") as shown:
+    with _progress.listening(progress, "drawing runs") as listener:
         for phase, flow, stepping, over_all in zip(
             phases, flows, steppings(phases, record_every), noise_kernels, strict=True
         ):
             sigma, _, _ = phase.mechanism(sample_rate)
             noise = noise_of_step(flow, sigma, sample_rate, over_all, noise_per_group)
             per_seed = bool(paths) and keys.ndim > 0
-            state, measured = draw(flow, noise, state, per_seed, stepping, keys, outputs, shown)
+            state, measured = draw(flow, noise, state, per_seed, stepping, keys, outputs, listener)
             steps = jnp.asarray(stepping.recorded)
             paths.append(from_measurements(stepping.times, measured, steps=steps))
         return functools.reduce(Trajectory.then, paths)

@@ -12,6 +12,7 @@ from ntkdp import _progress, _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
+from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
 from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import (
@@ -27,12 +28,14 @@ _DEFAULT_MAX_STEPS = 100_000
 class _Meter(diffrax.AbstractProgressMeter):
     """Passes the solver's progress on, a hundred times in all."""
 
+    listener: Array
+
     def init(self) -> Array:
         return jnp.zeros(())
 
     def step(self, state: Array, progress: Any) -> Array:
         due = jnp.any(progress - state >= 0.01)
-        lax.cond(due, lambda: _progress.report(jnp.max(progress)), lambda: None)
+        lax.cond(due, lambda: _progress.report(self.listener, jnp.max(progress)), lambda: None)
         return jnp.where(due, progress, state)
 
     def close(self, state: Array) -> None:
@@ -131,9 +134,9 @@ def solve(
         raise TypeError(
             f"adjoint must be a diffrax adjoint, e.g. diffrax.ForwardMode(), got {adjoint!r}"
         )
-    with _progress.listening(progress, "solving the flow") as shown:
+    with _progress.listening(progress, "solving the flow") as listener:
         measured, outcome = _integrate(
-            flow, state, times, solver, adjoint, (rtol, atol), max_steps, outputs, shown
+            flow, state, times, solver, adjoint, (rtol, atol), max_steps, outputs, listener
         )
         return from_measurements(times, measured, outcome=outcome)
 
@@ -148,7 +151,7 @@ def _integrate(
     tolerances: tuple[Any, Any],
     max_steps: int,
     outputs: bool,
-    shown: bool,
+    listener: Listener,
 ) -> tuple[Measurement, Array]:
     rtol, atol = tolerances
     leaves, structure = jax.tree.flatten(state)
@@ -176,7 +179,7 @@ def _integrate(
         max_steps=max_steps,
         adjoint=adjoint,
         throw=False,
-        progress_meter=_Meter() if shown else diffrax.NoProgressMeter(),
+        progress_meter=diffrax.NoProgressMeter() if listener is None else _Meter(listener),
     )
     results = diffrax.RESULTS
     ended = solution.result
@@ -255,8 +258,8 @@ def recursion(
         )
     stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
-    with _progress.listening(progress, "stepping the kernel") as shown:
-        measured = _recur(flow, state, stepping, outputs, shown)
+    with _progress.listening(progress, "stepping the kernel") as listener:
+        measured = _recur(flow, state, stepping, outputs, listener)
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
@@ -266,7 +269,7 @@ def _recur(
     state: PyTree,
     stepping: Stepping,
     outputs: bool,
-    shown: bool,
+    listener: Listener,
 ) -> Measurement:
     def step(k: Any, state: PyTree) -> PyTree:
         rate = stepping.rate(k)
@@ -275,7 +278,7 @@ def _recur(
         )
 
     measured: Measurement = stepping.walk(
-        step, lambda state: flow.measure(state, outputs), state, shown
+        step, lambda state: flow.measure(state, outputs), state, listener
     )
     return measured
 

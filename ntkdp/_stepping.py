@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp import _progress, _validate
+from ntkdp._progress import Listener
 from ntkdp._types import Array, PyTree
 from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
 
@@ -75,31 +76,31 @@ class Stepping(eqx.Module):
         """Number of step k in the whole, which its random draws go by."""
         return self.done + k
 
-    def tell(self, k: Any) -> None:
+    def tell(self, listener: Array, k: Any) -> None:
         """Tell the listener of progress, from inside compiled code, that step k begins."""
         due = k % max(self.record_every, self.steps // 100) < self.record_every
         share = self.number(k) / self.total
-        lax.cond(due, lambda: _progress.report(share), lambda: None)
+        lax.cond(due, lambda: _progress.report(listener, share), lambda: None)
 
     def walk(
         self,
         step: Callable[[Any, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
-        shown: bool,
+        listener: Listener,
     ) -> PyTree:
         """Measurements of the recorded states, stacked along a leading axis.
 
-        ``step(k, state)`` is the state after step k. ``shown`` tells the listener of progress.
+        ``step(k, state)`` is the state after step k. A ``listener`` is told of progress.
         """
-        return self.walk_to_end(step, measure, state, shown)[1]
+        return self.walk_to_end(step, measure, state, listener)[1]
 
     def walk_to_end(
         self,
         step: Callable[[Any, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
-        shown: bool,
+        listener: Listener,
     ) -> tuple[PyTree, PyTree]:
         """The state after the last step, and the measurements."""
         steps, record_every = self.steps, self.record_every
@@ -109,8 +110,8 @@ class Stepping(eqx.Module):
             return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
 
         def record(state: PyTree, start: Array) -> tuple[PyTree, PyTree]:
-            if shown:
-                self.tell(start)
+            if listener is not None:
+                self.tell(listener, start)
             return proceed(state, start, record_every), measure(state)
 
         full, rest = divmod(steps, record_every)

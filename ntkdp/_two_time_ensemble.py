@@ -267,7 +267,7 @@ def draw(
     at_nodes, steps_of_cells, of_seeds = _mesh.everywhere(
         flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
     )
-    with _progress.listening(progress, "drawing wide networks") as shown:
+    with _progress.listening(progress, "drawing wide networks") as listener:
         measured = _volterra.run(
             flow,
             process,
@@ -278,7 +278,7 @@ def draw(
             sample_rate,
             trapezoidal,
             outputs,
-            shown,
+            listener,
         )
     measured = jax.tree.map(lambda path: jnp.swapaxes(path, 0, 1), measured)
     return jax.tree.map(lambda path: path[0], measured) if keys.ndim == 0 else measured

@@ -20,6 +20,7 @@ from jax import lax
 
 from ntkdp import _mesh, _progress
 from ntkdp._output_process import OutputProcess
+from ntkdp._progress import Listener
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._types import Array, Float, Key
 from ntkdp.trajectory import Measurement
@@ -218,7 +219,7 @@ def run(
     sample_rate: float,
     trapezoidal: bool,
     outputs: bool,
-    shown: bool,
+    listener: Listener,
 ) -> Measurement:
     """Measurements ``(n_recorded, S)`` of runs over the grid of steps."""
     of_process, of_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -230,8 +231,8 @@ def run(
 
     def node(carry: Any, place: Array) -> tuple[Any, None]:
         here, path_here, charges, last, record = carry
-        if shown:
-            _progress.report(place / n_nodes)
+        if listener is not None:
+            _progress.report(listener, place / n_nodes)
         row = runs.kernels(place)
 
         def cell() -> tuple[Array, Array, Measurement]:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ntkdp import _mesh, _progress, _validate, clipping, losses, privacy
 from ntkdp._dp_step import Algorithm, State
 from ntkdp._phase import Phase, as_trainable, check_phases, steppings
+from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
 from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
@@ -310,8 +311,8 @@ def run(
     )
     keys = _mesh.everywhere(algorithm.mesh, _validate.keys(key=key))
     start = algorithm.init(params).params
-    with _progress.listening(progress, "training with DP-SGD") as shown:
-        _, measured = _run(algorithm, start, False, keys, stepping, outputs, shown)
+    with _progress.listening(progress, "training with DP-SGD") as listener:
+        _, measured = _run(algorithm, start, False, keys, stepping, outputs, listener)
         return _trajectory(stepping, measured)
 
 
@@ -415,10 +416,10 @@ def run_phases(
     # All are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm in algorithms]
     paths: list[Trajectory] = []
-    with _progress.listening(progress, "training with DP-SGD") as shown:
+    with _progress.listening(progress, "training with DP-SGD") as listener:
         for algorithm, stepping in zip(algorithms, steppings(phases, record_every), strict=True):
             per_seed = bool(paths) and keys.ndim > 0
-            params, measured = _run(algorithm, params, per_seed, keys, stepping, outputs, shown)
+            params, measured = _run(algorithm, params, per_seed, keys, stepping, outputs, listener)
             paths.append(_trajectory(stepping, measured))
         return functools.reduce(Trajectory.then, paths)
 
@@ -435,7 +436,7 @@ def _run(
     keys: Key[Array, "*seeds"],
     stepping: Stepping,
     outputs: bool,
-    shown: bool,
+    listener: Listener,
 ) -> tuple[Params, Measurement]:
     """Parameters at the end and what was measured, from parameters of all seeds or of each."""
     full_batch = algorithm.sample_rate >= 1
@@ -470,8 +471,8 @@ def _run(
             return proceed(state, start + 1, count - 1), measured
 
         def record_and_tell(state: State, start: Array) -> tuple[State, Measurement]:
-            if shown:
-                stepping.tell(start)
+            if listener is not None:
+                stepping.tell(listener, start)
             return record(state, start, record_every)
 
         full, rest = divmod(stepping.steps, record_every)

@@ -228,7 +228,7 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
         start = jnp.zeros((n, 1)), jnp.zeros((64, 1))
         closure, mean = _moments._closure(of, start, *settings)
         step = (
-            _moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, False)
+            _moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, None)
             .compile()
             .compiled.memory_analysis()
         )

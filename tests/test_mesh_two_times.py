@@ -132,7 +132,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
             flow.mesh, (small, variances, np.tril_indices(3), (steps, KEYS[:1]))
         )
         process = _output_process.OutputProcess(modes, *small)
-        options = (7, 1.0, True, False, False)
+        options = (7, 1.0, True, False, None)
         programs = {
             "covariance": _output_process._covariance.lower(flow, variances[-1]),
             "modes": _output_process._signed.lower(modes, flow.mesh),

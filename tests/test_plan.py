@@ -115,7 +115,7 @@ def _of_a_solve(name: str, n: int, width: int, inputs: int, devices: int) -> tup
         (1e-6, 1e-9),
         100,
         False,
-        False,
+        None,
     )
     found = ntkdp.plan(**sizes, n_devices=devices, dtype="float64", memory=PLENTY)
     return _method(found, name).memory_bytes, _bytes(lowered)
@@ -130,7 +130,7 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
     noise = _ensemble.noise_of_step(flow, 1.0, 1.0, None, False)
     draw: Any = _ensemble.draw
     lowered = draw.lower(
-        flow, noise, flow.init(params), False, Stepping(0.1, 10, 1), jax.random.key(0), False, False
+        flow, noise, flow.init(params), False, Stepping(0.1, 10, 1), jax.random.key(0), False, None
     )
     asked: Any = {**sizes, "dtype": "float64", "noise": True, "memory": PLENTY}
     planned, for_batches = (

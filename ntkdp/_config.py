@@ -149,7 +149,8 @@ class ClippingConfig(Section):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="in place of training.learning_rate for this rule",
+        description="in place of training.learning_rate for this rule; without any [[clipping]], "
+        "the default rules of R = 0.4 use 2.5, unless training.learning_rate is written",
     )
     steps: int | None = Field(None, ge=1, description="in place of training.steps for this rule")
 
@@ -158,6 +159,20 @@ class ClippingConfig(Section):
         """A short name, for titles and for groups in files."""
         norm = "" if self.rule == "none" else f" R={_number(self.clip_norm)}"
         return f"{self.scope} {self.rule}{norm}"
+
+    def learning_rate_in(self, training: TrainingConfig) -> float:
+        """The rule's own learning rate if it has one, else that of all rules."""
+        return training.learning_rate if self.learning_rate is None else self.learning_rate
+
+
+#: The rules that are compared where a configuration names none, each with a learning rate that
+#: suits it.
+_DEFAULT_RULES = [
+    ClippingConfig(scope="flat", clip_norm=0.4, learning_rate=2.5),
+    ClippingConfig(scope="flat", clip_norm=1000.0),
+    ClippingConfig(scope="layerwise", clip_norm=0.4, learning_rate=2.5),
+    ClippingConfig(scope="layerwise", clip_norm=1000.0),
+]
 
 
 class ProblemConfig(Section):
@@ -196,15 +211,20 @@ class Config(ProblemConfig):
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
     training: TrainingConfig = Field(TrainingConfig(), description="the mechanism")
     clipping: list[ClippingConfig] = Field(
-        [
-            ClippingConfig(scope="flat", clip_norm=0.4, learning_rate=2.5),
-            ClippingConfig(scope="flat", clip_norm=1000.0),
-            ClippingConfig(scope="layerwise", clip_norm=0.4, learning_rate=2.5),
-            ClippingConfig(scope="layerwise", clip_norm=1000.0),
-        ],
-        min_length=1,
-        description="the rules to compare",
+        _DEFAULT_RULES, min_length=1, description="the rules to compare"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rules_take_the_learning_rate_that_is_written(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "clipping" in tree:
+            return tree
+        training = tree.get("training", {})
+        written = training.model_fields_set if isinstance(training, TrainingConfig) else training
+        if not isinstance(written, dict | set) or "learning_rate" not in written:
+            return tree
+        rules = [rule.model_copy(update={"learning_rate": None}) for rule in _DEFAULT_RULES]
+        return tree | {"clipping": rules}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -259,7 +279,7 @@ def load_as(kind: type[Kind], path: str | os.PathLike[str]) -> Kind:
     if not path.is_file():
         raise FileNotFoundError(f"config file does not exist: {path}")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # whole numbers too long, brackets too deep
         raise ConfigError(f"{path} is not TOML: {error}") from error
     try:
@@ -311,20 +331,26 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def describe(kind: type[BaseModel] = Config) -> list[tuple[str, str, str]]:
-    """Every field as (name, default, description), in the order of the file."""
-    return list(_describe(kind, ""))
+    """Every field as (name, default, description), in the order of the file.
+
+    The defaults are those of ``kind()``, which may differ from those of its sections.
+    """
+    return list(_describe(kind(), ""))
 
 
-def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _describe(section: BaseModel, prefix: str) -> Iterator[tuple[str, str, str]]:
     nested = []
-    for name, field in section.model_fields.items():
+    for name, field in type(section).model_fields.items():
+        default = getattr(section, name)
+        if isinstance(default, BaseModel):
+            nested.append((f"{prefix}{name}.", default))
+            continue
         kinds = list(_models_in(field.annotation))
         if kinds:
-            is_list = typing.get_origin(field.annotation) is list
-            nested.append((f"{prefix}{name}{'[]' if is_list else ''}.", kinds[0]))
+            # Of a section that repeats, each block has the defaults of its kind.
+            nested.append((f"{prefix}{name}[].", kinds[0]()))
             continue
-        default = field.get_default(call_default_factory=True)
         shown = "" if default is None else str(default).replace("'", '"')
         yield f"{prefix}{name}", shown, field.description or ""
-    for nested_prefix, kind in nested:
-        yield from _describe(kind, nested_prefix)
+    for nested_prefix, part in nested:
+        yield from _describe(part, nested_prefix)

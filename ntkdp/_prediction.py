@@ -58,7 +58,7 @@ class Mechanism(NamedTuple):
         """Of one rule, which may have its own learning rate and steps."""
         training = config.training
         steps = case.steps or training.steps
-        return cls(case.learning_rate or training.learning_rate, steps, training.sigma(steps))
+        return cls(case.learning_rate_in(training), steps, training.sigma(steps))
 
 
 def needed_kernels(config: Config) -> set[str]:

@@ -44,6 +44,8 @@ def metrics(results: Results) -> dict[str, Any]:
                         if case.clipping.rule == "none"
                         else case.clipping.clip_norm,
                     },
+                    "learning_rate": case.learning_rate,
+                    "steps": case.clipping.steps or results.config.training.steps,
                     "prediction": name,
                     "kernel": KERNEL_OF[name],
                     "sup_relative_error": _number(prediction.comparison.sup_relative_error),
@@ -114,6 +116,7 @@ def _final(path: Trajectory) -> dict[str, float | None]:
 
 _COLUMNS = (
     "clipping",
+    "learning rate",
     "prediction",
     "kernel",
     "clipped at start",
@@ -125,7 +128,7 @@ _COLUMNS = (
 )
 
 #: Columns for a terminal of eighty characters; report.html has them all.
-_NARROW = (0, 1, 4, 5, 6)
+_NARROW = (0, 1, 2, 5, 6, 7)
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
@@ -136,6 +139,7 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
             rows.append(
                 (
                     case.clipping.label,
+                    f"{case.learning_rate:g}",
                     LABELS[name],
                     KERNEL_OF[name] or "",
                     f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
@@ -162,14 +166,15 @@ def print_table(results: Results) -> None:
     shown = range(len(_COLUMNS)) if console.width >= 130 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
     for number in shown:
-        table.add_column(_COLUMNS[number], justify="left" if number < 3 else "right")
+        table.add_column(_COLUMNS[number], justify="left" if number < 4 else "right")
     previous = None
     for row in _rows(results):
-        if previous not in (None, row[0]):
+        case = row[:2]
+        if previous not in (None, case):
             table.add_section()
-        cells = ("" if row[0] == previous else row[0], *row[1:])
+        cells = (*(("", "") if case == previous else case), *row[2:])
         table.add_row(*(cells[number] for number in shown))
-        previous = row[0]
+        previous = case
     console.print(table)
     for warning in _warnings(results):
         console.print(warning, soft_wrap=True)
@@ -234,7 +239,7 @@ def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
     """Draw every picture; (file name, caption) in the order of the page."""
     panels = {}
     for case in results.cases:
-        scope, _, rule = case.clipping.label.partition(" ")
+        scope, _, rule = case.title.partition(" ")
         predicted = {LABELS[name]: p.trajectory for name, p in case.predictions.items()}
         panels[scope, rule] = (case.run, predicted)
     # A prediction of many outputs leaves out the test points.
@@ -318,7 +323,7 @@ def _page(
     parts = [
         _html.paragraph(summary),
         *(_html.paragraph(text, "warning") for text in _warnings(results)),
-        _html.table(_COLUMNS, _rows(results), n_left=3),
+        _html.table(_COLUMNS, _rows(results), n_left=4),
         _EXPLANATION,
         *(_html.picture(folder / file, caption) for file, caption in pictures),
         "<h2>Configuration</h2>",

@@ -70,9 +70,9 @@ class Prediction(NamedTuple):
 class Case(NamedTuple):
     """One clipping rule: the run, and the predictions of it by name.
 
-    ``noise_multiplier`` is sigma, and ``weight_noise`` the variance v(T) that noise has added to
-    each weight by the end: beside 1, the variance of the weights at the start, it says how far the
-    noise moves the kernel.
+    ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
+    ``weight_noise`` the variance v(T) that noise has added to each weight by the end: beside 1, the
+    variance of the weights at the start, it says how far the noise moves the kernel.
 
     Part of what :func:`run` returns.
     """
@@ -83,6 +83,12 @@ class Case(NamedTuple):
     run: Trajectory
     run_seconds: float
     predictions: dict[str, Prediction]
+    learning_rate: float
+
+    @property
+    def title(self) -> str:
+        """The rule and the learning rate, for tables and pictures."""
+        return f"{self.clipping.label}, learning rate {self.learning_rate:g}"
 
 
 class Results(NamedTuple):
@@ -232,7 +238,7 @@ def _run(
             measured = _measured(config, problem, kernels, case, rule, report)
             if disk is not None:
                 disk.write(f"{number:05d}", measured)
-        cases.append(_case(case, measured))
+        cases.append(_case(config, case, measured))
     return Results(config, cases, kernels, norms, [] if disk is None else disk.notes)
 
 
@@ -303,7 +309,7 @@ def _measured(
     }
 
 
-def _case(case: ClippingConfig, measured: dict[str, Any]) -> Case:
+def _case(config: Config, case: ClippingConfig, measured: dict[str, Any]) -> Case:
     observed = _trajectory(measured["run"])
     predictions = {}
     for name, found in measured["predictions"].items():
@@ -317,6 +323,7 @@ def _case(case: ClippingConfig, measured: dict[str, Any]) -> Case:
         observed,
         measured["run_seconds"],
         predictions,
+        case.learning_rate_in(config.training),
     )
 
 

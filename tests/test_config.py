@@ -3,9 +3,11 @@
 import tomllib
 from pathlib import Path
 
+import pydantic
 import pytest
+from typer.testing import CliRunner
 
-from ntkdp import _config, experiment
+from ntkdp import _config, _sweep_config, cli, experiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,6 +15,55 @@ ROOT = Path(__file__).parent.parent
 def test_the_documented_configuration_is_the_default() -> None:
     documented = _config.load(ROOT / "docs" / "configuration.toml")
     assert documented == _config.Config()
+
+
+@pytest.mark.parametrize("training", [{"learning_rate": 0.1}, {"learning_rate": 1.5}])
+def test_a_learning_rate_that_is_written_is_used_by_every_default_rule(training: dict) -> None:
+    written = _config.from_tree({"training": training})
+    built = _config.Config(training=_config.TrainingConfig(**training))
+    for config in (written, built):
+        rates = [rule.learning_rate_in(config.training) for rule in config.clipping]
+        assert rates == [training["learning_rate"]] * 4
+        assert [rule.label for rule in config.clipping] == [
+            rule.label for rule in _config.Config().clipping
+        ]
+
+
+def test_rules_keep_the_learning_rates_that_are_theirs() -> None:
+    for tree in ({}, {"training": {"steps": 3}}, {"training": _config.TrainingConfig(steps=3)}):
+        config = _config.from_tree(tree)
+        rates = [rule.learning_rate_in(config.training) for rule in config.clipping]
+        assert rates == [2.5, 1.5, 2.5, 1.5]
+    rules = [{"clip_norm": 0.1, "learning_rate": 7.0}, {"clip_norm": 0.2}]
+    config = _config.from_tree({"training": {"learning_rate": 0.1}, "clipping": rules})
+    assert [rule.learning_rate_in(config.training) for rule in config.clipping] == [7.0, 0.1]
+
+
+def _default_of(config: pydantic.BaseModel, name: str) -> object:
+    """The value at a dotted name; of a section that repeats, that of a new one."""
+    found: object = config
+    for part in name.split("."):
+        of_block = part.endswith("[]")
+        found = _config.ClippingConfig() if of_block else getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("kind", [_config.Config, _sweep_config.SweepConfig])
+def test_the_defaults_that_are_shown_are_those_of_the_command(
+    kind: type[pydantic.BaseModel],
+) -> None:
+    for name, shown, _ in _config.describe(kind):
+        value = _default_of(kind(), name)
+        assert shown == ("" if value is None else str(value).replace("'", '"')), name
+
+
+def test_the_help_of_a_sweep_shows_its_own_defaults() -> None:
+    shown = {name: default for name, default, _ in _config.describe(_sweep_config.SweepConfig)}
+    assert (shown["data.n_train"], shown["data.n_test"]) == ("1000", "500")
+    assert shown["model.widths"] == "[512]"
+    help_page = CliRunner().invoke(cli.app, ["sweep", "--help"], env={"COLUMNS": "200"}).output
+    for words in ("data.n_train (1000)", "data.n_test (500)", "model.widths ([512])"):
+        assert words in help_page
 
 
 def test_the_documented_configuration_names_every_field() -> None:
@@ -110,6 +161,9 @@ def test_files_that_are_not_toml(tmp_path: Path) -> None:
         _config.load(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.toml"):
         _config.load(tmp_path / "nowhere.toml")
+    # Some editors begin a file with a byte order mark.
+    path.write_text("seed = 1\n", encoding="utf-8-sig")
+    assert _config.load(path).seed == 1
     path.write_text("seeed = 1\n")
     with pytest.raises(_config.ConfigError, match=r"config.toml: unknown field 'seeed'"):
         _config.load(path)

@@ -103,6 +103,44 @@ def test_metrics_have_the_promised_form(results: experiment.Results, run_folder:
     assert first["final"]["observed"]["loss"] == float(results.cases[0].run.loss[-1])
 
 
+def test_the_learning_rate_of_every_case_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config.from_tree(
+        SMALL
+        | {
+            "predictions": ["recursion"],
+            "training": {"steps": 4, "learning_rate": 0.125},
+            "clipping": [{"clip_norm": 0.2, "learning_rate": 0.375}, {"clip_norm": 100.0}],
+        }
+    )
+    found = experiment.run(config)
+    assert [case.learning_rate for case in found.cases] == [0.375, 0.125]
+    # The times that a run passes through are those of the rate that is shown.
+    assert [float(case.run.times[-1]) / 4 for case in found.cases] == [0.375, 0.125]
+    titles = []
+    monkeypatch.setattr(
+        "ntkdp.plotting.save",
+        lambda figure, path, dpi: (
+            titles.extend(ax.get_title() for ax in figure.get_figure(root=True).axes),
+            Path(path).write_bytes(b""),
+        ),
+    )
+    _report.write(found, tmp_path)
+    for rate in ("0.375", "0.125"):
+        # loss, relative error, clip fraction, test loss, test accuracy
+        assert sum(title.endswith(f"learning rate {rate}") for title in titles) == 5
+        assert f"<td>{rate}</td>" in (tmp_path / "report.html").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [entry["learning_rate"] for entry in metrics["results"]] == [0.375, 0.125]
+    for columns in ("80", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _report.print_table(found)
+        printed = capsys.readouterr().out
+        assert "0.375" in printed
+        assert "0.125" in printed
+
+
 def test_metrics_can_be_recomputed_from_the_trajectories(run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
     with xr.open_datatree(run_folder / "trajectories.nc", engine="h5netcdf") as tree:

@@ -214,20 +214,14 @@ class Config(ProblemConfig):
         _DEFAULT_RULES, min_length=1, description="the rules to compare"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_rules_take_the_learning_rate_that_is_written(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict) or "clipping" in tree:
-            return tree
-        training = tree.get("training", {})
-        written = training.model_fields_set if isinstance(training, TrainingConfig) else training
-        if not isinstance(written, dict | set) or "learning_rate" not in written:
-            return tree
-        rules = [rule.model_copy(update={"learning_rate": None}) for rule in _DEFAULT_RULES]
-        return tree | {"clipping": rules}
-
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
+        if "clipping" not in self.model_fields_set and (
+            "learning_rate" in self.training.model_fields_set
+        ):
+            # What is written goes before what suits the default rules.
+            rules = [rule.model_copy(update={"learning_rate": None}) for rule in self.clipping]
+            object.__setattr__(self, "clipping", rules)
         labels = [rule.label for rule in self.clipping]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:

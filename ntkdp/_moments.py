@@ -144,6 +144,7 @@ def moment_flow(
     times: Any,
     *,
     learning_rate: float,
+    start: Any = 0.0,
     noise_multiplier: Any = 0.0,
     sample_rate: float = 1.0,
     noise_kernel: Any = None,
@@ -163,9 +164,11 @@ def moment_flow(
     flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank, outputs
         As for :func:`moments`.
     times : array
-        Increasing; the first is the start. In units of learning rate times steps.
+        Increasing, none before ``start``. In units of learning rate times steps.
     learning_rate : float
         The learning rate whose noise it is.
+    start : float
+        Time of the initial state, 0 as in a run; it need not be among ``times``.
     rtol, atol : float
         Tolerances of the solver.
 
@@ -177,7 +180,7 @@ def moment_flow(
     Raises
     ------
     ValueError, TypeError
-        As for :func:`moments`; times that do not increase.
+        As for :func:`moments`; times that do not increase or begin before the start.
 
     Notes
     -----
@@ -193,14 +196,14 @@ def moment_flow(
     >>> round(found.loss[-1].item(), 4)
     0.025
     """
-    times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
+    start, times = _validate.times_from(start, times)
     rate = jnp.asarray(_validate.positive(learning_rate=learning_rate), jnp.result_type(float))
     rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     found = _solve_moments(
-        closure, mean, times, rate, as_constant(rtol), as_constant(atol), outputs
+        closure, mean, start, times, rate, as_constant(rtol), as_constant(atol), outputs
     )
     return Moments(times, None, *_mesh.whole(found))
 
@@ -211,6 +214,7 @@ def fixed_privacy_flow(
     times: Any,
     *,
     mu: Any,
+    start: Any = 0.0,
     noise_kernel: Any = None,
     noise_per_group: bool = False,
     rank: int | None = None,
@@ -230,10 +234,13 @@ def fixed_privacy_flow(
     flow, initial, noise_kernel, noise_per_group, rank, outputs, rtol, atol
         As for :func:`moment_flow`.
     times : array
-        Increasing; from the first to the last is the horizon T that the budget is spent on.
+        Increasing, none before ``start``. From the start to the last of them is the horizon T that
+        the budget is spent on.
     mu : float or privacy.Budget
         :math:`\mu`-GDP, neighbours differing by one sample added or removed. Of an (epsilon, delta)
         budget its ``mu``, which is exact for full batches.
+    start : float
+        Time of the initial state, 0 as in a run; it need not be among ``times``.
 
     Returns
     -------
@@ -259,16 +266,17 @@ def fixed_privacy_flow(
     >>> round(found.loss[-1].item(), 4)  # S^2 T / (4 mu^2)
     0.0625
     """
-    times = _validate.increasing(times=times)
+    start, times = _validate.times_from(start, times)
     mu = mu.mu if isinstance(mu, privacy.Budget) else mu
     mu = _validate.scalar(mu=_validate.positive(mu=mu))
-    horizon = float(times[-1]) - float(times[0])
+    horizon = float(times[-1]) - float(start)
     return moment_flow(
         flow,
         initial,
         times,
         # Steps of any length do: the noise over a unit of time is the same.
         learning_rate=1.0,
+        start=start,
         noise_multiplier=np.sqrt(horizon) / mu,
         noise_kernel=noise_kernel,
         noise_per_group=noise_per_group,
@@ -335,6 +343,7 @@ def _step_moments(
 def _solve_moments(
     closure: Closure,
     mean: Array,
+    start: Array,
     times: Array,
     rate: Array,
     rtol: Any,
@@ -344,7 +353,7 @@ def _solve_moments(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, state, args: closure.velocity(state, rate)),
         diffrax.Tsit5(),
-        t0=times[0],
+        t0=start,
         t1=times[-1],
         dt0=None,
         y0=closure.zero(mean),

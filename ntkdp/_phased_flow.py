@@ -239,7 +239,9 @@ def solve_phases(
     """
 
     def advance(flow: KernelFlow, initial: Any, stepping: Stepping) -> Trajectory:
-        return solve(flow, initial, stepping.times, outputs=True, progress=progress, **options)
+        return solve(
+            flow, initial, stepping.times, start=0.0, outputs=True, progress=progress, **options
+        )
 
     phases = check_phases(phases)
     flows = _flows(kernel, targets, loss, phases, reduction, test_kernel, test_targets)

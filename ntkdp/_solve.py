@@ -60,6 +60,7 @@ def solve(
     initial: PyTree,
     times: Any,
     *,
+    start: Any = 0.0,
     solver: diffrax.AbstractSolver | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     rtol: float = 1e-6,
@@ -68,7 +69,7 @@ def solve(
     outputs: bool = False,
     progress: Any = False,
 ) -> Trajectory:
-    """Integrate a flow and measure it at the given times.
+    """Integrate a flow from its initial state and measure it at the given times.
 
     Parameters
     ----------
@@ -78,7 +79,10 @@ def solve(
         Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow or
         a LinearisedFlow. A given network is predicted from its own initial outputs.
     times : array
-        Increasing; the first is the start. In units of learning rate times steps.
+        Increasing, none before ``start``. In units of learning rate times steps: those of a run, or
+        of a log of it that begins later.
+    start : float
+        Time of the initial state, 0 as in a run; it need not be among ``times``.
     solver : diffrax solver, optional
         ``diffrax.Tsit5()`` by default; for stiff kernels ``diffrax.Kvaerno5()``.
     adjoint : diffrax adjoint, optional
@@ -102,7 +106,8 @@ def solve(
     Raises
     ------
     ValueError, TypeError
-        Times that do not increase, initial states that do not fit, tolerances not positive.
+        Times that do not increase or begin before the start, initial states that do not fit,
+        tolerances not positive.
 
     Notes
     -----
@@ -118,7 +123,7 @@ def solve(
     0.0249
     """
     _check_flow(flow)
-    times = jnp.asarray(_validate.increasing(times=times), dtype=jnp.result_type(float))
+    start, times = _validate.times_from(start, times)
     rtol = as_constant(_validate.scalar(rtol=_validate.positive(rtol=rtol)))
     atol = as_constant(_validate.scalar(atol=_validate.positive(atol=atol)))
     max_steps = _validate.count(max_steps=max_steps)
@@ -136,15 +141,16 @@ def solve(
         )
     with _progress.listening(progress, "solving the flow") as listener:
         measured, outcome = _integrate(
-            flow, state, times, solver, adjoint, (rtol, atol), max_steps, outputs, listener
+            flow, state, start, times, solver, adjoint, (rtol, atol), max_steps, outputs, listener
         )
-        return from_measurements(times, measured, outcome=outcome)
+        return from_measurements(times, measured, outcome=outcome, start=start)
 
 
 @eqx.filter_jit
 def _integrate(
     flow: Flow,
     state: PyTree,
+    start: Array,
     times: Array,
     solver: diffrax.AbstractSolver,
     adjoint: diffrax.AbstractAdjoint,
@@ -165,7 +171,7 @@ def _integrate(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
         solver,
-        t0=times[0],
+        t0=start,
         t1=times[-1],
         dt0=None,
         y0=leaves,
@@ -173,7 +179,7 @@ def _integrate(
         stepsize_controller=diffrax.PIDController(
             rtol=rtol,
             atol=atol,
-            dtmin=4 * jnp.finfo(times.dtype).eps * jnp.max(jnp.abs(times)),
+            dtmin=4 * jnp.finfo(times.dtype).eps * jnp.maximum(jnp.abs(start), jnp.abs(times[-1])),
             force_dtmin=False,
         ),
         max_steps=max_steps,

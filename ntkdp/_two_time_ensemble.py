@@ -129,6 +129,7 @@ def two_time_flow(
     times: Any,
     *,
     variance: Any,
+    start: Any = 0.0,
     steps: int = 200,
     nodes: int | None = None,
     rank: int | None = None,
@@ -145,12 +146,14 @@ def two_time_flow(
     flow, initial, nodes, rank, outputs, progress, key
         As for :func:`two_time_ensemble`; ``initial`` may be None.
     times : array
-        ``(T,)``, increasing; the first is the start.
+        ``(T,)``, increasing, none before ``start``.
     variance : float, array or privacy.Budget
         :math:`v(T)`, variance of the noise that each weight has gathered by the last time, one or
-        one a layer ``(R,)``. Of a budget, spent on full batches from the first time to the last,
+        one a layer ``(R,)``. Of a budget, spent on full batches from the start to the last time,
         it is :math:`(T S/(n \mu))^2` with the mean loss and :math:`(T S/\mu)^2` with the sum, S
         the sensitivity.
+    start : float
+        Time of the initial state, 0 as in a run; it need not be among ``times``.
     steps : int
         Steps of the trapezoidal rule over the whole horizon, about.
 
@@ -182,8 +185,8 @@ def two_time_flow(
     """
     _check_flow(flow)
     steps = _validate.count(steps=steps)
-    times = np.asarray(_validate.increasing(times=times), np.float64)
-    horizon = times[-1] - times[0]
+    start, times = (np.asarray(part, np.float64) for part in _validate.times_from(start, times))
+    horizon = times[-1] - start
     if isinstance(variance, privacy.Budget):
         variance = variance_of_budget(
             flow.clipping, flow.n_samples, variance, horizon, len(flow.names), flow.reduction
@@ -194,14 +197,15 @@ def two_time_flow(
             f"variance must be one number, or one for each of the {len(flow.names)} layers, "
             f"got shape {variance.shape}"
         )
-    pieces = np.maximum(np.ceil(steps * np.diff(times) / horizon - 1e-9), 1).astype(int)
+    ends = times if times[0] == start else np.append(start, times)
+    pieces = np.maximum(np.ceil(steps * np.diff(ends) / horizon - 1e-9), 1).astype(int)
     fine = [
-        np.linspace(start, end, count, endpoint=False)
-        for start, end, count in zip(times[:-1], times[1:], pieces, strict=True)
+        np.linspace(first, last, count, endpoint=False)
+        for first, last, count in zip(ends[:-1], ends[1:], pieces, strict=True)
     ]
-    recorded = np.append(0, np.cumsum(pieces))
+    recorded = np.append(0, np.cumsum(pieces))[-len(times) :]
     whole = np.append(np.concatenate(fine), times[-1])
-    share = (whole - times[0]) / horizon
+    share = (whole - start) / horizon
     measured = draw(
         flow,
         initial,
@@ -216,7 +220,7 @@ def two_time_flow(
         progress=progress,
         key=key,
     )
-    return from_measurements(jnp.asarray(times), measured)
+    return from_measurements(jnp.asarray(times), measured, start=jnp.asarray(start))
 
 
 def draw(

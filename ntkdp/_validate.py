@@ -1,6 +1,6 @@
 """Checks that name the argument, its value and the way out.
 
-Every check takes exactly one keyword argument, ``positive(clip_norm=R)``, and returns its value.
+A check of one value takes it as a keyword argument, ``positive(clip_norm=R)``, and returns it.
 What is known before a program runs raises ``ValueError`` or ``TypeError``; a value that exists only
 inside a JAX transformation is wrapped in :func:`equinox.error_if`, so use what the check returns.
 """
@@ -183,6 +183,22 @@ def increasing(**named: Any) -> Any:
             f"before {name}[{k + 1}] = {array[k + 1]}"
         )
     return value
+
+
+def times_from(start: Any, times: Any) -> tuple[Array, Array]:
+    """``start``, the time of the initial state, and increasing times of which none is before it."""
+    dtype = jnp.result_type(float)
+    start = jnp.asarray(finite(start=_numeric("start", scalar(start=start))), dtype)
+    times = jnp.asarray(increasing(times=times), dtype)
+    if is_traced((start, times)):
+        message = "times must not begin before start, the time of the initial state"
+        return start, eqx.error_if(times, times[0] < start, message)
+    if times[0] < start:
+        raise ValueError(
+            f"times must not begin before start = {start:g}, the time of the initial state, "
+            f"got times[0] = {times[0]:g}; pass start=times[0] if that is the initial state's time"
+        )
+    return start, times
 
 
 def choice(options: Iterable[str], /, **named: Any) -> Any:

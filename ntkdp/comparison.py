@@ -322,8 +322,8 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     -------
     Comparison
         Times are t = learning_rate * step (the running sum of the learning rate). A time is shared
-        if the two agree to rounding; nothing is interpolated. The start, the earlier of the two
-        first times, is given and not predicted, so it has no error.
+        if the two agree to rounding; nothing is interpolated. The start, the earlier of the times
+        of the two initial states, is given and not predicted, so it has no error.
 
     Raises
     ------
@@ -360,7 +360,7 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
         _check_shape(name, given)
     of_prediction, of_run = _shared_times(prediction.times, run.times)
     run_times = np.asarray(run.times, np.float64)
-    start = min(run_times[0], float(prediction.times[0]))
+    start = min(_start(prediction), _start(run))
     after_start = run_times[of_run] > start
     if not np.any(after_start):
         raise ValueError(
@@ -421,6 +421,11 @@ def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
     return reference.mean_crps
 
 
+def _start(trajectory: Trajectory) -> float:
+    """Time of the initial state."""
+    return float(trajectory.times[0] if trajectory.start is None else trajectory.start)
+
+
 def _check_shape(name: str, trajectory: Trajectory) -> None:
     n_times = np.shape(trajectory.times)
     shape = np.shape(trajectory.loss)
@@ -463,7 +468,7 @@ def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:
     time_axis = trajectory.loss.ndim - 1
     fields: dict[str, Any] = {}
     for name, value in vars(trajectory).items():
-        if value is not None and name != "outcome":
+        if value is not None and name not in ("outcome", "start"):
             axis = 0 if name in ("times", "steps") else time_axis
             # NumPy: JAX would compile a program for every number of shared times.
             fields[name] = jnp.asarray(np.asarray(value).take(index, axis=axis))

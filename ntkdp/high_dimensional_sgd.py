@@ -212,7 +212,12 @@ def _path(problem: HighDimensionalSGD, times: Array, modes: Array, outcome: Any)
 
 
 def solve(
-    problem: HighDimensionalSGD, times: Any, *, rtol: float = 1e-8, atol: float = 1e-10
+    problem: HighDimensionalSGD,
+    times: Any,
+    *,
+    start: Any = 0.0,
+    rtol: float = 1e-8,
+    atol: float = 1e-10,
 ) -> Path:
     """Integrate the equation of the modes.
 
@@ -221,7 +226,9 @@ def solve(
     problem : HighDimensionalSGD
         Data, step size, clipping and noise.
     times : array
-        Increasing; the first is the start. In passes over n samples: t = k/n after k steps.
+        Increasing, none before ``start``. In passes over n samples: t = k/n after k steps.
+    start : float
+        Time of the problem's initial modes, 0 as in a run; it need not be among ``times``.
     rtol, atol : float
         Tolerances of the adaptive step, relative and in units of a mode.
 
@@ -234,7 +241,7 @@ def solve(
     Raises
     ------
     ValueError, TypeError
-        Times that do not increase, tolerances not positive.
+        Times that do not increase or begin before the start, tolerances not positive.
 
     Notes
     -----
@@ -251,18 +258,18 @@ def solve(
     (0.135, 0.135)
     """
     _check(problem)
-    times = jnp.asarray(_validate.increasing(times=times), jnp.result_type(float))
+    start, times = _validate.times_from(start, times)
     rtol = as_constant(_validate.positive(rtol=rtol))
     atol = as_constant(_validate.positive(atol=atol))
-    return _solve(problem, times, rtol, atol)
+    return _solve(problem, start, times, rtol, atol)
 
 
 @eqx.filter_jit
-def _solve(problem: HighDimensionalSGD, times: Array, rtol: Any, atol: Any) -> Path:
+def _solve(problem: HighDimensionalSGD, start: Array, times: Array, rtol: Any, atol: Any) -> Path:
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, modes, args: problem.velocity(modes).astype(modes.dtype)),
         diffrax.Tsit5(),
-        t0=times[0],
+        t0=start,
         t1=times[-1],
         dt0=None,
         y0=jnp.asarray(problem.initial, times.dtype),

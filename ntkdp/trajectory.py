@@ -1,6 +1,7 @@
 """What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
 
 import os
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,7 +82,7 @@ class Trajectory(eqx.Module):
     Parameters
     ----------
     times : array
-        ``(T,)``. The first is the start; t is the running sum of the learning rate.
+        ``(T,)``, increasing; t is the running sum of the learning rate.
     loss : array
         ``(T,)``, training loss, reduced over samples as the flow or run was told to.
     clip_fraction : array
@@ -94,6 +95,8 @@ class Trajectory(eqx.Module):
         ``(T, n, K)``, on request.
     outcome : int array
         An :class:`Outcome`; see ``successful`` and ``message``.
+    start : number, optional
+        Time of the initial state, which need not be recorded; by default the first of ``times``.
 
     Examples
     --------
@@ -113,6 +116,7 @@ class Trajectory(eqx.Module):
     test_accuracy: Array | None = None
     test_outputs: Array | None = None
     outcome: Any = 0
+    start: Array | None = None
 
     @property
     def successful(self) -> bool:
@@ -128,7 +132,11 @@ class Trajectory(eqx.Module):
     def rescale_time(self, factor: float) -> "Trajectory":
         """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
         factor = _validate.scalar(factor=_validate.positive(factor=factor))
-        return eqx.tree_at(lambda path: path.times, self, self.times * factor)
+        return replace(
+            self,
+            times=self.times * factor,
+            start=None if self.start is None else self.start * factor,
+        )
 
     def then(self, other: "Trajectory") -> "Trajectory":
         """This one and then another that starts where this one ends.
@@ -139,7 +147,8 @@ class Trajectory(eqx.Module):
         Raises
         ------
         ValueError
-            If one has what the other lacks, or the numbers of seeds, samples or outputs differ.
+            If one has what the other lacks, or the numbers of seeds, samples or outputs differ, or
+            the other does not record its own start.
 
         Examples
         --------
@@ -150,6 +159,7 @@ class Trajectory(eqx.Module):
         """
         if not isinstance(other, Trajectory):
             raise TypeError(f"other must be a Trajectory, got {type(other).__name__}")
+        other = _with_its_start(other)
 
         fields: dict[str, Any] = {
             name: _joined(self, other, name, -1 - len(trailing))
@@ -157,7 +167,9 @@ class Trajectory(eqx.Module):
         }
         ended = jnp.asarray(self.outcome)
         return Trajectory(
-            outcome=jnp.where(ended == Outcome.SUCCESS, other.outcome, ended), **fields
+            outcome=jnp.where(ended == Outcome.SUCCESS, other.outcome, ended),
+            start=self.start,
+            **fields,
         )
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -177,6 +189,8 @@ class Trajectory(eqx.Module):
             coordinates["step"] = ("time", np.asarray(self.steps))
         outcome = np.asarray(self.outcome)
         data["outcome"] = (("seed",) * outcome.ndim, outcome)
+        if self.start is not None:
+            data["start"] = ((), np.asarray(self.start))
         return xr.Dataset(data, coordinates, {"message": self.message})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -251,7 +265,11 @@ class Trajectory(eqx.Module):
                 f"got {outcome.tolist()!r}"
             )
         times = _validate.array(time=dataset["time"].values)
-        return cls(times, steps=steps, outcome=outcome, **fields)
+        start = None
+        if "start" in dataset:
+            _check_dimensions(dataset, "start", [()])
+            start = _validate.array(start=dataset["start"].values)
+        return cls(times, steps=steps, outcome=outcome, start=start, **fields)
 
 
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -275,6 +293,22 @@ def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[
         )
 
 
+def _with_its_start(other: Trajectory) -> Trajectory:
+    """The same if its first state is its initial one, where another trajectory can join it."""
+    if other.start is None:
+        return other
+    unrecorded = other.times[0] > other.start
+    if is_traced(unrecorded):
+        message = "other must record its start, to follow another trajectory"
+        return replace(other, times=eqx.error_if(other.times, unrecorded, message))
+    if unrecorded:
+        raise ValueError(
+            f"other must record its start, t = {float(other.start):g}, to follow another "
+            f"trajectory, got times from {float(other.times[0]):g}; put the start before its times"
+        )
+    return other
+
+
 def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array | None:
     """What both recorded, along the time axis; the state that they share is that of the other."""
     first, second = getattr(one, name), getattr(other, name)
@@ -295,11 +329,16 @@ def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array |
 
 
 def from_measurements(
-    times: Array, measured: Measurement, steps: Array | None = None, outcome: Any = None
+    times: Array,
+    measured: Measurement,
+    steps: Array | None = None,
+    outcome: Any = None,
+    start: Array | None = None,
 ) -> Trajectory:
     """A trajectory of stacked measurements, ``measured`` at ``times`` and ``steps``.
 
-    What is not finite has ended badly, whatever ``outcome`` says so far.
+    What is not finite has ended badly, whatever ``outcome`` says so far. ``start`` is the time of
+    the initial state, by default the first of ``times``.
 
     Examples
     --------
@@ -314,7 +353,7 @@ def from_measurements(
         (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
     )
     measured = _mesh.whole(measured)
-    return Trajectory(times=times, steps=steps, outcome=outcome, **measured._asdict())
+    return Trajectory(times=times, steps=steps, outcome=outcome, start=start, **measured._asdict())
 
 
 def recorded_steps(steps: int, record_every: int) -> np.ndarray:

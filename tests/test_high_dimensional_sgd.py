@@ -79,6 +79,10 @@ def test_isotropic_unclipped_risk_is_exponential() -> None:
     rate, floor = 2 * eta - eta**2 * d / n, eta**2 * d / n * zeta**2
     expected = floor / rate + (2 - floor / rate) * np.exp(-rate * TIMES)
     np.testing.assert_allclose(solve(problem, TIMES).risk, expected, rtol=1e-7)
+    # A log that begins late is still one of training from time 0, unless told otherwise.
+    np.testing.assert_allclose(solve(problem, TIMES[1:]).risk, expected[1:], rtol=1e-7)
+    shifted = solve(problem, TIMES[1:], start=TIMES[1])
+    np.testing.assert_allclose(shifted.risk, expected[:-1], rtol=1e-7)
 
 
 def test_two_clipped_noisy_modes_follow_another_solver_and_quadrature() -> None:

@@ -222,6 +222,28 @@ def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
     np.testing.assert_allclose(slopes, 1.0, atol=0.15)
 
 
+def test_times_that_begin_late_are_counted_from_the_start() -> None:
+    """df = -f dt + sqrt(D) dB from 0: the loss is D/4 (1 - exp(-2 t)), D = eta sigma^2 R^2."""
+    flow = ntkdp.KernelFlow(
+        jnp.eye(1), jnp.zeros((1, 1)), losses.SquaredError(), clipping.Abadi(1e3), reduction="sum"
+    )
+    start, tight = jnp.zeros((1, 1)), {"rtol": 1e-8, "atol": 1e-11}
+    times = np.array([0.5, 1.0])
+    diffusion = 0.1 * 0.02**2 * 1e6
+    late = stochastic_flow.moment_flow(
+        flow, start, times, learning_rate=0.1, noise_multiplier=0.02, **tight
+    )
+    expected = diffusion / 4 * (1 - np.exp(-2 * times))
+    np.testing.assert_allclose(late.loss, expected, rtol=1e-5)
+    # The budget mu is spent from the start to t = 1, over a horizon T: D = T (R/mu)^2.
+    for begin, horizon in ((0.0, 1.0), (0.5, 0.5)):
+        found = stochastic_flow.fixed_privacy_flow(
+            flow, start, times, mu=100.0, start=begin, **tight
+        )
+        expected = horizon * 100 / 4 * (1 - np.exp(-2 * (times - begin)))
+        np.testing.assert_allclose(found.loss, expected, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.slow
 def test_at_fixed_privacy_the_noise_stays_as_the_step_shrinks() -> None:
     """Eight samples, mu = 1, T = 20: runs end near 2066 +- 30 whatever the step, 909.18 without."""

@@ -65,12 +65,12 @@ def test_discrete_steps_are_of_first_order() -> None:
 
 def test_times_and_steps() -> None:
     flow = make(clipping.Abadi(1.0))
-    path = ntkdp.solve(flow, START, [1.0, 1.5, 3.0])
+    path = ntkdp.solve(flow, START, [1.0, 1.5, 3.0], start=1.0)
     np.testing.assert_array_equal(path.times, [1.0, 1.5, 3.0])
     assert path.steps is None
     assert path.outputs is None
     # The flow is autonomous: only the differences of times matter.
-    shifted = ntkdp.solve(flow, START, [-2.0, -1.5, 0.0])
+    shifted = ntkdp.solve(flow, START, [-2.0, -1.5, 0.0], start=-2.0)
     np.testing.assert_allclose(shifted.loss, path.loss, rtol=1e-5)
 
     every = ntkdp.recursion(flow, START, learning_rate=0.1, steps=7)
@@ -82,6 +82,57 @@ def test_times_and_steps() -> None:
     few = ntkdp.recursion(flow, START, learning_rate=0.1, steps=7, record_every=100)
     np.testing.assert_array_equal(few.steps, [0, 7])
     np.testing.assert_allclose(few.loss, every.loss[few.steps], rtol=1e-12)
+
+
+def test_a_log_that_begins_late_is_predicted_from_time_zero() -> None:
+    flow = make(clipping.NoClipping())
+    late = ntkdp.solve(flow, START, [1.0, 3.0], rtol=1e-9, atol=1e-11, outputs=True)
+    np.testing.assert_array_equal(late.times, [1.0, 3.0])
+    for t, f in zip(late.times, late.outputs, strict=True):
+        np.testing.assert_allclose(f[:, 0], exact(float(t)), rtol=1e-7, atol=1e-8)
+    own = ntkdp.solve(flow, START, [1.0, 3.0], start=0.5, rtol=1e-9, atol=1e-11, outputs=True)
+    np.testing.assert_allclose(own.outputs[-1, :, 0], exact(2.5), rtol=1e-7, atol=1e-8)
+
+
+def test_a_late_log_has_the_error_of_the_whole() -> None:
+    """Unclipped, the prediction is right to the last digits; the first time is predicted too."""
+    flow = make(clipping.NoClipping())
+    times = np.array([1.0, 2.0, 3.0])
+    losses = [0.5 * np.sum((exact(t) - Y) ** 2) for t in times]
+    log = ntkdp.Trajectory(jnp.asarray(times), jnp.asarray(losses), jnp.zeros(3))
+    found = ntkdp.compare(ntkdp.solve(flow, START, log.times, rtol=1e-9, atol=1e-11), log)
+    np.testing.assert_array_equal(found.times, times)
+    assert found.sup_relative_error < 1e-6
+    from_there = ntkdp.compare(ntkdp.solve(flow, START, log.times, start=log.times[0]), log)
+    np.testing.assert_array_equal(from_there.times, times[1:])
+    assert from_there.sup_relative_error > 0.05
+
+
+def test_a_start_is_told_and_kept(tmp_path: Any) -> None:
+    path = ntkdp.solve(make(clipping.Abadi(1.0)), START, [1.0, 2.0], start=0.5)
+    path.rescale_time(4.0).save(tmp_path / "path.nc")
+    assert float(ntkdp.Trajectory.load(tmp_path / "path.nc").start) == 2.0
+    begin = ntkdp.solve(make(clipping.Abadi(1.0)), START, [0.0, 0.5])
+    with pytest.raises(ValueError, match=r"other must record its start, t = 0.5, .* from 1"):
+        begin.then(path)
+    joined = begin.then(ntkdp.solve(make(clipping.Abadi(1.0)), START, [0.5, 2.0], start=0.5))
+    np.testing.assert_array_equal(joined.times, [0.0, 0.5, 2.0])
+
+
+def test_times_before_the_start() -> None:
+    flow = make(clipping.Abadi(1.0))
+    message = r"times must not begin before start = 0, .*times\[0\] = -1; pass start=times\[0\]"
+    with pytest.raises(ValueError, match=message):
+        ntkdp.solve(flow, START, [-1.0, 2.0])
+    with pytest.raises(ValueError, match=r"start = 2, .*got times\[0\] = 1"):
+        ntkdp.solve(flow, START, [1.0, 2.0], start=2.0)
+    for wrong, error in ((np.nan, ValueError), ([0.0], ValueError), ("now", TypeError)):
+        with pytest.raises(error, match="start must be"):
+            ntkdp.solve(flow, START, [1.0, 2.0], start=wrong)
+    traced = jax.jit(lambda start: ntkdp.solve(flow, START, [1.0, 2.0], start=start).loss)
+    np.testing.assert_allclose(traced(0.5), ntkdp.solve(flow, START, [0.5, 1.5]).loss, rtol=1e-5)
+    with pytest.raises(Exception, match="times must not begin before start"):
+        jax.block_until_ready(traced(1.5))
 
 
 def test_a_schedule_sets_steps_and_times() -> None:

@@ -387,6 +387,17 @@ def test_coarse_nodes_come_close_to_a_node_at_every_step() -> None:
     assert np.max(np.abs(errors[1])) > 5
 
 
+def test_paths_recorded_late_start_at_time_zero() -> None:
+    """Recorded from t = 1 on or from the start, paths of the same keys are the same."""
+    options: Any = {"variance": 0.1, "steps": 4, "key": jax.random.split(jax.random.key(0), 2)}
+    whole = two_time_flow(_flow(ERF), None, [0.0, 1.0, 2.0], **options)
+    late = two_time_flow(_flow(ERF), None, [1.0, 2.0], **options)
+    np.testing.assert_allclose(late.loss, whole.loss[:, 1:], rtol=1e-12)
+    assert float(late.start) == 0.0
+    shifted = two_time_flow(_flow(ERF), None, [1.0, 2.0, 3.0], start=1.0, **options)
+    np.testing.assert_allclose(shifted.loss, whole.loss, rtol=1e-12)
+
+
 @pytest.mark.slow
 def test_bridges_between_nodes_have_the_increments_covariance() -> None:
     # Without drift, with a clipping norm next to nothing, outputs are the process itself.

@@ -1,6 +1,5 @@
 """The command ``ntkdp compare``: predicted against observed training, the main job."""
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ntkdp import _config
-from ntkdp._terminal import explained, fields_help, folder_of, progress
+from ntkdp._terminal import announce, explained, fields_help, folder_of, progress
 
 
 def compare(
@@ -50,12 +49,12 @@ def compare(
             # Killed at the very end, a run leaves its cases; those of another run are not its own.
             with suppress(ValueError, FileExistsError, FileNotFoundError):
                 CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
-            print(f"{folder.path} holds the finished run already")
+            announce(f"{folder.path} holds the finished run already")
             return
 
-    import jax
+        import jax
 
-    from ntkdp import _report, experiment
+        from ntkdp import _report, experiment
 
     def continues() -> str | None:
         if not resumable(folder.partial, "run"):
@@ -79,8 +78,8 @@ def compare(
         CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
     _report.print_table(results)
     for note in results.notes:
-        print(note, file=sys.stderr)
-    print(f"written to {folder.path}: open {folder.path / 'report.html'}")
+        announce(note, on_error=True)
+    announce(f"written to {folder.path}: open {folder.path / 'report.html'}")
 
 
 def epilog() -> str:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ntkdp._stopping import undone_by
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -19,8 +21,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder of path does not exist: {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
+
+    def remove() -> None:
         temporary.unlink(missing_ok=True)
+
+    with undone_by(remove):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # A write that failed does not say where.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            remove()

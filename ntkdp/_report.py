@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from ntkdp import __version__, plotting
 from ntkdp import _page as _html
+from ntkdp._console import add_row, open_console, say
 from ntkdp._look import LOOK
 from ntkdp._provenance import provenance
 from ntkdp.comparison import Comparison
@@ -161,8 +161,7 @@ def _with_spread(values: Any) -> str:
 
 def print_table(results: Results) -> None:
     """The errors of all predictions, on standard output, and what went wrong if anything did."""
-    # In a pipe there is no width to fit into.
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = open_console()
     shown = range(len(_COLUMNS)) if console.width >= 130 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
     for number in shown:
@@ -173,11 +172,11 @@ def print_table(results: Results) -> None:
         if previous not in (None, case):
             table.add_section()
         cells = (*(("", "") if case == previous else case), *row[2:])
-        table.add_row(*(cells[number] for number in shown))
+        add_row(table, *(cells[number] for number in shown))
         previous = case
     console.print(table)
     for warning in _warnings(results):
-        console.print(warning, soft_wrap=True)
+        say(console, warning)
 
 
 def _warnings(results: Results) -> list[str]:
@@ -232,7 +231,8 @@ def _write_trajectories(results: Results, path: Path) -> None:
         tree[f"/{case.clipping.label}/observed"] = case.run.to_xarray()
         for name, prediction in case.predictions.items():
             tree[f"/{case.clipping.label}/{name}"] = prediction.trajectory.to_xarray()
-    xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf")
+    # In memory first: HDF5 crashes the process after a file that it could not write.
+    path.write_bytes(xr.DataTree.from_dict(tree).to_netcdf(engine="h5netcdf"))
 
 
 def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkdp import _cluster, _config, _sweep_config
-from ntkdp._terminal import explained, fields_help, folder_of, progress
+from ntkdp._terminal import announce, explained, fields_help, folder_of, progress
 
 
 def sweep(
@@ -65,11 +65,11 @@ def sweep(
         if workers is not None and scheduler != _cluster.LOCAL:
             raise _config.ConfigError("--workers needs --scheduler local: others have their own")
 
-    import jax
+        import jax
 
-    from ntkdp import _sweep_report
-    from ntkdp import sweep as sweeping
-    from ntkdp._cell_folder import resumable
+        from ntkdp import _sweep_report
+        from ntkdp import sweep as sweeping
+        from ntkdp._cell_folder import resumable
 
     folder = folder_of(settings.name, out)
     # Workers train, and nothing else.
@@ -84,7 +84,7 @@ def sweep(
             report("writing the report", 0.0)
             measured = _sweep_report.write(results, folder)
     _sweep_report.print_results(results, measured)
-    print(f"written to {folder}: open {folder / 'report.html'}")
+    announce(f"written to {folder}: open {folder / 'report.html'}")
 
 
 def epilog() -> str:

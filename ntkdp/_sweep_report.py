@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ntkdp import _page, advisor, comparison, plotting
 from ntkdp._cell_metrics import CellMetrics
+from ntkdp._console import add_row, literal, open_console, say
 from ntkdp._files import replacing
 from ntkdp._provenance import provenance
 from ntkdp.sweep import Results
@@ -318,27 +319,27 @@ def _document(
 
 def print_results(results: Results, measured: dict[str, Any]) -> None:
     """Advice and agreement of every plane, as :func:`write` returned them, on standard output."""
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = open_console()
     for line in _summary(results):
-        console.print(line, soft_wrap=True)
+        say(console, line)
     for entry, plane in zip(measured["planes"], results.planes, strict=True):
         _print_rows(console, f"{plane.label}: choose", _ADVICE_COLUMNS, _advice_rows(entry))
         for line in _at_the_edge(entry):
-            console.print(line, soft_wrap=True)
+            say(console, line)
         if entry["agreement"] is not None:
             rows = _agreement_rows(entry)
             _print_rows(console, "Predicted against observed", _AGREEMENT_COLUMNS, rows)
-            console.print(_divergence(entry), soft_wrap=True)
+            say(console, _divergence(entry))
     for note in results.notes:
-        console.print(note, soft_wrap=True)
+        say(console, note)
 
 
 def _print_rows(
     console: Console, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]
 ) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=literal(title, "table.title"), title_justify="left")
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        add_row(table, *row)
     console.print(table)

@@ -1,5 +1,7 @@
 """What commands show: a bar for long work, errors without a traceback, fields of a config."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +12,9 @@ from typing import NoReturn
 import typer
 from pydantic import BaseModel
 
-from ntkdp import _config
+from ntkdp import _config, _stopping
 from ntkdp._cluster import TaskFailed
+from ntkdp._standard_streams import printable
 
 
 @contextmanager
@@ -21,17 +24,16 @@ def progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, done: bar.update(task, description=what, completed=done)
+    from ntkdp._progress_bar import progress_bar
+
+    with progress_bar(Console(stderr=True)) as report:
+        yield report
+
+
+def announce(text: str, *, on_error: bool = False) -> None:
+    """One line on standard output, or error, whatever characters a file name in it has."""
+    print(printable(text), file=sys.stderr if on_error else sys.stdout)
 
 
 def folder_of(name: str, out: Path | None) -> Path:
@@ -41,19 +43,30 @@ def folder_of(name: str, out: Path | None) -> Path:
 
 @contextmanager
 def explained(continues: Callable[[], str | None] = lambda: None) -> Iterator[None]:
-    """What is wrong with input or machine in one line, and of Ctrl-C what ``continues`` after."""
+    """What is wrong with input or machine in one line, and if work stops, what ``continues`` it."""
+    _stopping.continued_by(continues)
     try:
+        _check_backend()
         yield
-    except KeyboardInterrupt:
-        options = continues()
-        fail(RuntimeError("stopped" if options is None else f"stopped; {options} continues"))
+    except KeyboardInterrupt as error:
+        announce(_stopping.line(continues()), on_error=True)
+        raise typer.Exit(128 + signal.SIGINT) from error
     except (ValueError, MemoryError, OSError, ImportError, TaskFailed) as error:
         fail(error)
 
 
+def _check_backend() -> None:
+    """Raise unless matplotlib can draw: of a wrong variable it would not say the name."""
+    if "MPLBACKEND" in os.environ:
+        try:
+            import matplotlib  # noqa: F401
+        except ValueError as error:
+            raise ValueError(f"environment variable MPLBACKEND: {error}; unset it") from error
+
+
 def fail(error: BaseException) -> NoReturn:
-    """Print the error and end with exit status 2."""
-    print(f"ntkdp: error: {error}", file=sys.stderr)
+    """Print the error in one line and end with exit status 2."""
+    announce(f"ntkdp: error: {error}", on_error=True)
     raise typer.Exit(2)
 
 

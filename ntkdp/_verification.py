@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntkdp import _verification_page, claims, table_one
+from ntkdp._console import add_row, literal, open_console, say
 from ntkdp._provenance import provenance
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
@@ -85,7 +86,7 @@ def print_verdicts(verification: Verification) -> None:
     """One line a claim, and below a claim that fails the numbers that do."""
     from rich.table import Table as Grid
 
-    console = _console()
+    console = open_console()
     grid = Grid(box=None, pad_edge=False)
     for heading in ("claim", "statement", "source", "measured", "expected", "verdict"):
         numeric = heading in ("measured", "expected")
@@ -97,30 +98,22 @@ def print_verdicts(verification: Verification) -> None:
         )
     verdicts = verification.verdicts
     for verdict in verdicts:
-        grid.add_row(
+        texts = (
             verdict.name,
             verdict.statement,
             verdict.source,
             f"{verdict.measured:.5g}",
             expected(verdict),
-            "holds" if verdict.holds else "[bold red]FAILS[/bold red]",
         )
+        end = literal("holds") if verdict.holds else literal("FAILS", "bold red")
+        grid.add_row(*map(literal, texts), end)
     console.print(grid)
     for verdict in verdicts:
         for finding in verdict.findings:
             if not finding.holds:
-                console.print(f"{verdict.name} fails: {finding}", highlight=False, markup=False)
+                say(console, f"{verdict.name} fails: {finding}")
     held = sum(verdict.holds for verdict in verdicts)
-    console.print(
-        f"{held} of {len(verdicts)} claims hold ({verification.seconds:.0f} s)", highlight=False
-    )
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # In a pipe there is no width to fit into.
-    return Console() if Console().is_terminal else Console(width=160)
+    say(console, f"{held} of {len(verdicts)} claims hold ({verification.seconds:.0f} s)")
 
 
 def expected(verdict: Verdict) -> str:
@@ -136,7 +129,7 @@ def print_table(table: Table) -> None:
     """The table in a terminal: the paper's answers, marked where more is known."""
     from rich.table import Table as Grid
 
-    console = _console()
+    console = open_console()
     grid = Grid(box=None, pad_edge=False, title="Table 1, computed", title_justify="left")
     for heading in ("clipping", "NTK matrix", *table_one.COLUMNS):
         grid.add_column(heading)
@@ -150,7 +143,7 @@ def print_table(table: Table) -> None:
                     notes.append(cell.added)
                 text += f" ({notes.index(cell.added) + 1})"
             cells.append(text)
-        grid.add_row(row.clipping, row.matrix, *cells)
+        add_row(grid, row.clipping, row.matrix, *cells)
     console.print(grid)
     for number, note in enumerate(notes):
-        console.print(f"({number + 1}) {note}", highlight=False, markup=False)
+        say(console, f"({number + 1}) {note}")

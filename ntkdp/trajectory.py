@@ -201,8 +201,10 @@ class Trajectory(eqx.Module):
         FileNotFoundError
             If the folder does not exist.
         """
+        # In memory first: HDF5 crashes the process after a file that it could not write.
+        content = self.to_xarray().to_netcdf(engine="h5netcdf")
         with replacing(path) as temporary:
-            self.to_xarray().to_netcdf(temporary, engine="h5netcdf")
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trajectory":

@@ -31,7 +31,7 @@ hypothesis.settings.register_profile("ntkdp", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ntkdp")
 
 #: Typer reads the signatures of the command line itself.
-_UNCHECKED = {"__init__", "_neural_tangents", "cli"}
+_UNCHECKED = {"__init__", "_neural_tangents", "_app"}
 _PACKAGE = Path(__file__).parent.parent / "ntkdp"
 
 install_import_hook(

@@ -52,7 +52,18 @@ COMPARISON = {
 CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
-    0: {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress", "_look"},
+    0: {
+        "_types",
+        "_validate",
+        "_files",
+        "_memory",
+        "_mesh",
+        "_mesh_eigh",
+        "_progress",
+        "_look",
+        "_standard_streams",
+        "_stopping",
+    },
     1: {
         "losses",
         "clipping",
@@ -124,6 +135,9 @@ LAYERS: dict[int, set[str]] = {
         "_cluster",
         "_compare_command",
         "_terminal",
+        "_console",
+        "_progress_bar",
+        "_app",
         "sweep",
         "_sweep_config",
         "_sweep_report",
@@ -136,7 +150,7 @@ LAYERS: dict[int, set[str]] = {
 }
 #: Modules that may import others of their own layer, as parts of one family.
 FAMILIES = (
-    {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress"},
+    {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress", "_stopping"},
     {"models", "_model", "_adapters", "_stax_kernels"},
     {"datasets", "_dataset", "_data_files"},
     KERNELS,

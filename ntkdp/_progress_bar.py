@@ -7,7 +7,6 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    GetTimeCallable,
     Progress,
     ProgressColumn,
     Task,
@@ -28,7 +27,7 @@ class _ElapsedColumn(ProgressColumn):
 
 @contextmanager
 def progress_bar(
-    console: Console, *, clock: GetTimeCallable | None = None
+    console: Console, *, clock: Callable[[], float] | None = None
 ) -> Iterator[Callable[[str, float], None]]:
     """A function (what, fraction done) that a bar shows; the bar goes when the body ends."""
     columns = (

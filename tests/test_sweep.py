@@ -176,6 +176,18 @@ def test_metrics_and_page(results: sweep.Results, folder: Path) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
 
 
+def test_what_is_printed_is_literal(
+    results: sweep.Results, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = results.config.data.model_copy(update={"name": "[/x]/d[red].csv"})
+    config = results.config.model_copy(update={"data": odd})
+    shown = results._replace(config=config, notes=["[/x] is damaged"])
+    _sweep_report.print_results(shown, _sweep_report.metrics(results))
+    printed = capsys.readouterr().out
+    assert printed.startswith("[/x]/d[red].csv, 32 training")
+    assert printed.endswith("[/x] is damaged\n")
+
+
 def test_resuming_runs_nothing_again(results: sweep.Results, folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert len(before) == 10

@@ -4,17 +4,20 @@ import base64
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ntkdp import __version__
-from ntkdp._files import replacing
-from ntkdp._run_folder import check_writable
+from ntkdp._files import make_folder, read_json
+from ntkdp._out_path import check_path, check_writable
+from ntkdp._own_files import OwnFiles, changed, shown
+
+#: What is made of the content of a cell.
+Cell = TypeVar("Cell")
 
 
 class CellFolder:
@@ -59,52 +62,65 @@ class CellFolder:
         overwrite: bool = False,
         what: str = "sweep",
     ) -> None:
+        check_path(path)
         self.path = path
         self.notes: list[str] = []
         self._what = what
         self._marker = path / f"{what}.json"
+        self._files = OwnFiles(path)
+        self._overwrite = overwrite and not resume
         # As it reads from the file: tuples are lists there.
         self.settings = json.loads(json.dumps({"ntkdp": __version__, **settings}))
-        there = path.exists() and (not path.is_dir() or any(map(_kept, path.iterdir())))
-        if there and not self._is_ours():
-            raise FileExistsError(
-                f"output folder {path} holds files that are not a {what}; choose another --out"
-            )
-        if resume and not there:
+        begun = self._has_begun()
+        self._check(begun)
+        if resume and not begun:
             raise FileNotFoundError(
-                f"no {what} to resume in {path}: leave out --resume, or mend --out"
+                f"no {what} to resume in {path}: leave out --resume, or fix --out"
             )
-        check_writable(path, path)
-        if there and resume:
-            self._check_same()
-            self._remove_left_overs()
-        elif overwrite and path.exists():
-            self.remove()
-        elif there:
+        if begun and not (resume or overwrite):
             raise FileExistsError(
                 f"output folder {path} holds a {what}; pass --resume to continue it, --overwrite "
                 "to replace it, or choose another --out"
             )
+        check_writable(path, path)
+        if resume:
+            self._check_same()
+            self._files.remove_left_overs()
 
-    def _is_ours(self) -> bool:
+    def _has_begun(self) -> bool:
         """Whether the file of settings is there, be it damaged, and not another program's."""
         try:
-            found = json.loads(self._marker.read_bytes())
+            found = read_json(self._marker)
         except OSError:
             return False
         except ValueError:
-            return True
+            return self._files.has_written(self._marker.name)
         return isinstance(found, dict) and "ntkdp" in found
+
+    def _check(self, begun: bool) -> None:
+        """Raise if what is there must not be touched."""
+        foreign = self._files.foreign()
+        if begun and not self._overwrite:
+            return
+        if begun and foreign:
+            raise FileExistsError(changed(self.path, self._what, foreign))
+        if not begun and (others := foreign + self._files.finished()):
+            raise FileExistsError(
+                f"output folder {self.path} holds files that are not a {self._what}: "
+                f"{shown(others)}; choose another --out"
+            )
 
     def _check_same(self) -> None:
         try:
-            found = json.loads(self._marker.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
+            found = read_json(self._marker)
+        except ValueError as error:
             raise ValueError(
-                f"{self._marker} is damaged ({error}); pass --overwrite to start again"
+                f"{self._marker} is damaged ({error}); choose another --out, or remove "
+                f"{self.path} yourself"
             ) from error
         differing = [
-            f"{name}: {found.get(name)!r} there, {self.settings.get(name)!r} now"
+            f"{name if name.isprintable() else ascii(name)}: {found.get(name)!r} there, "
+            f"{self.settings.get(name)!r} now"
             for name in sorted({*found, *self.settings})
             if found.get(name) != self.settings.get(name)
         ]
@@ -114,43 +130,42 @@ class CellFolder:
                 f"({_shortened('; '.join(differing))}); choose another --out, or pass --overwrite"
             )
 
-    def _remove_left_overs(self) -> None:
-        for folder in (self.path, self.path / "cells"):
-            for path in folder.glob(".*"):
-                if not _kept(path):
-                    path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the folder, last what it is known by: killed half-way, it can be removed again."""
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != self._marker:
-                path.unlink()
-        self._marker.unlink(missing_ok=True)
-        # What a link points to stays, empty.
-        if not self.path.is_symlink():
-            self.path.rmdir()
-
     @contextmanager
     def growing(self) -> Iterator[None]:
         """The folder while cells come: killed from here on, it can be resumed.
 
-        An error before the first cell leaves nothing behind.
+        A sweep that is to be replaced is removed here. An error before the first cell leaves
+        nothing behind.
         """
+        made = not self.path.exists()
+        begins = self._overwrite or not self._marker.is_file()
+        if begins:
+            self._check(self._has_begun())
+            self._files.remove(last=self._marker.name)
         try:
-            if not self._marker.is_file():
-                self.path.mkdir(parents=True, exist_ok=True)
-                with replacing(self._marker) as temporary:
-                    text = json.dumps(self.settings, indent=2)
-                    temporary.write_text(text + "\n", encoding="utf-8")
+            if begins:
+                self._begin()
             yield
         except BaseException:
-            if self.path.is_dir() and not self._has_cells():
+            if begins and not self._has_cells():
                 # What went wrong first is what is told.
                 with suppress(OSError):
-                    self.remove()
+                    self._files.remove(last=self._marker.name)
+                    if made:
+                        self.path.rmdir()
             raise
+
+    def _begin(self) -> None:
+        make_folder(self.path)
+        with self._files.replacing(self._marker.name) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove what has grown, last what it is known by, and the folder if nothing else is in
+        it."""
+        self._files.remove(last=self._marker.name)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _has_cells(self) -> bool:
         return any(self.path.glob("cells/[!.]*.json"))
@@ -169,14 +184,17 @@ class CellFolder:
         """
         encoded = _encoded(content)
         try:
-            self.file(name).parent.mkdir(exist_ok=True)
-            with replacing(self.file(name)) as temporary:
-                whole = {"checksum": self._checksum(encoded), "content": encoded}
+            cells = self._files.subfolder("cells")
+            # One that is damaged is made again.
+            with cells.replacing(f"{name}.json", even_damaged=True) as temporary:
+                whole = {"checksum": self._checksum(name, encoded), "content": encoded}
                 temporary.write_text(json.dumps(whole) + "\n", encoding="utf-8")
         except OSError as error:
+            if error.errno is None:  # it is our own, and says what to do
+                raise
             more = ""
             if self._has_cells():
-                more = " (what is finished is kept: mend this, then --resume continues)"
+                more = " (what is finished is kept: fix this, then --resume continues)"
             raise OSError(error.errno, f"{error.strerror}{more}", str(self.file(name))) from error
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -189,27 +207,39 @@ class CellFolder:
         """
         path = self.file(name)
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-            if whole["checksum"] != self._checksum(whole["content"]):
+            whole = read_json(path)
+            if whole["checksum"] != self._checksum(name, whole["content"]):
                 raise ValueError("its checksum differs")
-            content: dict[str, Any] = _parsed(whole["content"])
+            content = _parsed(whole["content"])
+            if not isinstance(content, dict):
+                raise TypeError("it has no names")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # what somebody else made may break anywhere
             raise DamagedCell(f"{path} is damaged ({error})") from error
         return content
 
-    def find(self, name: str) -> dict[str, Any] | None:
-        """A cell that is on disk and whole; of one that is damaged the notes tell."""
-        try:
-            return self.read(name)
-        except DamagedCell as error:
-            self.notes.append(f"{error}: made again")
-            return None
+    def find(self, name: str, parse: Callable[[Any], Cell]) -> Cell | None:
+        """What ``parse`` makes of a cell that is on disk and whole, None if there is none.
 
-    def _checksum(self, encoded: Any) -> str:
-        # With the settings, for a cell that another process has put here is not of this sweep.
-        text = json.dumps([self.settings, encoded], sort_keys=True, allow_nan=False)
+        If it is damaged or holds something else, the notes say so.
+        """
+        try:
+            content = self.read(name)
+            return None if content is None else parse(content)
+        except DamagedCell as error:
+            note = str(error)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            note = f"{self.file(name)} is damaged (it holds something else: {error!r})"
+        self.notes.append(f"{note}: made again")
+        return None
+
+    def _checksum(self, name: str, encoded: Any) -> str:
+        # With the settings and the name: a cell of another sweep, or of another place in this one,
+        # may have been put here.
+        text = json.dumps([self.settings, name, encoded], sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -220,11 +250,6 @@ def resumable(path: Path, what: str = "sweep") -> bool:
 
 class DamagedCell(ValueError):
     """A cell's file that is not what was written."""
-
-
-def _kept(path: Path) -> bool:
-    """Whether this is no half-written file that a kill has left behind."""
-    return not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _encoded(value: Any) -> Any:

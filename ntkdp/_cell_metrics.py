@@ -68,6 +68,21 @@ class CellMetrics(NamedTuple):
         return cls(**columns)
 
 
+def check_cell(metrics: Any, like: dict[str, Any]) -> None:
+    """Raise unless these are the numbers of a cell, as :meth:`CellMetrics.cell` gives them.
+
+    Raises
+    ------
+    ValueError
+        If a name is missing or new, or what is a number in one of them is none in the other.
+    """
+    if not isinstance(metrics, dict) or set(metrics) != set(like):
+        raise ValueError("the metrics of a cell have other names")
+    for name, value in metrics.items():
+        if type(value) is not type(like[name]):
+            raise ValueError(f"{name} of a cell is no {type(like[name]).__name__}")
+
+
 def measure(
     loss: Loss,
     reduction: str,

@@ -24,13 +24,18 @@ def compare(
         typer.Option("--resume", help="Continue the killed run of --out: no finished case again."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the run that the folder holds, and nothing else."
+        ),
     ] = False,
 ) -> None:
     """Predict training under each clipping rule, run it, and show how far apart they are.
 
     Writes metrics.json, trajectories.nc, pictures and report.html to the run folder, when all are
-    there. Until then finished cases are kept beside it, in .DIR-partial.
+    there. Until then finished cases are kept next to it, in .DIR-partial, or in its .partial if the
+    folder is there already. --overwrite removes files that are as ntkdp wrote them, and nothing at
+    all if there are others.
     """
     from ntkdp._cell_folder import CellFolder, resumable
     from ntkdp._run_folder import RunFolder

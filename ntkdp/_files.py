@@ -1,16 +1,26 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that others may have written."""
 
+import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ntkdp._stopping import undone_by
 
+#: What is nested deeper is none of our files, and would break whatever walks through it.
+_DEEPEST = 100
+
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, renamed to it when the body ends well.
+def replacing(
+    path: str | os.PathLike[str], temporary: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
+    """A temporary file next to ``path`` to write to, renamed to it when the body ends well.
+
+    It is new, by default under a name that nothing else has.
 
     Raises
     ------
@@ -20,11 +30,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder of path does not exist: {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path) if temporary is None else Path(temporary)
 
     def remove() -> None:
         temporary.unlink(missing_ok=True)
 
+    temporary.touch(exist_ok=False)
     with undone_by(remove):
         try:
             yield temporary
@@ -36,3 +47,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             remove()
+
+
+def temporary_name(path: Path) -> Path:
+    """A name next to ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, however many: ``Path.mkdir`` would recurse into each."""
+    for folder in reversed([path, *path.parents]):
+        folder.mkdir(exist_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a file says, for a file that may be anybody's.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is not JSON, or nested deeper than 100 levels.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
+    _check_depth(tree)
+    return tree
+
+
+def _check_depth(tree: Any) -> None:
+    level = [tree]
+    for _ in range(_DEEPEST):
+        inner = [list(part.values()) if isinstance(part, dict) else part for part in level]
+        level = [part for parts in inner if isinstance(parts, list) for part in parts]
+    if level:
+        raise ValueError(f"it is nested deeper than {_DEEPEST} levels")

@@ -4,8 +4,10 @@ Predictions differ in colour (Okabe and Ito's palette), in dashes and in markers
 the three tells them apart, in grey and without colour vision.
 """
 
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +31,8 @@ LOOK: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "ntkdp",
 }
+#: Without the date, the same figure gives the same file.
+_METADATA: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 #: Colour, dashes and marker; told apart by any one of the three.
 STYLES = (
     ("#0072B2", (0, (1, 0)), "o"),
@@ -50,6 +54,15 @@ def axes_or_new(ax: Any) -> Axes:
     if not isinstance(ax, Axes):
         raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}")
     return ax
+
+
+def draw_into(path: Path, figure: Figure | Axes, form: str, dpi: float) -> None:
+    """Write a figure, or that of any Axes, to a path as it is, in a format of this name."""
+    whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure
+    if not isinstance(whole, Figure):
+        raise TypeError(f"figure must be a Figure or an Axes, got {type(figure).__name__}")
+    with mpl.rc_context(LOOK):
+        whole.savefig(path, format=form, dpi=dpi, metadata=_METADATA.get(form))
 
 
 def drawable(ax: Axes, y: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ from rich.table import Table
 from ntkdp import __version__, plotting
 from ntkdp import _page as _html
 from ntkdp._console import add_row, open_console, say
-from ntkdp._look import LOOK
+from ntkdp._look import LOOK, draw_into
+from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.comparison import Comparison
 from ntkdp.experiment import KERNEL_OF, LABELS, Results, noise_free
@@ -214,13 +215,17 @@ def _warnings(results: Results) -> list[str]:
 def write(results: Results, folder: Path) -> None:
     """Write metrics, trajectories, pictures and the page into a folder."""
     measured = metrics(results)
-    _write_trajectories(results, folder / "trajectories.nc")
-    pictures = _draw(results, folder)
+    files = OwnFiles(folder)
+    with files.replacing("trajectories.nc") as temporary:
+        _write_trajectories(results, temporary)
+    pictures = _draw(results, files)
     page = _page(results, measured, pictures, folder)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    with files.replacing("report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
     # Last: a folder with metrics is a run.
     text = json.dumps(measured, indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    with files.replacing("metrics.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_trajectories(results: Results, path: Path) -> None:
@@ -235,7 +240,7 @@ def _write_trajectories(results: Results, path: Path) -> None:
     path.write_bytes(xr.DataTree.from_dict(tree).to_netcdf(engine="h5netcdf"))
 
 
-def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
+def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
     """Draw every picture; (file name, caption) in the order of the page."""
     panels = {}
     for case in results.cases:
@@ -282,7 +287,8 @@ def _draw(results: Results, folder: Path) -> list[tuple[str, str]]:
             + (" and of its layers." if isinstance(kernel.train, LayerwiseKernel) else "."),
         )
     for name, (figure, _) in figures.items():
-        plotting.save(figure, folder / name, dpi=150)
+        with files.replacing(name) as temporary:
+            draw_into(temporary, figure, "png", dpi=150)
     return [(name, caption) for name, (_, caption) in figures.items()]
 
 

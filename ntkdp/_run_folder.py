@@ -2,19 +2,22 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ntkdp import __version__
+from ntkdp._files import make_folder, read_json
+from ntkdp._out_path import check_path, check_writable
+from ntkdp._own_files import OwnFiles, changed, shown
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"
-#: That of a sweep, which has a ``metrics.json`` too.
-_OF_A_SWEEP = "sweep.json"
+#: Those of folders that grow cell by cell, some of which have a ``metrics.json`` too.
+_OF_CELLS = ("sweep.json", "run.json")
+#: Where a run grows in a folder that is there already, and may be a mount point.
+_INSIDE = ".partial"
 
 
 class RunFolder:
@@ -23,17 +26,28 @@ class RunFolder:
     Parameters
     ----------
     path : path
-        Where; it is made when the run is complete.
+        Where; it is made when the run is complete. If it is there already, it stays what it is, a
+        mount point or a link too, and files are put into it.
     overwrite : bool
-        Replace a run that is there. A folder that holds anything else is never replaced.
+        Replace a run that is there. Only files that are as the program wrote them are removed: if
+        there are others, nothing is.
     finished : dict, optional
         The configuration of a run that is resumed, and may be there: what was to be made is there
         already.
 
+    Attributes
+    ----------
+    partial : path
+        The folder in which the run may grow until it is complete: next to the folder, or in it if
+        it is there already.
+
     Raises
     ------
     FileExistsError
-        If the folder holds another run and ``overwrite`` is false, or holds something else.
+        If the folder holds another run and ``overwrite`` is false, or holds something else, which
+        is named.
+    ValueError
+        If the path is too long, or not UTF-8 text.
     PermissionError, NotADirectoryError
         If nothing can be written there.
     """
@@ -41,25 +55,23 @@ class RunFolder:
     def __init__(
         self, path: Path, *, overwrite: bool = False, finished: dict[str, Any] | None = None
     ) -> None:
+        check_path(path)
         self.path = path
         self.overwrite = overwrite
+        target = path.absolute()
+        there = path.is_dir()
+        self.partial = target / _INSIDE if there else target.with_name(f".{target.name}-partial")
         self._resumed = finished is not None
         #: Whether the run that was to be made is there.
         self.is_finished = finished is not None and self._holds(finished)
         if not self.is_finished:
             self._check()
-        check_writable(path, path.absolute().parent)
-
-    @property
-    def partial(self) -> Path:
-        """The folder beside it in which the run may grow until it is complete."""
-        target = self.path.absolute()
-        return target.with_name(f".{target.name}-partial")
+        check_writable(path, target if there else target.parent)
 
     def _run(self) -> dict[str, Any]:
         """What the run that is there says of itself; nothing if there is none."""
         try:
-            found = json.loads((self.path / MARKER).read_bytes())
+            found = read_json(self.path / MARKER)
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) and "ntkdp" in found else {}
@@ -70,17 +82,19 @@ class RunFolder:
         return same_version and bool(run.get("config") == json.loads(json.dumps(config)))
 
     def _check(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise FileExistsError(f"output folder {self.path} is a file; choose another --out")
-        if not any(self.path.iterdir()):
-            return
-        if not self._run() or (self.path / _OF_A_SWEEP).exists():
+        files = OwnFiles(self.path)
+        # What grows in there has a list of its own, and is left alone.
+        foreign = [name for name in files.foreign() if name != f"{_INSIDE}/"]
+        cells = [name for name in _OF_CELLS if (self.path / name).exists()]
+        is_run = bool(self._run()) and not cells
+        if cells or (foreign and not is_run):
             raise FileExistsError(
-                f"output folder {self.path} holds files that are not a run; choose another --out"
+                f"output folder {self.path} holds files that are not a run: "
+                f"{shown(foreign or cells)}; choose another --out"
             )
-        if not self.overwrite:
+        if foreign:
+            raise FileExistsError(changed(self.path, "run", foreign))
+        if is_run and not self.overwrite:
             replace = (
                 "pass --overwrite beside --resume to replace it with what is resumed"
                 if self._resumed
@@ -92,43 +106,31 @@ class RunFolder:
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
-        """A temporary folder beside the final one, moved into place when the body ends well.
+        """A temporary folder, whose files are put into place when the body ends well.
 
-        Where the run grows in ``partial``, everything temporary is in there.
+        The body writes them as :class:`OwnFiles`, and so they are known when they are replaced.
         """
-        target = self.path.absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.partial if self.partial.is_dir() else target.parent
-        temporary = Path(tempfile.mkdtemp(dir=beside, prefix=f".{target.name}-"))
-        temporary.chmod(0o755)
+        make_folder(self.partial)
+        growing = OwnFiles(self.partial)
         try:
-            yield temporary
-            self._check()
-            replaced = None
-            if target.exists():
-                replaced = Path(tempfile.mkdtemp(dir=beside, prefix=f".{target.name}-old-"))
-                os.rename(target, replaced / target.name)
-            os.rename(temporary, target)
-            if replaced is not None:
-                shutil.rmtree(replaced)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            with growing.temporary_subfolder() as new:
+                yield new
+                self._check()
+                self._put(new)
+        finally:
+            # What went wrong first is what is told.
+            with suppress(OSError):
+                if not growing.finished():
+                    growing.remove_with_folder()
 
-
-def check_writable(path: Path, within: Path) -> None:
-    """Raise unless the folder ``within``, which is written to for ``path``, is writable or can be
-    made.
-
-    Raises
-    ------
-    PermissionError, NotADirectoryError
-        Naming the folder above it that is in the way.
-    """
-    nearest = within.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"output folder {path}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"output folder {path}: {nearest} cannot be written to")
+    def _put(self, new: Path) -> None:
+        target = self.path.absolute()
+        if target.is_dir():
+            # A mount point or a link cannot be replaced, so its files are. Without a marker the
+            # folder is not taken for a whole run in between.
+            there = OwnFiles(target)
+            there.remove(first=MARKER)
+            there.take(new, last=MARKER)
+        else:
+            make_folder(target.parent)
+            os.rename(new, target)

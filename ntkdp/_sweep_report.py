@@ -13,7 +13,8 @@ from rich.table import Table
 from ntkdp import _page, advisor, comparison, plotting
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._console import add_row, literal, open_console, say
-from ntkdp._files import replacing
+from ntkdp._look import draw_into
+from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.sweep import Results
 
@@ -153,16 +154,19 @@ def _grid(results: Results, number: int) -> advisor.Grid:
 def write(results: Results, folder: Path) -> dict[str, Any]:
     """Write pictures, the page and, last, the metrics, which are returned, into the folder."""
     measured = metrics(results)
-    pictures = _draw(results, measured, folder)
-    with replacing(folder / "report.html") as temporary:
+    files = OwnFiles(folder)
+    pictures = _draw(results, measured, files)
+    with files.replacing("report.html") as temporary:
         temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
     text = json.dumps(measured, indent=2, allow_nan=False)
-    with replacing(folder / "metrics.json") as temporary:
+    with files.replacing("metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return measured
 
 
-def _draw(results: Results, measured: dict[str, Any], folder: Path) -> list[list[tuple[str, str]]]:
+def _draw(
+    results: Results, measured: dict[str, Any], files: OwnFiles
+) -> list[list[tuple[str, str]]]:
     """Pictures of each plane: (file name, caption)."""
     pictures = []
     grid = results.config.grid
@@ -181,13 +185,15 @@ def _draw(results: Results, measured: dict[str, Any], folder: Path) -> list[list
             title=plane.label,
         )
         drawn = [(f"map{suffix}.png", f"{plane.label}: {both}. Hatched: the cell diverges.")]
-        plotting.save(figure, folder / drawn[0][0], dpi=150)
+        with files.replacing(drawn[0][0]) as temporary:
+            draw_into(temporary, figure, "png", dpi=150)
         if predicted.test_ece is not None:
             advice = measured["planes"][number]["advice"]
             chosen = advice.get(f"test_{results.config.objective}", {}).get("index")
             axes = plotting.trade_off(predicted, observed, chosen=chosen)
             drawn.append((f"trade_off{suffix}.png", "Accuracy against calibration error."))
-            plotting.save(axes, folder / drawn[1][0], dpi=150)
+            with files.replacing(drawn[1][0]) as temporary:
+                draw_into(temporary, axes, "png", dpi=150)
         pictures.append(drawn)
     return pictures
 

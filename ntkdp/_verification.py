@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ntkdp import _verification_page, claims, table_one
 from ntkdp._console import add_row, literal, open_console, say
+from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
@@ -76,10 +77,13 @@ def write(verification: Verification, folder: Path) -> None:
         "table_one": None if table is None else table.as_dict(),
     }
     page = _verification_page.page(verification.verdicts, table, verification.seconds)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    files = OwnFiles(folder)
+    with files.replacing("report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
     # Last: a folder with metrics is complete.
     text = json.dumps(metrics, indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    with files.replacing("metrics.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def print_verdicts(verification: Verification) -> None:

@@ -1,5 +1,6 @@
 """An experiment: a configuration in, predictions, runs and their comparison out."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -233,12 +234,14 @@ def _run(
     norms = ntk.per_sample_gradient_norms(problem.model.apply, problem.params, problem.x, gradient)
     cases = []
     for number, (case, rule) in enumerate(zip(config.clipping, rules, strict=True)):
-        measured = None if disk is None else disk.find(f"{number:05d}")
-        if measured is None:
+        name = f"{number:05d}"
+        found = None if disk is None else disk.find(name, partial(_found_case, config, case))
+        if found is None:
             measured = _measured(config, problem, kernels, case, rule, report)
             if disk is not None:
-                disk.write(f"{number:05d}", measured)
-        cases.append(_case(config, case, measured))
+                disk.write(name, measured)
+            found = _case(config, case, measured)
+        cases.append(found)
     return Results(config, cases, kernels, norms, [] if disk is None else disk.notes)
 
 
@@ -309,19 +312,29 @@ def _measured(
     }
 
 
+def _found_case(config: Config, case: ClippingConfig, content: Any) -> Case:
+    """The case of a folder, whose content may be anything: what is wrong is an error."""
+    for part in (content["run"], *(of["trajectory"] for of in content["predictions"].values())):
+        if set(part) != {field.name for field in dataclasses.fields(Trajectory)}:
+            raise ValueError("what a trajectory records has other names")
+        Trajectory.from_xarray(_trajectory(part).to_xarray())
+    return _case(config, case, content)
+
+
 def _case(config: Config, case: ClippingConfig, measured: dict[str, Any]) -> Case:
     observed = _trajectory(measured["run"])
-    predictions = {}
-    for name, found in measured["predictions"].items():
+    predictions: dict[str, Prediction] = {}
+    for name in config.predictions:
+        found = measured["predictions"][name]
         predicted = _trajectory(found["trajectory"])
         compared = comparison.compare(predicted, observed)
-        predictions[name] = Prediction(predicted, compared, found["seconds"])
+        predictions[name] = Prediction(predicted, compared, float(found["seconds"]))
     return Case(
         case,
-        measured["noise_multiplier"],
-        measured["weight_noise"],
+        float(measured["noise_multiplier"]),
+        float(measured["weight_noise"]),
         observed,
-        measured["run_seconds"],
+        float(measured["run_seconds"]),
         predictions,
         case.learning_rate_in(config.training),
     )

@@ -342,9 +342,6 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     ntkdp.plotting.save(ax, pathlib.Path(folder, "spectrum.png"))
     """
-    whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure
-    if not isinstance(whole, Figure):
-        raise TypeError(f"figure must be a Figure or an Axes, got {type(figure).__name__}")
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in _FORMATS:
@@ -352,10 +349,8 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
             f"path must end in one of {', '.join('.' + f for f in _FORMATS)}, got {str(path)!r}"
         )
     dpi = positive(dpi=dpi)
-    # Without the date, the same figure gives the same file.
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
-    with replacing(path) as temporary, mpl.rc_context(_look.LOOK):
-        whole.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
+    with replacing(path) as temporary:
+        _look.draw_into(temporary, figure, suffix, dpi)
 
 
 def _named(predictions: Any) -> dict[str, Trajectory]:

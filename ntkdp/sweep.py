@@ -182,15 +182,19 @@ def run(
         observe = partial(_observe_here, config, problem, found_planes)
         if client is not None:
             observe = partial(_observe_there, config, problem, found_planes, client)
+    initial = _initial(config, problem)
     of_cells: list[dict[str, Any]] = []
     with nullcontext() if disk is None else disk.growing():
-        predicted = None if disk is None else disk.find("predicted")
+        predicted = None
+        if disk is not None:
+            of_prediction = partial(_found_prediction, initial, len(found_cells))
+            predicted = disk.find("predicted", of_prediction)
         if predicted is None:
             predicted = _predict(config, problem, found_planes, report)
             if disk is not None:
                 disk.write("predicted", predicted)
         if observe is not None:
-            of_cells = _of_cells(found_cells, disk, observe, report)
+            of_cells = _of_cells(found_cells, initial, disk, observe, report)
     seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
     observed = None
     if of_cells:
@@ -200,7 +204,7 @@ def run(
         config,
         found_planes,
         found_cells,
-        _initial(config, problem),
+        initial,
         _by_plane(predicted["metrics"], len(found_planes)),
         observed,
         advisor.gradient_norms(
@@ -216,12 +220,18 @@ Observe = Callable[[dict[int, Cell]], Iterator[tuple[int, dict[str, Any]]]]
 
 
 def _of_cells(
-    found_cells: list[Cell], disk: CellFolder | None, observe: Observe, report: Report
+    found_cells: list[Cell],
+    initial: CellMetrics,
+    disk: CellFolder | None,
+    observe: Observe,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """Every cell's content: what is on disk is read, and what is made is put there at once."""
     done = {}
     for number in range(len(found_cells)):
-        content = None if disk is None else disk.find(f"{number:05d}")
+        content = None
+        if disk is not None:
+            content = disk.find(f"{number:05d}", partial(_found_cell, initial))
         if content is not None:
             done[number] = content
 
@@ -238,6 +248,25 @@ def _of_cells(
         if len(done) < len(found_cells):
             say()
     return [done[number] for number in range(len(found_cells))]
+
+
+def _found_cell(initial: CellMetrics, content: Any) -> dict[str, Any]:
+    """The cell of a folder, whose content may be anything: what is wrong is an error."""
+    _cell_metrics.check_cell(content["metrics"], initial.cell(0))
+    return {"metrics": content["metrics"], "seconds": float(content["seconds"])}
+
+
+def _found_prediction(initial: CellMetrics, n_cells: int, content: Any) -> dict[str, Any]:
+    """The same of the prediction of all cells."""
+    if len(content["metrics"]) != n_cells:
+        raise ValueError(f"it has {len(content['metrics'])} cells, not {n_cells}")
+    for metrics in content["metrics"]:
+        _cell_metrics.check_cell(metrics, initial.cell(0))
+    return {
+        "metrics": content["metrics"],
+        "kernel_seconds": float(content["kernel_seconds"]),
+        "prediction_seconds": float(content["prediction_seconds"]),
+    }
 
 
 def _observe_here(

@@ -131,6 +131,8 @@ LAYERS: dict[int, set[str]] = {
         "_page",
         "_provenance",
         "_run_folder",
+        "_out_path",
+        "_own_files",
         "_cell_folder",
         "_cluster",
         "_compare_command",

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from ntkdp._cell_folder import CellFolder, DamagedCell, _encoded, _parsed, resumable
+from ntkdp._own_files import LIST
 
 SETTINGS: dict[str, Any] = {"seed": 0, "grid": {"clip_norms": [0.1, 1.0]}}
 CONTENT: dict[str, Any] = {"loss": 0.1, "bad": [float("nan"), float("inf"), -float("inf")], "n": 3}
@@ -88,9 +91,11 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 now\)"):
         CellFolder(tmp_path, SETTINGS | {"seed": 1}, resume=True)
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+    with pytest.raises(ValueError, match=r"sweep.json is damaged .*remove .* yourself"):
         CellFolder(tmp_path, SETTINGS, resume=True)
-    assert CellFolder(tmp_path, SETTINGS, overwrite=True).read("00000") is None
+    with pytest.raises(FileExistsError, match=r"changed since: sweep.json; nothing is removed"):
+        CellFolder(tmp_path, SETTINGS, overwrite=True)
+    assert (tmp_path / "cells" / "00000.json").exists()
 
 
 def test_folders_are_safe(tmp_path: Path) -> None:
@@ -99,38 +104,74 @@ def test_folders_are_safe(tmp_path: Path) -> None:
     written(CellFolder(tmp_path, SETTINGS))
     with pytest.raises(FileExistsError, match="holds a sweep; pass --resume"):
         CellFolder(tmp_path, SETTINGS)
-    assert CellFolder(tmp_path, SETTINGS | {"seed": 1}, overwrite=True).read("00000") is None
-    assert not tmp_path.exists()
+    again = CellFolder(tmp_path, SETTINGS | {"seed": 1}, overwrite=True)
+    # What is asked for may still fail: until it begins, what is there stays.
+    assert CellFolder(tmp_path, SETTINGS, resume=True).read("00000") is not None
+    with again.growing():
+        assert again.read("00000") is None
+        again.write("00001", CONTENT)
 
     other = tmp_path / "other"
-    other.mkdir(parents=True)
+    other.mkdir()
     (other / "thesis.tex").write_text("precious")
     every: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
     for options in every:
         with pytest.raises(FileExistsError, match="not a sweep"):
             CellFolder(other, SETTINGS, **options)
-        with pytest.raises(FileExistsError, match="not a sweep"):
+        with pytest.raises(FileExistsError, match=r"thesis.tex is a file"):
             CellFolder(other / "thesis.tex", SETTINGS, **options)
     with pytest.raises(NotADirectoryError, match=r"thesis.tex is not a folder"):
         CellFolder(other / "thesis.tex" / "sweep", SETTINGS)
     assert (other / "thesis.tex").read_text() == "precious"
 
 
+def killed(path: Path, name: str, n_written: int = 0) -> None:
+    """A process that is killed while it writes a file of this name, after so many cells."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from ntkdp._cell_folder import CellFolder
+write = Path.write_text
+def half(path, text, **options):
+    write(path, text[: len(text) // 2], **options)
+    if {name!r} in path.name:
+        os._exit(9)
+    return write(path, text, **options)
+Path.write_text = half
+folder = CellFolder(Path({str(path)!r}), {SETTINGS!r})
+with folder.growing():
+    for number in range(3):
+        folder.write(f"{{number:05d}}", {{"n": 3}})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert len(list(path.rglob(".*.tmp"))) == 1
+    assert len(list(path.glob("cells/0*"))) == n_written
+
+
 def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
-    written(CellFolder(tmp_path, SETTINGS))
-    left_over = [tmp_path / "cells" / ".00001.json.123.tmp", tmp_path / ".metrics.json.9.tmp"]
-    for path in left_over:
-        path.write_text("half")
+    killed(tmp_path, "00001.json", 1)
+    # Somebody else's, though it looks the same.
+    (tmp_path / ".metrics.json.0123456789abcdef.tmp").write_text("precious")
     folder = CellFolder(tmp_path, SETTINGS, resume=True)
-    assert not any(path.exists() for path in left_over)
-    assert same(folder.read("00000"), CONTENT)
+    assert [path.read_text() for path in tmp_path.rglob(".*.tmp")] == ["precious"]
+    assert folder.read("00000") == {"n": 3}
+
+
+def test_what_was_killed_is_replaced_or_removed(tmp_path: Path) -> None:
+    killed(tmp_path, "00001.json", 1)
+    folder = written(CellFolder(tmp_path, SETTINGS, overwrite=True), "00002")
+    assert {path.name for path in tmp_path.rglob("*.json")} == {"sweep.json", "00002.json"}
+    assert not list(tmp_path.rglob(".*"))
+    folder.remove()
+    assert not tmp_path.exists()
 
 
 def test_a_folder_that_was_killed_before_it_was_one_is_empty(tmp_path: Path) -> None:
-    (tmp_path / ".sweep.json.123.tmp").write_text("{")
+    killed(tmp_path, "sweep.json")
     with pytest.raises(FileNotFoundError, match="no sweep to resume"):
         CellFolder(tmp_path, SETTINGS, resume=True)
     written(CellFolder(tmp_path, SETTINGS))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_nothing_is_made_before_it_grows_and_nothing_is_left_without_a_cell(tmp_path: Path) -> None:
@@ -150,7 +191,7 @@ def test_nothing_is_made_before_it_grows_and_nothing_is_left_without_a_cell(tmp_
     assert not list(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
         fail(KeyboardInterrupt, ["00000"])
-    assert {path.name for path in folder.path.iterdir()} == {"cells", "sweep.json"}
+    assert {path.name for path in folder.path.iterdir()} == {LIST, "cells", "sweep.json"}
     assert resumable(folder.path)
 
 
@@ -159,7 +200,7 @@ def test_nothing_is_made_before_it_grows_and_nothing_is_left_without_a_cell(tmp_
     [
         (1, "sweep.json", set()),
         (2, "cells/00000.json", set()),
-        (3, "cells/00001.json", {"sweep.json", "cells", "00000.json"}),
+        (3, "cells/00001.json", {LIST, "sweep.json", "cells", "00000.json"}),
     ],
 )
 def test_a_full_disk_leaves_nothing_half_written(
@@ -201,19 +242,20 @@ def test_a_cell_of_other_settings_is_damaged(tmp_path: Path) -> None:
         other.read("00000")
 
 
-def test_links_are_emptied_and_not_followed(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     folder = written(CellFolder(tmp_path / "disk", SETTINGS))
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("precious")
-    (folder.path / "link").symlink_to(tmp_path / "precious")
-    (tmp_path / "linked").symlink_to(folder.path)
-    CellFolder(tmp_path / "linked", SETTINGS, overwrite=True)
-    assert not list(folder.path.iterdir())
-    assert (tmp_path / "precious" / "thesis.tex").exists()
-    assert same(written(CellFolder(tmp_path / "linked", SETTINGS)).read("00000"), CONTENT)
+    link = tmp_path / "linked"
+    link.symlink_to(folder.path)
+    again = written(CellFolder(link, SETTINGS, overwrite=True), "00001")
+    assert again.read("00000") is None
+    assert link.is_symlink()
+    assert (folder.path / "cells" / "00001.json").exists()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError, match="nowhere is a link to no folder"):
+        CellFolder(tmp_path / "nowhere", SETTINGS, overwrite=True)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"seed": 0}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"seed": 0}', "[" * 200 + "]" * 200])
 def test_settings_of_another_program_are_not_touched(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
     every: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
@@ -221,6 +263,7 @@ def test_settings_of_another_program_are_not_touched(tmp_path: Path, text: str) 
         with pytest.raises(FileExistsError, match="not a sweep"):
             CellFolder(tmp_path, SETTINGS, **options)
     assert (tmp_path / "sweep.json").read_text() == text
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_another_thing_than_a_sweep_has_its_own_name(tmp_path: Path) -> None:
@@ -276,9 +319,76 @@ def test_a_flipped_byte_or_a_lost_end_is_seen(whole_cell: CellFolder, data: st.D
 
 def test_finding_notes_what_is_damaged(tmp_path: Path) -> None:
     folder = written(CellFolder(tmp_path, SETTINGS), "00003")
-    assert same(folder.find("00003"), CONTENT)
+    assert same(folder.find("00003", dict), CONTENT)
     folder.file("00003").write_text("{")
-    assert folder.find("00003") is None
-    assert folder.find("00004") is None
+    assert folder.find("00003", dict) is None
+    assert folder.find("00004", dict) is None
     (note,) = folder.notes
     assert note.startswith(f"{folder.file('00003')} is damaged")
+    # And it is written again.
+    assert same(written(folder, "00003").find("00003", dict), CONTENT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000 + "]" * 5000,
+        '{"a": ' * 5000 + "1" + "}" * 5000,
+        "[" * 150 + "]" * 150,
+        '{"checksum": {}, "content": {"float": []}}',
+        '{"checksum": "", "content": NaN}',
+        "7" * 5000,
+        '"\\ud800"',
+    ],
+)
+def test_json_that_nobody_would_write_is_damage(tmp_path: Path, text: str) -> None:
+    folder = written(CellFolder(tmp_path, SETTINGS))
+    folder.file("00000").write_text(text)
+    assert folder.find("00000", dict) is None
+    (note,) = folder.notes
+    assert note.startswith(f"{folder.file('00000')} is damaged")
+    note.encode()
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises((ValueError, FileExistsError), match=r"sweep\.json"):
+        CellFolder(tmp_path, SETTINGS, resume=True)
+
+
+def signed(folder: CellFolder, name: str, encoded: Any) -> None:
+    """Put other content on disk, with the checksum that belongs to it."""
+    whole = {"checksum": folder._checksum(name, encoded), "content": encoded}
+    folder.file(name).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        {},
+        [],
+        None,
+        7,
+        "text",
+        {"seconds": "fast"},
+        {"seconds": None},
+        {"seconds": {"float": "fast"}},
+        {"seconds": {"float": [1]}},
+        {"seconds": {"array": 7}},
+        {"seconds": {"array": ["O", [1], "AAAAAAAAAAA="]}},
+        {"seconds": {"array": ["<f8,,", [1], "AAAAAAAAAAA="]}},
+        {"seconds": {"array": ["<f8", [-1, -1], "AAAAAAAAAAA="]}},
+        {"seconds": {"array": ["<f8", [2], "?"]}},
+    ],
+)
+def test_signed_cells_with_other_content_are_named(tmp_path: Path, encoded: Any) -> None:
+    folder = written(CellFolder(tmp_path, SETTINGS))
+    signed(folder, "00000", encoded)
+    assert folder.find("00000", lambda content: float(content["seconds"])) is None
+    (note,) = folder.notes
+    assert note.startswith(f"{folder.file('00000')} is damaged")
+
+
+def test_a_cell_in_the_place_of_another_is_damaged(tmp_path: Path) -> None:
+    folder = written(written(CellFolder(tmp_path, SETTINGS), "00000"), "00001")
+    folder.file("00000").write_bytes(folder.file("00001").read_bytes())
+    assert folder.read("00001") is not None
+    with pytest.raises(DamagedCell, match=r"00000.json is damaged \(its checksum differs\)"):
+        folder.read("00000")

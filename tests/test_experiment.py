@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import ntkdp
-from ntkdp import _config, _report, _run_folder, cli, experiment, privacy
+from ntkdp import _config, _report, cli, experiment, privacy
 
 SMALL: dict[str, Any] = {
     "predictions": ["exact", "frozen", "infinite", "recursion"],
@@ -401,48 +400,6 @@ def test_help_documents_every_field() -> None:
         assert name in done.output, name
     version = runner.invoke(cli.app, ["--version"])
     assert version.output.strip() == f"ntkdp {ntkdp.__version__}"
-
-
-FIRST = json.dumps({"ntkdp": "0", "config": {}})
-
-
-def test_folders_that_are_not_runs_are_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match="files that are not a run"):
-        _run_folder.RunFolder(tmp_path, overwrite=True)
-    # A sweep, and another program's folder, have files of this name too.
-    for names, text in ((["metrics.json"], '{"loss": 1}'), (["metrics.json", "sweep.json"], FIRST)):
-        other = tmp_path / str(len(names))
-        other.mkdir()
-        for name in names:
-            (other / name).write_text(text)
-        with pytest.raises(FileExistsError, match="files that are not a run"):
-            _run_folder.RunFolder(other, overwrite=True)
-    with pytest.raises(FileExistsError, match="is a file"):
-        _run_folder.RunFolder(tmp_path / "thesis.tex")
-    with pytest.raises(NotADirectoryError, match="is not a folder"):
-        _run_folder.RunFolder(tmp_path / "thesis.tex" / "run")
-
-
-def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    folder = _run_folder.RunFolder(tmp_path / "run")
-    with folder.replacing() as path:
-        (path / "metrics.json").write_text(FIRST)
-    again = _run_folder.RunFolder(tmp_path / "run", overwrite=True)
-
-    class Failed(Exception):
-        pass
-
-    def fail_half_way() -> None:
-        with again.replacing() as path:
-            (path / "metrics.json").write_text("second")
-            raise Failed
-
-    with pytest.raises(Failed):
-        fail_half_way()
-    assert (tmp_path / "run" / "metrics.json").read_text() == FIRST
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) & stat.S_IROTH
 
 
 def test_single_precision_follows_double(results: experiment.Results) -> None:

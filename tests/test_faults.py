@@ -22,6 +22,8 @@ import xarray as xr
 from typer.testing import CliRunner, Result
 
 from ntkdp import __version__, _config, cli, experiment
+from ntkdp._own_files import LIST, OwnFiles
+from ntkdp._run_folder import RunFolder
 
 KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
 PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"
@@ -44,8 +46,14 @@ def _command(verb: str, folder: Path) -> list[str]:
 
 
 def _growing(verb: str, out: Path) -> Path:
-    """Where finished cells and cases are until the end."""
+    """Where finished cells and cases are until the end, in a folder that is not there before."""
     return out if verb == "sweep" else out.with_name(f".{out.name}-partial")
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> None:
+    """A run folder with so much as it is known by."""
+    with RunFolder(out).replacing() as path, OwnFiles(path).replacing("metrics.json") as temporary:
+        temporary.write_text(json.dumps({"ntkdp": __version__, "config": settings}))
 
 
 def _invoke(*arguments: str) -> Result:
@@ -196,8 +204,8 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
             said = _said_in_one_line(_invoke(*command, *resume))
         assert "No space left on device" in said
         assert [path.name for path in out.parent.iterdir()] == [partial.name]
-        assert {path.name for path in partial.iterdir()} == {"cells", "run.json"}
-        assert len(list((partial / "cells").iterdir())) == n_cases
+        assert {path.name for path in partial.iterdir()} == {LIST, "cells", "run.json"}
+        assert len(list((partial / "cells").glob("*.json"))) == n_cases
 
     # What is left of a killed run is neither forgotten nor mixed with another's.
     said = _said_in_one_line(_invoke(*command))
@@ -236,11 +244,9 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
-    out.mkdir()
     config = tmp_path / "other.toml"
     config.write_text("seed = 1\n" + CONFIGS["compare"])
-    finished = {"ntkdp": __version__, "config": _config.load(config).model_dump(mode="json")}
-    (out / "metrics.json").write_text(json.dumps(finished))
+    _finished(out, _config.load(config).model_dump(mode="json"))
     measure, done = experiment._measured, []
 
     def stopped(*arguments: Any) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     shown = _invoke(*command, "--overwrite")
     assert shown.exit_code == 130
     assert shown.output == f"ntkdp: stopped; --out {out} --resume --overwrite continues\n"
-    cell = _growing("compare", out) / "cells" / "00000.json"
+    cell = out / ".partial" / "cells" / "00000.json"
     assert cell.exists()
     said = _said_in_one_line(_invoke(*command, "--resume"))
     assert "pass --overwrite beside --resume to replace it with what is resumed" in said
@@ -272,12 +278,11 @@ def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None
     assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume"))
     assert "--resume needs --out" in _said_in_one_line(_invoke(*command[:2], "--resume"))
     assert not list(out.parent.iterdir())
-    out.mkdir()
-    (out / "metrics.json").write_text('{"ntkdp": "0", "config": {}}')
+    _finished(out, {})
     said = _said_in_one_line(_invoke(*command, "--resume"))
     assert "holds another run; pass --overwrite beside --resume" in said
     assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume", "--overwrite"))
-    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+    assert {path.name for path in out.iterdir()} == {LIST, "metrics.json"}
 
 
 @pytest.mark.parametrize("verb", CONFIGS)

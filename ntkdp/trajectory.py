@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkdp import _mesh, _validate
 from ntkdp._files import replacing
+from ntkdp._stored_elsewhere import stored_elsewhere
 from ntkdp._types import Array, is_traced
 
 if TYPE_CHECKING:
@@ -215,9 +216,8 @@ class Trajectory(eqx.Module):
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it is not a trajectory.
+            If it is not a trajectory, or would read other files: naming the file.
         """
-        import h5py  # type: ignore[import-untyped]
         import xarray as xr
 
         path = Path(path)
@@ -225,13 +225,18 @@ class Trajectory(eqx.Module):
             raise FileNotFoundError(f"path does not exist: {path}")
         try:
             # Damage is seen here first if it can be: h5netcdf leaves half-open files behind.
-            with h5py.File(path, "r") as file:
-                dict(file.attrs)
-            with xr.open_dataset(path, engine="h5netcdf") as dataset:
-                dataset.load()
+            elsewhere = stored_elsewhere(path)
+            if elsewhere is None:
+                with xr.open_dataset(path, engine="h5netcdf") as dataset:
+                    dataset.load()
         except Exception as error:  # of a damaged file the libraries raise errors of any kind
             raise ValueError(f"path is not a netCDF file: {path} ({error})") from error
-        return cls.from_xarray(dataset)
+        if elsewhere is not None:
+            raise ValueError(f"path must hold all its data itself: {path} ({elsewhere})")
+        try:
+            return cls.from_xarray(dataset)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_xarray(cls, dataset: "xarray.Dataset") -> "Trajectory":
@@ -258,7 +263,7 @@ class Trajectory(eqx.Module):
         steps = None
         if "step" in dataset.coords:
             _check_dimensions(dataset, "step", [("time",)])
-            steps = _validate.array(step=dataset["step"].values)
+            steps = _in_order(step=dataset["step"].values)
         _check_dimensions(dataset, "outcome", [seed, ()])
         outcome = dataset["outcome"].values
         if not np.all(np.isin(outcome, [int(known) for known in Outcome])):
@@ -266,11 +271,15 @@ class Trajectory(eqx.Module):
                 f"not a trajectory: outcome must be one of {[int(known) for known in Outcome]}, "
                 f"got {outcome.tolist()!r}"
             )
-        times = _validate.array(time=dataset["time"].values)
+        times = _in_order(time=dataset["time"].values)
         start = None
         if "start" in dataset:
             _check_dimensions(dataset, "start", [()])
             start = _validate.array(start=dataset["start"].values)
+            if not np.all(start <= times[:1]):
+                raise ValueError(
+                    f"not a trajectory: start must not be after the first time, got {start}"
+                )
         return cls(times, steps=steps, outcome=outcome, start=start, **fields)
 
 
@@ -293,6 +302,21 @@ def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[
             f"not a trajectory: {name} must have dimensions {expected}, got {found}; all have a "
             "leading seed if loss has one"
         )
+
+
+def _in_order(**named: np.ndarray) -> Array:
+    """Times or steps that do not go back; some are equal while the learning rate is 0."""
+    ((name, values),) = named.items()
+    found = _validate.array(**named)
+    # Of NaN nothing holds.
+    ordered = np.append(values[:1] == values[:1], values[1:] >= values[:-1])
+    if not ordered.all():
+        place = int(np.argmin(ordered))
+        raise ValueError(
+            f"not a trajectory: {name} must not decrease or be NaN, got {values[place]} at place "
+            f"{place}"
+        )
+    return found
 
 
 def _with_its_start(other: Trajectory) -> Trajectory:

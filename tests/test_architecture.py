@@ -63,6 +63,7 @@ LAYERS: dict[int, set[str]] = {
         "_look",
         "_standard_streams",
         "_stopping",
+        "_stored_elsewhere",
     },
     1: {
         "losses",

@@ -1,6 +1,7 @@
 """Trajectories: on disk and back, labels, outcomes, and the arithmetic of steps and times."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,83 @@ def test_dimensions_that_no_trajectory_has(
     other_dataset = (dataset.assign_coords if name == "step" else dataset.assign)({name: other})
     with pytest.raises(ValueError, match=f"not a trajectory: {message}"):
         Trajectory.from_xarray(other_dataset)
+
+
+def _external_link(file: h5py.File, other: Path) -> None:
+    del file["loss"]
+    file["loss"] = h5py.ExternalLink(other, "/loss")
+
+
+def _deep_external_link(file: h5py.File, other: Path) -> None:
+    file.create_group("a/b")["c"] = h5py.ExternalLink(other, "/loss")
+
+
+def _virtual(file: h5py.File, other: Path) -> None:
+    del file["loss"]
+    layout = h5py.VirtualLayout((T,), float)
+    layout[:] = h5py.VirtualSource(other, "loss", (T,))
+    file.create_virtual_dataset("loss", layout)
+
+
+def _external_storage(file: h5py.File, other: Path) -> None:
+    del file["loss"]
+    file.create_dataset("loss", (T,), float, external=[(other, 0, 8 * T)])
+
+
+def _soft_link(file: h5py.File, other: Path) -> None:
+    file["again"] = h5py.SoftLink("/loss")
+
+
+def _loop(file: h5py.File, other: Path) -> None:
+    group = file.create_group("group")
+    group["itself"] = group
+    _external_link(file, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_external_link, r"/loss is a link"),
+        (_deep_external_link, r"/a/b/c is a link"),
+        (_virtual, r"/loss is a virtual data set"),
+        (_external_storage, r"/loss has external storage"),
+        (_soft_link, r"/again is a link"),
+        (_loop, r"/loss is a link"),
+    ],
+)
+def test_a_file_that_reads_others_is_refused(
+    tmp_path: Path, change: Callable[[h5py.File, Path], None], words: str
+) -> None:
+    path, other = tmp_path / "run.nc", tmp_path / "secret.nc"
+    full().save(path)
+    full().save(other)
+    with h5py.File(path, "a") as file:
+        change(file, other)
+    with pytest.raises(ValueError, match=rf"run\.nc \({words}\)"):
+        Trajectory.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [("time", 0, np.nan), ("time", 1, np.nan), ("time", 2, -1.0), ("step", 2, 0)],
+)
+def test_times_that_go_back_are_refused(
+    tmp_path: Path, name: str, place: int, value: float
+) -> None:
+    path = tmp_path / "run.nc"
+    full().save(path)
+    with h5py.File(path, "a") as file:
+        file[name][place] = value
+    message = rf"run\.nc: not a trajectory: {name} must not decrease or be NaN, got {value} at"
+    with pytest.raises(ValueError, match=message):
+        Trajectory.load(path)
+
+
+def test_times_may_stand_still(tmp_path: Path) -> None:
+    """As the running sum of a learning rate that starts at 0 does."""
+    path = eqx.tree_at(lambda path: path.times, full(), jnp.array([0.0, 0.0, *range(1, T - 1)]))
+    path.save(tmp_path / "run.nc")
+    np.testing.assert_array_equal(Trajectory.load(tmp_path / "run.nc").times, path.times)
 
 
 def test_one_outcome_may_be_that_of_all_seeds(tmp_path: Path) -> None:

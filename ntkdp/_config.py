@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ntkdp import _validate, privacy
 
+#: Bytes that the name of a run may have.
+_LONGEST_NAME = 150
 #: A kind of configuration.
 Kind = TypeVar("Kind", bound=BaseModel)
 PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
@@ -175,10 +177,25 @@ _DEFAULT_RULES = [
 ]
 
 
+def _folder_name(name: str) -> str:
+    """The name, if it is one that a folder of any disk can have, and that is not hidden."""
+    is_path = any(separator in name for separator in "/\\")
+    # Of bytes, for which disks have a limit of 255; a time is added.
+    too_long = len(name.encode(errors="replace")) > _LONGEST_NAME
+    if is_path or too_long or not name.isprintable() or not name.strip() or name.startswith("."):
+        raise ValueError(
+            f"must be a name of printable characters, without / and \\, without a leading dot, "
+            f"of at most {_LONGEST_NAME} bytes; --out sets where the folder is"
+        )
+    return name
+
+
 class ProblemConfig(Section):
     """What every verb that trains needs: network, data and loss."""
 
-    name: str = Field("digits", min_length=1, description="what the run folder is called")
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(
+        "digits", description="what the run folder is called: a name, not a path"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, split, noise and sampling")
     dtype: Literal["float32", "float64"] = Field("float64", description="of everything computed")
     loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(

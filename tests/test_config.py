@@ -1,7 +1,9 @@
 """Configurations: what is documented is what there is, and every error names its field."""
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -180,3 +182,22 @@ def test_pins_are_the_same_for_pip_and_for_uv() -> None:
     pins = [line for line in lines if not line.startswith("#")]
     assert pins == project["tool"]["uv"]["constraint-dependencies"]
     assert not [line for line in lines if "://" in line]
+
+
+@pytest.mark.parametrize("make", [_config.from_tree, _sweep_config.from_tree])
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".hidden", "", "  ", "a\nb", "\x1b[31m", "\ud800",
+     "x" * 151, "\u00e9" * 76, "a\0b"],
+)  # fmt: skip
+def test_a_name_is_no_path(make: Callable[..., Any], name: str) -> None:
+    with pytest.raises(
+        _config.ConfigError, match=r"field 'name': must be a name .* --out"
+    ) as caught:
+        make({"name": name})
+    caught.value.args[0].encode()
+
+
+def test_names_of_any_language_are_names() -> None:
+    for name in ("digits", "R = 0.4, no noise", "Größe", "x" * 150, "-v"):
+        assert _config.from_tree({"name": name}).name == name

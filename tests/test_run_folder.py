@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from ntkdp import __version__
+from ntkdp import __version__, cli
 from ntkdp._own_files import LIST, OwnFiles
 from ntkdp._run_folder import MARKER, RunFolder
 
@@ -257,3 +258,13 @@ def test_a_path_that_no_folder_can_have_is_refused_at_once(path: Path, message: 
 def test_a_deep_path_is_made(tmp_path: Path) -> None:
     put(RunFolder(tmp_path.joinpath(*["d"] * 1500, "run")), 1)
     assert number_in(tmp_path.joinpath(*["d"] * 1500, "run")) == 1
+
+
+@pytest.mark.parametrize("verb", ["compare", "sweep", "verify"])
+@pytest.mark.parametrize("out", ["x" * 230, "x/" * 2000, "caf\udce9"])
+def test_commands_refuse_such_a_path_in_one_line_before_any_work(verb: str, out: str) -> None:
+    shown = CliRunner().invoke(cli.app, [verb, "--out", out])
+    assert shown.exit_code == 2
+    assert shown.output.startswith("ntkdp: error: output folder ")
+    assert shown.output.endswith("choose another --out\n")
+    assert len(shown.output.splitlines()) == 1

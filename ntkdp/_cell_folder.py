@@ -15,6 +15,7 @@ from ntkdp import __version__
 from ntkdp._files import make_folder, read_json
 from ntkdp._out_path import check_path, check_writable
 from ntkdp._own_files import OwnFiles, changed, shown
+from ntkdp._stopping import undone_by
 
 #: What is made of the content of a cell.
 Cell = TypeVar("Cell")
@@ -142,18 +143,23 @@ class CellFolder:
         if begins:
             self._check(self._has_begun())
             self._files.remove(last=self._marker.name)
-        try:
-            if begins:
-                self._begin()
-            yield
-        except BaseException:
+
+        def leave() -> None:
             if begins and not self._has_cells():
                 # What went wrong first is what is told.
                 with suppress(OSError):
                     self._files.remove(last=self._marker.name)
                     if made:
                         self.path.rmdir()
-            raise
+
+        with undone_by(leave):
+            try:
+                if begins:
+                    self._begin()
+                yield
+            except BaseException:
+                leave()
+                raise
 
     def _begin(self) -> None:
         make_folder(self.path)

@@ -35,8 +35,8 @@ def replacing(
     def remove() -> None:
         temporary.unlink(missing_ok=True)
 
-    temporary.touch(exist_ok=False)
     with undone_by(remove):
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
             os.replace(temporary, path)

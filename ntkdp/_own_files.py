@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ntkdp._files import replacing, temporary_name
+from ntkdp._stopping import undone_by
 
 #: The list, a file next to those that it lists.
 LIST = "ntkdp-files.sha256"
@@ -87,11 +88,12 @@ class OwnFiles:
     @contextmanager
     def temporary_subfolder(self) -> Iterator[Path]:
         """A new folder in the folder; the program's files that are left in it are removed."""
-        path = self.subfolder(temporary_name(self.folder / "new").name).folder
-        try:
-            yield path
-        finally:
-            OwnFiles(path).remove_with_folder()
+        new = self.subfolder(temporary_name(self.folder / "new").name)
+        with undone_by(new.remove_with_folder):
+            try:
+                yield new.folder
+            finally:
+                new.remove_with_folder()
 
     def take(self, new: Path, *, last: str) -> None:
         """Move all files here from a folder on the same disk, the file ``last`` after the others.

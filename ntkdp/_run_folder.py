@@ -11,6 +11,7 @@ from ntkdp import __version__
 from ntkdp._files import make_folder, read_json
 from ntkdp._out_path import check_path, check_writable
 from ntkdp._own_files import OwnFiles, changed, shown
+from ntkdp._stopping import as_a_whole, undone_by
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"
@@ -110,18 +111,24 @@ class RunFolder:
 
         The body writes them as :class:`OwnFiles`, and so they are known when they are replaced.
         """
-        make_folder(self.partial)
         growing = OwnFiles(self.partial)
-        try:
-            with growing.temporary_subfolder() as new:
-                yield new
-                self._check()
-                self._put(new)
-        finally:
+
+        def leave() -> None:
             # What went wrong first is what is told.
             with suppress(OSError):
                 if not growing.finished():
                     growing.remove_with_folder()
+
+        with undone_by(leave):
+            make_folder(self.partial)
+            try:
+                with growing.temporary_subfolder() as new:
+                    yield new
+                    self._check()
+                    with as_a_whole():
+                        self._put(new)
+            finally:
+                leave()
 
     def _put(self, new: Path) -> None:
         target = self.path.absolute()

@@ -92,11 +92,11 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkey
     least().save(path)
     before = path.read_bytes()
 
-    def breaks(self: xr.Dataset, target: str, **_: Any) -> None:
-        Path(target).write_bytes(b"half a file")
+    def breaks(target: Path, content: bytes) -> None:
+        target.write_text("half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", breaks)
+    monkeypatch.setattr(Path, "write_bytes", breaks)
     with pytest.raises(OSError, match="no space left"):
         full().save(path)
     assert path.read_bytes() == before

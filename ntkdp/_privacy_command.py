@@ -1,12 +1,12 @@
 """The command ``ntkdp privacy``: epsilon of a noise multiplier, or the noise for an epsilon."""
 
-import json
 import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ntkdp._json import text_of
 from ntkdp._terminal import fail
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def privacy(
     except (ValueError, TypeError) as error:
         fail(error)
     if as_json:
-        print(json.dumps(_as_json(report.as_dict()), indent=2))
+        print(text_of(report.as_dict()))
     else:
         _print_table(report)
 
@@ -105,23 +105,16 @@ def _steps(steps: int | None, epochs: float | None, rate: float) -> int:
     return max(1, math.ceil(epochs / rate * (1 - 1e-12)))
 
 
-def _as_json(value: object) -> object:
-    """The same, with numbers that JSON cannot hold as text."""
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print_table(report: "PrivacyReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    # In a pipe there is no width to fit into.
-    console = Console() if Console().is_terminal else Console(width=160)
-    table = Table(title=report.setting, title_justify="left")
+    from ntkdp._console import add_row, literal, open_console
+
+    console = open_console()
+    table = Table(title=literal(report.setting, "table.title"), title_justify="left")
     table.add_column("method")
     table.add_column("epsilon", justify="right")
     table.add_column("worth")
     for method, epsilon, worth in report.rows():
-        table.add_row(method, f"{epsilon:.4g}", worth)
+        add_row(table, method, f"{epsilon:.4g}", worth)
     console.print(table)

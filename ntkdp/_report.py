@@ -17,6 +17,7 @@ from rich.table import Table
 from ntkdp import __version__, plotting
 from ntkdp import _page as _html
 from ntkdp._console import add_row, open_console, say
+from ntkdp._json import text_of
 from ntkdp._look import LOOK, draw_into
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
@@ -32,7 +33,7 @@ _LARGEST_SPECTRUM = 1024
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """Everything measured, as a tree that JSON can hold; what is not finite is ``null``."""
+    """Everything measured, as a tree of plain numbers and text."""
     entries = []
     for case in results.cases:
         for name, prediction in case.predictions.items():
@@ -49,9 +50,9 @@ def metrics(results: Results) -> dict[str, Any]:
                     "steps": case.clipping.steps or results.config.training.steps,
                     "prediction": name,
                     "kernel": KERNEL_OF[name],
-                    "sup_relative_error": _number(prediction.comparison.sup_relative_error),
-                    "mean_relative_error": _number(prediction.comparison.mean_relative_error),
-                    "weight_noise_variance": _number(case.weight_noise),
+                    "sup_relative_error": float(prediction.comparison.sup_relative_error),
+                    "mean_relative_error": float(prediction.comparison.mean_relative_error),
+                    "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
                     "initial_clip_fraction": _last_or_first(case.run.clip_fraction, 0),
@@ -88,20 +89,15 @@ def _band(compared: Comparison) -> dict[str, Any] | None:
         return None
     return {
         "level": covered.level,
-        "share_of_runs": _number(covered.share[-1]),
-        "p_value": _number(covered.p_value[-1]),
-        "mean_crps": _number(crps),
-        "standardised_error": None if z is None else _number(z[-1]),
+        "share_of_runs": float(covered.share[-1]),
+        "p_value": float(covered.p_value[-1]),
+        "mean_crps": float(crps),
+        "standardised_error": None if z is None else float(z[-1]),
     }
 
 
-def _number(value: Any) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def _last_or_first(values: Any, index: int) -> float | None:
-    return _number(jnp.mean(values[..., index]))
+def _last_or_first(values: Any, index: int) -> float:
+    return float(jnp.mean(values[..., index]))
 
 
 def _final(path: Trajectory) -> dict[str, float | None]:
@@ -223,7 +219,7 @@ def write(results: Results, folder: Path) -> None:
     with files.replacing("report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     # Last: a folder with metrics is a run.
-    text = json.dumps(measured, indent=2, allow_nan=False)
+    text = text_of(measured)
     with files.replacing("metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

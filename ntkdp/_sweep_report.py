@@ -13,6 +13,7 @@ from rich.table import Table
 from ntkdp import _page, advisor, comparison, plotting
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._console import add_row, literal, open_console, say
+from ntkdp._json import text_of
 from ntkdp._look import draw_into
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
@@ -33,7 +34,7 @@ _OBJECTIVES = ("test_accuracy", "test_loss", "test_ece")
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """Everything measured, as a tree that JSON can hold; what is not finite is ``null``."""
+    """Everything measured, as a tree of plain numbers and text."""
     entries = []
     for number, plane in enumerate(results.planes):
         predicted = results.predicted[number]
@@ -58,7 +59,7 @@ def metrics(results: Results) -> dict[str, Any]:
         )
     norms = results.gradient_norms
     quantiles = zip(np.asarray(norms.quantiles), np.asarray(norms.norms), strict=True)
-    tree = {
+    return {
         **provenance("jax", "neural-tangents", "dp-accounting"),
         "config": results.config.model_dump(mode="json"),
         "seconds": results.seconds,
@@ -68,18 +69,6 @@ def metrics(results: Results) -> dict[str, Any]:
         "notes": results.notes,
         "planes": entries,
     }
-    finite: dict[str, Any] = _finite(tree)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _agreement(predicted: CellMetrics, observed: CellMetrics) -> dict[str, Any]:
@@ -158,7 +147,7 @@ def write(results: Results, folder: Path) -> dict[str, Any]:
     pictures = _draw(results, measured, files)
     with files.replacing("report.html") as temporary:
         temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
-    text = json.dumps(measured, indent=2, allow_nan=False)
+    text = text_of(measured)
     with files.replacing("metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return measured
@@ -246,11 +235,11 @@ def _at_the_edge(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _text(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+def _text(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "not finite"
 
 
-def _amount(name: str, value: float | None) -> str:
+def _amount(name: str, value: float) -> str:
     return _text(value, ".4f" if "loss" in name else ".2%")
 
 

@@ -1,6 +1,5 @@
 """Verification of the theory: run the claims and the table, show them, and keep them."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ntkdp import _verification_page, claims, table_one
 from ntkdp._console import add_row, literal, open_console, say
+from ntkdp._json import text_of
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.claims import Verdict
@@ -63,7 +63,7 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
 
 def as_json(verdicts: Sequence[Verdict]) -> str:
     """One JSON list of the verdicts."""
-    return json.dumps([verdict.as_dict() for verdict in verdicts], indent=2, allow_nan=False)
+    return text_of([verdict.as_dict() for verdict in verdicts])
 
 
 def write(verification: Verification, folder: Path) -> None:
@@ -81,7 +81,7 @@ def write(verification: Verification, folder: Path) -> None:
     with files.replacing("report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     # Last: a folder with metrics is complete.
-    text = json.dumps(metrics, indent=2, allow_nan=False)
+    text = text_of(metrics)
     with files.replacing("metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

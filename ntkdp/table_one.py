@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from ntkdp import _table_one_evidence as evidence
 from ntkdp import _validate, clipping, counterexamples, spectrum
+from ntkdp._json import as_json
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel
@@ -97,7 +98,7 @@ class Cell:
             "paper": {True: "yes", False: "no", None: "not stated"}[self.paper],
             "computed": self.answer,
             "evidence": self.evidence,
-            "value": self.value if math.isfinite(self.value) else str(self.value),
+            "value": as_json(self.value),
             "holds": self.holds,
             "added": self.added,
             "added_holds": self.added_holds,

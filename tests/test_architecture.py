@@ -64,6 +64,7 @@ LAYERS: dict[int, set[str]] = {
         "_standard_streams",
         "_stopping",
         "_stored_elsewhere",
+        "_json",
     },
     1: {
         "losses",

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat
 
+from ntkdp._json import as_json
+
 Relation = Literal["=", "<=", ">="]
 
 
@@ -123,13 +125,8 @@ class Verdict:
         own |= {name: getattr(self, name) for name in ("tolerance", "statement", "assumptions")}
         own |= {"source": self.source, "seconds": round(self.seconds, 3)}
         findings = [finding._asdict() | {"holds": finding.holds} for finding in self.findings]
-        return {k: _as_json(v) for k, v in own.items()} | {
-            "findings": [{k: _as_json(v) for k, v in finding.items()} for finding in findings]
-        }
-
-
-def _as_json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        whole: dict[str, Any] = as_json(own | {"findings": findings})
+        return whole
 
 
 @dataclass(frozen=True)

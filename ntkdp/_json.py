@@ -1,0 +1,21 @@
+"""JSON for every reader: numbers that it has no word for are the texts "inf", "-inf" and "nan"."""
+
+import json
+import math
+from typing import Any
+
+
+def as_json(value: Any) -> Any:
+    """The same tree with such texts, which ``float`` reads; ``None`` is what does not apply."""
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    return value
+
+
+def text_of(tree: Any) -> str:
+    """The tree as JSON text, ready for a file."""
+    return json.dumps(as_json(tree), indent=2, allow_nan=False)

@@ -4,13 +4,11 @@ A gzipped IDX or CSV file is recognised by its content, whatever its suffix.
 """
 
 import csv
-import gzip
 import io
 import math
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from ntkdp._dataset import Dataset, Split, build, from_arrays
+from ntkdp._file_content import existing_file, read_bytes, require_room
 from ntkdp._validate import choice, did_you_mean
 
 #: The third byte of an IDX file; the data follow in big-endian order.
@@ -38,25 +37,6 @@ class Table(NamedTuple):
     feature_names: tuple[str, ...]
 
 
-def existing_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a file that is there."""
-    found = Path(path).expanduser()
-    if not found.is_file():
-        reason = "is a folder" if found.is_dir() else "does not exist"
-        raise FileNotFoundError(f"data file {str(path)!r} {reason} (looked at {found.absolute()})")
-    return found
-
-
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    content = existing_file(path).read_bytes()
-    if not content.startswith(b"\x1f\x8b"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} is truncated or damaged: {error}") from error
-
-
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """The array in an IDX file, gzipped or not, in native byte order.
 
@@ -70,7 +50,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     ValueError
         If the magic number or the type is wrong, or the file is shorter or longer than it states.
     """
-    content = _read_bytes(path)
+    content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\x00\x00":
         raise ValueError(
             f"{str(path)!r} is not an IDX file: its magic number {content[:4].hex()!r} "
@@ -116,6 +96,7 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> tuple[np.ndarray, ...
         raise ValueError(
             f"{str(path)!r} is not an .npz archive, or is truncated; write it by np.savez"
         )
+    require_room(path, _unpacked_size(path, names))
     try:
         with existing_file(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             known = archive.files
@@ -130,6 +111,16 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> tuple[np.ndarray, ...
         hint = did_you_mean(missing[0], known)
         raise ValueError(f"{str(path)!r} has no array {missing[0]!r}{hint}")
     return found
+
+
+def _unpacked_size(path: str | os.PathLike[str], names: Sequence[str]) -> int:
+    """Bytes that the named arrays of an archive take; no more are read of it."""
+    wanted = {f"{name}.npy" for name in names}
+    try:
+        with zipfile.ZipFile(existing_file(path)) as archive:
+            return sum(part.file_size for part in archive.infolist() if part.filename in wanted)
+    except zipfile.BadZipFile:
+        return 0
 
 
 def _sniff_delimiter(text: str) -> str:
@@ -161,7 +152,7 @@ def read_csv(path: str | os.PathLike[str], delimiter: str | None) -> Any:
     if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1):
         raise ValueError(f"delimiter must be a single character or None, got {delimiter!r}")
     try:
-        text = _read_bytes(path).decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
     if not text.strip():

@@ -85,6 +85,7 @@ LAYERS: dict[int, set[str]] = {
         "datasets",
         "_dataset",
         "_data_files",
+        "_file_content",
         "spectrum",
         "_matrix_free_spectrum",
         *CALIBRATION,
@@ -156,7 +157,7 @@ LAYERS: dict[int, set[str]] = {
 FAMILIES = (
     {"_types", "_validate", "_files", "_memory", "_mesh", "_mesh_eigh", "_progress", "_stopping"},
     {"models", "_model", "_adapters", "_stax_kernels"},
-    {"datasets", "_dataset", "_data_files"},
+    {"datasets", "_dataset", "_data_files", "_file_content"},
     KERNELS,
     {
         "gradient_flow",

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import struct
+import tracemalloc
 import urllib.request
 from email.message import Message
 from urllib.error import URLError
@@ -420,3 +421,36 @@ def test_openml_passes_on_what_it_is_asked_and_explains_what_fails(monkeypatch):
     answer(URLError("no route"))
     with pytest.raises(ConnectionError, match=r"'canned' cannot be downloaded .*no route"):
         datasets.openml("canned")
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(tmp_path, monkeypatch):
+    size = 2**26
+    packed = gzip.compress(b"0" * size, mtime=0)
+    assert len(packed) < size / 500
+    (tmp_path / "bomb.csv").write_bytes(packed)
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((size // 8, 1)), y=np.zeros(3))
+    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 2**22)
+    for read in (
+        lambda: datasets.from_csv(tmp_path / "bomb.csv", target="a"),
+        lambda: datasets.from_idx(tmp_path / "bomb.csv", tmp_path / "bomb.csv"),
+        lambda: datasets.from_npz(tmp_path / "bomb.npz"),
+    ):
+        tracemalloc.start()
+        with pytest.raises(MemoryError, match=r"bomb\.(csv|npz)' takes .* a quarter of the memory"):
+            read()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < size / 4
+
+
+def test_a_large_plain_file_is_refused_unread(tmp_path, monkeypatch):
+    with (tmp_path / "long.csv").open("wb") as file:
+        file.truncate(2**40)  # a hole: it takes no disk
+    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 2**30)
+    with pytest.raises(MemoryError, match=r"long\.csv' takes 1,099,511,627,776 bytes or more"):
+        datasets.from_csv(tmp_path / "long.csv", target="a")
+
+
+def test_the_home_of_nobody_is_named():
+    with pytest.raises(FileNotFoundError, match=r"'~no-such-user/x\.csv' does not exist"):
+        datasets.from_csv("~no-such-user/x.csv", target="a")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import _mesh, _mesh_eigh, _output_noise, _solve, dp_sgd
+from ntkdp import _dp_run, _mesh, _mesh_eigh, _output_noise, _solve, dp_sgd
 from ntkdp._ensemble import draw, noise_of_step
 from ntkdp._files import replacing
 from ntkdp._stepping import Stepping
@@ -181,7 +181,7 @@ def network_memory(name, shape, devices, noise=False):
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
         peak = compiled_bytes(
-            dp_sgd._run.lower(algorithm, start, False, key, stepping, False, None)
+            _dp_run.run.lower(algorithm, start, False, key, stepping, False, None)
         )
     elif name == "WeightFlow":
         flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ntkdp import _validate, privacy
+from ntkdp._stepping import MOST_STEPS
 
 #: Bytes that the name of a run may have.
 _LONGEST_NAME = 150
@@ -78,7 +79,7 @@ class TrainingConfig(Section):
     """The mechanism, apart from clipping."""
 
     learning_rate: float = Field(1.5, gt=0, description="step size; time is learning_rate x step")
-    steps: int = Field(100, ge=1, description="number of steps")
+    steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     record_every: int = Field(2, ge=1, description="record every so many steps, and the last")
     momentum: float = Field(
         0.0, ge=0, lt=1, description="heavy-ball momentum; above 0 the flow with inertia predicts"
@@ -154,7 +155,9 @@ class ClippingConfig(Section):
         description="in place of training.learning_rate for this rule; without any [[clipping]], "
         "the default rules of R = 0.4 use 2.5, unless training.learning_rate is written",
     )
-    steps: int | None = Field(None, ge=1, description="in place of training.steps for this rule")
+    steps: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="in place of training.steps for this rule"
+    )
 
     @property
     def label(self) -> str:

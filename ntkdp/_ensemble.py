@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _mesh, _progress, _validate, privacy
+from ntkdp import _mesh, _program_memory, _progress, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
@@ -160,7 +160,9 @@ def ensemble(
     state = flow.init(initial)
     keys = _mesh.everywhere(flow.mesh, _validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
-        _, measured = draw(flow, noise, state, False, stepping, keys, outputs, listener)
+        _, measured = draw_within_memory(
+            flow, noise, state, False, stepping, keys, outputs, listener
+        )
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 
@@ -190,6 +192,29 @@ def noise_of_step(
             factor = square_root(covariance, flow.mesh)
             added = _OutputNoise(factor, divisor, flow.diagonal.ndim == 2)
     return _Noise(added, sample_rate)
+
+
+def draw_within_memory(
+    flow: KernelFlow | LinearisedFlow,
+    noise: _Noise,
+    state: Any,
+    per_seed: bool,
+    stepping: Stepping,
+    keys: Key[Array, "*seeds"],
+    outputs: bool,
+    listener: Listener,
+) -> tuple[Any, Measurement]:
+    """The same as :func:`draw`, if there is room for it."""
+    of_one = jax.tree.map(lambda leaf: leaf[0], state) if per_seed else state
+    found: tuple[Any, Measurement] = _program_memory.call(
+        draw, flow, noise, state, per_seed, stepping, keys, outputs, listener,
+        what=f"drawing {keys.size:,} runs of {stepping.steps:,} steps",
+        ways_out="draw fewer runs at a time (keys), record fewer steps or without outputs, or use "
+        "float32",
+        results=stepping.bytes_of_record(flow.measure, of_one, outputs),
+        work=_program_memory.bytes_of(of_one), n_runs=keys.size,
+    )  # fmt: skip
+    return found
 
 
 @eqx.filter_jit

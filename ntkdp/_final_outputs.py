@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points, _mesh, _progress, _validate
+from ntkdp import _followed_points, _mesh, _program_memory, _progress, _validate
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
 from ntkdp._progress import Listener
+from ntkdp._stepping import check_steps
 from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import NoClipping
 
@@ -110,7 +111,7 @@ def final_outputs(
             "flow must have a rule with a clipping norm, got NoClipping; for none take Abadi and a "
             "large clip_norm"
         )
-    steps = _validate.count(steps=steps)
+    steps = check_steps(steps)
     state, test = flow.init(initial)
     cells = _cells(state.dtype, learning_rates, clip_norms, noise_multipliers)
     sample_rate, divisor = sampling(flow, sample_rate)
@@ -126,9 +127,12 @@ def final_outputs(
     keys, cells = _mesh.everywhere(flow.mesh, (keys, cells))
     noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
     with _progress.listening(progress, "predicting the cells") as listener:
-        found = _final(
-            flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, listener
-        )
+        found = _program_memory.call(
+            _final, flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, listener,
+            what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
+            ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
+            results=_program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
+        )  # fmt: skip
         return FinalOutputs(*_mesh.whole(found))
 
 

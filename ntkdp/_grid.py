@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _mesh, _validate, losses, privacy
+from ntkdp import _memory, _validate, losses, privacy
 from ntkdp._cell_metrics import CellMetrics, measure
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._output_noise import bytes_of_noise
 from ntkdp._types import Array, Float
 from ntkdp.stochastic_flow import final_outputs
 
@@ -155,10 +156,7 @@ def _cells_at_once(
     followed = train.size + (0 if test is None else test.size)
     item = train.dtype.itemsize
     of_cell = _COPIES * (flow.diagonal.shape[0] + 1) * followed * n_seeds * item
-    rows = followed if flow.diagonal.ndim == 4 else followed // train.shape[1]
-    # The noise's covariance, its eigenvectors, and work of those who find them.
-    copies = (4 if flow.mesh is None else 6) if noisy else 0
-    of_noise = _mesh.bytes_on_host(flow.mesh, copies * rows**2 * item)
+    of_noise = bytes_of_noise(flow) if noisy else 0
     _memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
     return max(1, int(_SHARE * (_memory.available_bytes() - of_noise) / of_cell))
 

@@ -1,5 +1,6 @@
 """Neural tangent kernels at infinite width, whole and by layer."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _memory, _mesh, _validate
+from ntkdp import _groups, _memory, _mesh, _program_memory, _validate
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._types import Array, Float
+
+_WAYS_OUT = "use fewer samples or float32"
 
 
 def infinite_ntk(
@@ -39,6 +42,8 @@ def infinite_ntk(
     ------
     ValueError
         A model that has no infinite-width kernel; empty or non-finite inputs.
+    MemoryError
+        If the kernel, or the work for it, does not fit.
 
     Notes
     -----
@@ -62,7 +67,7 @@ def infinite_ntk(
         )
     x1, x2 = check_infinite_inputs(x1, x2)
     x1, x2, mesh = place_inputs(1, x1, x2, mesh)
-    return _compiled(model.kernel_fn, mesh, x1, x2, "ntk")
+    return _called(model.kernel_fn, mesh, x1, x2, "ntk")
 
 
 def layerwise_infinite_ntk(
@@ -92,6 +97,8 @@ def layerwise_infinite_ntk(
     ------
     ValueError
         A model without an infinite-width kernel or without layer terms.
+    MemoryError
+        As for :func:`infinite_ntk`.
 
     Notes
     -----
@@ -112,8 +119,19 @@ def layerwise_infinite_ntk(
     x1, x2 = check_infinite_inputs(x1, x2)
     params = jax.eval_shape(model.init, jax.random.key(0), x1)
     x1, x2, mesh = place_inputs(_groups.resolve(params).size, x1, x2, mesh)
-    terms = _compiled(model.layer_kernel_fn, mesh, x1, x2)
+    terms = _called(model.layer_kernel_fn, mesh, x1, x2)
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
+
+
+def _called(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *get: str) -> Any:
+    """The kernel, if there is room for the work, which for images may be all pairs of positions."""
+    shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
+    pairs = math.prod(shape) * math.prod(x1.shape[1:-1]) ** 2
+    return _program_memory.call(
+        _compiled, kernel_fn, mesh, x1, x2, *get,
+        what=f"the work for a kernel of shape {shape}", ways_out=_WAYS_OUT,
+        work=pairs * x1.dtype.itemsize,
+    )  # fmt: skip
 
 
 @eqx.filter_jit
@@ -136,7 +154,7 @@ def place_inputs(
     _memory.require(
         _mesh.bytes_on_host(mesh, n_terms * shape[0] * shape[1] * itemsize),
         f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",
-        "use fewer samples or float32",
+        _WAYS_OUT,
     )
     if mesh is None:
         return x1, x2, None

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _validate, clipping, losses
+from ntkdp import _memory, _mesh, _program_memory, _validate, clipping, losses
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
-from ntkdp._types import Array, Float
+from ntkdp._types import Array, Float, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
@@ -106,6 +106,7 @@ class KernelFlow(Flow):
         targets = check_targets(self.loss, targets, n, n_outputs, "targets")
         self.targets = _mesh.everywhere(mesh, targets)
         layered = clipping.scope == "layerwise"
+        _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel)
         self.diagonal = _diagonal(terms, layered, mesh)
         self.operator = self.drive = _as_operator(terms, layered, mesh)
         self.preconditioned = preconditioned_kernel is not None
@@ -284,6 +285,22 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
 def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
     """``(R, m, n, K, K)`` or ``(R, m, n)``; flat, R = 1."""
     return terms.shape if rule.scope == "layerwise" else (1, *terms.shape)
+
+
+def _require_room(layered: bool, mesh: Mesh | None, *kernels: Any) -> None:
+    """Raise unless there is room for the kernels as matrices, besides those that are given."""
+    if is_traced(kernels):
+        return
+    needed = 0
+    for kernel in kernels:
+        summed = isinstance(kernel, LayerwiseKernel) and not layered
+        needed += _program_memory.bytes_of(kernel) // (len(kernel.names) if summed else 1)
+    _memory.require(
+        _mesh.bytes_on_host(mesh, needed),
+        "a KernelFlow, which keeps its kernels as matrices besides the given ones,",
+        "use fewer samples, float32, a kernel (n, n) of infinite width, a mesh of devices, or "
+        "LinearisedFlow, which needs no kernel",
+    )
 
 
 # Compiled, so that no copy is made but the result.

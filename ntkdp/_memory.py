@@ -1,37 +1,31 @@
 """How much memory there is, asked before it is taken."""
 
-from pathlib import Path
+import sys
 
 import jax
-import psutil
 
-_CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
-
+from ntkdp import _memory_limits
 
 #: Bytes that per-sample gradients in factored form may take at once, where work is done in batches.
 FACTOR_BYTES = 2**26
 
 
 def available_bytes() -> int:
-    """Bytes free for arrays on the default device: its own, or the machine's or container's."""
+    """Bytes free for arrays on the default device.
+
+    On a device with memory of its own, what is free there. Else the least of what is free in the
+    machine, what the control groups of this process leave it (of a container or a job, say), and
+    what its own limits leave it (``ulimit -v``).
+    """
     statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if statistics and "bytes_limit" in statistics:
-        return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
-    available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _CGROUP_LIMITS:
-        try:
-            limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            available = min(available, int(limit) - int(usage))
-    return max(available, 0)
+        return max(int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0)), 0)
+    free = [
+        *_memory_limits.free_in_machine(),
+        *_memory_limits.free_in_control_groups(),
+        *_memory_limits.free_in_process(),
+    ]
+    return min(free, default=sys.maxsize)
 
 
 def samples_at_once(bytes_of_one: int) -> int:

@@ -12,6 +12,7 @@ from ntkdp import (
     _gaussian_closure,
     _low_rank_covariance,
     _mesh,
+    _program_memory,
     _progress,
     _validate,
     privacy,
@@ -27,6 +28,10 @@ from ntkdp.clipping import Batch, Global
 
 #: Outputs, of all points, up to which the whole covariance is followed.
 _LARGEST_FULL = 3000
+_WAYS_OUT = (
+    "use fewer samples, a smaller rank, float32, fewer recorded steps or no outputs, or "
+    "stochastic_flow.ensemble"
+)
 
 
 class Moments(NamedTuple):
@@ -134,7 +139,12 @@ def moments(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     with _progress.listening(progress, "stepping the moments") as listener:
-        found = _step_moments(closure, mean, stepping, outputs, listener)
+        found = _program_memory.call(
+            _step_moments, closure, mean, stepping, outputs, listener,
+            what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
+            results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
+            work=mean.size**2 * mean.dtype.itemsize,
+        )  # fmt: skip
         return Moments(stepping.times, jnp.asarray(stepping.recorded), *_mesh.whole(found))
 
 
@@ -202,9 +212,13 @@ def moment_flow(
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
-    found = _solve_moments(
-        closure, mean, start, times, rate, as_constant(rtol), as_constant(atol), outputs
-    )
+    found = _program_memory.call(
+        _solve_moments, closure, mean, start, times, rate, as_constant(rtol), as_constant(atol),
+        outputs,
+        what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
+        results=len(times) * _bytes_at_a_time(mean, outputs),
+        work=mean.size**2 * mean.dtype.itemsize,
+    )  # fmt: skip
     return Moments(times, None, *_mesh.whole(found))
 
 
@@ -324,6 +338,11 @@ def _closure(
         weights=jnp.asarray(weights, mean.dtype),
     )
     return closure, mean
+
+
+def _bytes_at_a_time(mean: Array, outputs: bool) -> int:
+    """Bytes that are recorded at a time: mean and covariance of the outputs, on request."""
+    return (mean.size + mean.size**2 if outputs else 1) * mean.dtype.itemsize
 
 
 @eqx.filter_jit

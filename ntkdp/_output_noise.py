@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points, _mesh, _mesh_eigh, _validate, privacy
+from ntkdp import _followed_points, _memory, _mesh, _mesh_eigh, _validate, privacy
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._types import Array, Float
 from ntkdp._weight_noise import deviations
@@ -16,6 +16,10 @@ from ntkdp.ntk import LayerwiseKernel
 
 #: Eigenvalues below this part of the largest, and below zero, are what rounding made of zero.
 _NEGATIVE = 1e-6
+#: Matrices alive while a square root is found, the covariance included: eigenvectors and workspace
+#: of LAPACK, or parts that go round on several devices.
+_ROOT_COPIES = 4
+_ROOT_COPIES_IN_PARTS = 6
 
 
 def sampling(flow: Any, sample_rate: Any) -> tuple[float, float]:
@@ -37,6 +41,11 @@ def noise_covariance(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
             "function of the kernels"
         )
+    _memory.require(
+        bytes_of_noise(flow),
+        "noise of the outputs, whose covariance and its square root are matrices over all points,",
+        "use fewer samples, float32, or ensemble with a LinearisedFlow, which needs no covariance",
+    )
     if noise_kernel is not None:
         return _weighted(_given_terms(flow, noise_kernel), stds**2)
     if flow.test_drive is not None:
@@ -45,6 +54,14 @@ def noise_covariance(
             "the flow has a test_kernel, got None"
         )
     return _weighted_of_flow(flow, stds**2)
+
+
+def bytes_of_noise(flow: KernelFlow) -> int:
+    """Bytes on this host at the peak of finding the covariance and its square root."""
+    per_point = 1 if flow.diagonal.ndim == 2 else flow.diagonal.shape[-1]
+    rows = per_point * _followed_points.of_flow(flow).n_points
+    copies = _ROOT_COPIES if flow.mesh is None else _ROOT_COPIES_IN_PARTS
+    return _mesh.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.dtype.itemsize)
 
 
 def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from ntkdp import _progress, _validate
-from ntkdp._ensemble import draw, noise_of_step
+from ntkdp._ensemble import draw_within_memory, noise_of_step
 from ntkdp._flow import Flow, Reduction
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._phase import Phase, check_phases, steppings
@@ -101,7 +101,9 @@ def ensemble_phases(
             sigma, _, _ = phase.mechanism(sample_rate)
             noise = noise_of_step(flow, sigma, sample_rate, over_all, noise_per_group)
             per_seed = bool(paths) and keys.ndim > 0
-            state, measured = draw(flow, noise, state, per_seed, stepping, keys, outputs, listener)
+            state, measured = draw_within_memory(
+                flow, noise, state, per_seed, stepping, keys, outputs, listener
+            )
             steps = jnp.asarray(stepping.recorded)
             paths.append(from_measurements(stepping.times, measured, steps=steps))
         return functools.reduce(Trajectory.then, paths)

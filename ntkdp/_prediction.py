@@ -103,16 +103,20 @@ def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
     >>> ntkdp.experiment.kernel_of(config, problem, "infinite").train.total.shape
     (8, 8)
     """
-    n_outputs = problem.outputs.shape[1]
-    n_points = len(problem.x) + len(problem.test_x)
-    noisy = config.training.noisy and "recursion" in config.predictions
     return compute_kernel(
         problem,
         kind,
         by_layer=any(case.scope == "layerwise" for case in config.clipping),
-        whole=kind == "empirical" and noisy and n_points * n_outputs <= _MOST_WITH_TEST,
+        whole=kind == "empirical" and needs_whole_kernel(config, problem),
         batch_size=config.batch_size,
     )
+
+
+def needs_whole_kernel(config: Config, problem: Problem) -> bool:
+    """Whether the noise of training and test outputs is drawn together."""
+    n_outputs = problem.outputs.size + problem.test_outputs.size
+    noisy = config.training.noisy and "recursion" in config.predictions
+    return noisy and n_outputs <= _MOST_WITH_TEST
 
 
 def compute_kernel(

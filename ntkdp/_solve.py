@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _progress, _validate
+from ntkdp import _program_memory, _progress, _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
@@ -23,6 +23,7 @@ from ntkdp.trajectory import (
 )
 
 _DEFAULT_MAX_STEPS = 100_000
+_WAYS_OUT = "use fewer samples, record fewer times or without outputs, or use float32"
 
 
 class _Meter(diffrax.AbstractProgressMeter):
@@ -140,9 +141,12 @@ def solve(
             f"adjoint must be a diffrax adjoint, e.g. diffrax.ForwardMode(), got {adjoint!r}"
         )
     with _progress.listening(progress, "solving the flow") as listener:
-        measured, outcome = _integrate(
-            flow, state, start, times, solver, adjoint, (rtol, atol), max_steps, outputs, listener
-        )
+        measured, outcome = _program_memory.call(
+            _integrate, flow, state, start, times, solver, adjoint, (rtol, atol), max_steps,
+            outputs, listener,
+            what=f"a solve of a {type(flow).__name__}", ways_out=_WAYS_OUT,
+            results=_program_memory.bytes_of_record(len(times), flow.measure, state, outputs),
+        )  # fmt: skip
         return from_measurements(times, measured, outcome=outcome, start=start)
 
 
@@ -265,7 +269,11 @@ def recursion(
     stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as listener:
-        measured = _recur(flow, state, stepping, outputs, listener)
+        measured = _program_memory.call(
+            _recur, flow, state, stepping, outputs, listener,
+            what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
+            results=stepping.bytes_of_record(flow.measure, state, outputs),
+        )  # fmt: skip
         return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
 
 

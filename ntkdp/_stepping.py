@@ -9,10 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _progress, _validate
+from ntkdp import _memory, _program_memory, _progress, _validate
 from ntkdp._progress import Listener
 from ntkdp._types import Array, PyTree
 from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
+
+#: Steps are counted in 32 bits, by optimizers and where a step draws its own noise.
+MOST_STEPS = 2**31 - 1
+#: Bytes that times, losses and their like take at a recorded step.
+_RECORDED = 64
+
+
+def check_steps(steps: Any) -> int:
+    """A number of steps that can be counted."""
+    number = _validate.count(steps=steps)
+    if number > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {number:,}")
+    return number
 
 
 class Stepping(eqx.Module):
@@ -31,6 +44,8 @@ class Stepping(eqx.Module):
     ------
     ValueError, TypeError
         Naming the argument.
+    MemoryError
+        If a record of so many steps does not fit.
     """
 
     learning_rate: Any
@@ -47,8 +62,15 @@ class Stepping(eqx.Module):
         done: int = 0,
         total: int | None = None,
     ) -> None:
-        self.steps = _validate.count(steps=steps)
+        self.steps = check_steps(steps)
         self.record_every = _validate.count(record_every=record_every)
+        n_recorded = -(-self.steps // self.record_every) + 1
+        of_schedule = self.steps * np.dtype(float).itemsize if callable(learning_rate) else 0
+        _memory.require(
+            n_recorded * _RECORDED + of_schedule,
+            f"a record of {n_recorded:,} of {self.steps:,} steps",
+            "raise record_every, or make fewer steps",
+        )
         rate = check_learning_rate(learning_rate, self.steps)
         # Arrays, so that another rate or number meets the same compiled program.
         self.learning_rate = rate if callable(rate) else jnp.asarray(rate, jnp.result_type(float))
@@ -64,6 +86,11 @@ class Stepping(eqx.Module):
     def times(self) -> Array:
         """The running sum of the learning rate at the recorded steps."""
         return times_of_steps(self.learning_rate, self.recorded)
+
+    def bytes_of_record(self, measure: Callable[..., Any], state: Any, outputs: bool) -> int:
+        """Bytes of what ``measure(state, outputs)`` records at the recorded steps."""
+        n_recorded = -(-self.steps // self.record_every) + 1
+        return _program_memory.bytes_of_record(n_recorded, measure, state, outputs)
 
     def rate(self, k: Any) -> Any:
         """Learning rate of step k."""

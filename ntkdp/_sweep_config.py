@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from ntkdp import _config, privacy
 from ntkdp._config import DataConfig, ModelConfig, ProblemConfig, Section
+from ntkdp._stepping import MOST_STEPS
 
 _DEFAULT_EPSILON = 8.0
 
@@ -59,7 +60,7 @@ class GridConfig(Section):
 class SweepTrainingConfig(Section):
     """What every cell trains with, apart from the axes."""
 
-    steps: int = Field(100, ge=1, description="number of steps")
+    steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     delta: float = Field(1e-4, gt=0, lt=1, description="of the budget")
     sample_rate: float = Field(
         1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"

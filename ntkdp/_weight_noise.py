@@ -5,10 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate, privacy
+from ntkdp import _memory, _validate, privacy
+from ntkdp._stepping import check_steps
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
 from ntkdp.trajectory import check_learning_rate, times_of_steps
+
+#: Numbers of each step, and of each group in it, that are alive at once.
+_ARRAYS = 4
 
 
 def deviations(
@@ -95,7 +99,12 @@ def weight_noise_variance(
     1.0
     """
     n = _validate.count(n_samples=n_samples)
-    steps = _validate.count(steps=steps)
+    steps = check_steps(steps)
+    _memory.require(
+        _ARRAYS * steps * n_groups * np.dtype(float).itemsize,
+        f"the variance of the weights at {steps:,} steps",
+        "make fewer steps",
+    )
     learning_rate = check_learning_rate(learning_rate, steps)
     q = _validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate))
     _validate.choice(("mean", "sum"), reduction=reduction)

@@ -13,19 +13,16 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _progress, _validate, clipping, losses, privacy
-from ntkdp._dp_step import Algorithm, State
+from ntkdp import _mesh, _progress, _validate, losses, privacy
+from ntkdp._dp_run import trained
+from ntkdp._dp_step import Algorithm
 from ntkdp._phase import Phase, as_trainable, check_phases, steppings
-from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
-from ntkdp._types import ApplyFn, Array, Key, Params, PRNGKeyArray, as_constant, is_traced
+from ntkdp._types import ApplyFn, Array, Params, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements
@@ -312,7 +309,7 @@ def run(
     keys = _mesh.everywhere(algorithm.mesh, _validate.keys(key=key))
     start = algorithm.init(params).params
     with _progress.listening(progress, "training with DP-SGD") as listener:
-        _, measured = _run(algorithm, start, False, keys, stepping, outputs, listener)
+        _, measured = trained(algorithm, start, False, keys, stepping, outputs, listener)
         return _trajectory(stepping, measured)
 
 
@@ -419,74 +416,12 @@ def run_phases(
     with _progress.listening(progress, "training with DP-SGD") as listener:
         for algorithm, stepping in zip(algorithms, steppings(phases, record_every), strict=True):
             per_seed = bool(paths) and keys.ndim > 0
-            params, measured = _run(algorithm, params, per_seed, keys, stepping, outputs, listener)
+            params, measured = trained(
+                algorithm, params, per_seed, keys, stepping, outputs, listener
+            )
             paths.append(_trajectory(stepping, measured))
         return functools.reduce(Trajectory.then, paths)
 
 
 def _trajectory(stepping: Stepping, measured: Measurement) -> Trajectory:
     return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
-
-
-@eqx.filter_jit
-def _run(
-    algorithm: Algorithm,
-    params: Params,
-    per_seed: bool,
-    keys: Key[Array, "*seeds"],
-    stepping: Stepping,
-    outputs: bool,
-    listener: Listener,
-) -> tuple[Params, Measurement]:
-    """Parameters at the end and what was measured, from parameters of all seeds or of each."""
-    full_batch = algorithm.sample_rate >= 1
-    record_every = stepping.record_every
-
-    def observe(params: Params) -> tuple[Array, Array]:
-        _, train, _, factors, _ = algorithm._clipped_sum(params, None)
-        return train, clipping.clip_fraction(factors)
-
-    def one_run(key: PRNGKeyArray, params: Params) -> tuple[Params, Measurement]:
-        def key_of(step: Any) -> PRNGKeyArray:
-            return jax.random.fold_in(key, stepping.number(step))
-
-        def proceed(state: State, start: Any, count: int) -> State:
-            if not count:
-                return state  # A loop of no steps is compiled like any other.
-
-            # A fixed count, so that reverse-mode differentiation works.
-            def step(j: Any, state: State) -> State:
-                return algorithm.step(key_of(start + j), state)[0]
-
-            return lax.fori_loop(0, count, step, state)
-
-        def record(state: State, start: Any, count: int) -> tuple[State, Measurement]:
-            params = state.params
-            if not full_batch:
-                measured = algorithm.measure(params, *observe(params), outputs)
-                return proceed(state, start, count), measured
-            # The step computes the outputs of all samples anyway.
-            state, info, train = algorithm._step(key_of(start), state)
-            measured = algorithm.measure(params, train, info.clip_fraction, outputs)
-            return proceed(state, start + 1, count - 1), measured
-
-        def record_and_tell(state: State, start: Array) -> tuple[State, Measurement]:
-            if listener is not None:
-                stepping.tell(listener, start)
-            return record(state, start, record_every)
-
-        full, rest = divmod(stepping.steps, record_every)
-        state = algorithm.start(params)
-        state, measured = lax.scan(record_and_tell, state, record_every * jnp.arange(full))
-        ends = []
-        if rest:
-            state, one = record(state, full * record_every, rest)
-            ends.append(one)
-        ends.append(algorithm.measure(state.params, *observe(state.params), outputs))
-        return state.params, jax.tree.map(
-            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
-        )
-
-    if keys.ndim == 0:
-        return one_run(keys, params)
-    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, params)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import _config, _groups, comparison, dp_sgd, ntk
+from ntkdp import _config, _groups, _whole_memory, comparison, dp_sgd, ntk
 from ntkdp._cell_folder import CellFolder
 from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._prediction import (
@@ -24,6 +24,7 @@ from ntkdp._prediction import (
     Mechanism,
     kernel_of,
     needed_kernels,
+    needs_whole_kernel,
     noise_free,
     predict,
     weight_noise,
@@ -184,7 +185,7 @@ def run(
     FileExistsError, FileNotFoundError, ValueError
         A folder that holds something else, nothing to resume, or another run.
     MemoryError
-        A kernel that does not fit.
+        If the kernels, runs and predictions do not fit, before any of them is made.
 
     Examples
     --------
@@ -215,8 +216,25 @@ def run(
                 rule.check_groups(_groups.resolve(problem.params).size)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
+    _require_room(config, problem)
     with nullcontext() if disk is None else disk.growing():
         return _run(config, problem, rules, disk, report)
+
+
+def _require_room(config: Config, problem: Problem) -> None:
+    training = config.training
+    random = training.noisy or training.sample_rate < 1
+    _whole_memory.require(
+        problem,
+        needed_kernels(config),
+        by_layer=any(case.scope == "layerwise" for case in config.clipping),
+        whole=needs_whole_kernel(config, problem),
+        noisy=training.noisy and "recursion" in config.predictions,
+        exact="exact" in config.predictions,
+        n_seeds=training.n_seeds,
+        n_drawn=training.n_predicted if random else 1,
+        steps=max(case.steps or training.steps for case in config.clipping),
+    )
 
 
 def _run(

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _kernel_blocks, _memory, _mesh, _validate, clipping
+from ntkdp import (
+    _groups,
+    _kernel_blocks,
+    _mesh,
+    _program_memory,
+    _validate,
+    clipping,
+)
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
 from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
@@ -366,15 +373,24 @@ def _kernel(
     if batch_size is not None:
         batch_size = _validate.count(batch_size=batch_size)
     shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
-    _memory.require(
-        _mesh.bytes_on_host(mesh, int(np.prod(shape, dtype=object)) * output.dtype.itemsize),
-        f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
-        _WAYS_OUT,
-    )
     n_outputs = output.shape[1]
     params, x2 = _mesh.everywhere(mesh, (params, x2))
-    return _kernel_in_blocks(
-        apply_fn, params, _mesh.spread(mesh, x1), x2, groups, batch_size, n_outputs, whole, mesh
+    return _program_memory.call(
+        _kernel_in_blocks,
+        apply_fn,
+        params,
+        _mesh.spread(mesh, x1),
+        x2,
+        groups,
+        batch_size,
+        n_outputs,
+        whole,
+        mesh,
+        what=f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
+        ways_out=_WAYS_OUT,
+        results=_mesh.bytes_on_host(
+            mesh, int(np.prod(shape, dtype=object)) * output.dtype.itemsize
+        ),
     )
 
 

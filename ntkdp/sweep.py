@@ -21,6 +21,7 @@ from ntkdp import (
     _cell_metrics,
     _cluster,
     _sweep_config,
+    _whole_memory,
     advisor,
     clipping,
     dp_sgd,
@@ -144,7 +145,7 @@ def run(
     FileExistsError, FileNotFoundError, ValueError
         A folder that holds something else, nothing to resume, or another sweep.
     MemoryError
-        A kernel that does not fit.
+        If the kernel, runs and predictions do not fit, before any of them is made.
     ConnectionError
         A cluster without workers, or lost; a client that is closed.
     RuntimeError
@@ -184,6 +185,7 @@ def run(
             observe = partial(_observe_there, config, problem, found_planes, client)
     initial = _initial(config, problem)
     of_cells: list[dict[str, Any]] = []
+    _require_room(config, problem, found_planes)
     with nullcontext() if disk is None else disk.growing():
         predicted = None
         if disk is not None:
@@ -379,6 +381,22 @@ def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
         float("inf"),
         (problem.outputs[None, None], problem.targets),
         (problem.test_outputs[None, None], problem.test_targets),
+    )
+
+
+def _require_room(config: SweepConfig, problem: Problem, found_planes: list[Plane]) -> None:
+    training = config.training
+    noisy = any(plane.noise_multiplier > 0 for plane in found_planes)
+    _whole_memory.require(
+        problem,
+        {config.prediction},
+        by_layer="layerwise" in config.grid.scopes,
+        whole=noisy,
+        noisy=noisy,
+        exact=False,
+        n_seeds=training.n_seeds if config.observe else 1,
+        n_drawn=training.n_predicted if noisy or training.sample_rate < 1 else 1,
+        steps=1,
     )
 
 

@@ -1,0 +1,99 @@
+"""What limits the memory of this process: its control groups, and its own resource limits."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+#: Where control groups are mounted: version 2, version 2 beside version 1, and version 1.
+_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified", "sys/fs/cgroup/memory")
+
+
+class _Files(NamedTuple):
+    """Names of the files of a control group, and of the entry for cache that is not in use."""
+
+    limit: str
+    usage: str
+    inactive: str
+
+
+_VERSIONS = (
+    _Files("memory.max", "memory.current", "inactive_file"),
+    # An entry of version 1 without `total_` leaves out the groups below.
+    _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def free_in_control_groups(root: Path = Path("/")) -> list[int]:
+    """Bytes that each control group of this process leaves it, from its own up to the root.
+
+    The kernel drops file cache that is not in use when a group needs room, so that it counts as
+    free. What cannot be read sets no limit.
+    """
+    found = (_free(folder, files) for folder in _own_and_above(root) for files in _VERSIONS)
+    return [free for free in found if free is not None]
+
+
+def _own_and_above(root: Path) -> Iterator[Path]:
+    """Folders of the control groups of this process, on each mount from its own to the top."""
+    paths = {""}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers or "memory" in controllers.split(","):
+            # A path that leaves the mount begins with dots.
+            paths.add("/".join(part for part in path.split("/") if part not in ("", "..")))
+    seen = set()
+    for mount in _MOUNTS:
+        top = root / mount
+        for path in sorted(paths):
+            own = top / path
+            seen |= {own, *(above for above in own.parents if top in (above, *above.parents))}
+    yield from sorted(seen)
+
+
+def _free(folder: Path, files: _Files) -> int | None:
+    limit = _number(_text(folder / files.limit))
+    if limit is None:
+        return None
+    usage = _number(_text(folder / files.usage)) or 0
+    entries = dict(
+        line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line
+    )
+    inactive = _number(entries.get(files.inactive, "")) or 0
+    return max(limit - max(usage - inactive, 0), 0)
+
+
+def free_in_process() -> list[int]:
+    """Bytes that the limits of this process leave it, as ``ulimit -v`` and ``-d`` set them."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    try:
+        used = psutil.Process().memory_info()
+    except psutil.Error:
+        return []
+    limits = ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data))
+    soft = [(resource.getrlimit(which)[0], taken) for which, taken in limits]
+    return [max(limit - taken, 0) for limit, taken in soft if limit != resource.RLIM_INFINITY]
+
+
+def free_in_machine() -> list[int]:
+    """Bytes that are free in this machine, if it says."""
+    try:
+        return [int(psutil.virtual_memory().available)]
+    except (OSError, RuntimeError, ValueError):
+        return []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None

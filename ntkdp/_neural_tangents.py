@@ -16,7 +16,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_loader
 from types import ModuleType
@@ -121,8 +120,12 @@ class _Mended(SourceFileLoader):
             super().exec_module(module)
 
 
-class _Unavailable(Loader):
+class _Unavailable:
     """Stands in for ``neural_tangents.experimental``, so that TensorFlow is never imported."""
+
+    # No class of importlib.abc, which is slow to import: every import of ntkdp passes here.
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual kind of module."""
 
     def exec_module(self, module: ModuleType) -> None:
         def explain(name: str) -> Any:
@@ -137,7 +140,7 @@ class _Unavailable(Loader):
         module.__dict__["__getattr__"] = explain
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds neural-tangents as usual, and has it loaded by the loaders above."""
 
     # `path` may be a namespace package's own kind of iterable.
@@ -147,7 +150,7 @@ class _Finder(MetaPathFinder):
         if fullname.partition(".")[0] != _PACKAGE:
             return None
         if fullname == _EXPERIMENTAL:
-            return spec_from_loader(fullname, _Unavailable())
+            return spec_from_loader(fullname, _Unavailable())  # type: ignore[arg-type]
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _Mended(spec.loader.name, spec.loader.path)

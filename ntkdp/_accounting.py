@@ -1,81 +1,83 @@
 """The numbers behind :mod:`ntkdp.privacy`: bounds by each method, and the search for the noise.
 
-The accountants and SciPy are imported when they are used: every run imports this module.
+Every figure is the least of several upper bounds, each of which grows with steps, q, 1/sigma and
+1/delta. The accountants and SciPy are imported when they are used: every run imports this module.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
-#: Noise multiplier, sampling rate and number of steps.
-Mechanism: TypeAlias = tuple[float, float, int]
+from ntkdp._loss_sums import LOG_LEFT_OUT, Mechanism, log_deltas
+from ntkdp._sampled_gaussian import ORDERS, Array, atoms, log_moment, renyi_moments, scale
 
-#: Below this a discretised delta holds rounding.
-_SMALLEST_DELTA = 1e-10
-#: Above this the distribution would not fit in memory, and there is no privacy left to count.
+#: Above this there is no privacy left to count, and the distribution would not fit in memory.
 _LARGEST_PLD_EPSILON = 1e6
-#: The grid is refined until epsilon moves by less than this.
-_RELATIVE_CHANGE = 1e-3
-_REFINEMENTS = 9
-#: Steps that are composed first, and the mass of the tails that is cut off.
-_FIRST, _TAIL = 10, 1e-15
-#: Part of the mass that rounding may take or give a step, as the powers of Fourier transforms have
-#: it, and the part of delta that may be missing of the whole mass before a grid is no bound.
-_ROUNDING, _LOST = 4 * float(np.finfo(np.float64).eps), 1e-3
-#: The same for a first search, and how often its outcome is corrected.
-_ROUGH_CHANGE, _CORRECTIONS = 0.05, 6
-#: A Gaussian mechanism of this noise has a Renyi divergence of order a of 1e-14 a.
-_ROUNDING_SIGMA = (2e-14) ** -0.5
+#: Spacing of the grid of losses over the size of a step's losses; and over the epsilon of a small
+#: delta, below which the grid would not fit in memory.
+_FINENESS = 1 / 32
+_FINEST = 2.0**-17
+_SMALL_DELTA = 1e-10
+#: Slopes of log delta that are tried, over the inverse of the size of all losses.
+_SLOPES = np.geomspace(1e-5, 1e4, 109)
+_SLOPES_TRIED = 10
+#: How far a bound of log delta may lie above it, and leave digits to transforms.
+_LOG_SPARE = 4.0
+#: Part of delta that quadrature may round.
+_ROUNDING = 1e-9
 #: How far above the smallest noise multiplier the one found may lie, relative.
 _SEARCH_TOLERANCE = 1e-4
 SMALLEST_SIGMA, LARGEST_SIGMA = 1e-4, 1e9
 
 
-def epsilon_of(
-    sigma: float,
-    q: float,
-    steps: int,
-    delta: float,
-    accountant: str,
-    change: float = _RELATIVE_CHANGE,
-) -> float:
-    """Bound of epsilon, to a relative change between two grids."""
-    return composed_epsilon_of([(sigma, q, steps)], delta, accountant, change)
+def epsilon_of(sigma: float, q: float, steps: int, delta: float, accountant: str) -> float:
+    """Bound of epsilon."""
+    return composed_epsilon_of([(sigma, q, steps)], delta, accountant)
 
 
-def composed_epsilon_of(
-    mechanisms: Iterable[Mechanism],
-    delta: float,
-    accountant: str,
-    change: float = _RELATIVE_CHANGE,
-) -> float:
+def composed_epsilon_of(mechanisms: Iterable[Mechanism], delta: float, accountant: str) -> float:
     """The same of several mechanisms one after another, in any order."""
     mechanisms = _merged(mechanisms)
     if any(sigma == 0 for sigma, _, _ in mechanisms):
         return math.inf
-    sampled = [(q, steps) for _, q, steps in mechanisms if q < 1]
-    if accountant == "pld" and not sampled:
-        mu = math.hypot(*(math.sqrt(steps) / sigma for sigma, _, steps in mechanisms))
-        return gaussian_epsilon(mu, delta)
-    if accountant == "pld" and len(sampled) == len(mechanisms):
-        never = sum(steps * math.log1p(-q) for q, steps in sampled)
-        if -math.expm1(never) <= delta:
-            return 0.0  # The sample is that unlikely ever to be drawn.
-    bound = float(_rdp(mechanisms).get_epsilon(delta))
-    exact = delta - _ROUNDING * sum(steps for _, steps in sampled)
-    if accountant == "rdp" or bound == 0 or bound > _LARGEST_PLD_EPSILON or exact <= 0:
+    if accountant == "rdp":
+        return _renyi_epsilon(mechanisms, delta)
+    whole = gaussian_epsilon(_mu_of_full_batches(mechanisms), delta)
+    if all(q == 1 for _, q, _ in mechanisms) or _is_hardly_drawn(mechanisms, delta):
+        return whole if mechanisms[0][1] == 1 else 0.0
+    bound = min(_renyi_epsilon(mechanisms, delta), whole)
+    if bound == 0 or bound > _LARGEST_PLD_EPSILON:
         return bound
+    return min(bound, _grid_epsilon(_steps_of(mechanisms), delta))
 
-    def figure(interval: float) -> float:
-        losses = _pld(mechanisms, interval)
-        return losses.get_epsilon_for_delta(exact) if _is_whole(losses, delta) else math.inf
 
-    return min(bound, _refined(figure, bound, change))
+def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
+    """Bound of delta at a given epsilon."""
+    if sigma == 0:
+        return 1.0
+    mechanisms = [(sigma, q, steps)]
+    if accountant == "rdp":
+        return _renyi_delta(mechanisms, epsilon)
+    whole = math.exp(gaussian_log_delta(math.sqrt(steps) / sigma, epsilon))
+    if q == 1:
+        return whole
+    bound = min(_renyi_delta(mechanisms, epsilon), whole, -math.expm1(steps * math.log1p(-q)))
+    if _renyi_epsilon(mechanisms, _SMALL_DELTA) > _LARGEST_PLD_EPSILON:
+        return bound
+    return min(bound, _grid_delta(mechanisms, epsilon))
+
+
+def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
+    """Noise multiplier that keeps a budget; None if none does."""
+    # RDP is fast, and needs more noise than PLD: a starting point.
+    found = _least_sigma(lambda sigma: epsilon_of(sigma, q, steps, delta, "rdp"), budget, 1.0)
+    if accountant == "pld":
+        found = _least_sigma(
+            lambda sigma: epsilon_of(sigma, q, steps, delta, "pld"), budget, found or 1.0
+        )
+    return found
 
 
 def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
@@ -86,128 +88,141 @@ def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
     return [(*kind, steps) for kind, steps in sorted(steps_of.items())]
 
 
-def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
-    """Bound of delta at a given epsilon."""
-    if sigma == 0:
-        return 1.0
-    if accountant == "rdp":
-        return float(_rdp([(sigma, q, steps)]).get_delta(epsilon))
-    if q == 1:
-        return math.exp(gaussian_log_delta(math.sqrt(steps) / sigma, epsilon))
-    bound = epsilon_of(sigma, q, steps, 1e-5, "rdp")
-    if bound == 0:
-        return float(_rdp([(sigma, q, steps)]).get_delta(epsilon))
-    if bound > _LARGEST_PLD_EPSILON:
-        return 1.0
-
-    def figure(interval: float) -> float:
-        losses = _pld([(sigma, q, steps)], interval)
-        delta = float(losses.get_delta_for_epsilon(epsilon)) + _ROUNDING * steps
-        return min(delta, 1.0) if _is_whole(losses, max(delta, _SMALLEST_DELTA)) else 1.0
-
-    return _refined(figure, bound, 10 * _RELATIVE_CHANGE, _SMALLEST_DELTA)
+def _steps_of(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
+    """The same with full batches as a single step of less noise."""
+    return [
+        (sigma / math.sqrt(steps), q, 1) if q == 1 else (sigma, q, steps)
+        for sigma, q, steps in mechanisms
+    ]
 
 
-def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
-    """Noise multiplier that keeps a budget; None if none does."""
-
-    def figure(sigma: float, method: str = accountant, change: float = _RELATIVE_CHANGE) -> float:
-        return epsilon_of(sigma, q, steps, delta, method, change)
-
-    # RDP is fast, and needs more noise than PLD: a starting point.
-    found = _least_sigma(lambda sigma: figure(sigma, "rdp"), budget, 1.0)
-    if accountant == "pld":
-        rough = partial(figure, change=_ROUGH_CHANGE)
-        found = _least_sigma_of_slow(figure, rough, budget, found or 1.0)
-    return found
+def _mu_of_full_batches(mechanisms: Sequence[Mechanism]) -> float:
+    """Mu of Gaussian privacy if every sample were in every batch: sampling costs nothing."""
+    return math.hypot(*(math.sqrt(steps) / sigma for sigma, _, steps in mechanisms))
 
 
-def _refined(
-    figure: Callable[[float], float], epsilon_bound: float, change: float, floor: float = 0.0
-) -> float:
-    """A figure on finer and finer grids, until it moves by no more than a relative change.
+def _is_hardly_drawn(mechanisms: Sequence[Mechanism], delta: float) -> bool:
+    """Whether a sample is ever drawn with a probability of at most delta."""
+    if any(q == 1 for _, q, _ in mechanisms):
+        return False
+    return -math.expm1(sum(steps * math.log1p(-q) for _, q, steps in mechanisms)) <= delta
 
-    Every grid gives an upper bound, so the least of them is one. The first grid has the scale of
-    epsilon, and is capped where exponentials of its spacing would overflow.
+
+def _renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+    return float(compute_epsilon(ORDERS, _divergences(mechanisms), delta)[0])
+
+
+def _renyi_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
+
+    # Its logarithm of 1 - e^-r fails for an r that is lost beside 1.
+    divergences = np.maximum(_divergences(mechanisms), np.finfo(np.float64).eps)
+    return float(compute_delta(ORDERS, divergences, epsilon)[0])
+
+
+def _divergences(mechanisms: Sequence[Mechanism]) -> Array:
+    return sum(
+        (steps * renyi_moments(sigma, q) for sigma, q, steps in mechanisms), np.zeros(len(ORDERS))
+    ) / (ORDERS - 1)
+
+
+def _grid_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """Where the curve on the grid falls to delta."""
+    moments = _Moments(mechanisms)
+    interval = moments.interval()
+    log_delta = math.log(delta) + math.log1p(-_ROUNDING)
+    slope, _ = moments.near_delta(log_delta)
+    curve = log_deltas(mechanisms, interval, slope, log_delta)
+    above = np.flatnonzero(curve > log_delta)
+    if len(above) == 0:
+        return 0.0
+    last = int(above[-1])
+    if last == len(curve) - 1:
+        return math.inf
+    # Delta is linear in e^epsilon between two points.
+    near, far = np.exp(curve[last : last + 2] - log_delta)
+    return interval * last + math.log1p((near - 1) / (near - far) * math.expm1(interval))
+
+
+def _grid_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
+    moments = _Moments(mechanisms)
+    interval = moments.interval()
+    slope, log_delta = moments.near_epsilon(epsilon)
+    curve = log_deltas(mechanisms, interval, slope, log_delta)
+    last = int(epsilon / interval)
+    if last >= len(curve) - 1:
+        return math.exp(curve[-1])
+    near, far = np.exp(curve[last : last + 2]).tolist()
+    share = math.expm1(epsilon - interval * last) / math.expm1(interval)
+    return min(1.0, (near + (far - near) * share) * (1 + _ROUNDING))
+
+
+class _Moments:
+    """Log moments of the sum of losses, without what is too unlikely to count.
+
+    They choose the grid, and the place where the curve is to be precise.
     """
-    interval = min(epsilon_bound / 300, 0.2)
-    least = math.inf
-    for _ in range(_REFINEMENTS):
-        with np.errstate(over="ignore"):
-            previous, least = least, min(least, float(figure(interval)))
-        if least <= floor or previous - least <= change * least:
-            break
-        interval /= 3
-    return least
 
+    def __init__(self, mechanisms: Sequence[Mechanism]) -> None:
+        self.mechanisms = mechanisms
+        size = math.sqrt(sum(steps * scale(s, q) ** 2 for s, q, steps in mechanisms))
+        self.slopes = _SLOPES / size
+        self.growth = self._growth()
 
-def _pld(mechanisms: Iterable[Mechanism], interval: float) -> Any:
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
+    def _growth(self) -> Array:
+        from scipy.special import logsumexp
 
-    total = identity(interval)
-    for sigma, q, steps in mechanisms:
-        if q == 1:  # As a single step of less noise.
-            sigma, steps = sigma / math.sqrt(steps), 1
-        one = from_gaussian_mechanism(
-            sigma, sampling_prob=q, value_discretization_interval=interval
-        )
-        total = total.compose(_composed(one, steps))
-    return total
+        left_out = math.log(_SMALL_DELTA) + LOG_LEFT_OUT
+        left_out -= math.log(sum(steps for *_, steps in self.mechanisms))
+        total = np.zeros(len(self.slopes))
+        for sigma, q, steps in self.mechanisms:
+            losses, present, _ = atoms(sigma, q, left_out)
+            logs = log_moment(losses, 1 + self.slopes[:, None]) - losses
+            total += steps * np.logaddexp(0.0, logsumexp(logs, axis=1, b=present))
+        return total
 
+    def interval(self) -> float:
+        """Spacing of the grid: a power of two that grows with steps, q and 1/sigma.
 
-def _composed(one: Any, steps: int) -> Any:
-    """A distribution of privacy losses, added up over steps.
+        Grids are nested, so that a mechanism that is less private on a coarser one has a larger
+        bound.
+        """
+        smallest = min(scale(sigma, q) for sigma, q, _ in self.mechanisms)
+        epsilon = float(np.min((self.growth - math.log(_SMALL_DELTA)) / self.slopes))
+        return 2.0 ** math.ceil(math.log2(max(_FINENESS * smallest, _FINEST * epsilon)))
 
-    A few steps first: of a distribution of few losses dp-accounting raises their number to the
-    power of the steps, to learn that it is large.
-    """
-    rounds, rest = divmod(steps, _FIRST)
-    if rounds < _FIRST:
-        return one.self_compose(steps, _TAIL)
-    total = one.self_compose(_FIRST, _TAIL / rounds).self_compose(rounds, _TAIL)
-    return total.compose(one.self_compose(rest, _TAIL)) if rest else total
+    def near_delta(self, log_delta: float) -> tuple[float, float]:
+        """A slope, and the log of delta, for a curve that is precise at this delta."""
+        epsilons, falls = self._saddle_points()
+        last = max(int(np.argmax(falls <= log_delta)) - 1, 0)
+        epsilon = epsilons[last] + (falls[last] - log_delta) / self.slopes[last]
+        return self._slope(last, epsilon, log_delta), log_delta
 
+    def near_epsilon(self, epsilon: float) -> tuple[float, float]:
+        """The same at this epsilon."""
+        epsilons, falls = self._saddle_points()
+        last = max(int(np.argmax(epsilons >= epsilon)) - 1, 0)
+        log_delta = min(falls[last] - self.slopes[last] * (epsilon - epsilons[last]), 0.0)
+        return self._slope(last, epsilon, log_delta), log_delta
 
-def _is_whole(losses: Any, delta: float) -> bool:
-    """Whether rounding has left the mass that a bound of this delta needs."""
-    # At a loss far below all others delta is the whole mass.
-    return float(losses.get_delta_for_epsilon(-1e9)) >= 1 - _LOST * delta
+    def _saddle_points(self) -> tuple[Array, Array]:
+        """About the epsilon, and the log of delta, where log delta has each slope."""
+        epsilons = np.gradient(self.growth, self.slopes)
+        spread = np.sqrt(np.maximum(np.gradient(epsilons, self.slopes), 0)) * self.slopes
+        bounds = self.growth - self.slopes * epsilons
+        return epsilons, bounds - np.log1p(spread * (1 + self.slopes))
 
+    def _slope(self, last: int, epsilon: float, log_delta: float) -> float:
+        """The least of those near the last one's that is large enough: its grid is the shortest.
 
-def _rdp(mechanisms: Iterable[Mechanism]) -> Any:
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant()
-    with _without_notes_on_orders():
-        for sigma, q, steps in mechanisms:
-            accountant.compose(_event(sigma, q), steps)
-            # Sampling's sums may round to divergences below zero, which would pass for perfect
-            # privacy: the rounding is counted as a weak mechanism of its own.
-            if q < 1:
-                accountant.compose(_event(_ROUNDING_SIGMA, 1.0), steps)
-    return accountant
-
-
-def _event(sigma: float, q: float) -> Any:
-    import dp_accounting
-
-    event = dp_accounting.GaussianDpEvent(sigma)
-    return event if q == 1 else dp_accounting.PoissonSampledDpEvent(q, event)
-
-
-@contextmanager
-def _without_notes_on_orders() -> Iterator[None]:
-    """Some Renyi orders are left out where a series fails: no news to a user, the others do."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return "Excluding this order" not in str(record.msg)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
+        Past the last there may be none but outputs that are too unlikely to count.
+        """
+        near = slice(max(last - _SLOPES_TRIED, 0), last + 1)
+        bounds = self.growth[near] - self.slopes[near] * epsilon
+        enough = bounds <= max(log_delta + _LOG_SPARE, float(bounds.min()))
+        return float(self.slopes[near][int(np.argmax(enough))])
 
 
 def gaussian_log_delta(mu: float, epsilon: float) -> float:
@@ -288,24 +303,3 @@ def _least_sigma(figure: Callable[[float], float], budget: float, start: float) 
     while excess(found) > 0:
         found, nudge = found + nudge, 2 * nudge
     return math.exp(found)
-
-
-def _least_sigma_of_slow(
-    figure: Callable[[float], float],
-    rough: Callable[[float], float],
-    budget: float,
-    start: float,
-) -> float | None:
-    """The same with few calls of a slow figure: search with a rough one, and scale its budget."""
-    scaled = budget
-    for _ in range(_CORRECTIONS):
-        found = _least_sigma(rough, scaled, start)
-        if found is None or found <= SMALLEST_SIGMA:
-            return found
-        start, reached = found, figure(found)
-        if (1 - 10 * _SEARCH_TOLERANCE) * budget <= reached <= budget:
-            return found
-        if not 0 < reached < math.inf:
-            break
-        scaled *= (1 - 3 * _SEARCH_TOLERANCE) * budget / reached
-    return _least_sigma(figure, budget, start)

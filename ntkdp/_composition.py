@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from ntkdp import _accounting
-from ntkdp._mechanism import Accountant, mechanism, within_reach
+from ntkdp import _accounting, _validate
+from ntkdp._mechanism import ACCOUNTANTS, Accountant, mechanism, probability
 
 
 def composed_epsilon(
@@ -27,7 +27,8 @@ def composed_epsilon(
     Returns
     -------
     float
-        For neighbours by adding or removing one sample, in :func:`epsilon`'s tolerance.
+        For neighbours by adding or removing one sample, in :func:`epsilon`'s tolerance. Falls as a
+        piece's noise multiplier or delta grows, and grows with its sampling rate and steps.
 
     Raises
     ------
@@ -62,5 +63,6 @@ def composed_epsilon(
         pieces.append(mechanism(*piece))
     if not pieces:
         raise ValueError("mechanisms must hold at least one piece, got none")
-    delta = within_reach(delta, min(q for _, q, _ in pieces), accountant)
+    delta = probability(delta=delta)
+    _validate.choice(ACCOUNTANTS, accountant=accountant)
     return _accounting.composed_epsilon_of(pieces, delta, accountant)

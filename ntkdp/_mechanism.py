@@ -7,9 +7,6 @@ from ntkdp import _validate
 Accountant = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
 
-#: Smallest delta that discretised distributions resolve in double precision.
-_SMALLEST_DELTA = 1e-10
-
 
 def number(**named: Any) -> float:
     """A single number."""
@@ -36,15 +33,3 @@ def mechanism(noise_multiplier: Any, sample_rate: Any, steps: Any) -> tuple[floa
         number(sample_rate=q),
         _validate.count(steps=steps),
     )
-
-
-def within_reach(delta: Any, q: float, accountant: str) -> float:
-    """Delta, checked against the accountant too."""
-    delta = probability(delta=delta)
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
-    if accountant == "pld" and q < 1 and delta < _SMALLEST_DELTA:
-        raise ValueError(
-            f"delta must be at least {_SMALLEST_DELTA:g} with accountant='pld' and "
-            f"sample_rate < 1, got {delta!r}; use accountant='rdp'"
-        )
-    return delta

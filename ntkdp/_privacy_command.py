@@ -21,12 +21,23 @@ class Accountant(StrEnum):
 
 
 def privacy(
-    sigma: Annotated[
-        float | None, typer.Option(help="Noise multiplier; gives its epsilon.", show_default=False)
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(
+            "--noise-multiplier", "--sigma", help="Gives its epsilon.", show_default=False
+        ),
     ] = None,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Budget; gives the noise multiplier that keeps it.", show_default=False),
+    ] = None,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            help="Budget of Gaussian privacy; gives the noise multiplier that spends it: exactly "
+            "with full batches, else by the central limit theorem, which is no guarantee.",
+            show_default=False,
+        ),
     ] = None,
     n: Annotated[int | None, typer.Option(help="Training samples.", show_default=False)] = None,
     batch: Annotated[
@@ -41,7 +52,10 @@ def privacy(
         float | None, typer.Option(help="In place of --steps, rounded up.", show_default=False)
     ] = None,
     delta: Annotated[
-        float | None, typer.Option(help="In (0, 1); by default 1/n.", show_default=False)
+        float | None,
+        typer.Option(
+            help="In (0, 1); by default the smaller of 1e-5 and 1/(10 n).", show_default=False
+        ),
     ] = None,
     accountant: Annotated[
         Accountant, typer.Option(help="By which the budget of --epsilon is kept.")
@@ -52,29 +66,42 @@ def privacy(
 ) -> None:
     """Epsilon of DP-SGD by PLD, RDP and the central limit theorem, which is no guarantee.
 
-    Neighbours differ by one sample, added or removed; epsilon does not depend on the clipping norm,
-    the rule or the groups.
+    Neighbours differ by one sample, added or removed, not replaced; epsilon does not depend on the
+    clipping norm, the rule or the groups.
     """
     from ntkdp import privacy as accounting
 
     try:
         rate = _rate(n, batch, sample_rate)
         count = _steps(steps, epochs, rate)
-        if delta is None:
-            if n is None:
-                raise ValueError("give --delta, or --n for delta = 1/n")
-            delta = 1 / n
-        if epsilon is not None and sigma is None:
-            sigma = accounting.noise_multiplier(epsilon, rate, count, delta, accountant.value)
-        elif epsilon is not None or sigma is None:
-            raise ValueError("give either --sigma or --epsilon")
-        report = accounting.report(sigma, rate, count, delta)
+        chosen = _default_delta(n) if delta is None else delta
+        spent = {"--noise-multiplier": noise_multiplier, "--epsilon": epsilon, "--mu": mu}
+        if sum(value is not None for value in spent.values()) != 1:
+            raise ValueError(f"give one of {', '.join(spent)}")
+        if epsilon is not None:
+            noise_multiplier = accounting.noise_multiplier(
+                epsilon, rate, count, chosen, accountant.value
+            )
+        elif mu is not None:
+            noise_multiplier = accounting.Budget(mu=mu).noise_multiplier(count, rate)
+        assert noise_multiplier is not None
+        report = accounting.report(noise_multiplier, rate, count, chosen)
     except (ValueError, TypeError) as error:
         fail(error)
+    note = "the default, the smaller of 1e-5 and 1/(10 n)" if delta is None else "as asked"
     if as_json:
-        print(text_of(report.as_dict()))
-    else:
-        _print_table(report)
+        print(text_of(report.as_dict() | {"delta_note": note}))
+        return
+    _print_table(report)
+    if delta is None:
+        print(f"delta = {chosen:.4g} is {note}: --delta sets another")
+
+
+def _default_delta(n: int | None) -> float:
+    """Below 1/n, which lets whole samples be released, and no larger than is usual."""
+    if n is None:
+        raise ValueError("give --delta, or --n for the smaller of 1e-5 and 1/(10 n)")
+    return min(1e-5, 1 / (10 * n))
 
 
 def _rate(n: int | None, batch: int | None, sample_rate: float | None) -> float:

@@ -18,11 +18,12 @@ accountant  method                                                              
             and Wang 2018), else discretised pessimistically (Doroshenko et     nearly tight
             al. 2207.04380)
 ``"rdp"``   Renyi divergence (Mironov 2017; sampling: Mironov, Talwar, Zhang    an upper bound
-            1908.10530)
+            1908.10530), made into epsilon by Google's ``dp-accounting``
 ==========  ==================================================================  =================
 
-Both through Google's ``dp-accounting``. :func:`gaussian_dp` has the central limit theorem's figure,
-which is **not a guarantee** for sampled batches. What differs from step to step, as in phases of
+Both fall as :math:`\sigma` or delta grows, and grow with the sampling rate and the steps.
+:func:`gaussian_dp` has the central limit theorem's figure, which is **not a guarantee** for sampled
+batches. What differs from step to step, as in phases of
 training, is counted by :func:`composed_epsilon`. A :class:`Budget` may stand where a run or a
 prediction asks for :math:`\sigma`, which then follows from the number of steps.
 """
@@ -35,7 +36,7 @@ import numpy as np
 
 from ntkdp import _accounting, _validate
 from ntkdp._composition import composed_epsilon as composed_epsilon
-from ntkdp._mechanism import ACCOUNTANTS, Accountant, number, probability, within_reach
+from ntkdp._mechanism import ACCOUNTANTS, Accountant, number, probability
 from ntkdp._mechanism import mechanism as _mechanism
 
 
@@ -58,17 +59,18 @@ def epsilon(
     steps : int
         At least 1.
     delta : float
-        In (0, 1); with ``"pld"`` and sampling at least 1e-10.
+        In (0, 1).
     accountant : {"pld", "rdp"}
 
     Returns
     -------
     float
-        For neighbours by adding or removing one sample. ``"pld"`` is within about 0.1% of what a
-        finer grid would give, from above, and never above ``"rdp"``; beyond a million it returns
-        the bound of ``"rdp"``. Of very many weak steps rounding keeps grids coarse: ten million
-        with q = 1e-5 and :math:`\sigma = 10` are counted 1.6% too high. What transforms may round,
-        9e-16 a step, is taken off delta first; if nothing is left, the bound of ``"rdp"`` is.
+        For neighbours by adding or removing one sample, not for replacing it. It falls as
+        :math:`\sigma` or delta grows, and grows with q and steps, to 1e-9 of itself. ``"pld"`` is
+        within about 0.1% of what a finer grid would give, from above, a few per cent where epsilon
+        is left to draws far rarer than delta; it is never above ``"rdp"``, nor above full batches,
+        and beyond a million it is the bound of ``"rdp"``. What sums and transforms may round is
+        taken off delta.
 
     Raises
     ------
@@ -88,7 +90,9 @@ def epsilon(
     2.597
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    return _accounting.epsilon_of(sigma, q, steps, within_reach(delta, q, accountant), accountant)
+    delta = probability(delta=delta)
+    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    return _accounting.epsilon_of(sigma, q, steps, delta, accountant)
 
 
 def delta(
@@ -110,8 +114,8 @@ def delta(
     Returns
     -------
     float
-        In [0, 1], within about 1% of what a finer grid would give, from above. With sampling,
-        values below 1e-10 are no more than small: they hold rounding.
+        In [0, 1], within about 1% of what a finer grid would give, from above; like epsilon it
+        falls as :math:`\sigma` grows, and grows with q and steps.
 
     Raises
     ------
@@ -169,7 +173,8 @@ def noise_multiplier(
     """
     _, q, steps = _mechanism(1.0, sample_rate, steps)
     budget = number(epsilon=_validate.positive(epsilon=epsilon))
-    delta = within_reach(delta, q, accountant)
+    delta = probability(delta=delta)
+    _validate.choice(ACCOUNTANTS, accountant=accountant)
 
     found = _accounting.noise_for(budget, q, steps, delta, accountant)
     if found is None:
@@ -452,6 +457,6 @@ def report(noise_multiplier: float, sample_rate: float, steps: int, delta: float
     GDP, mu = 1        epsilon = 4.377    exact for full batches
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    delta = within_reach(delta, q, "pld")
+    delta = probability(delta=delta)
     pld, rdp = (_accounting.epsilon_of(sigma, q, steps, delta, method) for method in ACCOUNTANTS)
     return PrivacyReport(sigma, q, steps, delta, pld, rdp, gaussian_dp(sigma, q, steps, delta))

@@ -76,6 +76,8 @@ LAYERS: dict[int, set[str]] = {
         "_neural_tangents",
         "privacy",
         "_accounting",
+        "_loss_sums",
+        "_sampled_gaussian",
         "_composition",
         "_mechanism",
     },
@@ -207,7 +209,7 @@ FAMILIES = (
     LAYERS[5],
     {"spectrum", "_matrix_free_spectrum", *KERNELS},
     CALIBRATION,
-    {"privacy", "_accounting", "_composition", "_mechanism"},
+    {"privacy", "_accounting", "_composition", "_loss_sums", "_mechanism", "_sampled_gaussian"},
     {"trajectory", "_stepping"},
 )
 PREDICTION = FAMILIES[4]

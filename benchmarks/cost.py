@@ -347,6 +347,13 @@ The kernel that its caller keeps and the matrix of `KernelFlow` are alive at onc
 them workspace of LAPACK, and 11 (nK)^3 operations once; on several devices, which find them together by the block Jacobi method, eight copies in parts and
 (98 + 144 / D) (nK)^3 operations. A kernel below about 100 MiB takes up to 200 MiB of blocks besides.
 
+## Before work begins
+
+Networks, kernels, flows, runs, moments and whole comparisons and sweeps ask for their memory before they take it, and raise `MemoryError` with the bytes needed, the
+bytes there are and the ways out. A function asks for what it takes itself: a kernel for its result and its blocks, `KernelFlow` for its matrices, noise for the four
+copies above; `ntkdp compare` and `ntkdp sweep` ask for all of it together. What there is on a CPU is the least of what is free in the machine, in the control groups
+of the process up to the root (file cache that is not in use counts as free), and under `ulimit -v` and `-d`.
+
 ## Held against what is taken
 
 `uv run python benchmarks/cost.py` measured this on: {machine}; float32. Memory is arguments, results and work that the compiler plans for a whole solve or run and, for

@@ -441,7 +441,7 @@ def _checked_binning(n_bins: Any, binning: Any) -> tuple[int, Binning]:
 @jax.jit
 def _top_label(probs: Array, labels: Array) -> tuple[Array, Array]:
     """Confidence of the top label, and one where it is right, zero where not."""
-    correct = jnp.argmax(probs, axis=1) == labels
+    correct = jnp.argmax(probs, axis=1).astype(labels.dtype) == labels
     return jnp.max(probs, axis=1), correct.astype(probs.dtype)
 
 
@@ -461,7 +461,7 @@ def _sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple
     # Sums of about sqrt(n) terms, then their sums: float32 loses digits in a single long one.
     n = index.shape[0]
     parts = int(np.ceil(np.sqrt(n)))
-    segment = index * parts + jnp.arange(n) % parts
+    segment = index * parts + jnp.arange(n, dtype=index.dtype) % parts
     return tuple(
         jax.ops.segment_sum(v, segment, n_bins * parts).reshape(n_bins, parts).sum(axis=1)
         for v in (jnp.ones(n, jnp.int32), confidence, correct)
@@ -472,7 +472,7 @@ def _sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple
 def _reliability_bins(confidence: Array, correct: Array, n_bins: int, binning: Binning) -> Bins:
     edges, index = _binned(confidence, n_bins, binning)
     counts, sure, right = _sums(confidence, correct, index, n_bins)
-    counted = jnp.where(counts > 0, counts, jnp.nan).astype(sure.dtype)
+    counted = jnp.where(counts > 0, counts.astype(sure.dtype), jnp.nan)
     return Bins(edges, counts, sure / counted, right / counted)
 
 

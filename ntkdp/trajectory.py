@@ -405,7 +405,8 @@ def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
     [0.0, 1.0, 2.0]
     """
     if not callable(learning_rate):
-        return jnp.asarray(recorded) * jnp.asarray(learning_rate, jnp.result_type(float))
+        dtype = jnp.result_type(float)
+        return jnp.asarray(recorded, dtype) * jnp.asarray(learning_rate, dtype)
     rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
     elapsed = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
     return elapsed[recorded]

@@ -316,3 +316,26 @@ def test_a_read_only_folder_is_named(verb: str, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.chmod(0o555)
     assert f"{runs} cannot be written to" in _said_in_one_line(_invoke(*command))
+
+
+TOO_LARGE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+import jax.numpy as jnp
+import ntkdp
+t = jnp.arange(2000.0)
+try:
+    ntkdp.Trajectory(t, loss=t, clip_fraction=t).save(sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_trajectory_larger_than_a_file_may_be_is_an_error_alone(tmp_path: Path) -> None:
+    """In a process of its own, which ends well: HDF5 would crash it at its end."""
+    command = [sys.executable, "-c", TOO_LARGE, str(tmp_path / "long.nc")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "File too large" in done.stdout
+    assert str(tmp_path / "long.nc") in done.stdout
+    assert list(tmp_path.iterdir()) == []

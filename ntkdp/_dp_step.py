@@ -10,13 +10,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _mesh, clipping, losses
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, losses
 from ntkdp._check_model import check_inputs
+from ntkdp._norms import wide
 from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import (
     Measurement,
 )
@@ -35,9 +34,9 @@ class Info(NamedTuple):
 
     ``clip_fraction`` is the share of (sample, group) factors below one, ``norms`` the per-sample
     gradient norms ``(n_batch,)`` or ``(R, n_batch)``, NaN for places that Poisson sampling left
-    empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm that
-    is not finite, and ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum and of its
-    noise.
+    empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm or a
+    factor that is not finite, and ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum
+    and of its noise.
     """
 
     clip_fraction: Array
@@ -153,7 +152,8 @@ class Algorithm(eqx.Module):
         noise = self._noise(noise_key, trained, groups) if self.noisy else None
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
-        gradient = jax.tree.map(lambda g: g / divisor, total)
+        # Rounded to the precision of the parameters here, when the noise is in it.
+        gradient = jax.tree.map(lambda g, w: (g / divisor).astype(w.dtype), total, trained)
         updates, optimizer_state = self._transformation(trained).update(
             gradient, state.optimizer_state, trained
         )
@@ -163,11 +163,12 @@ class Algorithm(eqx.Module):
         shown = jnp.where(present, norms, jnp.nan)
         used = jnp.broadcast_to(present, factors.shape)
         clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)
+        finite = jnp.isfinite(jnp.atleast_2d(norms)) & jnp.isfinite(factors)
         info = Info(
             clip_fraction=clipped_share.astype(factors.dtype),
             norms=shown,
             batch_size=jnp.sum(present),
-            dropped=jnp.sum(~jnp.all(jnp.isfinite(jnp.atleast_2d(norms)), axis=0) & present),
+            dropped=jnp.sum(~jnp.all(finite, axis=0) & present),
             gradient_norm=optax.tree.norm(clipped),
             noise_norm=jnp.zeros(()) if noise is None else optax.tree.norm(noise),
         )
@@ -182,10 +183,10 @@ class Algorithm(eqx.Module):
         else:
             scale_of = [jnp.asarray(self.clipping.sensitivity(groups.size))] * len(leaves)
         keys = jax.random.split(key, len(leaves))
+        dtypes = [wide(leaf).dtype for leaf in leaves]
         noise = [
-            (self.noise_multiplier * scale).astype(leaf.dtype)
-            * jax.random.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf, scale in zip(keys, leaves, scale_of, strict=True)
+            (self.noise_multiplier * scale).astype(dtype) * jax.random.normal(k, leaf.shape, dtype)
+            for k, leaf, dtype, scale in zip(keys, leaves, dtypes, scale_of, strict=True)
         ]
         return jax.tree.unflatten(treedef, noise)
 
@@ -235,7 +236,7 @@ class Algorithm(eqx.Module):
             clipped, *rest = self._clipped_sum_at_once(params, x[which], targets[which], is_there)
             return jax.tree.map(jnp.add, total, clipped), rest
 
-        zeros = jax.tree.map(jnp.zeros_like, self._split(params)[0])
+        zeros = jax.tree.map(lambda w: jnp.zeros_like(wide(w)), self._split(params)[0])
         rows = (index.reshape(n_blocks, size), there.reshape(n_blocks, size))
         clipped, (outputs, norms, factors) = lax.scan(block, zeros, rows)
         outputs = outputs.reshape(-1, outputs.shape[-1])[:n]
@@ -248,60 +249,25 @@ class Algorithm(eqx.Module):
         self, params: Params, x: Array, targets: Array, present: Array
     ) -> tuple[Params, Array, Array, Array]:
         trained, frozen = self._split(params)
-        leaves, treedef = jax.tree.flatten(trained)
         groups = self._resolve(params)
-        n = x.shape[0]
 
         def apply_fn(trained: Params, x: Array) -> Array:
             return self.apply_fn(eqx.combine(trained, frozen), x)
 
+        def total(leaves: list[Array]) -> list[Array]:
+            return _mesh.total(self.mesh, leaves)
+
+        samples = (trained, x, targets, present, total)
         if self.gradients == "vmap":
-            outputs, gradients = self._plain_gradients(apply_fn, trained, x, targets)
-        else:
-            structure = per_sample.trace(apply_fn, trained, x)
-            outputs, gradients = per_sample.factored(
-                structure,
-                trained,
-                x,
-                lambda f, y: self.loss.output_gradient(f[None], y[None]),
-                targets,
+            found = _plain_gradients.clipped_sum(
+                apply_fn, self.loss, self.clipping, groups.leaf_to_group, *samples
             )
-        gradients = [per_sample.for_norms(gradient) for gradient in gradients]
-        squares = grouped_squared_norms(gradients, groups, n)
-        usable = present
-        if self.clipping.bounds_each_sample:
-            usable &= jnp.all(jnp.isfinite(squares), axis=0)
-        # Zero times NaN is NaN: what is dropped must be zero before it is weighted.
-        gradients = [per_sample.keep(gradient, usable) for gradient in gradients]
-        norms = clipping.norms_from_squares(squares)
-
-        total = None
-        if self.clipping.needs_total_norm:
-            unclipped = weighted_sums(gradients, jnp.ones_like(norms), groups, leaves)
-            total = norms_of_sum(_mesh.total(self.mesh, unclipped), groups)
-        finite_norms = jnp.where(usable, norms, 0.0)
-        if self.clipping.scope == "flat":
-            factors = self.clipping.factors(finite_norms[0], None if total is None else total[0])
-            by_group = factors[None]
-            norms = norms[0]
         else:
-            factors = by_group = self.clipping.factors(finite_norms, total)
-        clipped = weighted_sums(gradients, jnp.where(usable, by_group, 0.0), groups, leaves)
-        return jax.tree.unflatten(treedef, clipped), outputs, norms, factors
-
-    def _plain_gradients(
-        self, apply_fn: ApplyFn, params: Params, x: Array, targets: Array
-    ) -> tuple[Array, list[per_sample.Factor]]:
-        """The same by mapping ``grad`` over the samples, without the structure of the model."""
-
-        def loss_of(params: Params, x_i: Array, y_i: Array) -> tuple[Array, Array]:
-            f = apply_fn(params, x_i[None])
-            return self.loss(f, y_i[None])[0], f[0]
-
-        gradient = jax.grad(loss_of, has_aux=True)
-        gradients, outputs = jax.vmap(gradient, in_axes=(None, 0, 0))(params, x, targets)
-        leaves = jax.tree.leaves(gradients)
-        return outputs, [(per_sample.Dense(leaf[:, None]),) for leaf in leaves]
+            found = _clipped_sum.clipped_sum(apply_fn, self.loss, self.clipping, groups, *samples)
+        leaves, outputs, norms, factors = found
+        if self.clipping.scope == "flat":
+            norms, factors = norms[0], factors[0]
+        return jax.tree.unflatten(jax.tree.structure(trained), leaves), outputs, norms, factors
 
     def measure(self, params: Params, train: Array, clip_fraction: Array, outputs: bool) -> Any:
         """What a run records at parameters whose training outputs are known."""

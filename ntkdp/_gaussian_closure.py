@@ -28,8 +28,8 @@ from jax import lax
 from ntkdp import _excess_variance, _mesh
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._kernel_flow import KernelFlow
+from ntkdp._norms import through_kernel
 from ntkdp._types import Array, Float
-from ntkdp.clipping import norms_from_squares
 
 #: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
 _NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256
@@ -75,15 +75,7 @@ class Closure(eqx.Module):
         """One sample's clipped output gradients, ``(R, K)``."""
         flow = self.flow
         a = flow.loss.output_gradient(outputs[None], targets[None])[0]
-        if diagonal.ndim == 1:
-            squares = diagonal * jnp.sum(a**2)
-        else:
-            squares = jnp.einsum("k,rkl,l->r", a, diagonal, a)
-        norms = norms_from_squares(squares)
-        if flow.clipping.scope == "flat":
-            factors = flow.clipping.factors(norms[:1])
-        else:
-            factors = flow.clipping.factors(norms[:, None])[:, 0]
+        factors = flow.clipping.by_group(through_kernel(diagonal[:, None], a[None]))[:, 0]
         return factors[:, None] * a[None]
 
     def _draw(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ntkdp._layout import Layout
+from ntkdp._norms import wide
 from ntkdp._types import Array
 
 #: An operation in many small products takes about as long as this many in one large product.
@@ -123,26 +124,6 @@ def is_formed_for_kernel(t: int, p: int, q: int) -> bool:
     return t > 1 and p * q <= 2 * t * q
 
 
-def squared_norms(factor: Factor, n: int) -> Array:
-    """Squared norm of each sample's gradient (b = 1), ``(n,)``."""
-    total = jnp.full(n, 0.0)  # weakly typed
-    for part in factor:
-        if isinstance(part, Dense):
-            total = total + jnp.sum(part.gradients.reshape(n, -1) ** 2, axis=1)
-            continue
-        delta = part.cotangents[:, 0]
-        if isinstance(part, Lookup):
-            same = part.rows[:, :, None] == part.rows[:, None, :]
-            total = total + jnp.sum(jnp.einsum("ntq,nsq->nts", delta, delta) * same, axis=(1, 2))
-        elif part.inputs.shape[2] == 1:
-            squares = jnp.sum(part.inputs**2, axis=(2, 3)) * jnp.sum(delta**2, axis=(2, 3))
-            total = total + jnp.sum(squares, axis=1)
-        else:
-            grams = [jnp.einsum("ngtp,ngsp->ngts", v, v) for v in (part.inputs, delta)]
-            total = total + jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
-    return total
-
-
 def keep(factor: Factor, usable: Array) -> Factor:
     """The factor with zeros for samples that are not usable, whatever they hold."""
 
@@ -160,26 +141,36 @@ def keep(factor: Factor, usable: Array) -> Factor:
 
 
 def weighted_sum(factor: Factor, weights: Array, like: Array) -> Array:
-    """``sum_i weights[i] g_i`` (b = 1), laid out as the leaf ``like``."""
-    total = None
+    """``sum_i weights[i] g_i`` (b = 1), as the leaf ``like``, but in single precision at least."""
+    total = jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
     for part in factor:
         if isinstance(part, Dense):
-            one = jnp.tensordot(weights, part.gradients[:, 0], axes=1)
+            gradients = wide(part.gradients[:, 0])
+            one = jnp.tensordot(weights, gradients, axes=1, precision="highest")
             if part.layout is None:
                 one = one.reshape(like.shape)
             else:
                 one = part.layout.restore(jnp.swapaxes(one, 1, 2))
         else:
-            delta = part.cotangents[:, 0]
-            delta = delta * weights.reshape(-1, *[1] * (delta.ndim - 1))
+            delta = _weighted(wide(part.cotangents[:, 0]), weights)
             if isinstance(part, Lookup):
                 table = jnp.zeros((part.n_rows, delta.shape[-1]), delta.dtype)
                 summed = table.at[part.rows].add(delta)
             else:
-                summed = _summed(part.inputs, delta)
+                summed = _summed(wide(part.inputs), delta)
             one = part.layout.restore(summed)
-        total = one if total is None else total + one
-    return jnp.zeros_like(like) if total is None else total.astype(like.dtype)
+        total = total + one.astype(total.dtype)
+    return total
+
+
+def _weighted(delta: Array, weights: Array) -> Array:
+    """Cotangents times the weight of their sample, within the range of the dtype.
+
+    A gradient of bounded length may have cotangents beyond it, if its inputs are tiny.
+    """
+    largest = jnp.finfo(delta.dtype).max
+    weighted = delta * weights.reshape(-1, *[1] * (delta.ndim - 1))
+    return jnp.clip(weighted, -largest, largest)
 
 
 def _summed(x: Array, delta: Array) -> Array:
@@ -187,11 +178,12 @@ def _summed(x: Array, delta: Array) -> Array:
     if x.shape[1:3] == (1, 1):
         # As matrices, whose product needs no copy of its transposed side.
         x, delta = (v.reshape(v.shape[0], v.shape[-1]) for v in (x, delta))
-        return lax.dot_general(x, delta, (((0,), (0,)), ((), ())))[None]
+        return lax.dot_general(x, delta, (((0,), (0,)), ((), ())), precision="highest")[None]
     if x.shape[2] == 1:
-        return jnp.einsum("ngtp,ngtq->gpq", x, delta)
+        return jnp.einsum("ngtp,ngtq->gpq", x, delta, precision="highest")
     # Many positions are summed faster this way around.
-    return jnp.swapaxes(jnp.einsum("ngtq,ngtp->gqp", delta, x), 1, 2)
+    summed = jnp.einsum("ngtq,ngtp->gqp", delta, x, precision="highest")
+    return jnp.swapaxes(summed, 1, 2)
 
 
 def kernel(rows: Factor, columns: Factor | None = None) -> Array | float:

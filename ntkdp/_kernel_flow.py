@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _memory, _mesh, _program_memory, _validate, clipping, losses
+from ntkdp import _memory, _mesh, _norms, _program_memory, _validate, clipping, losses
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import Array, Float, is_traced
 from ntkdp.clipping import ClippingRule
@@ -169,20 +169,15 @@ class KernelFlow(Flow):
 
     def _factors(self, a: Float[Array, "n K"]) -> Array:
         """Clipping factors ``(n,)`` or ``(R, n)`` for output gradients."""
-        if self.diagonal.ndim == 2:
-            squares = self.diagonal * jnp.sum(a**2, axis=1)[None]
-        else:
-            squares = jnp.einsum("nk,rnkl,nl->rn", a, self.diagonal, a)
-        norms = clipping.norms_from_squares(squares)
+        norms = _norms.through_kernel(self.diagonal, a)
         total = None
         if self.clipping.needs_total_norm:
             split = self.operator.reshape(self.operator.shape[0], len(norms), -1)
             vector = a if self.diagonal.ndim == 2 else a.reshape(-1, 1)
             images = jnp.einsum("arb,bk->rak", split, vector)
             total = clipping.norms_from_squares(jnp.einsum("rak,ak->r", images, vector))
-        if self.clipping.scope == "flat":
-            return self.clipping.factors(norms[0], None if total is None else total[0])
-        return self.clipping.factors(norms, total)
+        factors = self.clipping.by_group(norms, total)
+        return factors[0] if self.clipping.scope == "flat" else factors
 
     def through(
         self, operator: Float[Array, "rows columns"], weighted: Float[Array, "R n K"]

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _memory, _mesh, _validate, clipping, losses
+from ntkdp import _clipped_sum, _groups, _memory, _mesh, _validate, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._norms import wide
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import Measurement
 
 
@@ -202,14 +202,13 @@ class LinearisedFlow(Flow):
         total: Array | None = None
 
         def factors(norms: Array) -> Array:
-            if self.clipping.scope == "flat":
-                return self.clipping.factors(norms[0], None if total is None else total[0])[None]
-            return self.clipping.factors(norms, total)
+            return self.clipping.by_group(norms, total)
 
         samples = (displacement, params, x, targets)
         if self.clipping.needs_total_norm:
             summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
-            total = norms_of_sum(_mesh.total(self.mesh, summed), groups)
+            leaves = jax.tree.leaves(_mesh.total(self.mesh, summed))
+            total = _clipped_sum.norms_of_sum(leaves, groups)
         clipped, outputs, found = self._pass(*samples, weights, groups, factors)
         return _mesh.total(self.mesh, clipped), outputs, found
 
@@ -229,28 +228,27 @@ class LinearisedFlow(Flow):
         norm.
         """
         n = x.shape[0]
-        structure = per_sample.trace(self.apply_fn, params, x)
         leaves, treedef = jax.tree.flatten(params)
 
         def gradient(f: Array, moved: Array, y: Array) -> Array:
-            return self.loss.output_gradient((f + moved)[None], y[None])
+            return self.loss.output_gradient(f + moved, y)
 
         def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
             rows = jnp.minimum(index, n - 1)
             _, moved = self._push(params, x[rows], displacement)
-            f, gradients = per_sample.factored(
-                structure, params, x[rows], gradient, moved, targets[rows]
+            f, gradients = _clipped_sum.gradients(
+                self.apply_fn, params, x[rows], gradient, moved, targets[rows]
             )
-            gradients = [per_sample.for_norms(factor) for factor in gradients]
-            squares = grouped_squared_norms(gradients, groups, rows.shape[0])
-            factors = rule(clipping.norms_from_squares(squares))
+            factors = rule(
+                per_sample.grouped_norms(gradients, groups.leaf_to_group, groups.size, len(rows))
+            )
             # What fills up the last batch is not counted again.
             used = factors * jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
-            more = weighted_sums(gradients, used, groups, leaves)
+            more = _clipped_sum.weighted_sums(gradients, used, groups, leaves)
             sums = [total + one for total, one in zip(sums, more, strict=True)]
             return sums, (f + moved, factors)
 
-        zeros = [jnp.zeros_like(leaf) for leaf in leaves]
+        zeros = [jnp.zeros_like(wide(leaf)) for leaf in leaves]
         sums, (outputs, factors) = lax.scan(batch, zeros, _batches(n, self.batch_size))
         factors = jnp.moveaxis(factors, 1, 0).reshape(groups.size, -1)
         return (
@@ -297,9 +295,7 @@ def _batches(n: int, batch_size: int) -> Array:
 
 def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_outputs: int) -> int:
     def factors(x: Array, a: Array) -> list[per_sample.Factor]:
-        structure = per_sample.trace(apply_fn, params, x)
-        _, found = per_sample.factored(structure, params, x, lambda f, a: a[None], a)
-        return [per_sample.for_norms(factor) for factor in found]
+        return _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, a)[1]
 
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))

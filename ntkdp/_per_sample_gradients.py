@@ -20,9 +20,9 @@ from ntkdp._gradient_factors import (
     is_formed_for_norms,
     keep,
     kernel,
-    squared_norms,
     weighted_sum,
 )
+from ntkdp._gradient_norms import grouped_norms
 from ntkdp._gradient_sites import (
     Path,
     Site,
@@ -50,9 +50,9 @@ __all__ = [
     "factored",
     "factored_for_kernel",
     "for_norms",
+    "grouped_norms",
     "keep",
     "kernel",
-    "squared_norms",
     "trace",
     "weighted_sum",
 ]

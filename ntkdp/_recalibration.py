@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _validate, clipping, losses
+from ntkdp import _norms, _validate, clipping, losses
 from ntkdp._types import Array, Float, as_constant, is_traced
 
 #: Where the likelihood has lost all but this share of its curvature, it has no maximum.
@@ -401,12 +401,12 @@ def _noisy_descent(
     def step(k: Any, theta: Array) -> Array:
         gradients = jax.vmap(jax.grad(loss_of), in_axes=(None, 0, 0))(theta, logits, labels)
         gradients = gradients.reshape(len(logits), -1)
-        squares = jnp.sum(gradients**2, axis=1)
+        norms = _norms.by_sample(gradients).unscaled()
         # Scaled logits may overflow. Zero times NaN is NaN: what is dropped must be zero before it
         # is weighted.
-        usable = jnp.isfinite(squares)
+        usable = jnp.isfinite(norms)
         gradients = jnp.where(usable[:, None], gradients, 0.0)
-        factors = rule.factors(clipping.norms_from_squares(jnp.where(usable, squares, 0.0)))
+        factors = rule.factors(jnp.where(usable, norms, 0.0))
         noise = std * jax.random.normal(jax.random.fold_in(key, k), theta.shape, theta.dtype)
         clipped = (factors @ gradients).reshape(theta.shape)
         return theta - learning_rate * (clipped + noise) / len(logits)

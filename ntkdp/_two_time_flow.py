@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _memory, _mesh, _validate, clipping, losses
+from ntkdp import _memory, _mesh, _norms, _validate, losses
 from ntkdp._flow import Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
@@ -211,10 +211,8 @@ class TwoTimeFlow(eqx.Module):
     ) -> tuple[Float[Array, "T n K"], Array]:
         """Clipped output gradients by term, over the divisor of the reduction; and the factors."""
         a = self.loss.output_gradient(outputs, self.targets)
-        norms = clipping.norms_from_squares(diagonal * jnp.sum(a**2, axis=1))
-        flat = self.clipping.scope == "flat"
-        factors = self.clipping.factors(norms[0] if flat else norms)
-        weighted = jnp.atleast_2d(factors)[:, :, None] * a
+        factors = self.clipping.by_group(_norms.through_kernel(diagonal, a))
+        weighted = factors[:, :, None] * a
         return weighted / (self.n_samples if self.reduction == "mean" else 1), factors
 
     def measure(

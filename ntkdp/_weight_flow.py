@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _mesh, _validate, clipping, losses
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp import _clipped_sum, _groups, _mesh, _validate, losses
 from ntkdp._check_model import check_inputs, check_preconditioner
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.ntk import grouped_squared_norms, norms_of_sum, weighted_sums
 from ntkdp.trajectory import Measurement
 
 
@@ -139,38 +137,30 @@ class WeightFlow(Flow):
         return found
 
     def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
-        groups = self._resolve(params)
-        leaves, treedef = jax.tree.flatten(params)
-        structure = per_sample.trace(self.apply_fn, params, x)
-        outputs, gradients = per_sample.factored(
-            structure,
+        found = _clipped_sum.clipped_sum(
+            self.apply_fn,
+            self.loss,
+            self.clipping,
+            self._resolve(params),
             params,
             x,
-            lambda f, y: self.loss.output_gradient(f[None], y[None]),
             targets,
+            None,
+            lambda leaves: _mesh.total(self.mesh, leaves),
         )
-        gradients = [per_sample.for_norms(gradient) for gradient in gradients]
-        squares = grouped_squared_norms(gradients, groups, x.shape[0])
-        norms = clipping.norms_from_squares(squares)
-        total = None
-        if self.clipping.needs_total_norm:
-            summed = weighted_sums(gradients, jnp.ones_like(norms), groups, leaves)
-            total = norms_of_sum(_mesh.total(self.mesh, summed), groups)
-        if self.clipping.scope == "flat":
-            factors = self.clipping.factors(norms[0], None if total is None else total[0])[None]
-        else:
-            factors = self.clipping.factors(norms, total)
-        clipped = weighted_sums(gradients, factors, groups, leaves)
-        summed = jax.tree.unflatten(treedef, _mesh.total(self.mesh, clipped))
-        return summed, outputs, factors
+        summed = _mesh.total(self.mesh, found.leaves)
+        structure = jax.tree.structure(params)
+        return jax.tree.unflatten(structure, summed), found.outputs, found.factors
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""
         clipped, _, _ = self._clipped_sum(state)
         scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
         if self.preconditioner is None:
-            return jax.tree.map(lambda g: scale * g, clipped)
-        return jax.tree.map(lambda g, m: scale * g / m, clipped, self.preconditioner)
+            return jax.tree.map(lambda g, w: (scale * g).astype(w.dtype), clipped, state)
+        return jax.tree.map(
+            lambda g, m, w: (scale * g / m).astype(w.dtype), clipped, self.preconditioner, state
+        )
 
     def measure(self, state: Params, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at parameters."""

@@ -32,11 +32,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _validate
+from ntkdp import _norms, _validate
 from ntkdp._types import Array, Float, as_constant, is_traced
 
 Scope = Literal["flat", "layerwise"]
@@ -74,10 +75,7 @@ def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"
     >>> ntkdp.clipping.norms_from_squares(jnp.array([4.0, -1e-18])).tolist()
     [2.0, 0.0]
     """
-    is_positive = squares > 0
-    # NaN compares false, and must stay NaN.
-    safe = jnp.where(is_positive | jnp.isnan(squares), squares, 1.0)
-    return jnp.where(is_positive | jnp.isnan(squares), jnp.sqrt(safe), 0.0)
+    return _norms.from_squares(squares)
 
 
 def clip_fraction(factors: Float[Array, "*shape"]) -> Float[Array, ""]:
@@ -166,6 +164,14 @@ class ClippingRule(eqx.Module):
         else:
             s = norms
         return self._weight(s, _over_samples(self.R, s))
+
+    def by_group(
+        self, norms: Float[Array, "R n"], total_norms: Float[Array, " R"] | None = None
+    ) -> Float[Array, "R n"]:
+        """The same for either scope, with a row for each group: a single one with flat scope."""
+        if self.scope == "layerwise":
+            return self.factors(norms, total_norms)
+        return self.factors(norms[0], None if total_norms is None else total_norms[0])[None]
 
     def sensitivity(self, n_groups: int = 1) -> Any:
         r"""Largest norm of a clipped gradient: R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise.
@@ -390,8 +396,9 @@ class Custom(ClippingRule):
         smallest = float(np.min(self.R))
         with np.errstate(over="ignore"):
             norms = smallest * np.logspace(-6, 6, 1201)
-        s = _in_range(norms, jnp.result_type(float))
-        factors = self.function(s)
+        with jax.ensure_compile_time_eval():  # The rule may be made while a program is traced.
+            s = _in_range(norms, jnp.result_type(float))
+            factors = self.function(s)
         if getattr(factors, "shape", None) != s.shape:
             raise ValueError(
                 f"function must map norms of shape {s.shape} to factors of that shape, "
@@ -409,7 +416,7 @@ class Custom(ClippingRule):
     def _weight(self, s: Array, R: Array) -> Array:
         is_zero, factor = s == 0, self.function(s)
         cap = jnp.minimum(R / jnp.where(is_zero, 1.0, s), jnp.finfo(s.dtype).max)
-        # Nothing times a factor that is not finite would not be nothing.
+        # 0 * inf is NaN, so a non-finite factor at norm 0 is set to 0.
         at_zero = jnp.where(jnp.isfinite(factor), factor, 0.0)
         factor = jnp.where(is_zero, at_zero, jnp.clip(factor, -cap, cap))
         return jnp.where(jnp.isinf(s), 0.0, jnp.where(jnp.isnan(s), s, factor))

@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp import (
+    _clipped_sum,
     _groups,
     _kernel_blocks,
     _mesh,
     _program_memory,
     _validate,
-    clipping,
 )
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
@@ -317,36 +317,8 @@ def per_sample_gradient_norms(
 def _norms(
     apply_fn: ApplyFn, params: Params, x: Array, output_gradient: Array, groups: _groups.Groups
 ) -> Array:
-    structure = per_sample.trace(apply_fn, params, x)
-    _, factors = per_sample.factored(structure, params, x, lambda f, a: a[None], output_gradient)
-    factors = [per_sample.for_norms(factor) for factor in factors]
-    return clipping.norms_from_squares(grouped_squared_norms(factors, groups, x.shape[0]))
-
-
-def grouped_squared_norms(
-    factors: list[per_sample.Factor], groups: _groups.Groups, n: int
-) -> Float[Array, "groups n"]:
-    """Squared per-sample gradient norms of each group, from the factors of each leaf."""
-    squares = jnp.stack([per_sample.squared_norms(factor, n) for factor in factors])
-    return jax.ops.segment_sum(squares, np.asarray(groups.leaf_to_group), groups.size)
-
-
-def weighted_sums(
-    factors: list[per_sample.Factor], weights: Array, groups: _groups.Groups, leaves: list[Array]
-) -> list[Array]:
-    """Gradients of each leaf summed over the samples, weighted by ``(groups, n)``."""
-    return [
-        per_sample.weighted_sum(factor, weights[group], leaf)
-        for factor, group, leaf in zip(factors, groups.leaf_to_group, leaves, strict=True)
-    ]
-
-
-def norms_of_sum(gradient: Params, groups: _groups.Groups) -> Float[Array, " groups"]:
-    """Norm in each group of a gradient summed over the samples."""
-    squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)])
-    return clipping.norms_from_squares(
-        jax.ops.segment_sum(squares, np.asarray(groups.leaf_to_group), groups.size)
-    )
+    _, factors = _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, output_gradient)
+    return per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])
 
 
 def _kernel(

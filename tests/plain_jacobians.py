@@ -87,7 +87,8 @@ def check(
         structure = per_sample.trace(apply, params, x)
         factors = per_sample.factored(structure, params, x, lambda f, b: b[None], jnp.asarray(a))[1]
         factors = [per_sample.for_norms(factor) for factor in factors]
-        return [per_sample.squared_norms(factor, n) for factor in factors], [
+        norms = per_sample.grouped_norms(factors, tuple(range(len(factors))), len(factors), n)
+        return list(norms**2), [
             jnp.ravel(per_sample.weighted_sum(factor, jnp.asarray(weights), leaf))
             for factor, leaf in zip(factors, jax.tree.leaves(params), strict=True)
         ]

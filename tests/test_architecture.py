@@ -22,6 +22,8 @@ KERNELS = {
     "_per_sample_gradients",
     "_gradient_sites",
     "_gradient_factors",
+    "_gradient_norms",
+    "_clipped_sum",
     "_meetings",
     "_layout",
     "_groups",
@@ -61,6 +63,7 @@ LAYERS: dict[int, set[str]] = {
         "_program_memory",
         "_mesh",
         "_mesh_eigh",
+        "_norms",
         "_progress",
         "_look",
         "_standard_streams",
@@ -127,6 +130,7 @@ LAYERS: dict[int, set[str]] = {
         "dp_sgd",
         "_dp_run",
         "_dp_step",
+        "_plain_gradients",
         "_plan",
     },
     4: {*COMPARISON, *EXAMPLES, "claims"},
@@ -170,6 +174,7 @@ FAMILIES = (
         "_program_memory",
         "_mesh",
         "_mesh_eigh",
+        "_norms",
         "_progress",
         "_stopping",
     },
@@ -203,7 +208,7 @@ FAMILIES = (
         "_modified_flow",
         "_solve",
     },
-    {"dp_sgd", "_dp_run", "_dp_step"},
+    {"dp_sgd", "_dp_run", "_dp_step", "_plain_gradients"},
     COMPARISON,
     EXAMPLES,
     LAYERS[5],
@@ -264,6 +269,17 @@ def test_prediction_and_observation_are_strangers() -> None:
         for module in side:
             allowed = side | SHARED | LAYERS[0]
             assert _imports(module) <= allowed, f"{module} imports {_imports(module) - allowed}"
+
+
+def test_plain_gradients_share_nothing_with_the_engine() -> None:
+    """Else the agreement of such a run with a prediction would prove nothing."""
+    reached: set[str] = set()
+    frontier = {"_plain_gradients"}
+    while frontier:
+        reached |= frontier
+        frontier = set().union(*map(_imports, frontier)) - reached
+    assert reached - {"_plain_gradients"} <= {"clipping", "losses"} | LAYERS[0]
+    assert "_norms" not in _imports("_plain_gradients")
 
 
 def test_only_one_module_imports_neural_tangents() -> None:

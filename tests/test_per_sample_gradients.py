@@ -277,7 +277,7 @@ def check(case: Case) -> None:
         leaves = jax.tree.leaves(params)
         return (
             outputs,
-            [per_sample.squared_norms(factor, n) for factor in factors],
+            per_sample.grouped_norms(factors, tuple(range(len(factors))), len(factors), n) ** 2,
             [
                 per_sample.weighted_sum(factor, jnp.asarray(weights), leaf)
                 for factor, leaf in zip(factors, leaves, strict=True)
@@ -384,5 +384,4 @@ def test_float32_stays_float32() -> None:
     weights = jnp.ones(4, jnp.float32)
     for factor, leaf in zip(factors, jax.tree.leaves(params), strict=True):
         assert per_sample.weighted_sum(factor, weights, leaf).dtype == jnp.float32
-    squares = jnp.stack([per_sample.squared_norms(factor, 4) for factor in factors])
-    assert squares.dtype == jnp.float32
+    assert per_sample.grouped_norms(factors, (0, 0), 1, 4).dtype == jnp.float32

@@ -1,0 +1,99 @@
+"""Euclidean norms that neither overflow nor vanish on the way.
+
+Numbers are scaled by powers of two before they are squared, and sums are formed in single precision
+at least, whatever precision the numbers have.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp._types import Array, Float
+
+
+def wide(values: Array) -> Array:
+    """The values in single precision at least."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def power_of_two(exponent: Array, dtype: np.dtype) -> Array:
+    """``2 ** exponent`` without rounding."""
+    return jnp.ldexp(jnp.ones((), dtype), exponent)
+
+
+class Scaled(NamedTuple):
+    """Numbers ``values * 2 ** exponent``, which may lie outside the range of the dtype."""
+
+    values: Array
+    exponent: Array
+
+    def unscaled(self) -> Array:
+        """The numbers in their dtype. One that is too small for it becomes the smallest normal."""
+        tiny = jnp.finfo(self.values.dtype).tiny
+        # In two steps, because the power itself may be outside the range.
+        half = self.exponent // 2
+        found = self.values
+        for exponent in (half, self.exponent - half):
+            found = found * power_of_two(exponent, found.dtype)
+        return jnp.where((self.values > 0) & (found < tiny), tiny, found)
+
+
+def scaled(values: Array, axes: tuple[int, ...]) -> Scaled:
+    """The values over a power of two near their largest along ``axes``, which stay with length 1.
+
+    No scaled value is above 4 in size, and the largest is at least 1/2 unless all are zero.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(values)), axis=axes, keepdims=True, initial=0)
+    _, exponent = jnp.frexp(largest)
+    # The inverse of a larger power is below the smallest normal number.
+    exponent = jnp.minimum(exponent, jnp.finfo(values.dtype).maxexp - 2)
+    return Scaled(values * power_of_two(-exponent, values.dtype), exponent)
+
+
+def from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Square roots, zero for what rounding left below zero; the derivative is zero at zero."""
+    is_positive = squares > 0
+    # NaN compares false, and must stay NaN.
+    safe = jnp.where(is_positive | jnp.isnan(squares), squares, 1.0)
+    return jnp.where(is_positive | jnp.isnan(squares), jnp.sqrt(safe), 0.0)
+
+
+def by_sample(values: Float[Array, "n ..."]) -> Scaled:
+    """Norms of the values of each sample, ``(n,)``."""
+    axes = tuple(range(1, values.ndim))
+    values, exponent = scaled(wide(values), axes)
+    return Scaled(from_squares(jnp.sum(values**2, axis=axes)), exponent.reshape(-1))
+
+
+def combined(norms: list[Scaled], groups: tuple[int, ...], n_groups: int) -> Float[Array, "R n"]:
+    """Norms by group of vectors whose parts have the norms given, each part in one group."""
+    segments = np.asarray(groups)
+    exponents = jnp.stack([norm.exponent for norm in norms])
+    values = jnp.stack([norm.values for norm in norms])
+    # A part that is zero must not decide the scale of the others.
+    lowest = jnp.iinfo(exponents.dtype).min // 2
+    largest = jax.ops.segment_max(jnp.where(values == 0, lowest, exponents), segments, n_groups)
+    largest = jnp.maximum(largest, lowest)
+    below = jnp.clip(exponents - largest[segments], -jnp.finfo(values.dtype).maxexp, 0)
+    parts = jnp.where(values == 0, 0, values * power_of_two(below, values.dtype))
+    squares = jax.ops.segment_sum(parts**2, segments, n_groups)
+    return Scaled(from_squares(squares), jnp.where(largest == lowest, 0, largest)).unscaled()
+
+
+def through_kernel(
+    diagonal: Float[Array, "R n *blocks"], a: Float[Array, "n K"]
+) -> Float[Array, "R n"]:
+    r"""Norms of gradients by group, :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`.
+
+    The kernel's diagonal is ``(R, n)`` or ``(R, n, K, K)``.
+    """
+    a, exponent = scaled(a, (1,))
+    if diagonal.ndim > 2:
+        squares = jnp.einsum("nk,rnkl,nl->rn", a, diagonal, a)
+    else:
+        squares = diagonal * jnp.sum(a**2, axis=1)
+    values = from_squares(squares)
+    return Scaled(values, jnp.broadcast_to(exponent[:, 0], values.shape)).unscaled()

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments docs pins clean
+.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ lowest:  ## The core of the test suite with the lowest versions that pyproject.t
 
 faults:  ## Kill fifty runs and sweeps at random moments, and resume them (about twenty minutes)
 	NTKDP_KILLS=50 uv run pytest -n 0 -q tests/test_faults.py
+
+sensitivity:  ## Search for samples that add more to a clipped sum than they may (about half an hour)
+	uv run python tests/test_sensitivity.py
 
 verify:  ## Every claim of the theory, and Table 1 from computed evidence (about five minutes)
 	uv run ntkdp verify

@@ -308,6 +308,61 @@ def test_a_gradient_that_is_not_clipped_is_found_out(
     assert found.clopper_pearson > 1.2 * promised(sigma, q)
 
 
+# ---------------------------------------------------------------------------- cancellation
+# A sample of two large and nearly equal views, whose gradients cancel in single precision: were its
+# norm found too small, it would be clipped too little. The attacker knows both data sets and looks
+# along the sample's own part of the sum.
+
+
+def difference_of_views(params: Any, x: Any) -> Any:
+    def branch(h: Any) -> Any:
+        return jax.nn.relu(h @ params["w"]) @ params["v"]
+
+    return branch(x[:, 0]) - branch(x[:, 1])
+
+
+def steps_of_views(rule: ClippingRule, seed: int, keys: Any, sigma: float) -> list[np.ndarray]:
+    """Steps with and without the sample, ``(runs, weights)``, in the sum form at rate 1."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "w": jnp.asarray(rng.standard_normal((64, 64)) / 8, jnp.float32),
+        "v": jnp.asarray(rng.standard_normal((64, 1)) / 8, jnp.float32),
+    }
+    view, gap = rng.standard_normal((2, 64))
+    view *= 1e4 / np.linalg.norm(view)
+    gap *= 2.4 / np.linalg.norm(gap)
+    pairs = rng.standard_normal((4, 2, 64))
+    pairs[-1] = view, view + gap
+    x, y = jnp.asarray(pairs, jnp.float32), jnp.asarray(rng.standard_normal((4, 1)), jnp.float32)
+    steps = []
+    for rows in (slice(None), slice(-1)):
+        algorithm = dp_sgd.build(
+            difference_of_views, x[rows], y[rows], losses.SquaredError(), rule,
+            learning_rate=1.0, noise_multiplier=sigma, reduction="sum",
+        )  # fmt: skip
+        start = algorithm.init(params)
+        moved = jax.jit(jax.vmap(lambda key, a=algorithm, s=start: a.step(key, s)[0].params))(keys)
+        steps.append(np.concatenate([np.reshape(v, (len(keys), -1)) for v in moved.values()], 1))
+    return [found.astype(float) for found in steps]
+
+
+@pytest.mark.parametrize("rule", [Automatic(0.1), Abadi(0.1)], ids=["automatic", "abadi"])
+def test_views_that_cancel_give_no_sample_away(rule: ClippingRule) -> None:
+    sigma, trials = 20.0, 400
+    bound = privacy.epsilon(sigma, 1.0, 1, DELTA)
+    assert bound < 0.17
+    # Of the data drawn with this seed a sum over pairs of positions finds next to no norm.
+    seed = 2
+    quiet = steps_of_views(rule, seed, jax.random.split(jax.random.key(0), 1), 0.0)
+    direction = (quiet[0] - quiet[1])[0]
+    assert np.linalg.norm(direction) <= rule.sensitivity() * (1 + 1e-4)
+    direction /= np.linalg.norm(direction)
+    keys = jax.random.split(jax.random.key(1), (2, 2 * trials))
+    present = steps_of_views(rule, seed, keys[0], sigma)[0] @ direction
+    absent = steps_of_views(rule, seed, keys[1], sigma)[1] @ direction
+    assert audit(present, absent).clopper_pearson <= bound
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
 def test_with_more_runs_the_bounds_close_in(sigma: float, q: float) -> None:

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntkdp import _dp_step, _kernel_blocks, _kernel_flow, _weight_flow, claims, clipping, spectrum
+from ntkdp import (
+    _dp_step,
+    _kernel_blocks,
+    _kernel_flow,
+    _per_sample_gradients,
+    _weight_flow,
+    claims,
+    clipping,
+    spectrum,
+)
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
@@ -71,6 +80,14 @@ MUTATIONS = {
             "_clipped_sum_at_once",
             lambda out, *_: (jax.tree.map(lambda leaf: 2 * leaf, out[0]), *out[1:]),
         ),
+        "C6",
+    ),
+    "norms of the engine five per cent too large": (
+        changed(_per_sample_gradients, "grouped_norms", lambda norms, *_: 1.05 * norms),
+        "C6",
+    ),
+    "sums of the engine one per cent too large": (
+        changed(_per_sample_gradients, "weighted_sum", lambda total, *_: 1.01 * total),
         "C6",
     ),
     "mean of the weights' drift where the sum is asked for": (

@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from jax import lax
 
-from ntkdp import clipping, dp_sgd, losses
+from ntkdp import _per_sample_gradients, clipping, dp_sgd, losses
 from ntkdp.clipping import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping
 
 KEY = jax.random.key(0)
@@ -866,7 +866,7 @@ def test_bad_input(wrong: dict[str, Any], error: Any, match: str) -> None:
 SEEN_BY_USERS = """
 import warnings; warnings.simplefilter("error")
 import jax, jax.numpy as jnp, optax
-from ntkdp import clipping, dp_sgd, losses
+from ntkdp import _per_sample_gradients, clipping, dp_sgd, losses
 from ntkdp.clipping import Abadi
 
 def run(rule=Abadi(1.0), loss=losses.SquaredError(), steps=1, **options):
@@ -906,3 +906,25 @@ def test_messages_where_no_type_checker_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "all seen"
+
+
+def test_plain_gradients_run_without_the_engine(mutate: Callable[[Any, str, Any], None]) -> None:
+    """A run that is to disagree with predictions must not go through what they are made of."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("the engine was used")
+
+    for name in ("trace", "factored", "for_norms", "grouped_norms", "keep", "weighted_sum"):
+        mutate(_per_sample_gradients, name, refuse)
+    w, x, y = jnp.ones((2, 1)), jnp.ones((3, 2)), jnp.zeros((3, 1))
+
+    def run(gradients: Any) -> Any:
+        return dp_sgd.run(
+            lambda w, x: x @ w, w, x, y, SQUARED, Abadi(1.0), learning_rate=0.1, steps=2,
+            gradients=gradients, microbatch_size=2, key=KEY,
+        )  # fmt: skip
+
+    loss = run("vmap").loss
+    assert loss[-1] < loss[0]
+    with pytest.raises(AssertionError, match="the engine was used"):
+        run("structured")

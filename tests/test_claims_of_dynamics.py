@@ -12,6 +12,7 @@ from ntkdp import (
     _dp_step,
     _kernel_blocks,
     _kernel_flow,
+    _norms,
     _per_sample_gradients,
     _weight_flow,
     claims,
@@ -96,7 +97,7 @@ MUTATIONS = {
         ),
         "C6",
     ),
-    "squares taken for norms": (replaced(clipping, "norms_from_squares", lambda s: s), "C9"),
+    "squares taken for norms": (replaced(_norms, "from_squares", lambda s: s), "C9"),
     "a factor of two": (changed(clipping.Abadi, "_weight", lambda factor, *_: factor / 2), "C10"),
     "noise that does not scale with R": (changed(Algorithm, "_noise", noise_of_one_size), "C11"),
     "layers in reverse order": (

@@ -174,7 +174,13 @@ class Trajectory(eqx.Module):
         )
 
     def to_xarray(self) -> "xarray.Dataset":
-        """As a labelled :class:`xarray.Dataset` with dimensions seed, time, sample and output."""
+        """As a labelled :class:`xarray.Dataset` with dimensions seed, time, sample and output.
+
+        Raises
+        ------
+        ValueError
+            If an array has more than one axis of seeds.
+        """
         import xarray as xr
 
         data = {}
@@ -184,6 +190,8 @@ class Trajectory(eqx.Module):
                 continue
             array = np.asarray(value)
             leading = ("seed",) * (array.ndim - 1 - len(trailing))
+            if len(leading) > 1:
+                raise ValueError(f"{name} must have one seed axis at most, got shape {array.shape}")
             data[name] = ((*leading, "time", *trailing), array)
         coordinates: dict[str, Any] = {"time": np.asarray(self.times)}
         if self.steps is not None:

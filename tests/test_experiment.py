@@ -422,3 +422,58 @@ def test_single_precision_follows_double(results: experiment.Results) -> None:
     assert math.isclose(float(single.run.loss[0]), start, rel_tol=0.5)
     for name in ("infinite", "recursion"):
         assert single.predictions[name].comparison.sup_relative_error < 0.2
+
+
+def whole_case() -> dict[str, Any]:
+    """A case as a folder holds it."""
+    path = experiment._arrays(
+        ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
+    )
+    return {
+        "noise_multiplier": 0.0,
+        "weight_noise": 0.0,
+        "run": path,
+        "run_seconds": 1.0,
+        "predictions": {"recursion": {"trajectory": dict(path), "seconds": 1.0}},
+    }
+
+
+OF_CASE = _config.from_tree({"predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]})
+OTHERS: list[Any] = [
+    None, 7, "text", [], {}, ["abadi"], {"float": 1}, float("nan"), np.ones(2), np.ones((2, 3, 4)),
+    np.array([2.0, 1.0, 0.0]), np.array([0.0, np.nan, 2.0]), np.array(["a", "b", "c"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "left out"], ids=str)
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("run",),
+        ("predictions",),
+        ("predictions", "recursion"),
+        ("predictions", "recursion", "trajectory"),
+        ("run", "times"),
+        ("run", "loss"),
+        ("run", "outcome"),
+        ("run", "clip_fraction"),
+        ("predictions", "recursion", "trajectory", "times"),
+    ],
+    ids="/".join,
+)
+def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any) -> None:
+    content = whole_case()
+    assert experiment._found_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
+    part = content
+    for name in where[:-1]:
+        part = part[name]
+    if isinstance(other, str) and other == "left out":
+        del part[where[-1]]
+    else:
+        part[where[-1]] = other
+    # Values are not judged, shapes and kinds are.
+    judged = np.shape(other) != (3,) or np.asarray(other).dtype != float
+    if where[-1] in ("loss", "clip_fraction") and not judged:
+        return
+    with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
+        experiment._found_case(OF_CASE, OF_CASE.clipping[0], content)

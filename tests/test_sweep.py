@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 import ntkdp
 from ntkdp import _sweep_config, _sweep_report, cli, experiment, sweep
+from ntkdp._cell_folder import CellFolder
+from ntkdp._cell_metrics import CellMetrics
 
 RATES, NORMS = [0.3, 3.0, 30.0], [0.001, 0.01, 0.1]
 SMALL: dict[str, Any] = {
@@ -205,11 +207,17 @@ def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: P
     (cells / "00002.json").unlink()
     (cells / "00005.json").write_text('{"checksum": "nonsense", "content": {}}')
     (cells / "predicted.json").write_bytes((cells / "predicted.json").read_bytes()[:-40])
+    # Whole, with the checksum that belongs to it, and none of this program's cells.
+    on_disk = CellFolder(folder, results.config.model_dump(mode="json"), resume=True)
+    foreign = {"metrics": {"loss": 1.0}, "seconds": 1.0}
+    whole = {"checksum": on_disk._checksum("00006", foreign), "content": foreign}
+    (cells / "00006.json").write_text(json.dumps(whole))
     untouched = (cells / "00000.json").stat().st_mtime_ns
     again = sweep.run(results.config, folder, resume=True)
     assert [note.split("/")[-1].split()[0] for note in again.notes] == [
         "predicted.json",
         "00005.json",
+        "00006.json",
     ]
     _sweep_report.write(again, folder)
     found = without_seconds(folder)
@@ -236,6 +244,45 @@ def test_predict_only_trains_nothing(tmp_path: Path) -> None:
     assert {path.name for path in (out / "cells").glob("*.json")} == {"predicted.json"}
     assert CliRunner().invoke(cli.app, options).exit_code == 2
     assert CliRunner().invoke(cli.app, [*options, "--resume"]).exit_code == 0
+
+
+CELL = dict.fromkeys(CellMetrics._fields, 0.5) | {"diverged": False, "accuracy": None}
+INITIAL = CellMetrics.of_cells([CELL])
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        None,
+        7,
+        [],
+        {},
+        CELL | {"loss": None},
+        CELL | {"loss": "0.5"},
+        CELL | {"loss": True},
+        CELL | {"loss": [0.5]},
+        CELL | {"accuracy": 0.5},
+        CELL | {"diverged": 0.0},
+        CELL | {"more": 0.5},
+    ],
+)
+def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
+    good = {"metrics": CELL, "seconds": 1.0}
+    assert sweep._found_cell(INITIAL, good | {"cell": {}}) == good
+    of_all = {"metrics": [CELL, CELL], "kernel_seconds": 1.0, "prediction_seconds": 2.0}
+    assert sweep._found_prediction(INITIAL, 2, of_all) == of_all
+    errors = (LookupError, TypeError, ValueError, AttributeError)
+    for content in (good | {"metrics": metrics}, {}, good | {"seconds": None}):
+        with pytest.raises(errors):
+            sweep._found_cell(INITIAL, content)
+    for content in (
+        of_all | {"metrics": metrics},
+        of_all | {"metrics": [CELL, metrics]},
+        of_all | {"metrics": [CELL]},
+        of_all | {"kernel_seconds": []},
+    ):
+        with pytest.raises(errors):
+            sweep._found_prediction(INITIAL, 2, content)
 
 
 @pytest.mark.slow

@@ -55,7 +55,10 @@ def verify(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the run that the folder holds, and nothing else."
+        ),
     ] = False,
 ) -> None:
     """Verify the claims of the theory, and rebuild Table 1 of the paper from computed evidence.

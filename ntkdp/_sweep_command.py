@@ -24,7 +24,10 @@ def sweep(
         typer.Option("--resume", help="Continue the sweep in --out: no finished cell runs again."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the sweep that the folder holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the sweep that the folder holds, and nothing else."
+        ),
     ] = False,
     predict_only: Annotated[
         bool, typer.Option("--predict-only", help="Train no cell: seconds in place of minutes.")

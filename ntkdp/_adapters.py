@@ -1,5 +1,6 @@
 """Models from equinox modules, flax modules and plain functions."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,6 +119,11 @@ def from_flax(
         from flax import linen
     except ImportError as error:
         raise ImportError('from_flax needs flax: pip install "ntkdp[flax]"') from error
+    if isinstance(module, type) and issubclass(module, linen.Module):
+        raise TypeError(
+            f"module must be a flax module, got the class {module.__name__}: make an instance, "
+            f"{module.__name__}(...)"
+        )
     if isinstance(module, linen.Module):
         return _from_linen(module, state or {}, call_arguments)
     if state is not None:
@@ -134,6 +140,14 @@ _COUPLED = (
 def _builder(module: Any, kind: type, article: str) -> Callable[[PRNGKeyArray], Any]:
     """``key -> module``, whether ``module`` is one or makes one."""
 
+    is_class = isinstance(module, type) and issubclass(module, kind)
+    if is_class and not _takes_a_key(module):
+        raise TypeError(
+            f"module must be {article} module or a function from a key to one, got the class "
+            f"{module.__name__}: make an instance, or a function, "
+            f"lambda key: {module.__name__}(...)"
+        )
+
     def build(key: PRNGKeyArray) -> Any:
         made = module if isinstance(module, kind) or not callable(module) else module(key)
         if not isinstance(made, kind):
@@ -143,6 +157,17 @@ def _builder(module: Any, kind: type, article: str) -> Callable[[PRNGKeyArray], 
         return made
 
     return build
+
+
+def _takes_a_key(kind: type) -> bool:
+    """Whether a class makes an instance from a key, and nothing else, under that name."""
+    required = [
+        name
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+    ]
+    return required == ["key"]
 
 
 def _refuse_coupled_equinox(module: eqx.Module) -> None:

@@ -203,21 +203,26 @@ def _windows(x: Array, eqn: Any) -> Array:
 def _lookup(eqn: Any) -> Meeting | None:
     numbers = eqn.params["dimension_numbers"]
     table_shape = eqn.invars[0].aval.shape
-    if numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
-        return None
-    (axis,) = numbers.start_index_map
-    others = [d for d in range(len(table_shape)) if d != axis]
     sizes = eqn.params["slice_sizes"]
-    if tuple(numbers.collapsed_slice_dims) != (axis,) or any(
-        sizes[d] != table_shape[d] for d in others
-    ):
+    cut = [d for d in numbers.start_index_map if sizes[d] != table_shape[d]] or [
+        d for d in numbers.start_index_map if d in numbers.collapsed_slice_dims
+    ]
+    if numbers.operand_batching_dims or len(cut) != 1 or sizes[cut[0]] != 1:
         return None
+    (axis,) = cut
+    column = tuple(numbers.start_index_map).index(axis)
+    others = [d for d in range(len(table_shape)) if d != axis]
+    if any(sizes[d] != table_shape[d] for d in others):
+        return None
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and len(numbers.start_index_map) > 1:
+        return None  # whether a whole row is filled depends on where it starts
     mode, last = eqn.params["mode"], table_shape[axis] - 1
     width = math.prod(table_shape[d] for d in others)
     offsets = list(numbers.offset_dims)
 
     def read_input(index: Array) -> Array:
-        rows = index.reshape(index.shape[0], -1)
+        rows = index[..., column].reshape(index.shape[0], -1)
         if jnp.issubdtype(rows.dtype, jnp.unsignedinteger):
             rows = jnp.minimum(rows, min(last + 1, jnp.iinfo(rows.dtype).max))
         rows = rows.astype(jnp.promote_types(rows.dtype, jnp.int32))

@@ -172,6 +172,11 @@ class SoftmaxCrossEntropy(Loss):
                 "for one output use Logistic"
             )
         targets = _validate.array(**{name: targets})
+        if targets.shape == (n_samples, 1):
+            raise ValueError(
+                f"{name} must be labels of shape ({n_samples},), got {targets.shape}; "
+                f"pass {name}[:, 0]"
+            )
         if targets.ndim == 2:
             return self._check_soft(targets, n_samples, n_outputs, name)
         if targets.shape != (n_samples,):
@@ -191,7 +196,8 @@ class SoftmaxCrossEntropy(Loss):
         return targets
 
     def n_outputs(self, targets: Array) -> int | None:
-        return None if targets.ndim == 1 else _columns(targets)
+        # One column is no distribution but labels that lie wrongly, which `check` says.
+        return None if _columns(targets) == 1 else _columns(targets)
 
     @staticmethod
     def _check_soft(targets: Array, n_samples: int, n_outputs: int, name: str) -> Array:

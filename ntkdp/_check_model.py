@@ -1,13 +1,40 @@
 """Checks of a model against its inputs: shapes, finiteness, independence of the samples."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 from ntkdp import _validate
+from ntkdp._batch_axis import trouble_with
+from ntkdp._batch_probes import (
+    changes_with_batch,
+    changes_with_place,
+    changes_with_size,
+    rounding_in,
+)
+from ntkdp._same_program import same_program
 from ntkdp._types import ApplyFn, Array, Params, is_traced
+
+
+class _Reading(NamedTuple):
+    """What a model's program says: its outputs, and what must be tried with numbers.
+
+    ``doubt`` is where the samples of a batch may meet, None if they certainly do not. Then
+    ``counts`` says that it may still matter how many they are.
+    """
+
+    outputs: jax.ShapeDtypeStruct
+    doubt: str | None
+    counts: bool
+    rounding: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether there is nothing to try."""
+        return self.doubt is None and not self.counts
 
 
 def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> Array:
@@ -18,12 +45,17 @@ def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> 
 def check_model(
     apply_fn: ApplyFn, params: Params, x: Any, name: str = "x"
 ) -> tuple[Array, jax.ShapeDtypeStruct]:
-    """The same, and what the outputs look like, ``(n, K)``."""
+    """The same, and what the outputs look like, ``(n, K)``.
+
+    That the samples are independent is read from the program, whatever the data. Where it cannot be
+    read, it is tried with numbers; inside a JAX transformation, when these are there.
+    """
     x = _validate.array(**{name: x})
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function (params, x) -> (n, K), got {apply_fn!r}")
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
+    _validate.parameters(params=params)
     if not is_traced((params, x)):
         known = _pass_at_once(apply_fn, params, x)
         if known is not None:
@@ -31,24 +63,12 @@ def check_model(
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = _validate.finite(**{name: x})
     _validate.finite(params=params)
-    try:
-        outputs = jax.eval_shape(apply_fn, params, x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"apply_fn(params, {name}) fails for {name} of shape {x.shape}: {error}"
-        ) from error
-    shape = getattr(outputs, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != x.shape[0]:
-        raise ValueError(
-            f"apply_fn(params, {name}) must have shape (n, K) with n = {x.shape[0]}, got {shape}"
-        )
-    if not jnp.issubdtype(outputs.dtype, jnp.floating):
-        raise TypeError(
-            f"apply_fn(params, {name}) must be floating-point outputs, got {outputs.dtype}"
-        )
-    if x.shape[0] > 1 and not is_traced((params, x)):
-        _check_independent(apply_fn, params, x[:2])
-    return x, outputs
+    reading = _read(apply_fn, params, x, name)
+    if not is_traced((params, x)):
+        _check_finite(apply_fn, params, x)
+    if not reading.is_clear:
+        x = _try(apply_fn, params, x, reading)
+    return x, reading.outputs
 
 
 def _pass_at_once(apply_fn: ApplyFn, params: Params, x: Array) -> jax.ShapeDtypeStruct | None:
@@ -69,45 +89,113 @@ def _pass_at_once(apply_fn: ApplyFn, params: Params, x: Array) -> jax.ShapeDtype
 
 @eqx.filter_jit
 def _all_well(apply_fn: ApplyFn, params: Params, x: Array) -> tuple[Array, Array]:
+    reading = _read(apply_fn, params, x, "x")
+    outputs = apply_fn(params, x[:2])
     well = jnp.array(True)
-    for values in (*jax.tree.leaves(params), x):
+    for values in (*jax.tree.leaves(params), x, outputs):
         if jnp.issubdtype(values.dtype, jnp.floating):
             well &= jnp.all(jnp.isfinite(values))
-    together, alone = apply_fn(params, x[:2]), apply_fn(params, x[:1])
-    if together.ndim != 2 or together.shape[0] != x[:2].shape[0]:
-        raise ValueError("not (n, K)")
-    if not jnp.issubdtype(together.dtype, jnp.floating):
-        raise TypeError("not floating-point")
-    well &= _differ(together, alone) <= _tolerance(params)
-    return well, together
+    if not reading.is_clear:
+        well &= ~_changes(apply_fn, params, x, reading)
+    return well, outputs
 
 
-def _differ(together: Array, alone: Array) -> Array:
-    """How far the first sample's outputs move when it has company, relative to the outputs."""
-    scale = jnp.max(jnp.abs(together)) + jnp.finfo(together.dtype).tiny
-    return jnp.max(jnp.abs(together[:1] - alone)) / scale
+def _read(apply_fn: ApplyFn, params: Params, x: Array, name: str) -> _Reading:
+    """Trace the model for the batch and for one sample, and compare and follow the programs."""
+    n = max(x.shape[0], 2)
+    many, outputs = _trace(apply_fn, params, x, n, name)
+    _check_outputs(outputs, n, name)
+    try:
+        one, alone = _trace(apply_fn, params, x, 1, name)
+        _check_outputs(alone, 1, name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"apply_fn must take batches of any size: it takes {n} samples, but for one it fails. "
+            f"Write x.shape[0] where it says {n}, if it does. ({error})"
+        ) from error
+    doubt = trouble_with(many, n, len(many.jaxpr.invars) - 1)
+    counts = doubt is None and not same_program(many, one, n)
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs.shape[1]), outputs.dtype)
+    return _Reading(shape, doubt, counts, rounding_in(many))
 
 
-def _tolerance(params: Params) -> float:
-    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
+def _changes(apply_fn: ApplyFn, params: Params, x: Array, reading: _Reading) -> Array:
+    """Whether what a sample gives changes with its batch, tried with numbers."""
+    changes = changes_with_size if reading.doubt is None else changes_with_batch
+    return changes(apply_fn, params, x, reading.rounding)
 
 
-def _check_independent(apply_fn: ApplyFn, params: Params, pair: Array) -> None:
-    together, alone = apply_fn(params, pair), apply_fn(params, pair[:1])
-    if is_traced((together, alone)):
-        return  # constants of a program that is being traced have no values yet
-    if not jnp.all(jnp.isfinite(together)):
+def _trace(
+    apply_fn: ApplyFn, params: Params, x: Array, n: int, name: str
+) -> tuple[jex.ClosedJaxpr, Any]:
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    try:
+        traced = jax.make_jaxpr(apply_fn, return_shape=True)(jax.tree.map(shape_of, params), batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"apply_fn(params, {name}) fails for {name} of shape {batch.shape}: {error}"
+        ) from error
+    jaxpr, outputs = traced
+    return jaxpr, outputs
+
+
+def _check_outputs(outputs: Any, n: int, name: str) -> None:
+    shape = getattr(outputs, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != n:
+        raise ValueError(
+            f"apply_fn(params, {name}) must have shape (n, K) with n = {n}, got {shape}"
+        )
+    if shape[1] == 0:
+        raise ValueError(f"apply_fn(params, {name}) must have K >= 1 outputs, got shape {shape}")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise TypeError(
+            f"apply_fn(params, {name}) must be floating-point outputs, got {outputs.dtype}"
+        )
+
+
+def _check_finite(apply_fn: ApplyFn, params: Params, x: Array) -> None:
+    outputs = apply_fn(params, x[:2])
+    # Constants of a program that is being traced have no values yet.
+    if not is_traced(outputs) and not jnp.all(jnp.isfinite(outputs)):
         raise ValueError(
             "apply_fn(params, x) must be finite, got NaN or infinity; the model overflows, or "
             "divides by zero, at these parameters"
         )
-    # Written so that NaN, as of a normalised batch of one, does not pass.
-    if not _differ(together, alone) <= _tolerance(params):
+
+
+_COUPLED = (
+    "apply_fn couples the samples of a batch (batch normalisation in training mode?): the output "
+    "or gradient of a sample changes with its neighbours"
+)
+_PLACED = (
+    "apply_fn treats the samples of a batch by their place in it (dropout or noise with a fixed "
+    "key, a table of one row a sample?): equal samples have different outputs"
+)
+_WAY_OUT = (
+    "A sample then has no gradient of its own. Use running statistics, or layer or group "
+    "normalisation; make what differs from sample to sample part of x"
+)
+
+
+def _try(apply_fn: ApplyFn, params: Params, x: Array, reading: _Reading) -> Array:
+    """``x``, or an error if a sample's outputs change with its batch."""
+    bad = eqx.filter_jit(_changes)(apply_fn, params, x, reading)
+    where = "" if reading.doubt is None else f", at {reading.doubt}"
+    if is_traced(bad):
+        message = f"{_COUPLED}, or with its place among them{where}. {_WAY_OUT}"
+        return eqx.error_if(x, bad, message)
+    if not bad:
+        return x
+    if reading.doubt is None:
         raise ValueError(
-            "apply_fn couples the samples of a batch (batch normalisation in training mode?): the "
-            "output of a sample changes with its neighbours, so it has no per-sample gradient; "
-            "use running statistics, or layer or group normalisation"
+            f"apply_fn gives a sample other outputs among {max(x.shape[0], 2)} than alone: it "
+            f"couples the samples of a batch by their number. {_WAY_OUT}"
         )
+    placed = bool(changes_with_place(apply_fn, params, x, reading.rounding))
+    raise ValueError(f"{_PLACED if placed else _COUPLED}{where}. {_WAY_OUT}")
 
 
 def check_preconditioner(params: Params, preconditioner: Params) -> Params:

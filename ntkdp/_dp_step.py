@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, losses
+from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, _validate, losses
 from ntkdp._check_model import check_inputs
 from ntkdp._norms import wide
 from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
@@ -77,7 +77,9 @@ class Algorithm(eqx.Module):
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""
-        params = _mesh.everywhere(self.mesh, jax.tree.map(jnp.asarray, params))
+        params = _mesh.everywhere(
+            self.mesh, jax.tree.map(jnp.asarray, _validate.parameters(params=params))
+        )
         self._check(params)
         return self.start(params)
 

@@ -126,7 +126,7 @@ def _evaluate(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> li
         return interpret(getattr(inner, "jaxpr", inner), consts, values, visitor, path)
     if viewed and name == "scan" and 1 <= eqn.params["length"] <= _LONGEST_UNROLLED:
         return _unroll(eqn, values, visitor, path)
-    arrays = _bind(eqn, [value.array for value in values])
+    arrays = bind(eqn, [value.array for value in values])
     if not viewed:
         return [_constant_or_data(eqn, values, array) for array in arrays]
     if len(viewed) == 1:
@@ -151,7 +151,8 @@ def _evaluate(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> li
     return [Value(array) for array in arrays]
 
 
-def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+    """What an equation makes of arrays."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     out = eqn.primitive.bind(*functions, *arrays, **params)
@@ -268,6 +269,9 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
         (out,) = interpret(jaxpr.jaxpr, jaxpr.consts, args, Visitor(meet, loosen))
         if out.view is not None:
             loosen(out.view.leaf, "returned")
+        for leaf, shape in enumerate(shapes):
+            if 0 in shape.shape:
+                loosen(leaf, "empty")
         return out.array
 
     output = jax.eval_shape(discover, shapes, sample)

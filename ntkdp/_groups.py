@@ -4,7 +4,6 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ntkdp import _validate
 from ntkdp._types import Params
@@ -90,16 +89,7 @@ def resolve(params: Params, groups: GroupSpec = None) -> Groups:
     TypeError
         If a leaf is not a real floating-point array, or a label is not hashable.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params must hold at least one array, got an empty pytree")
-    for path, leaf in leaves:
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be a floating-point array, got {kind}; "
-                "close over what is not trained"
-            )
+    leaves = jax.tree_util.tree_leaves_with_path(_validate.parameters(params=params))
     if groups is None:
         labels: list[Hashable] = list(_default_labels(params))
     elif callable(groups) and jax.tree_util.all_leaves([groups]):

@@ -110,7 +110,7 @@ class LinearisedFlow(Flow):
     ) -> None:
         self.apply_fn = apply_fn
         self.mesh = mesh = _mesh.as_mesh(mesh)
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.tree.map(jnp.asarray, _validate.parameters(params=params))
         self.params = _mesh.everywhere(mesh, params)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
@@ -146,7 +146,9 @@ class LinearisedFlow(Flow):
                 f"initial must have the structure of params, {expected}, got {given}; "
                 "start from params itself to predict the network as it is"
             )
-        initial = _validate.finite(initial=jax.tree.map(jnp.asarray, initial))
+        initial = _validate.finite(
+            initial=jax.tree.map(jnp.asarray, _validate.parameters(initial=initial))
+        )
         for (path, leaf), start in zip(
             jax.tree_util.tree_leaves_with_path(self.params), jax.tree.leaves(initial), strict=True
         ):

@@ -163,6 +163,35 @@ def finite(**named: Any) -> Any:
     return value
 
 
+def parameters(**named: Any) -> Any:
+    """A pytree of real floating-point arrays, at least one; says which leaf is none."""
+    name, value = _single(named)
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one array, got an empty pytree")
+    for path, leaf in leaves:
+        if isinstance(leaf, float):
+            continue
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            continue
+        found = type(leaf).__name__ if dtype is None else dtype
+        where = name + jax.tree_util.keystr(path)
+        raise TypeError(
+            f"{where} must be a floating-point array, got {found}; {_way_out_of(dtype)}"
+        )
+    return value
+
+
+def _way_out_of(dtype: Any) -> str:
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        return "pass its real and imaginary parts as two arrays"
+    return (
+        "close over what is not trained: trained, rest = equinox.partition(params, "
+        "equinox.is_inexact_array), then equinox.combine(trained, rest) inside apply_fn"
+    )
+
+
 def increasing(**named: Any) -> Any:
     """A one-dimensional array of at least two finite numbers, each above the one before."""
     name, value = _single(named)

@@ -112,6 +112,7 @@ class WeightFlow(Flow):
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters."""
+        initial = _validate.parameters(initial=initial)
         params = _mesh.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
         self.clipping.check_groups(self._resolve(params).size)
         x = check_inputs(self.apply_fn, params, self.x)

@@ -244,6 +244,7 @@ def preconditioned_ntk(
     >>> ntkdp.ntk.preconditioned_ntk(lambda w, x: x @ w, w, jnp.full((2, 1), 4.0), x).item()
     1.25
     """
+    params = _validate.parameters(params=params)
     roots = jax.tree.map(jnp.sqrt, check_preconditioner(params, preconditioner))
     rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
     coordinates = jax.tree.map(jnp.multiply, params, roots)

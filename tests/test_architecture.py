@@ -28,6 +28,10 @@ KERNELS = {
     "_layout",
     "_groups",
     "_check_model",
+    "_batch_axis",
+    "_batch_axis_rules",
+    "_batch_probes",
+    "_same_program",
 }
 
 EXAMPLES = {

@@ -117,7 +117,10 @@ def test_empty_parameters(empty: Any) -> None:
     [
         (jnp.ones(2, int), "int64"),
         (jnp.ones(2, complex), "complex128"),
-        (1.0, "float"),
+        (1, "int"),
+        (jnp.ones(2, bool), "bool"),
+        (jax.random.key(0), "key<fry>"),
+        (jnp.tanh, "PjitFunction"),
         ("a", "str"),
     ],
 )

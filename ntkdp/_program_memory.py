@@ -54,11 +54,38 @@ def call(
     """
     _memory.require(results * n_runs, what, ways_out)
     if n_runs * (bytes_of(args) + results + work) >= _SMALL and not is_traced(args):
-        planned = program.lower(*args).compile().compiled.memory_analysis()
-        if planned is not None:
-            of_device = planned.temp_size_in_bytes + planned.output_size_in_bytes
-            _memory.require(of_device * _devices_that_share(args), what, ways_out)
+        planned = _planned_bytes(program, args)
+        _memory.require(planned * _devices_that_share(args), what, ways_out)
     return program(*args)
+
+
+def _planned_bytes(program: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of results and of temporary arrays; zero if the platform does not say."""
+    signature = _signature(program, args)
+    if signature not in _PLANNED:
+        planned = program.lower(*args).compile().compiled.memory_analysis()
+        found = 0 if planned is None else planned.temp_size_in_bytes + planned.output_size_in_bytes
+        if signature is None:
+            return int(found)
+        _PLANNED[signature] = int(found)
+    return _PLANNED[signature]
+
+
+#: Plans by what programs were called with: to look at one again would take milliseconds.
+_PLANNED: dict[int | None, int] = {}
+
+
+def _signature(program: Any, args: tuple[Any, ...]) -> int | None:
+    """Equal for calls of one compiled program; None if an argument cannot be hashed."""
+    leaves, structure = jax.tree.flatten(args)
+    looks = [
+        (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+        for leaf in leaves
+    ]
+    try:
+        return hash((program, structure, tuple(looks)))
+    except TypeError:
+        return None
 
 
 def _devices_that_share(args: Any) -> int:

@@ -8,7 +8,9 @@ one half.
 
 Bin edges are closed above, ``(lo, hi]``; the first bin also holds its lower edge, hence confidence
 0. Everything measured works under ``jit``, ``vmap`` and, almost everywhere, ``grad`` with a fixed
-number of bins. Of arrays known before the program runs the values are checked too.
+number of bins. A probability that is outside [0, 1] by rounding alone counts as 0 or 1. One that is
+further outside raises if the array is known before the program runs; inside ``jit`` it makes the
+result NaN. Probabilities in half precision are measured in float32.
 """
 
 from collections.abc import Callable
@@ -393,6 +395,8 @@ def _checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
     probs = _validate.finite(probs=probs)
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         probs = probs.astype(jnp.result_type(float))
+    rounding = _rounding(float(jnp.finfo(probs.dtype).eps))
+    probs = probs.astype(jnp.promote_types(probs.dtype, jnp.float32))
     if probs.ndim not in (1, 2) or probs.size == 0:
         raise ValueError(
             f"probs must have shape (n, K), or (n,) or (n, 1) of P(y = 1), got {probs.shape}"
@@ -407,7 +411,6 @@ def _checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
             f"labels must be integers, got dtype {labels.dtype}; convert with labels.astype(int)"
         )
     columns = 1 if probs.ndim == 1 else probs.shape[1]
-    rounding = 100 * float(jnp.finfo(probs.dtype).eps)
     if not is_traced(probs):
         values = np.asarray(probs, np.float64)
         if values.min() < -rounding or values.max() > 1 + rounding:
@@ -428,10 +431,22 @@ def _checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
                 f"labels must be classes in 0..{n_classes - 1}, "
                 f"got values from {classes.min()} to {classes.max()}"
             )
+    probs = _within_unit_interval(probs, rounding)
     if columns == 1:
         of_one = probs.reshape(-1)
         probs = jnp.stack([1 - of_one, of_one], axis=1)
     return probs, labels.astype(jnp.int32)
+
+
+def _rounding(eps: float) -> float:
+    """How far a probability may be off: 100 eps, of half precision only 4, which is much."""
+    return max(4 * eps, min(100 * eps, 1e-3))
+
+
+def _within_unit_interval(probs: Array, rounding: float) -> Array:
+    """Values outside [0, 1] by rounding moved to its ends, those further outside made NaN."""
+    near = jnp.where(probs < 0, 0.0, jnp.where(probs > 1, 1.0, probs)).astype(probs.dtype)
+    return jnp.where((probs < -rounding) | (probs > 1 + rounding), jnp.nan, near)
 
 
 def _checked_binning(n_bins: Any, binning: Any) -> tuple[int, Binning]:

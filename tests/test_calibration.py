@@ -111,6 +111,65 @@ def test_edges_belong_below_and_empty_bins_are_not_a_number() -> None:
     assert bins.confidence.tolist()[3] == 1.0
 
 
+METRICS = (
+    expected_calibration_error,
+    maximum_calibration_error,
+    calibration.classwise_calibration_error,
+    calibration.brier_score,
+    calibration.negative_log_likelihood,
+    lambda probs, labels: reliability_bins(probs, labels, 3),
+    lambda probs, labels: reliability_bins(probs, labels, 3, binning="mass"),
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("labels", [[0, 1], [1, 0]])
+def test_a_probability_past_its_end_by_rounding_counts_as_the_end(
+    dtype: Any, labels: list[int]
+) -> None:
+    past = 2 * float(jnp.finfo(dtype).eps)
+    exact, shifted = jnp.array([1, 0], dtype), jnp.array([1 + past, -past], dtype)
+    assert bool(jnp.all(shifted != exact))
+    for metric in METRICS:
+        expected = metric(exact, np.array(labels))
+        for probs in (shifted, shifted[:, None], jnp.stack([1 - shifted, shifted], axis=1)):
+            for compute in (metric, jax.jit(metric)):
+                found = compute(probs, np.array(labels))
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_the_likelihood_of_an_impossible_label_is_infinite_however_it_is_rounded() -> None:
+    above = np.nextafter(np.float32(1), np.float32(2))
+    for probs in ([above], [[-1e-8, 1.0]], [[0.0, 1.0]], [[-1e-6, 0.5, 0.500001]]):
+        found = calibration.negative_log_likelihood(np.array(probs, np.float32), np.array([0]))
+        assert float(found) == np.inf
+
+
+def test_probabilities_keep_their_derivative_at_zero_and_one() -> None:
+    slope = jax.grad(lambda p: calibration.brier_score(p, np.array([1, 0])))
+    np.testing.assert_allclose(slope(np.array([1.0, 0.0])), [0.0, 0.0], atol=1e-15)
+    np.testing.assert_allclose(slope(np.array([0.0, 1.0])), [-1.0, 1.0], rtol=1e-15)
+
+
+def test_logits_under_jit_are_no_probabilities() -> None:
+    for metric in METRICS[:5]:
+        assert np.isnan(jax.jit(metric)(jnp.array([1.7, 0.2]), jnp.array([1, 0])))
+    with pytest.raises(ValueError, match="probs must lie in"):
+        calibration.brier_score(jnp.array([1.7, 0.2], jnp.bfloat16), np.array([1, 0]))
+    with pytest.raises(ValueError, match="must sum to 1"):
+        calibration.brier_score(jnp.array([[0.6, 0.6]], jnp.float16), np.array([1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_measured_in_single(dtype: Any) -> None:
+    probs, labels = random_case(np.random.default_rng(5), 5000, 2)
+    half = jnp.asarray(probs[:, 1], dtype)
+    for metric in METRICS[:5]:
+        found, expected = metric(half, labels), metric(np.asarray(half, np.float64), labels)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_a_probability_of_zero_is_in_the_first_bin() -> None:
     """One class has probability 0 throughout and never comes true, the other always does."""
     probs, labels = np.array([[0.0, 1.0]] * 3), np.ones(3, int)

@@ -3,38 +3,32 @@
 A gzipped IDX or CSV file is recognised by its content, whatever its suffix.
 """
 
-import csv
-import io
 import math
 import os
-import warnings
 import zipfile
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Unpack
 
 import numpy as np
 
-from ntkdp._dataset import Dataset, Split, build, from_arrays
+from ntkdp._dataset import Dataset, Split, from_arrays
 from ntkdp._file_content import existing_file, read_bytes, require_room
+from ntkdp._number_notation import notations
+from ntkdp._tables import MISSING_POLICIES, from_table, in_numbers, read_csv, select_columns
 from ntkdp._validate import choice, did_you_mean
 
 #: The third byte of an IDX file; the data follow in big-endian order.
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 #: More axes than this are no images.
 _MAX_RANK = 8
-_DELIMITERS = (",", ";", "\t", "|")
-_MAX_CATEGORIES = 100
-MISSING_POLICIES = ("error", "drop", "mean")
 
 
-class Table(NamedTuple):
-    """A table as numbers: NaN in ``x`` marks a missing value."""
-
-    x: np.ndarray
-    y: np.ndarray
-    feature_names: tuple[str, ...]
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -123,166 +117,6 @@ def _unpacked_size(path: str | os.PathLike[str], names: Sequence[str]) -> int:
         return 0
 
 
-def _sniff_delimiter(text: str) -> str:
-    """The delimiter that splits the first line into most fields."""
-    fields = {d: len(next(csv.reader(io.StringIO(text), delimiter=d), [])) for d in _DELIMITERS}
-    return max(_DELIMITERS, key=fields.__getitem__)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def read_csv(path: str | os.PathLike[str], delimiter: str | None) -> Any:
-    """The table of a CSV file whose first line names the columns, as a pandas data frame.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is empty, is not UTF-8 text, has no header line, or has rows of unequal length.
-    """
-    import pandas as pd  # on first use: it takes longer to import than this whole package
-
-    if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1):
-        raise ValueError(f"delimiter must be a single character or None, got {delimiter!r}")
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{str(path)!r} is empty")
-    try:
-        separator = _sniff_delimiter(text) if delimiter is None else delimiter
-        with warnings.catch_warnings():
-            # With index_col=False pandas only warns when it cuts rows that are too long.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(
-                io.StringIO(text),
-                sep=separator,
-                index_col=False,
-                na_values=["?"],
-                low_memory=False,
-                skipinitialspace=True,
-            )
-    except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} is not a table: {error}") from error
-    if frame.shape[1] < 2:
-        raise ValueError(
-            f"{str(path)!r} has one column, {frame.columns[0]!r}, when split at {separator!r}; "
-            "pass delimiter="
-        )
-    if all(_is_number(name) for name in frame.columns):
-        raise ValueError(
-            f"the first line of {str(path)!r} must name the columns, got {list(frame.columns)!r}"
-        )
-    return frame
-
-
-def _counts(pairs: dict[str, int], shown: int = 5) -> str:
-    text = ", ".join(f"{name!r} ({number})" for name, number in list(pairs.items())[:shown])
-    return text if len(pairs) <= shown else f"{text} and {len(pairs) - shown} more"
-
-
-def _as_numbers(column: Any) -> Any:
-    """A column of numbers that pandas holds as objects, as truth values with gaps, as numbers."""
-    present = column.dropna()
-    is_number = column.dtype == object and all(isinstance(value, Real) for value in present)
-    return column.astype(np.float64) if is_number and len(present) else column
-
-
-def _one_hot(column: Any, name: str) -> tuple[np.ndarray, list[str]]:
-    import pandas as pd
-
-    present = column.dropna()
-    numeric = pd.to_numeric(present, errors="coerce") if present.dtype != "category" else None
-    if numeric is not None and 2 * int(numeric.notna().sum()) > len(present):
-        others = sorted({str(value) for value in present[numeric.isna()]})[:3]
-        raise ValueError(
-            f"column {name!r} holds numbers mixed with text such as "
-            f"{', '.join(map(repr, others))}; mend the entries, or leave it out with features="
-        )
-    categories = sorted({str(value) for value in present})
-    if len(categories) > _MAX_CATEGORIES:
-        raise ValueError(
-            f"column {name!r} is text with {len(categories)} distinct values, more than the "
-            f"{_MAX_CATEGORIES} that are made one-hot; leave it out with features="
-        )
-    texts = column.astype(object).map(str, na_action="ignore").to_numpy()
-    hot = np.equal.outer(texts, np.asarray(categories, dtype=object)).astype(np.float64)
-    hot[column.isna().to_numpy()] = np.nan
-    return hot, [f"{name}={category}" for category in categories]
-
-
-def encode_table(features: Any, target: Any, *, source: str, missing: str) -> Table:
-    """Numbers from a pandas frame of features and a series of targets.
-
-    Text and categorical columns become one column of zeros and ones per category, named
-    ``"column=category"``. With ``missing="mean"`` their gaps stay NaN for the caller to fill.
-
-    Raises
-    ------
-    ValueError
-        If values are missing and ``missing`` does not allow it, or a column is not to be encoded.
-    """
-    import pandas as pd
-
-    choice(MISSING_POLICIES, missing=missing)
-    gaps = features.assign(**{str(target.name): target}).isna()
-    incomplete = gaps.any(axis=1) if missing != "mean" else target.isna()
-    if incomplete.any() and missing != "drop":
-        columns = {str(k): int(v) for k, v in gaps.sum().items() if v}
-        if missing == "mean":
-            columns = {str(target.name): int(incomplete.sum())}
-        ways = "missing='drop'" + (" or missing='mean'" if missing == "error" else "")
-        raise ValueError(
-            f"{source} lacks values in {int(incomplete.sum())} of {len(features)} rows, in columns "
-            f"{_counts(columns)}, and missing={missing!r}; pass {ways}"
-        )
-    if missing == "drop":
-        features, target = features[~incomplete], target[~incomplete]
-    blocks, names = [], []
-    for name in features.columns:
-        column = _as_numbers(features[name])
-        if pd.api.types.is_numeric_dtype(column.dtype):
-            blocks.append(column.to_numpy(dtype=np.float64, na_value=np.nan)[:, None])
-            names.append(str(name))
-        else:
-            block, block_names = _one_hot(column, str(name))
-            blocks.append(block)
-            names.extend(block_names)
-    if not blocks:
-        raise ValueError(f"{source} has no feature column beside the target {target.name!r}")
-    return Table(np.concatenate(blocks, axis=1), _target_values(target), tuple(names))
-
-
-def _target_values(target: Any) -> np.ndarray:
-    import pandas as pd
-
-    if pd.api.types.is_numeric_dtype(target.dtype):
-        return target.to_numpy()
-    return np.asarray([str(value) for value in target], dtype=str)
-
-
-def select_columns(
-    frame: Any, target: str, features: Sequence[str] | None, source: str
-) -> tuple[Any, Any]:
-    """The feature columns (all but the target, or those named) and the target column."""
-    names = [str(name) for name in frame.columns]
-    for name in (target, *(features or ())):
-        if name not in names:
-            raise ValueError(f"{source} has no column {name!r}{did_you_mean(str(name), names)}")
-    if features is not None and target in features:
-        raise ValueError(f"features must not name the target column {target!r}, got {features!r}")
-    chosen = list(features) if features is not None else [n for n in names if n != target]
-    return frame[chosen], frame[target]
-
-
 def from_idx(
     images_path: str | os.PathLike[str],
     labels_path: str | os.PathLike[str],
@@ -365,6 +199,9 @@ def from_csv(
     features: Sequence[str] | None = None,
     task: str | None = None,
     delimiter: str | None = None,
+    decimal: str | None = None,
+    thousands: str | None = None,
+    categorical: Sequence[str] = (),
     missing: str = "error",
     **split: Unpack[Split],
 ) -> Dataset:
@@ -372,6 +209,12 @@ def from_csv(
 
     A text column becomes one column of zeros and ones per category. By default each feature is
     standardised over the training part, and so are regression targets.
+
+    Numbers may be written in another way: with a decimal comma, with thousands separated, with a
+    percent sign (``10%`` is 0.1) or a currency before or after them, with Fortran's exponents
+    (``1D+02``). They are read where all ways that the file as a whole allows give the same numbers.
+    Of columns such as ``1,234`` alone, which may be 1.234 or 1234, the file must be told by
+    ``decimal`` or ``thousands``.
 
     Parameters
     ----------
@@ -385,6 +228,12 @@ def from_csv(
         None: numbers, whole ones too, mean regression, and text means classification.
     delimiter : str, optional
         Default: whichever of comma, semicolon, tab and bar splits the first line into most fields.
+    decimal : "." or ",", optional
+        What separates the decimals, in all columns. Default: what the entries show.
+    thousands : one of ``, . ' _`` or a space, optional
+        What separates groups of three digits before them. Default: what the entries show.
+    categorical : sequence of str
+        Columns to take as text, though their entries are or look like numbers.
     missing : "error", "drop" or "mean"
         What to do about rows that lack a value (an empty field, ``NA``, ``NaN``, ``?``, ...):
         refuse, leave them out, or fill in the mean of the column over the training part (for a text
@@ -403,7 +252,8 @@ def from_csv(
         If the file is missing.
     ValueError, TypeError
         If the file is no table, lacks a column, has missing values (it says how many rows, in which
-        columns) or a text column of more than 100 categories; as in :func:`from_arrays`.
+        columns), a text column of more than 100 categories or whose entries mostly look like
+        numbers, or numbers that can be read in two ways; as in :func:`from_arrays`.
 
     Examples
     --------
@@ -411,8 +261,12 @@ def from_csv(
     """
     source = repr(str(path))
     choice(MISSING_POLICIES, missing=missing)
-    frame = read_csv(path, delimiter)
-    inputs, targets = select_columns(frame, target, features, source)
+    notations(decimal, thousands)  # a bad option before a file is read
+    frame, as_written = read_csv(_read_text(path), source, delimiter)
+    chosen = select_columns(frame, target, features, source)
+    inputs, targets = in_numbers(
+        chosen, as_written, target, categorical, decimal=decimal, thousands=thousands, source=source
+    )
     return from_table(
         inputs,
         targets,
@@ -424,24 +278,8 @@ def from_csv(
     )
 
 
-def from_table(
-    features: Any,
-    target: Any,
-    *,
-    source: str,
-    missing: str,
-    name: str,
-    task: str | None,
-    **split: Unpack[Split],
-) -> Dataset:
-    table = encode_table(features, target, source=source, missing=missing)
-    if task is None:
-        task = "classification" if table.y.dtype.kind == "U" else "regression"
-    impute = missing == "mean"
-    return build(table.x, table.y, name, task, None, table.feature_names, impute=impute, **split)
-
-
 def image_inputs(images: np.ndarray, flat: bool) -> np.ndarray:
+    images = images.astype(np.result_type(images, np.float16), copy=False)  # pixels are no tokens
     if flat:
         return images.reshape(len(images), -1)
     return images[..., None] if images.ndim == 3 else images

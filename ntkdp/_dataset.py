@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, final
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Num, Real
 
 from ntkdp._types import Array
 from ntkdp._validate import choice, count, finite
@@ -24,7 +24,7 @@ class Split(TypedDict, total=False):
     n_train: int | None
     n_test: int | None
     seed: int
-    standardise: str
+    standardise: str | None
 
 
 @final
@@ -37,7 +37,7 @@ class Dataset:
     name : str
     x_train, x_test : array
         Inputs, ``(n, ...)`` and ``(m, ...)``, in JAX's default floating type (float64 when x64
-        is on).
+        is on), or whole numbers such as tokens in its default integer type.
     y_train, y_test : array
         Classification: integer labels ``(n,)`` in 0..K-1. Regression: real targets ``(n, 1)``.
     task : "classification" or "regression"
@@ -59,9 +59,9 @@ class Dataset:
     """
 
     name: str
-    x_train: Float[Array, "n *features"] = field(repr=False)
+    x_train: Real[Array, "n *features"] = field(repr=False)
     y_train: Num[Array, "n *K"] = field(repr=False)
-    x_test: Float[Array, "m *features"] = field(repr=False)
+    x_test: Real[Array, "m *features"] = field(repr=False)
     y_test: Num[Array, "m *K"] = field(repr=False)
     task: Task
     n_outputs: int
@@ -103,7 +103,7 @@ def from_arrays(
     n_train: int | None = None,
     n_test: int | None = None,
     seed: int = 0,
-    standardise: str = "feature",
+    standardise: str | None = None,
 ) -> Dataset:
     r"""Arrays in memory, split by ``seed`` and standardised.
 
@@ -129,13 +129,16 @@ def from_arrays(
         Permutes the samples (NumPy's ``default_rng``). The test part depends on ``seed`` and
         ``n_test`` alone, and a smaller training part is the beginning of a larger one. The parts
         share no row; rows that the source holds twice are its own affair.
-    standardise : "feature", "unit" or "none"
+    standardise : "feature", "unit", "none" or None
+        None is ``"feature"``, but must not be left so if x holds whole numbers: tokens and other
+        labels need ``"none"``, measurements one of the others.
+
         - ``"feature"``: every feature has mean 0 and standard deviation 1 (divisor n) over the
           training part, and the test part is shifted and scaled by the same numbers; a feature that
           is constant over the training part is 0 in both.
         - ``"unit"``: every sample is scaled to norm :math:`\sqrt d`, d its number of entries, so
           that :math:`\lVert x \rVert^2 / d = 1`; a sample of zeros stays.
-        - ``"none"``: inputs and targets are left as they are.
+        - ``"none"``: inputs and targets are left as they are, and whole numbers stay whole.
 
         The first two also give regression targets mean 0 and standard deviation 1 over the training
         part (`Dataset.original_targets` undoes it); constant training targets are only shifted.
@@ -148,9 +151,10 @@ def from_arrays(
     Raises
     ------
     ValueError
-        If arrays are empty, ragged or of unequal length, hold NaN or inf (it says how many in which
-        features), hold a single class or labels that are not whole, or have fewer samples than
-        asked for; if a name is unknown or ``seed`` negative.
+        If x holds whole numbers and ``standardise`` does not say what they are, or they exceed
+        JAX's default integer type; if arrays are empty, ragged or of unequal length, hold NaN or
+        inf (it says how many in which features), hold a single class or labels that are not whole,
+        or have fewer samples than asked for; if a name is unknown or ``seed`` negative.
     TypeError
         If an array is not numeric, or a size or ``seed`` is not a whole number.
 
@@ -176,12 +180,12 @@ def build(
     n_train: Any = None,
     n_test: Any = None,
     seed: Any = 0,
-    standardise: str = "feature",
+    standardise: str | None = None,
 ) -> Dataset:
     """:func:`from_arrays`, which with ``impute`` fills NaN by means over the training part."""
-    choice(STANDARDISATIONS, standardise=standardise)
     seed = _checked_seed(seed)
     x, y = _real(x, "x"), _array(y, "y")
+    standardise = _checked_standardisation(standardise, x)
     if task is None:
         task = "regression" if y.dtype.kind == "f" else "classification"
     choice(TASKS, task=task)
@@ -197,7 +201,9 @@ def build(
     train_size, test_size = _part_sizes(len(x), n_train, n_test)
     order = np.random.default_rng(seed).permutation(len(x))
     train, test = order[:train_size], order[len(x) - test_size :]
-    x_train, x_test = x[train].astype(np.float64), x[test].astype(np.float64)
+    x_train, x_test = x[train], x[test]
+    if x.dtype.kind not in "iu" or standardise != "none":
+        x_train, x_test = x_train.astype(np.float64), x_test.astype(np.float64)
     if impute:
         _fill_means(x_train, x_test, feature_names)
     x_train, x_test = _standardise_inputs(x_train, x_test, standardise)
@@ -210,9 +216,9 @@ def build(
             y = (y - mean) / scale
     return Dataset(
         name=name,
-        x_train=_default_float(x_train=x_train),
+        x_train=_inputs(x_train=x_train),
         y_train=_default_float(y_train=y[train]) if task == "regression" else _label(y[train]),
-        x_test=_default_float(x_test=x_test),
+        x_test=_inputs(x_test=x_test),
         y_test=_default_float(y_test=y[test]) if task == "regression" else _label(y[test]),
         task="regression" if task == "regression" else "classification",
         n_outputs=1 if class_names is None else len(class_names),
@@ -225,6 +231,19 @@ def build(
 
 def _label(y: np.ndarray) -> Array:
     return jnp.asarray(y, dtype=int)
+
+
+def _inputs(**named: np.ndarray) -> Array:
+    ((name, array),) = named.items()
+    if array.dtype.kind not in "iu":
+        return _default_float(**named)
+    limits = jnp.iinfo(jnp.asarray(0).dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ValueError(
+            f"{name} must fit in {limits.dtype}, got whole numbers from {array.min()} to "
+            f"{array.max()}; renumber them, or pass real numbers"
+        )
+    return jnp.asarray(array, dtype=limits.dtype)
 
 
 def _default_float(**named: np.ndarray) -> Array:
@@ -246,6 +265,17 @@ def _checked_seed(seed: Any) -> int:
     if operator.index(seed) < 0:
         raise ValueError(f"seed must be at least 0, got {seed!r}")
     return operator.index(seed)
+
+
+def _checked_standardisation(standardise: str | None, x: np.ndarray) -> str:
+    if standardise is not None:
+        choice(STANDARDISATIONS, standardise=standardise)
+    elif x.dtype.kind in "iu":
+        raise ValueError(
+            f"x holds whole numbers ({x.dtype}), which may be tokens: pass standardise='none' to "
+            "keep them as they are, or 'feature' or 'unit' to scale them as measurements"
+        )
+    return "feature" if standardise is None else standardise
 
 
 def _array(array: Any, argument: str) -> np.ndarray:

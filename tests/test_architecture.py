@@ -74,6 +74,7 @@ LAYERS: dict[int, set[str]] = {
         "_stopping",
         "_stored_elsewhere",
         "_json",
+        "_precision",
     },
     1: {
         "losses",
@@ -97,6 +98,8 @@ LAYERS: dict[int, set[str]] = {
         "_dataset",
         "_data_files",
         "_file_content",
+        "_number_notation",
+        "_tables",
         "spectrum",
         "_matrix_free_spectrum",
         *CALIBRATION,
@@ -181,9 +184,10 @@ FAMILIES = (
         "_norms",
         "_progress",
         "_stopping",
+        "_precision",
     },
     {"models", "_model", "_adapters", "_stax_kernels"},
-    {"datasets", "_dataset", "_data_files", "_file_content"},
+    {"datasets", "_dataset", "_data_files", "_file_content", "_tables", "_number_notation"},
     KERNELS,
     {
         "gradient_flow",

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Perceptron
 from sklearn.preprocessing import StandardScaler
 
+import ntkdp
 from ntkdp import datasets
+from ntkdp.clipping import Abadi
+from ntkdp.losses import SoftmaxCrossEntropy
 
 GENERATOR = np.random.default_rng(7)
 
@@ -372,3 +375,70 @@ def test_synthetic_sets_check_their_options():
         datasets.separable(margin=0.0)
     with pytest.raises(ValueError, match="seed must be at least 0, got -3"):
         datasets.separable(seed=-3)
+
+
+# --- whole numbers -------------------------------------------------------------------------------
+
+TOKENS = np.random.default_rng(3).integers(0, 50, (20, 6))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64])
+@pytest.mark.parametrize("x64", [False, True])
+def test_tokens_stay_whole(dtype, x64):
+    with jax.enable_x64(x64):
+        data = datasets.from_arrays(TOKENS.astype(dtype), np.arange(20.0), standardise="none")
+        assert data.x_train.dtype == data.x_test.dtype == (np.int64 if x64 else np.int32)
+    both = np.concatenate([data.x_train, data.x_test])
+    rows = np.concatenate([data.y_train, data.y_test])[:, 0].astype(int)
+    np.testing.assert_array_equal(both, TOKENS[rows])
+
+
+def test_whole_numbers_must_be_called_tokens_or_measurements(tmp_path):
+    np.savez(tmp_path / "tokens.npz", x=TOKENS, y=np.arange(20.0))
+    for load in (
+        lambda **options: datasets.from_arrays(TOKENS, np.arange(20.0), **options),
+        lambda **options: datasets.from_npz(tmp_path / "tokens.npz", **options),
+    ):
+        with pytest.raises(ValueError, match=r"whole numbers.*standardise='none'.*'feature'"):
+            load()
+        assert load(standardise="none").x_train.dtype == np.int64
+        scaled = load(standardise="feature").x_train
+        assert scaled.dtype == np.float64
+        np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
+    # What is not whole, and truth values, are numbers as before.
+    assert datasets.from_arrays(TOKENS + 0.5, np.arange(20.0)).x_train.dtype == np.float64
+    truths = datasets.from_arrays(TOKENS > 20, np.arange(20.0), standardise="none")
+    assert truths.x_train.dtype == np.float64
+
+
+def test_tokens_beyond_the_integer_type_are_refused():
+    with jax.enable_x64(False), pytest.raises(ValueError, match="must fit in int32"):
+        datasets.from_arrays(TOKENS + 2**40, np.arange(20.0), standardise="none")
+
+
+def test_tokens_go_through_every_prediction():
+    data = datasets.from_arrays(TOKENS, np.arange(20) % 3, standardise="none", n_train=8)
+    params = {
+        "table": jax.random.normal(jax.random.key(0), (50, 4)),
+        "w": jax.random.normal(jax.random.key(1), (4, 3)),
+    }
+
+    def apply(p, x):
+        return jnp.mean(p["table"][x], axis=1) @ p["w"]
+
+    def dense(p, x):
+        return jnp.mean(jax.nn.one_hot(x, 50) @ p["table"], axis=1) @ p["w"]
+
+    x, y, loss, rule = data.x_train, data.y_train, SoftmaxCrossEntropy(), Abadi(1.0)
+    kernel = ntkdp.empirical_ntk(apply, params, x)
+    np.testing.assert_allclose(kernel, ntkdp.empirical_ntk(dense, params, x), atol=1e-10)
+    flow = ntkdp.LinearisedFlow(apply, params, x, y, loss, rule)
+    steps = {"learning_rate": 0.1, "steps": 3}
+    linear = ntkdp.recursion(flow, params, **steps)
+    by_kernel = ntkdp.recursion(ntkdp.KernelFlow(kernel, y, loss, rule), apply(params, x), **steps)
+    np.testing.assert_allclose(linear.loss, by_kernel.loss, rtol=1e-9)
+    runs = [
+        ntkdp.dp_sgd.run(model, params, x, y, loss, rule, key=jax.random.key(0), **steps)
+        for model in (apply, dense)
+    ]
+    np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-9)

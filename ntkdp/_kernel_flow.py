@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from ntkdp import _memory, _mesh, _norms, _program_memory, _validate, clipping, losses
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._precision import at_least_single
 from ntkdp._types import Array, Float, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -273,6 +274,7 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
         raise ValueError(f"{name} must have square K x K blocks, got {tuple(blocks)}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.result_type(float))
+    values = at_least_single(values)
     _mesh.check_divides(mesh, **{name: rows})
     return _validate.finite(**{name: _mesh.spread(mesh, values, axis=int(layered))})
 

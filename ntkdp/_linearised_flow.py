@@ -233,7 +233,8 @@ class LinearisedFlow(Flow):
         leaves, treedef = jax.tree.flatten(params)
 
         def gradient(f: Array, moved: Array, y: Array) -> Array:
-            return self.loss.output_gradient(f + moved, y)
+            # Targets in a wider precision than the network's would widen the gradient.
+            return self.loss.output_gradient(f + moved, y).astype(f.dtype)
 
         def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
             rows = jnp.minimum(index, n - 1)
@@ -297,7 +298,7 @@ def _batches(n: int, batch_size: int) -> Array:
 
 def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_outputs: int) -> int:
     def factors(x: Array, a: Array) -> list[per_sample.Factor]:
-        return _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, a)[1]
+        return _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a.astype(f.dtype), a)[1]
 
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))

@@ -25,7 +25,7 @@ _AFFINE = ("Dense", "Conv", "ConvLocal", "ConvTranspose")
 
 def layers_with_parameters(init_fn: Callable[..., Any], shape: tuple[int, ...]) -> list[int]:
     """Positions of the layers that hold parameters."""
-    params = jax.eval_shape(lambda key: init_fn(key, shape)[1], jax.random.key(0))
+    params = jax.eval_shape(lambda: init_fn(jax.random.key(0), shape)[1])
     positions = [position for position, entry in enumerate(params) if jax.tree.leaves(entry)]
     if not positions:
         raise ValueError("layers must hold parameters for the kernel to have terms, got none")

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp import _mesh, _validate
-from ntkdp._infinite_ntk import check_infinite_inputs, place_inputs
+from ntkdp._infinite_ntk import by_blocks, check_infinite_inputs, check_range, place_inputs
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._types import Array, Float
 
@@ -74,14 +74,15 @@ def two_time_kernel(
     ------
     ValueError
         A model without such kernels, a negative variance, inputs that are empty or not finite, an
-        n1 that does not divide over the mesh.
+        n1 that does not divide over the mesh, entries beyond the range of the dtype.
     MemoryError
         Kernels that do not fit.
 
     Notes
     -----
     *Derived*; for unclipped Langevin training compare the neural dynamical kernel of Avidan, Li
-    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width.
+    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width. Precision is
+    that of :func:`infinite_ntk`.
 
     Examples
     --------
@@ -99,7 +100,8 @@ def two_time_kernel(
     ]
     x1, x2, mesh = place_inputs(len(names) + 1, x1, x2, mesh)
     v1, v2 = _mesh.everywhere(mesh, variances)
-    return _compiled(model.two_time.kernel, names, x1, x1 if x2 is None else x2, v1, v2, mesh)
+    x2 = x1 if x2 is None else x2
+    return check_range(_compiled(model.two_time.kernel, names, x1, x2, v1, v2, mesh))
 
 
 def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
@@ -145,12 +147,16 @@ def between_times(
     (3, 3)
     """
 
-    def of_rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
+    def of_block(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, dict[str, Array]]:
         covariances = {
             name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r])
             for r, name in enumerate(names)
         }
-        nngp, terms = kernel(x1, x2, covariances)
+        found: tuple[Array, dict[str, Array]] = kernel(x1, x2, covariances)
+        return found
+
+    def of_rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
+        nngp, terms = by_blocks(of_block, x1, x2, v1, v2)
         return jnp.stack([terms[name] for name in names]), nngp
 
     over_devices = _mesh.over_samples(of_rows, mesh, (0, None, None, None), (1, 0))

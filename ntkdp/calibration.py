@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp import _validate
+from ntkdp._probabilities import checked
 from ntkdp._recalibration import (
     Platt,
     Temperature,
@@ -31,7 +32,7 @@ from ntkdp._recalibration import (
     fit_temperature,
     fit_temperature_privately,
 )
-from ntkdp._types import Array, Float, is_traced
+from ntkdp._types import Array, Float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +127,7 @@ def reliability_bins(
     >>> bins.counts.tolist(), bins.accuracy.tolist()
     ([2, 2], [0.5, 1.0])
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
     return _reliability_bins(*_top_label(probs, labels), n_bins, binning)
 
@@ -175,7 +176,7 @@ def expected_calibration_error(
     >>> round(ntkdp.calibration.expected_calibration_error(probs, labels).item(), 6)
     0.15
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
     _validate.choice(NORMS, norm=norm)
     return _calibration_error(*_top_label(probs, labels), n_bins, binning, norm)
@@ -227,7 +228,7 @@ def classwise_calibration_error(
     >>> round(error.item(), 6)  # (0 + 0.2 + 0.2) / 3
     0.133333
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
     _validate.choice(NORMS, norm=norm)
     errors = jax.vmap(lambda p, hit: _calibration_error(p, hit, n_bins, binning, norm), 1)
@@ -251,7 +252,7 @@ def brier_score(probs: Any, labels: Any) -> Float[Array, ""]:
     >>> ntkdp.calibration.brier_score(jnp.array([1.0, 0.5]), jnp.array([1, 1])).item()
     0.125
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     targets = jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)
     score = jnp.mean(jnp.sum((probs - targets) ** 2, axis=1))
     return score / 2 if probs.shape[1] == 2 else score
@@ -270,7 +271,7 @@ def negative_log_likelihood(probs: Any, labels: Any) -> Float[Array, ""]:
     >>> round(nll.item(), 4)
     0.6931
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     return -jnp.mean(jnp.log(jnp.take_along_axis(probs, labels[:, None], axis=1)))
 
 
@@ -323,7 +324,7 @@ def bootstrap(
     """
     if not callable(metric):
         raise TypeError(f"metric must be a function (probs, labels) -> array, got {metric!r}")
-    _checked(probs, labels)
+    checked(probs, labels)
     probs, labels, key = jnp.asarray(probs), jnp.asarray(labels), _validate.key(key=key)
     n_resamples = _validate.count(n_resamples=n_resamples)
     level = _validate.scalar(level=_validate.fraction(level=level))
@@ -387,66 +388,6 @@ def reliability_diagram(
     bins = reliability_bins(probs, labels, n_bins, binning=binning)
     error = expected_calibration_error(probs, labels, n_bins, binning=binning)
     return _reliability_plot.draw(bins, error, ax)
-
-
-def _checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
-    """Probabilities ``(n, K)`` with K >= 2, and labels ``(n,)`` in 0..K-1."""
-    probs, labels = _validate.array(probs=probs), _validate.array(labels=labels)
-    probs = _validate.finite(probs=probs)
-    if not jnp.issubdtype(probs.dtype, jnp.floating):
-        probs = probs.astype(jnp.result_type(float))
-    rounding = _rounding(float(jnp.finfo(probs.dtype).eps))
-    probs = probs.astype(jnp.promote_types(probs.dtype, jnp.float32))
-    if probs.ndim not in (1, 2) or probs.size == 0:
-        raise ValueError(
-            f"probs must have shape (n, K), or (n,) or (n, 1) of P(y = 1), got {probs.shape}"
-        )
-    if labels.shape != probs.shape[:1]:
-        raise ValueError(
-            f"labels must be classes of shape ({probs.shape[0]},), one a row of probs, "
-            f"got {labels.shape}" + ("; for one-hot labels take argmax" if labels.ndim > 1 else "")
-        )
-    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
-        raise TypeError(
-            f"labels must be integers, got dtype {labels.dtype}; convert with labels.astype(int)"
-        )
-    columns = 1 if probs.ndim == 1 else probs.shape[1]
-    if not is_traced(probs):
-        values = np.asarray(probs, np.float64)
-        if values.min() < -rounding or values.max() > 1 + rounding:
-            raise ValueError(
-                f"probs must lie in [0, 1], got values from {values.min():g} to {values.max():g}; "
-                "of logits take jax.nn.softmax (one logit: jax.nn.sigmoid) first"
-            )
-        if columns > 1 and np.max(np.abs(values.sum(axis=1) - 1)) > max(rounding, 1e-5):
-            sums = values.sum(axis=1)
-            raise ValueError(
-                f"rows of probs must sum to 1, got sums from {sums.min():g} to {sums.max():g}"
-            )
-    n_classes = max(columns, 2)
-    if not is_traced(labels):
-        classes = np.asarray(labels)
-        if classes.min() < 0 or classes.max() >= n_classes:
-            raise ValueError(
-                f"labels must be classes in 0..{n_classes - 1}, "
-                f"got values from {classes.min()} to {classes.max()}"
-            )
-    probs = _within_unit_interval(probs, rounding)
-    if columns == 1:
-        of_one = probs.reshape(-1)
-        probs = jnp.stack([1 - of_one, of_one], axis=1)
-    return probs, labels.astype(jnp.int32)
-
-
-def _rounding(eps: float) -> float:
-    """How far a probability may be off: 100 eps, of half precision only 4, which is much."""
-    return max(4 * eps, min(100 * eps, 1e-3))
-
-
-def _within_unit_interval(probs: Array, rounding: float) -> Array:
-    """Values outside [0, 1] by rounding moved to its ends, those further outside made NaN."""
-    near = jnp.where(probs < 0, 0.0, jnp.where(probs > 1, 1.0, probs)).astype(probs.dtype)
-    return jnp.where((probs < -rounding) | (probs > 1 + rounding), jnp.nan, near)
 
 
 def _checked_binning(n_bins: Any, binning: Any) -> tuple[int, Binning]:

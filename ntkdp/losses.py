@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from ntkdp import _validate
+from ntkdp._precision import at_least_single
 from ntkdp._types import Array, Float, as_constant, is_traced
 
 
@@ -307,7 +308,8 @@ def mean_or_sum(
 ) -> tuple[Array, Array | None]:
     """The reduced ``loss`` of ``outputs`` against ``targets``, and the accuracy.
 
-    ``reduction`` is "mean" or "sum" over samples; the accuracy is ``None`` for regression.
+    ``reduction`` is "mean" or "sum" over samples; the accuracy is ``None`` for regression. Of
+    outputs in half precision both are computed in float32.
 
     Examples
     --------
@@ -316,6 +318,7 @@ def mean_or_sum(
     >>> ntkdp.losses.mean_or_sum(loss, f, jnp.zeros((2, 1)), "mean")[0].item()
     2.5
     """
+    outputs = at_least_single(outputs)
     per_sample = loss(outputs, targets)
     reduced = jnp.mean(per_sample) if reduction == "mean" else jnp.sum(per_sample)
     correct = loss.correct(outputs, targets)

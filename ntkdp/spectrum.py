@@ -23,6 +23,7 @@ from ntkdp._matrix_free_spectrum import (
     sharpness,
     sharpness_along,
 )
+from ntkdp._precision import at_least_single
 from ntkdp._types import Array, Float, is_traced
 from ntkdp.ntk import LayerwiseKernel
 
@@ -271,6 +272,8 @@ def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.result_type(float))
+    resolution = float(jnp.finfo(values.dtype).eps)
+    values = at_least_single(values)
     values = values if layerwise else jnp.sum(values, axis=0, keepdims=True)
     values = _validate.finite(kernel=values)
     if len(shape) == 5:
@@ -278,7 +281,7 @@ def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
         values = values.transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
     if not is_traced(values):
         asymmetry = float(jnp.max(jnp.abs(values - values.mT)))
-        if asymmetry > float(jnp.finfo(values.dtype).eps) ** 0.5 * float(jnp.max(jnp.abs(values))):
+        if asymmetry > resolution**0.5 * float(jnp.max(jnp.abs(values))):
             raise ValueError(f"kernel must be symmetric, got entries that differ by {asymmetry:g}")
     return values
 

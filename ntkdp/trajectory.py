@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkdp import _mesh, _validate
 from ntkdp._files import replacing
+from ntkdp._precision import at_least_single
 from ntkdp._stored_elsewhere import stored_elsewhere
 from ntkdp._types import Array, is_traced
 
@@ -85,7 +86,8 @@ class Trajectory(eqx.Module):
     times : array
         ``(T,)``, increasing; t is the running sum of the learning rate.
     loss : array
-        ``(T,)``, training loss, reduced over samples as the flow or run was told to.
+        ``(T,)``, training loss, reduced over samples as the flow or run was told to. Runs and flows
+        in half precision are measured and recorded in float32.
     clip_fraction : array
         ``(T,)``, share of samples (layerwise: of samples and groups) whose factor is below one.
     steps : array, optional
@@ -176,6 +178,9 @@ class Trajectory(eqx.Module):
     def to_xarray(self) -> "xarray.Dataset":
         """As a labelled :class:`xarray.Dataset` with dimensions seed, time, sample and output.
 
+        Half precision, which netCDF lacks, becomes float32; the attribute ``computed_in`` of such a
+        variable holds its dtype.
+
         Raises
         ------
         ValueError
@@ -183,23 +188,23 @@ class Trajectory(eqx.Module):
         """
         import xarray as xr
 
-        data = {}
+        data: dict[str, Any] = {}
         for name, trailing in _DIMENSIONS.items():
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.asarray(value)
+            array, attributes = _storable(value)
             leading = ("seed",) * (array.ndim - 1 - len(trailing))
             if len(leading) > 1:
                 raise ValueError(f"{name} must have one seed axis at most, got shape {array.shape}")
-            data[name] = ((*leading, "time", *trailing), array)
-        coordinates: dict[str, Any] = {"time": np.asarray(self.times)}
+            data[name] = ((*leading, "time", *trailing), array, attributes)
+        coordinates: dict[str, Any] = {"time": ("time", *_storable(self.times))}
         if self.steps is not None:
             coordinates["step"] = ("time", np.asarray(self.steps))
         outcome = np.asarray(self.outcome)
         data["outcome"] = (("seed",) * outcome.ndim, outcome)
         if self.start is not None:
-            data["start"] = ((), np.asarray(self.start))
+            data["start"] = ((), *_storable(self.start))
         return xr.Dataset(data, coordinates, {"message": self.message})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -302,6 +307,14 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _storable(value: Any) -> tuple[np.ndarray, dict[str, str]]:
+    """An array in a dtype of netCDF; an attribute keeps the dtype of one in half precision."""
+    array = np.asarray(value)
+    if array.dtype.itemsize >= 4 or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array, {}
+    return array.astype(np.float32), {"computed_in": str(array.dtype)}
+
+
 def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[str, ...]]) -> None:
     found = tuple(map(str, dataset[name].dims))
     if found not in allowed:
@@ -372,7 +385,7 @@ def from_measurements(
     """A trajectory of stacked measurements, ``measured`` at ``times`` and ``steps``.
 
     What is not finite has ended badly, whatever ``outcome`` says so far. ``start`` is the time of
-    the initial state, by default the first of ``times``.
+    the initial state, by default the first of ``times``. Half precision is recorded as float32.
 
     Examples
     --------
@@ -386,7 +399,7 @@ def from_measurements(
     outcome = jnp.where(
         (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
     )
-    measured = _mesh.whole(measured)
+    measured = jax.tree.map(at_least_single, _mesh.whole(measured))
     return Trajectory(times=times, steps=steps, outcome=outcome, start=start, **measured._asdict())
 
 

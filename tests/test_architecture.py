@@ -55,7 +55,7 @@ COMPARISON = {
     "_curves",
 }
 
-CALIBRATION = {"calibration", "_recalibration", "_reliability_plot"}
+CALIBRATION = {"calibration", "_probabilities", "_recalibration", "_reliability_plot"}
 
 LAYERS: dict[int, set[str]] = {
     0: {

@@ -30,7 +30,7 @@ def table(comparison: "Comparison") -> Table:
         caption.append(f"{comparison.coverage:.0%} of the run's recorded times have a prediction")
     drawn = Table(title=f"Prediction against run at {shown}", caption="\n".join(caption) or None)
     drawn.add_column("")
-    for heading in ("predicted", "observed", "largest error", "at t", "mean error"):
+    for heading in ("predicted", "observed", "largest error", "of the fall", "at t", "mean error"):
         drawn.add_column(heading, justify="right")
     for name, errors in comparison.errors.items():
         sides = (comparison.predicted, comparison.observed)
@@ -39,6 +39,7 @@ def table(comparison: "Comparison") -> Table:
             _TITLES[name],
             *("" if value is None else f"{value:.4g}" for value in final_values),
             _readable(errors.sup, name),
+            "" if errors.of_fall is None else _finite(100 * errors.of_fall, " %"),
             f"{errors.time_of_sup:.4g}",
             _readable(errors.mean, name),
         )
@@ -54,7 +55,7 @@ def _add_distribution(drawn: Table, comparison: "Comparison") -> None:
     def add(title: str, errors: np.ndarray, *final_values: str) -> None:
         worst = int(np.argmax(errors))
         largest, mean = _finite(errors[worst]), _finite(np.mean(errors))
-        drawn.add_row(title, *final_values, largest, f"{comparison.times[worst]:.4g}", mean)
+        drawn.add_row(title, *final_values, largest, "", f"{comparison.times[worst]:.4g}", mean)
 
     drawn.add_section()
     add(

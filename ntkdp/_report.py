@@ -52,6 +52,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "kernel": KERNEL_OF[name],
                     "sup_relative_error": float(prediction.comparison.sup_relative_error),
                     "mean_relative_error": float(prediction.comparison.mean_relative_error),
+                    "error_of_fall": prediction.comparison.error_of_fall,
                     "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
@@ -118,6 +119,8 @@ _COLUMNS = (
     "kernel",
     "clipped at start",
     "sup error of loss",
+    "of the fall",
+    "runs in the band",
     "final loss, predicted",
     "observed",
     "seconds, prediction",
@@ -125,14 +128,14 @@ _COLUMNS = (
 )
 
 #: Columns for a terminal of eighty characters; report.html has them all.
-_NARROW = (0, 1, 2, 5, 6, 7)
+_NARROW = (0, 1, 2, 5, 6, 8, 9)
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for case in results.cases:
         for name, prediction in case.predictions.items():
-            error = float(prediction.comparison.sup_relative_error)
+            compared = prediction.comparison
             rows.append(
                 (
                     case.clipping.label,
@@ -140,7 +143,9 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                     LABELS[name],
                     KERNEL_OF[name] or "",
                     f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
-                    f"{error:.2%}" if math.isfinite(error) else "not finite",
+                    _percent(compared.sup_relative_error),
+                    _percent(compared.error_of_fall),
+                    _in_band(compared),
                     _with_spread(prediction.trajectory.loss[..., -1]),
                     _with_spread(case.run.loss[..., -1]),
                     f"{prediction.seconds:.2f}",
@@ -148,6 +153,20 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                 )
             )
     return rows
+
+
+def _percent(error: float | None) -> str:
+    if error is None:
+        return ""
+    return f"{error:.2%}" if math.isfinite(error) else "not finite"
+
+
+def _in_band(compared: Comparison) -> str:
+    """Share of the runs in the predicted band over all times, beside what is expected."""
+    covered = compared.band_coverage
+    if covered is None:
+        return ""
+    return f"{np.mean(covered.share):.0%} of {covered.level:.0%}"
 
 
 def _with_spread(values: Any) -> str:
@@ -159,7 +178,7 @@ def _with_spread(values: Any) -> str:
 def print_table(results: Results) -> None:
     """The errors of all predictions, on standard output, and what went wrong if anything did."""
     console = open_console()
-    shown = range(len(_COLUMNS)) if console.width >= 130 else _NARROW
+    shown = range(len(_COLUMNS)) if console.width >= 160 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
     for number in shown:
         table.add_column(_COLUMNS[number], justify="left" if number < 4 else "right")
@@ -337,5 +356,8 @@ def _page(
 
 _EXPLANATION = """<p>Sup error: the largest
 |L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub> of the training loss
-over all recorded times after the start, of the means where there are several. &plusmn;: standard
-deviation over runs. Bands: 90% of the runs.</p>"""
+over all recorded times after the start, of the means where there are several. Of the fall: the
+largest |L<sub>predicted</sub> &minus; L<sub>observed</sub>| over the most that the observed loss
+has moved from its start, which a short run cannot flatter. Runs in the band: the share of the runs
+inside the predicted band, over all recorded times, beside the share expected if the prediction is
+right. &plusmn;: standard deviation over runs. Bands: 90% of the runs.</p>"""

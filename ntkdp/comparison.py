@@ -6,14 +6,18 @@ Where the prediction is an ensemble of runs, its distribution is compared too: i
 runs are inside, and its CRPS.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _scores
 from ntkdp._agreement import agreement as agreement
+from ntkdp._comparison import QUANTITIES as QUANTITIES
+from ntkdp._comparison import SHARES as SHARES
+from ntkdp._comparison import Comparison as Comparison
+from ntkdp._comparison import Errors as Errors
+from ntkdp._comparison import range_of
 from ntkdp._scores import Band as Band
 from ntkdp._scores import Coverage as Coverage
 from ntkdp._scores import band as band
@@ -24,281 +28,11 @@ from ntkdp._scores import mean_over_seeds
 from ntkdp._scores import standardised_error as standardised_error
 from ntkdp.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from rich.table import Table
-
 #: Two times are the same if they differ by less than this many roundings of the coarser dtype.
 _TIME_ROUNDINGS = 8
 
-#: What is compared, in this order.
-QUANTITIES = (
-    "loss",
-    "accuracy",
-    "outputs",
-    "clip_fraction",
-    "test_loss",
-    "test_accuracy",
-    "test_outputs",
-)
-#: Compared by the difference, for these are shares already; everything else relative to the run.
-SHARES = ("accuracy", "clip_fraction", "test_accuracy")
 _OUTPUTS = ("outputs", "test_outputs")
-
-
-class Errors(NamedTuple):
-    """Errors of one quantity, see :func:`compare`; infinite where a value is not finite.
-
-    ``over_time`` is ``(T,)``, ``sup`` its largest entry, first reached at ``time_of_sup``, and
-    ``mean`` its mean.
-    """
-
-    over_time: np.ndarray
-    sup: float
-    mean: float
-    time_of_sup: float
-
-
-@final
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Comparison:
-    """A prediction beside a run, at the times that both recorded; made by :func:`compare`.
-
-    Attributes
-    ----------
-    times : array
-        ``(T,)``, the shared times after the start, at which errors are taken.
-    predicted, observed : Trajectory
-        The two at the shared times, a shared start included.
-    errors : dict
-        :class:`Errors` of every quantity that both recorded. Relative to the run: ``"loss"``,
-        ``"outputs"`` (in the Frobenius norm) and their test twins. Differences: ``"accuracy"``,
-        ``"test_accuracy"`` and ``"clip_fraction"``.
-    output_errors, test_output_errors : array or None
-        ``(K,)``, the largest error of each output k alone,
-        ``sup_t ||f_pred[:, k] - f_obs[:, k]|| / ||f_obs[:, k]||``; None without outputs.
-    coverage : float
-        Share of the run's recorded times after the start that were compared.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> t, zero = jnp.arange(3.0), jnp.zeros(3)
-    >>> run = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.0, 1.0]), clip_fraction=zero)
-    >>> prediction = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.5, 1.0]), clip_fraction=zero)
-    >>> comparison = ntkdp.compare(prediction, run)
-    >>> comparison.sup_relative_error, comparison.time_of_sup, comparison.mean_relative_error
-    (0.25, 1.0, 0.125)
-    """
-
-    times: np.ndarray = field(repr=False)
-    predicted: Trajectory = field(repr=False)
-    observed: Trajectory = field(repr=False)
-    errors: dict[str, Errors] = field(repr=False)
-    output_errors: np.ndarray | None = field(repr=False)
-    test_output_errors: np.ndarray | None = field(repr=False)
-    coverage: float
-
-    @property
-    def relative_error(self) -> np.ndarray:
-        """Relative error of the training loss, ``(T,)``."""
-        return self.errors["loss"].over_time
-
-    @property
-    def sup_relative_error(self) -> float:
-        """The error of the prediction: the largest relative error of the training loss."""
-        return self.errors["loss"].sup
-
-    @property
-    def mean_relative_error(self) -> float:
-        """Mean over the shared times of the relative error of the training loss."""
-        return self.errors["loss"].mean
-
-    @property
-    def time_of_sup(self) -> float:
-        """When the relative error of the training loss first is at its largest."""
-        return self.errors["loss"].time_of_sup
-
-    @property
-    def output_error(self) -> float | None:
-        """Largest relative error of the training outputs, in the Frobenius norm."""
-        return self._sup("outputs")
-
-    @property
-    def accuracy_error(self) -> float | None:
-        """Largest difference of the training accuracies."""
-        return self._sup("accuracy")
-
-    @property
-    def clip_fraction_error(self) -> float | None:
-        """Largest difference of the clip fractions."""
-        return self._sup("clip_fraction")
-
-    @property
-    def test_sup_relative_error(self) -> float | None:
-        """Largest relative error of the test loss."""
-        return self._sup("test_loss")
-
-    @property
-    def test_output_error(self) -> float | None:
-        """Largest relative error of the test outputs, in the Frobenius norm."""
-        return self._sup("test_outputs")
-
-    @property
-    def test_accuracy_error(self) -> float | None:
-        """Largest difference of the test accuracies."""
-        return self._sup("test_accuracy")
-
-    def _sup(self, name: str) -> float | None:
-        return self.errors[name].sup if name in self.errors else None
-
-    @property
-    def observed_band(self) -> Band | None:
-        """Spread of the run's training loss over its seeds; None without a seed axis.
-
-        The quantiles of this and of ``predicted_band`` are at 5%, 50% and 95%.
-        """
-        loss = np.asarray(self.observed.loss)
-        return band(loss) if loss.ndim == 2 else None
-
-    @property
-    def predicted_band(self) -> Band | None:
-        """Spread of the predicted training loss; None if the prediction is no ensemble."""
-        return band(self.predicted.loss) if self._is_ensemble else None
-
-    @property
-    def band_coverage(self) -> Coverage | None:
-        """How often runs are inside the predicted 90% band, at each of ``times``.
-
-        By :func:`ntkdp.comparison.band_coverage`, which takes other levels. Not ``coverage``, which
-        counts times. None if the prediction is no ensemble.
-        """
-        return _scores.band_coverage(*self._losses) if self._is_ensemble else None
-
-    @property
-    def crps(self) -> np.ndarray:
-        """Score of the predicted distribution, ``(T,)``, in the unit of the training loss.
-
-        By :func:`ntkdp.comparison.crps`; the mean absolute error if the prediction is no ensemble.
-        """
-        return _scores.crps(*self._losses)
-
-    @property
-    def mean_crps(self) -> float:
-        """Mean of ``crps`` over the shared times."""
-        return float(np.mean(self.crps))
-
-    @property
-    def standardised_error(self) -> np.ndarray | None:
-        """Error of the predicted mean in standard errors, ``(T,)``.
-
-        By :func:`ntkdp.comparison.standardised_error`. None for one run, or an ensemble of one,
-        whose mean has an unknown error.
-        """
-        predicted, observed = self._losses
-        if np.shape(observed)[:-1] in ((), (1,)) or np.shape(predicted)[:-1] == (1,):
-            return None
-        return _scores.standardised_error(predicted, observed)
-
-    def skill(self, reference: "Comparison | None" = None) -> float:
-        """Share by which ``mean_crps`` is below that of a reference.
-
-        Parameters
-        ----------
-        reference : Comparison, optional
-            Of another prediction with the same run at the same times. By default the prediction's
-            own mean, as a forecast without spread.
-
-        Returns
-        -------
-        float
-            At most 1, up to chance; zero for no gain, below zero for a loss. Minus infinity if the
-            prediction is not finite.
-
-        Raises
-        ------
-        TypeError
-            If the reference is no Comparison.
-        ValueError
-            If it is of another run, or other times.
-
-        Examples
-        --------
-        >>> import jax.numpy as jnp, ntkdp
-        >>> t, zero = jnp.arange(2.0), jnp.zeros(2)
-        >>> run = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.0]), clip_fraction=zero)
-        >>> far = ntkdp.Trajectory(t, loss=jnp.array([4.0, 6.0]), clip_fraction=zero)
-        >>> near = ntkdp.Trajectory(t, loss=jnp.array([4.0, 3.0]), clip_fraction=zero)
-        >>> ntkdp.compare(near, run).skill(ntkdp.compare(far, run))
-        0.75
-        """
-        predicted, observed = self._losses
-        if reference is None:
-            mean = np.mean(predicted, axis=0) if predicted.ndim == 2 else predicted
-            other = float(np.mean(_scores.crps(mean, observed)))
-        else:
-            other = _mean_crps_beside(self, reference)
-        own = self.mean_crps
-        if not np.isfinite(own):
-            return -np.inf
-        if own == other:
-            return 0.0
-        return 1 - own / other if other else -np.inf
-
-    @property
-    def _is_ensemble(self) -> bool:
-        return np.ndim(self.predicted.loss) == 2 and len(self.predicted.loss) > 1
-
-    @property
-    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training losses of either side at ``times``, which leave a shared start out."""
-        n_times = len(self.times)
-        sides = (self.predicted, self.observed)
-        predicted, observed = (np.asarray(side.loss, np.float64)[..., -n_times:] for side in sides)
-        return predicted, observed
-
-    @property
-    def final(self) -> dict[str, dict[str, float | None]]:
-        """Loss and accuracy, ``"predicted"`` and ``"observed"``, at the last shared time."""
-        return {
-            side: {name: last_value(trajectory, name) for name in ("loss", "accuracy")}
-            for side, trajectory in (("predicted", self.predicted), ("observed", self.observed))
-        }
-
-    @property
-    def message(self) -> str:
-        """What went wrong on either side and what to do about it, or ``"success"``."""
-        sides = (("prediction", self.predicted), ("run", self.observed))
-        troubles = [f"{name}: {side.message}" for name, side in sides if not side.successful]
-        return "; ".join(troubles) or "success"
-
-    def table(self) -> "Table":
-        """A table for a terminal (``rich.print(comparison.table())``) or a notebook.
-
-        Examples
-        --------
-        >>> import jax.numpy as jnp, ntkdp
-        >>> run = ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
-        >>> ntkdp.compare(run, run).table().row_count
-        2
-        """
-        from ntkdp import _comparison_table
-
-        return _comparison_table.table(self)
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Predicted and observed training loss over time, by :func:`ntkdp.plotting.loss_curves`.
-
-        Examples
-        --------
-        >>> import jax.numpy as jnp, ntkdp
-        >>> run = ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
-        >>> len(ntkdp.compare(run, run).plot().lines)
-        2
-        """
-        from ntkdp import plotting
-
-        return plotting.loss_curves(self.predicted, self.observed, ax=ax)
+_LOSSES = ("loss", "test_loss")
 
 
 def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
@@ -307,7 +41,11 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     .. math::
         \sup_{t > 0} |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t),
 
-    and its like for outputs, accuracies, clip fractions and the test set where both have them.
+    and its like for outputs, accuracies, clip fractions and the test set where both have them. With
+    it comes the error as a share of the fall, which a short run cannot flatter,
+
+    .. math::
+        \sup_{t > 0} |L_{pred}(t) - L_{obs}(t)| \,/\, \sup_{t > 0} |L_{obs}(t) - L_{obs}(0)|.
 
     Parameters
     ----------
@@ -365,8 +103,8 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     if not np.any(after_start):
         raise ValueError(
             f"prediction and run share no time after the start: prediction has "
-            f"{_range(prediction.times)}, run has {_range(run.times)}; predict at the times of the "
-            "run, solve(flow, initial, run.times)"
+            f"{range_of(prediction.times)}, run has {range_of(run.times)}; predict at the times of "
+            "the run, solve(flow, initial, run.times)"
         )
     predicted, observed = _at(prediction, of_prediction), _at(run, of_run)
     times = run_times[of_run][after_start]
@@ -392,7 +130,11 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
             over_time = _relative_distance(p[:, None], o[:, None], axis=1)
         worst = int(np.argmax(over_time))
         errors[name] = Errors(
-            over_time, float(over_time[worst]), float(np.mean(over_time)), float(times[worst])
+            over_time,
+            float(over_time[worst]),
+            float(np.mean(over_time)),
+            float(times[worst]),
+            _of_fall(p, o, _at_start(name, (run, prediction), start)) if name in _LOSSES else None,
         )
     return Comparison(
         times=times,
@@ -405,25 +147,30 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     )
 
 
-def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
-    """That of the reference, if it can be compared."""
-    if not isinstance(reference, Comparison):
-        raise TypeError(f"reference must be a Comparison, got {type(reference).__name__}")
-    times, run = comparison.times, comparison._losses[1]
-    if not (
-        np.array_equal(reference.times, times)
-        and np.array_equal(reference._losses[1], run, equal_nan=True)
-    ):
-        raise ValueError(
-            "reference must compare with the same run at the same times, "
-            f"got {_range(reference.times)} beside {_range(times)}"
-        )
-    return reference.mean_crps
-
-
 def _start(trajectory: Trajectory) -> float:
     """Time of the initial state."""
     return float(trajectory.times[0] if trajectory.start is None else trajectory.start)
+
+
+def _at_start(name: str, sides: tuple[Trajectory, ...], start: float) -> float | None:
+    """A loss at the start, of the first side that recorded it."""
+    for side in sides:
+        if float(side.times[0]) == start:
+            values = mean_over_seeds(side, name)
+            assert values is not None
+            return float(values[0])
+    return None
+
+
+def _of_fall(p: np.ndarray, o: np.ndarray, initial: float | None) -> float | None:
+    """Largest difference over the most that ``o`` has moved from ``initial``."""
+    if initial is None:
+        return None
+    difference = float(np.max(_distance(p, o)))
+    fall = float(np.max(_distance(o, np.full_like(o, initial))))
+    if difference == 0 or not np.isfinite(difference):
+        return difference
+    return difference / fall if np.isfinite(fall) and fall > 0 else np.inf
 
 
 def _check_shape(name: str, trajectory: Trajectory) -> None:
@@ -457,10 +204,6 @@ def _nearest(values: np.ndarray, among: np.ndarray) -> np.ndarray:
     right = np.minimum(np.searchsorted(among, values), len(among) - 1)
     left = np.maximum(right - 1, 0)
     return np.where(np.abs(values - among[left]) <= np.abs(values - among[right]), left, right)
-
-
-def _range(times: Any) -> str:
-    return f"{len(times)} in [{float(times[0]):g}, {float(times[-1]):g}]"
 
 
 def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:

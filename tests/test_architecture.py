@@ -47,6 +47,7 @@ COMPARISON = {
     "_heat_maps",
     "advisor",
     "comparison",
+    "_comparison",
     "_comparison_table",
     "_scores",
     "plotting",

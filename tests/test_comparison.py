@@ -58,6 +58,33 @@ def test_errors_of_a_known_pair():
     assert result.test_output_errors is None
 
 
+def test_a_short_run_is_not_flattered():
+    """The loss falls by 0.1 of 2: a prediction that stays where it is has an error of 5%."""
+    run = trajectory([2.0, 1.975, 1.95, 1.9], test_loss=[4.0, 4.0, 4.5, 4.25])
+    result = compare(trajectory([2.0] * 4, test_loss=[4.0] * 4), run)
+    assert result.sup_relative_error == pytest.approx(0.1 / 1.9)
+    assert result.error_of_fall == pytest.approx(1.0)
+    assert result.test_error_of_fall == pytest.approx(1.0)  # it rose by 0.5
+    half = compare(trajectory([2.0, 1.9875, 1.975, 1.95]), run)
+    assert half.error_of_fall == pytest.approx(0.5)
+    assert half.test_error_of_fall is None
+
+
+def test_the_fall_is_measured_from_the_start():
+    run, late = trajectory([8.0, 4.0, 2.0, 1.0]), trajectory([4.0, 2.0, 1.0], TIMES[1:])
+    prediction = trajectory([8.0, 6.0, 2.0, 1.0])
+    assert compare(prediction, run).error_of_fall == pytest.approx(2 / 7)
+    # A log that begins late falls from where its prediction starts; without both, nobody knows.
+    assert compare(prediction, late).error_of_fall == pytest.approx(2 / 7)
+    nowhere = trajectory([6.0, 2.0, 1.0], TIMES[1:], start=0.0)
+    assert compare(nowhere, late).error_of_fall is None
+    # Nothing moves: no share, unless nothing is wrong either.
+    still = trajectory([8.0] * 4)
+    assert compare(still, still).error_of_fall == 0.0
+    assert compare(run, still).error_of_fall == np.inf
+    assert compare(trajectory([8.0, 4.0, np.nan, 1.0]), run).error_of_fall == np.inf
+
+
 def test_shares_are_compared_by_their_difference():
     fields = {"accuracy": [0.0, 0.5, 0.5, 0.75], "clip_fraction": [1.0, 1.0, 0.5, 0.0]}
     other = {"accuracy": [0.0, 0.5, 0.75, 1.0], "clip_fraction": [1.0, 0.625, 0.5, 0.0]}
@@ -617,9 +644,11 @@ def test_table_shows_the_numbers():
     console.print(compare(prediction, run).table())
     lines = console.file.getvalue().splitlines()
     (loss,) = [line.split("│") for line in lines if "training loss" in line]
-    assert [cell.strip() for cell in loss[2:7]] == ["nan", "1", "infinite", "4", "infinite"]
+    assert [cell.strip() for cell in loss[2:8]] == [
+        "nan", "1", "infinite", "infinite", "4", "infinite",
+    ]  # fmt: skip
     (accuracy,) = [line.split("│") for line in lines if "training accuracy" in line]
-    assert [cell.strip() for cell in accuracy[2:7]] == ["0.5", "0.5", "0.25", "2", "0.0833"]
+    assert [cell.strip() for cell in accuracy[2:8]] == ["0.5", "0.5", "0.25", "", "2", "0.0833"]
 
 
 def test_table_shows_the_distribution():
@@ -629,9 +658,10 @@ def test_table_shows_the_distribution():
     console.print(result.table())
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if "│" in line]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    assert cells["runs in the band"] == ["0.3333", "0.5", "0.167", "1", "0.167"]
-    assert cells["CRPS"] == ["", "", "1", "1", "1"]
-    assert cells["error in std. errors"] == ["", "", "0.832", "1", "0.832"]
+    assert cells["training loss"][2:4] == ["42.9 %", "33.3 %"]  # 1.5 of 3.5, and of a fall by 4.5
+    assert cells["runs in the band"] == ["0.3333", "0.5", "0.167", "", "1", "0.167"]
+    assert cells["CRPS"] == ["", "", "1", "", "1", "1"]
+    assert cells["error in std. errors"] == ["", "", "0.832", "", "1", "0.832"]
 
 
 def test_plot_draws_both():

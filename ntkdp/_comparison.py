@@ -63,6 +63,10 @@ class Comparison:
         ``sup_t ||f_pred[:, k] - f_obs[:, k]|| / ||f_obs[:, k]||``; None without outputs.
     coverage : float
         Share of the run's recorded times after the start that were compared.
+    differences : dict
+        What the two are known to differ in, as allowed, in words.
+    neglected : tuple
+        What the run has and the prediction leaves out by its nature: ``"noise"``, ``"sampling"``.
 
     Examples
     --------
@@ -84,6 +88,8 @@ class Comparison:
     output_errors: np.ndarray | None = field(repr=False)
     test_output_errors: np.ndarray | None = field(repr=False)
     coverage: float
+    differences: dict[str, str]
+    neglected: tuple[str, ...]
 
     @property
     def relative_error(self) -> np.ndarray:
@@ -268,9 +274,12 @@ class Comparison:
 
     @property
     def message(self) -> str:
-        """What went wrong on either side and what to do about it, or ``"success"``."""
+        """What went wrong on either side or differs between them, or ``"success"``."""
         sides = (("prediction", self.predicted), ("run", self.observed))
         troubles = [f"{name}: {side.message}" for name, side in sides if not side.successful]
+        if self.differences:
+            shown = "; ".join(f"{name}: {text}" for name, text in self.differences.items())
+            troubles.append(f"not of the same training ({shown})")
         return "; ".join(troubles) or "success"
 
     def table(self) -> "Table":

@@ -28,6 +28,8 @@ def table(comparison: "Comparison") -> Table:
     caption = [] if comparison.message == "success" else [comparison.message]
     if comparison.coverage < 1:
         caption.append(f"{comparison.coverage:.0%} of the run's recorded times have a prediction")
+    if comparison.neglected:
+        caption.append(f"The prediction leaves out the run's {' and '.join(comparison.neglected)}.")
     drawn = Table(title=f"Prediction against run at {shown}", caption="\n".join(caption) or None)
     drawn.add_column("")
     for heading in ("predicted", "observed", "largest error", "of the fall", "at t", "mean error"):

@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, _validate, losses
 from ntkdp._check_model import check_inputs
 from ntkdp._norms import wide
+from ntkdp._setup import Setup, described, number, optimizer_of, rates
+from ntkdp._stepping import Stepping
 from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -74,6 +76,22 @@ class Algorithm(eqx.Module):
     noisy: bool = eqx.field(static=True)
     trainable: tuple[str, ...] | None = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
+
+    def setup(self, stepping: Stepping) -> Setup:
+        """What training it is, in plain numbers, for comparisons."""
+        optimizer, momentum = optimizer_of(self.optimizer)
+        return Setup(
+            clipping=described(self.clipping),
+            loss=described(self.loss),
+            reduction=self.reduction,
+            learning_rate=rates(stepping.learning_rate, stepping.steps),
+            steps=stepping.steps,
+            noise_multiplier=number(self.noise_multiplier),
+            noise_per_group=self.noise_per_group,
+            sample_rate=self.sample_rate,
+            optimizer=optimizer,
+            momentum=momentum,
+        )
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""

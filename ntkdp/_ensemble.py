@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import _mesh, _program_memory, _progress, _validate, privacy
+from ntkdp._flow import with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
@@ -163,7 +164,14 @@ def ensemble(
         _, measured = draw_within_memory(
             flow, noise, state, False, stepping, keys, outputs, listener
         )
-        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
+        return from_measurements(
+            stepping.times,
+            measured,
+            steps=jnp.asarray(stepping.recorded),
+            setup=with_steps(
+                flow.setup(), stepping, noise_multiplier, sample_rate, noise_per_group
+            ),
+        )
 
 
 def noise_of_step(

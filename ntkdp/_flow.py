@@ -1,11 +1,14 @@
 """What every flow is: a velocity, and something to measure along the way."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Literal
 
 import equinox as eqx
 
 from ntkdp import _validate, clipping, losses
+from ntkdp._setup import Setup, described, number, rates
+from ntkdp._stepping import Stepping
 from ntkdp._types import Array, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -31,6 +34,42 @@ class Flow(eqx.Module):
     @abstractmethod
     def measure(self, state: PyTree, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at a state, and outputs on request."""
+
+    def setup(self) -> Setup | None:
+        """What training it predicts, for comparisons; None if that is not known."""
+        return None
+
+
+def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: str = "sgd") -> Setup:
+    """What a flow without noise predicts: no step, no noise, no sampling."""
+    return Setup(
+        clipping=described(rule),
+        loss=described(loss),
+        reduction=reduction,
+        optimizer=optimizer,
+        momentum=0.0 if optimizer == "sgd" else None,
+        neglects=("noise", "sampling"),
+    )
+
+
+def with_steps(
+    setup: Setup,
+    stepping: Stepping,
+    noise_multiplier: Any = None,
+    sample_rate: Any = None,
+    noise_per_group: bool = False,
+) -> Setup:
+    """The same of so many steps, and, where they are given, of noise and sampling."""
+    drawn = noise_multiplier is not None
+    return replace(
+        setup,
+        learning_rate=rates(stepping.learning_rate, stepping.steps),
+        steps=stepping.steps,
+        noise_multiplier=number(noise_multiplier),
+        sample_rate=number(sample_rate),
+        noise_per_group=bool(noise_per_group),
+        neglects=() if drawn else setup.neglects,
+    )
 
 
 def check_clipping(rule: Any) -> ClippingRule:

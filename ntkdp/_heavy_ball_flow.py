@@ -1,5 +1,6 @@
 """A flow with inertia."""
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ from ntkdp import _validate
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
+from ntkdp._setup import Setup, number
 from ntkdp._types import PyTree, as_constant
 from ntkdp._weight_flow import WeightFlow
 from ntkdp.trajectory import Measurement
@@ -64,6 +66,14 @@ class HeavyBallFlow(Flow):
         """State of the flow's initial state, at rest."""
         position = self.flow.init(initial)
         return position, jax.tree.map(jnp.zeros_like, position)
+
+    def setup(self) -> Setup | None:
+        """What training it predicts: that of the flow, with inertia."""
+        inner = self.flow.setup()
+        if inner is None:
+            return None
+        friction = number(self.friction)
+        return replace(inner, optimizer="heavy ball", momentum=None, friction=friction)
 
     def velocity(self, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """Time derivative of position and momentum."""

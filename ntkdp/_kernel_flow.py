@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkdp import _memory, _mesh, _norms, _program_memory, _validate, clipping, losses
-from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._precision import at_least_single
+from ntkdp._setup import Setup
 from ntkdp._types import Array, Float, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -142,6 +143,11 @@ class KernelFlow(Flow):
                     "test_targets",
                 )
                 self.test_targets = _mesh.everywhere(mesh, test_targets)
+
+    def setup(self) -> Setup:
+        """What training it predicts, for comparisons."""
+        optimizer = "preconditioned" if self.preconditioned else "sgd"
+        return setup_of(self.clipping, self.loss, self.reduction, optimizer)
 
     def init(self, initial: Any) -> tuple[Array, Array | None]:
         """State of initial outputs ``(n, K)``, or of a (train, test) pair with a test kernel."""

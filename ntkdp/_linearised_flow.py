@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from ntkdp import _clipped_sum, _groups, _memory, _mesh, _validate, losses
 from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._check_model import check_inputs, check_model
-from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._norms import wide
+from ntkdp._setup import Setup
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -136,6 +137,10 @@ class LinearisedFlow(Flow):
                 m = test_x.shape[0]
                 test_targets = check_targets(self.loss, test_targets, m, n_outputs, "test_targets")
                 self.test_targets = _mesh.everywhere(mesh, test_targets)
+
+    def setup(self) -> Setup:
+        """What training it predicts, for comparisons."""
+        return setup_of(self.clipping, self.loss, self.reduction)
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters: how far they are from where the model is linearised."""

@@ -1,5 +1,6 @@
 """A flow that knows the length of the steps it stands for."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from ntkdp import _validate
 from ntkdp._flow import Flow
 from ntkdp._heavy_ball_flow import HeavyBallFlow
+from ntkdp._setup import Setup, rates
 from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import Measurement
 
@@ -77,6 +79,11 @@ class ModifiedFlow(Flow):
     def init(self, initial: PyTree) -> PyTree:
         """State of the flow's initial state."""
         return self.flow.init(initial)
+
+    def setup(self) -> Setup | None:
+        """What training it predicts: that of the flow, with steps of this length."""
+        inner = self.flow.setup()
+        return None if inner is None else replace(inner, learning_rate=rates(self.learning_rate, 1))
 
     def velocity(self, state: PyTree) -> PyTree:
         """Time derivative of the state."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ntkdp import _progress, _validate
 from ntkdp._ensemble import draw_within_memory, noise_of_step
-from ntkdp._flow import Flow, Reduction
+from ntkdp._flow import Flow, Reduction, with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._phase import Phase, check_phases, steppings
 from ntkdp._solve import recursion, solve
@@ -105,7 +105,8 @@ def ensemble_phases(
                 flow, noise, state, per_seed, stepping, keys, outputs, listener
             )
             steps = jnp.asarray(stepping.recorded)
-            paths.append(from_measurements(stepping.times, measured, steps=steps))
+            setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
+            paths.append(from_measurements(stepping.times, measured, steps=steps, setup=setup))
         return functools.reduce(Trajectory.then, paths)
 
 

@@ -22,7 +22,7 @@ from ntkdp._look import LOOK, draw_into
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.comparison import Comparison
-from ntkdp.experiment import KERNEL_OF, LABELS, Results, noise_free
+from ntkdp.experiment import KERNEL_OF, LABELS, Results
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
@@ -221,9 +221,15 @@ def _warnings(results: Results) -> list[str]:
             "The noisy kernel recursion leaves out the test points, whose noise would be drawn "
             "with that of the training points: too many outputs."
         )
-    left_out = noise_free(results.config)
-    if left_out:
-        warnings.append(f"Without the noise: {', '.join(LABELS[name] for name in left_out)}.")
+    for what in ("noise", "sampling"):
+        without = {
+            LABELS[name]: None
+            for case in results.cases
+            for name, prediction in case.predictions.items()
+            if what in prediction.comparison.neglected
+        }
+        if without:
+            warnings.append(f"Without the {what}: {', '.join(without)}.")
     return warnings
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ntkdp import _program_memory, _progress, _validate
-from ntkdp._flow import Flow
+from ntkdp._flow import Flow, with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._progress import Listener
@@ -147,7 +147,7 @@ def solve(
             what=f"a solve of a {type(flow).__name__}", ways_out=_WAYS_OUT,
             results=_program_memory.bytes_of_record(len(times), flow.measure, state, outputs),
         )  # fmt: skip
-        return from_measurements(times, measured, outcome=outcome, start=start)
+        return from_measurements(times, measured, outcome=outcome, start=start, setup=flow.setup())
 
 
 @eqx.filter_jit
@@ -274,7 +274,10 @@ def recursion(
             what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
             results=stepping.bytes_of_record(flow.measure, state, outputs),
         )  # fmt: skip
-        return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
+        setup = with_steps(flow.setup(), stepping)
+        return from_measurements(
+            stepping.times, measured, steps=jnp.asarray(stepping.recorded), setup=setup
+        )
 
 
 @eqx.filter_jit

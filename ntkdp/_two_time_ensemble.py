@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _memory, _mesh, _progress, _validate, _volterra, privacy
+from ntkdp._flow import with_steps
 from ntkdp._output_process import output_process
 from ntkdp._stepping import Stepping
 from ntkdp._two_time_flow import TwoTimeFlow
@@ -120,7 +121,9 @@ def two_time_ensemble(
         progress=progress,
         key=key,
     )
-    return from_measurements(every[recorded], measured, steps=jnp.asarray(recorded))
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
+    return from_measurements(every[recorded], measured, steps=jnp.asarray(recorded), setup=setup)
 
 
 def two_time_flow(
@@ -220,7 +223,9 @@ def two_time_flow(
         progress=progress,
         key=key,
     )
-    return from_measurements(jnp.asarray(times), measured, start=jnp.asarray(start))
+    return from_measurements(
+        jnp.asarray(times), measured, start=jnp.asarray(start), setup=flow.setup()
+    )
 
 
 def draw(

@@ -1,6 +1,7 @@
 """DP training of an infinitely wide network, whose kernel noise moves."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp import _memory, _mesh, _norms, _validate, losses
-from ntkdp._flow import Reduction, check_clipping, check_targets, measurement
+from ntkdp._flow import Reduction, check_clipping, check_targets, measurement, setup_of
+from ntkdp._setup import Setup
 from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -153,6 +155,10 @@ class TwoTimeFlow(eqx.Module):
         targets = targets.astype(self.points.dtype) if floating else targets
         placed: Array = _mesh.everywhere(self.mesh, targets)
         return placed
+
+    def setup(self) -> Setup:
+        """What training it predicts, for comparisons; noise and sampling are those of its runs."""
+        return replace(setup_of(self.clipping, self.loss, self.reduction), neglects=())
 
     @property
     def n_samples(self) -> int:

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from ntkdp import _clipped_sum, _groups, _mesh, _validate, losses
 from ntkdp._check_model import check_inputs, check_preconditioner
-from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement
+from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
+from ntkdp._setup import Setup
 from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
@@ -109,6 +110,11 @@ class WeightFlow(Flow):
                 m = test_x.shape[0]
                 test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
                 self.test_targets = _mesh.everywhere(mesh, test_targets)
+
+    def setup(self) -> Setup:
+        """What training it predicts, for comparisons."""
+        optimizer = "sgd" if self.preconditioner is None else "preconditioned"
+        return setup_of(self.clipping, self.loss, self.reduction, optimizer)
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters."""

@@ -6,12 +6,14 @@ Where the prediction is an ensemble of runs, its distribution is compared too: i
 runs are inside, and its CRPS.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ntkdp import _setup, _validate
 from ntkdp._agreement import agreement as agreement
 from ntkdp._comparison import QUANTITIES as QUANTITIES
 from ntkdp._comparison import SHARES as SHARES
@@ -35,7 +37,9 @@ _OUTPUTS = ("outputs", "test_outputs")
 _LOSSES = ("loss", "test_loss")
 
 
-def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
+def compare(
+    prediction: Trajectory, run: Trajectory, *, allow: str | Iterable[str] = ()
+) -> Comparison:
     r"""Errors of a prediction against a run, at the times that both recorded.
 
     .. math::
@@ -55,6 +59,10 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     run : Trajectory
         Of :func:`ntkdp.dp_sgd.run`. Of a leading seed axis, on either side, the mean is compared;
         of an ensemble also the distribution, see ``band_coverage``, ``crps`` and ``skill``.
+    allow : str or sequence of str
+        What the two may differ in on purpose: ``"clipping"``, ``"loss"``, ``"reduction"``,
+        ``"learning_rate"``, ``"noise_multiplier"``, ``"sample_rate"``, ``"optimizer"``, ``"time"``
+        or ``"phases"``. It is named in ``differences`` and in the table.
 
     Returns
     -------
@@ -68,10 +76,17 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
     TypeError
         If an argument is not a Trajectory.
     ValueError
-        If the two share no time after the start, or their outputs differ in shape.
+        If the two share no time after the start, or their outputs differ in shape; if they are
+        known to be of different training, naming what differs, unless ``allow`` holds it.
 
     Notes
     -----
+    Trajectories know what training they are of (``setup``). A flow is of every small learning rate;
+    flows and recursions may be compared with noisy runs and with sampling, which they leave out by
+    their nature: ``neglected`` and the table say so. A flow with a preconditioned kernel may be
+    compared with any optimizer, one with inertia with momentum. An optimizer of your own is known
+    by its name alone. Of what was made elsewhere nothing is known, and it is taken as it is.
+
     Where either side is not finite the error is infinite: a prediction that failed or a run that
     diverged never looks close. Where the run's value is zero the error is zero if the prediction's
     is too, and infinite otherwise.
@@ -96,6 +111,8 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
                 f"got {type(given).__name__}"
             )
         _check_shape(name, given)
+    differences = _setup.differences(prediction.setup, run.setup)
+    _check_allowed(differences, allow)
     of_prediction, of_run = _shared_times(prediction.times, run.times)
     run_times = np.asarray(run.times, np.float64)
     start = min(_start(prediction), _start(run))
@@ -144,7 +161,22 @@ def compare(prediction: Trajectory, run: Trajectory) -> Comparison:
         output_errors=per_output["outputs"],
         test_output_errors=per_output["test_outputs"],
         coverage=len(times) / int(np.sum(run_times > start)),
+        differences=differences,
+        neglected=_setup.neglected(prediction.setup, run.setup),
     )
+
+
+def _check_allowed(differences: dict[str, str], allow: str | Iterable[str]) -> None:
+    allowed = [allow] if isinstance(allow, str) else list(allow)
+    for name in allowed:
+        _validate.choice(_setup.DIFFERENCES, allow=name)
+    unmeant = [name for name in differences if name not in allowed]
+    if unmeant:
+        shown = "; ".join(f"{name}: {differences[name]}" for name in unmeant)
+        raise ValueError(
+            f"prediction and run are not of the same training: {shown}. If this is meant, pass "
+            f"allow={tuple({*allowed, *unmeant})!r}"
+        )
 
 
 def _start(trajectory: Trajectory) -> float:
@@ -211,7 +243,7 @@ def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:
     time_axis = trajectory.loss.ndim - 1
     fields: dict[str, Any] = {}
     for name, value in vars(trajectory).items():
-        if value is not None and name not in ("outcome", "start"):
+        if value is not None and name not in ("outcome", "start", "setup"):
             axis = 0 if name in ("times", "steps") else time_axis
             # NumPy: JAX would compile a program for every number of shared times.
             fields[name] = jnp.asarray(np.asarray(value).take(index, axis=axis))

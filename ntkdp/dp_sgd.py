@@ -313,7 +313,7 @@ def run(
     start = algorithm.init(params).params
     with _progress.listening(progress, "training with DP-SGD") as listener:
         _, measured = trained(algorithm, start, False, keys, stepping, outputs, listener)
-        return _trajectory(stepping, measured)
+        return _trajectory(algorithm, stepping, measured)
 
 
 def run_phases(
@@ -422,9 +422,10 @@ def run_phases(
             params, measured = trained(
                 algorithm, params, per_seed, keys, stepping, outputs, listener
             )
-            paths.append(_trajectory(stepping, measured))
+            paths.append(_trajectory(algorithm, stepping, measured))
         return functools.reduce(Trajectory.then, paths)
 
 
-def _trajectory(stepping: Stepping, measured: Measurement) -> Trajectory:
-    return from_measurements(stepping.times, measured, steps=jnp.asarray(stepping.recorded))
+def _trajectory(algorithm: Algorithm, stepping: Stepping, measured: Measurement) -> Trajectory:
+    recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
+    return from_measurements(stepping.times, measured, steps=recorded, setup=setup)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import _config, _groups, _whole_memory, comparison, dp_sgd, ntk
+from ntkdp import _config, _groups, _setup, _whole_memory, comparison, dp_sgd, ntk
 from ntkdp._cell_folder import CellFolder
 from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._prediction import (
@@ -358,13 +358,19 @@ def _case(config: Config, case: ClippingConfig, measured: dict[str, Any]) -> Cas
     )
 
 
-def _arrays(path: Trajectory) -> dict[str, np.ndarray | None]:
-    fields = vars(path).items()
-    return {name: None if value is None else np.asarray(value) for name, value in fields}
-
-
-def _trajectory(arrays: dict[str, np.ndarray | None]) -> Trajectory:
-    fields: dict[str, Any] = {
-        name: None if value is None else jnp.asarray(value) for name, value in arrays.items()
+def _arrays(path: Trajectory) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(path).items() if name != "setup"}
+    arrays: dict[str, Any] = {
+        name: None if value is None else np.asarray(value) for name, value in fields.items()
     }
-    return Trajectory(**fields)
+    return arrays | {"setup": _setup.to_json(path.setup)}
+
+
+def _trajectory(arrays: dict[str, Any]) -> Trajectory:
+    fields: dict[str, Any] = {
+        name: None if value is None else jnp.asarray(value)
+        for name, value in arrays.items()
+        if name != "setup"
+    }
+    # Cells of an older version say nothing of it.
+    return Trajectory(setup=_setup.from_json(arrays.get("setup", "[]")), **fields)

@@ -8,7 +8,7 @@ steps. Functions draw on the Axes that they are given, or on a new figure; neith
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,18 @@ def clip_fraction(
 
 
 def relative_error(
-    predictions: Predictions, run: Trajectory, *, test: bool = False, ax: Axes | None = None
+    predictions: Predictions,
+    run: Trajectory,
+    *,
+    test: bool = False,
+    allow: str | Iterable[str] = (),
+    ax: Axes | None = None,
 ) -> Axes:
     """Relative error of the loss over time, in percent, on a logarithmic axis.
 
-    Arguments as for :func:`loss_curves`; the times are those that :func:`ntkdp.compare` finds
-    shared. Where the error is infinite or zero the curve has a gap, and the legend says so.
+    Arguments as for :func:`loss_curves`, and ``allow`` as for :func:`ntkdp.compare`; the times are
+    those that it finds shared. Where the error is infinite or zero the curve has a gap, and the
+    legend says so.
 
     Examples
     --------
@@ -157,7 +163,7 @@ def relative_error(
         ax = _look.axes_or_new(ax)
         ax.set_yscale("log", nonpositive="mask")
         for style, (label, prediction) in enumerate(_named(predictions).items()):
-            comparison = compare(prediction, run)
+            comparison = compare(prediction, run, allow=allow)
             for who, side in ((f"predictions[{label!r}]", prediction), ("run", run)):
                 recorded(side, name, who)
             errors = comparison.errors[name]
@@ -233,6 +239,7 @@ def comparison_grid(
     panels: Mapping[tuple[str, str], tuple[Trajectory, Mapping[str, Trajectory]]],
     *,
     title: str | None = None,
+    allow: str | Iterable[str] = (),
 ) -> Figure:
     """Predicted and observed training losses, a panel for each setting, with their errors.
 
@@ -244,6 +251,8 @@ def comparison_grid(
         legend shows, with one style in all panels.
     title : str, optional
         Above all panels.
+    allow : str or sequence of str
+        What a prediction and its run may differ in, as for :func:`ntkdp.compare`.
 
     Returns
     -------
@@ -287,7 +296,9 @@ def comparison_grid(
                 if handle not in lines.values():
                     observed.setdefault(label, handle)
             predicted |= lines
-            errors = [compare(predictions[name], run).sup_relative_error for name in lines]
+            errors = [
+                compare(predictions[name], run, allow=allow).sup_relative_error for name in lines
+            ]
             ax.legend(
                 list(lines.values()), [_percent(error) for error in errors],
                 title="max. relative error", loc="best", labelspacing=0.3, alignment="left",

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _mesh, _validate
+from ntkdp import _mesh, _setup, _validate
 from ntkdp._files import replacing
 from ntkdp._precision import at_least_single
+from ntkdp._setup import Setup
 from ntkdp._stored_elsewhere import stored_elsewhere
 from ntkdp._types import Array, is_traced
 
@@ -100,6 +101,10 @@ class Trajectory(eqx.Module):
         An :class:`Outcome`; see ``successful`` and ``message``.
     start : number, optional
         Time of the initial state, which need not be recorded; by default the first of ``times``.
+    setup : tuple
+        What training it is of, a phase an entry: clipping, loss, learning rate, noise, sampling and
+        optimizer, put there by what made the trajectory, so that :func:`ntkdp.compare` can tell
+        what does not belong together; empty if that is not known.
 
     Examples
     --------
@@ -120,6 +125,7 @@ class Trajectory(eqx.Module):
     test_outputs: Array | None = None
     outcome: Any = 0
     start: Array | None = None
+    setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
 
     @property
     def successful(self) -> bool:
@@ -139,6 +145,7 @@ class Trajectory(eqx.Module):
             self,
             times=self.times * factor,
             start=None if self.start is None else self.start * factor,
+            setup=_setup.rescaled(self.setup, factor),
         )
 
     def then(self, other: "Trajectory") -> "Trajectory":
@@ -172,6 +179,7 @@ class Trajectory(eqx.Module):
         return Trajectory(
             outcome=jnp.where(ended == Outcome.SUCCESS, other.outcome, ended),
             start=self.start,
+            setup=self.setup + other.setup if self.setup and other.setup else (),
             **fields,
         )
 
@@ -205,7 +213,10 @@ class Trajectory(eqx.Module):
         data["outcome"] = (("seed",) * outcome.ndim, outcome)
         if self.start is not None:
             data["start"] = ((), *_storable(self.start))
-        return xr.Dataset(data, coordinates, {"message": self.message})
+        attributes = {"message": self.message}
+        if self.setup:
+            attributes["setup"] = _setup.to_json(self.setup)
+        return xr.Dataset(data, coordinates, attributes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a netCDF file, whole or not at all.
@@ -293,7 +304,13 @@ class Trajectory(eqx.Module):
                 raise ValueError(
                     f"not a trajectory: start must not be after the first time, got {start}"
                 )
-        return cls(times, steps=steps, outcome=outcome, start=start, **fields)
+        setup: tuple[Setup, ...] = ()
+        if "setup" in dataset.attrs:
+            try:
+                setup = _setup.from_json(dataset.attrs["setup"])
+            except ValueError as error:
+                raise ValueError(f"not a trajectory: {error}") from error
+        return cls(times, steps=steps, outcome=outcome, start=start, setup=setup, **fields)
 
 
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -381,11 +398,13 @@ def from_measurements(
     steps: Array | None = None,
     outcome: Any = None,
     start: Array | None = None,
+    setup: Setup | None = None,
 ) -> Trajectory:
     """A trajectory of stacked measurements, ``measured`` at ``times`` and ``steps``.
 
     What is not finite has ended badly, whatever ``outcome`` says so far. ``start`` is the time of
-    the initial state, by default the first of ``times``. Half precision is recorded as float32.
+    the initial state, by default the first of ``times``; ``setup`` what training it is of, if that
+    is known. Half precision is recorded as float32.
 
     Examples
     --------
@@ -400,7 +419,14 @@ def from_measurements(
         (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
     )
     measured = jax.tree.map(at_least_single, _mesh.whole(measured))
-    return Trajectory(times=times, steps=steps, outcome=outcome, start=start, **measured._asdict())
+    return Trajectory(
+        times=times,
+        steps=steps,
+        outcome=outcome,
+        start=start,
+        setup=() if setup is None else (setup,),
+        **measured._asdict(),
+    )
 
 
 def recorded_steps(steps: int, record_every: int) -> np.ndarray:

@@ -81,6 +81,7 @@ LAYERS: dict[int, set[str]] = {
         "losses",
         "clipping",
         "trajectory",
+        "_setup",
         "_stepping",
         "_neural_tangents",
         "privacy",
@@ -224,12 +225,21 @@ FAMILIES = (
     {"spectrum", "_matrix_free_spectrum", *KERNELS},
     CALIBRATION,
     {"privacy", "_accounting", "_composition", "_loss_sums", "_mechanism", "_sampled_gaussian"},
-    {"trajectory", "_stepping"},
+    {"trajectory", "_setup", "_stepping"},
 )
 PREDICTION = FAMILIES[4]
 OBSERVATION = FAMILIES[5]
 #: What the two sides may share, besides layer 0.
-SHARED = {"losses", "clipping", "trajectory", "_stepping", "_phase", "privacy", *FAMILIES[3]}
+SHARED = {
+    "losses",
+    "clipping",
+    "trajectory",
+    "_setup",
+    "_stepping",
+    "_phase",
+    "privacy",
+    *FAMILIES[3],
+}
 
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 #: A folder is one module: its files are one family.

@@ -591,7 +591,8 @@ def test_noisy_runs_of_a_linear_model_are_inside_the_band_of_their_kernel():
     keys = jax.random.split(of_ensemble, 199)
     right, quiet = (
         compare(ntkdp.stochastic_flow.ensemble(
-            flow, jnp.zeros((8, 1)), noise_multiplier=noise, key=keys, **options), run)
+            flow, jnp.zeros((8, 1)), noise_multiplier=noise, key=keys, **options), run,
+            allow="noise_multiplier")
         for noise in (1.5, 0.5)
     )  # fmt: skip
     assert right.band_coverage.level == 0.9

@@ -1,0 +1,283 @@
+"""What a trajectory is of: the numbers by which a prediction and a run can be held together."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp._types import is_traced
+
+#: A rule or a loss by its fields: names, and numbers or text.
+Description = tuple[tuple[str, str | tuple[float, ...]], ...]
+#: Numbers that differ by less are the same, in single precision too.
+_SAME = 1e-6
+#: What two trajectories may differ in, by the names that ``compare`` takes.
+DIFFERENCES = (
+    "clipping",
+    "loss",
+    "reduction",
+    "learning_rate",
+    "noise_multiplier",
+    "sample_rate",
+    "optimizer",
+    "time",
+    "phases",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a phase of training is, as far as it is known: plain numbers and text.
+
+    ``learning_rate`` is that of the steps 0, 1, 2, 4, ..., one number if it is constant, none for
+    a flow, which is of every small learning rate. None stands for what is not known, e.g. inside a
+    JAX transformation. ``neglects`` names what a prediction leaves out by its nature: ``"noise"``,
+    ``"sampling"``. ``friction`` is that of a flow with inertia, and ``time_scale`` what times were
+    multiplied by.
+    """
+
+    clipping: Description
+    loss: Description
+    reduction: str
+    learning_rate: tuple[float, ...] = ()
+    steps: int | None = None
+    noise_multiplier: float | None = None
+    noise_per_group: bool = False
+    sample_rate: float | None = None
+    optimizer: str = "sgd"
+    momentum: float | None = None
+    friction: float | None = None
+    time_scale: float | None = 1.0
+    neglects: tuple[str, ...] = ()
+
+
+def described(part: eqx.Module) -> Description:
+    """A rule or a loss by its kind and its fields; what is only known later is left out."""
+    found: list[tuple[str, str | tuple[float, ...]]] = [("kind", type(part).__name__)]
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if not is_traced(value):
+            found.append((field.name, _plain(value)))
+    return tuple(found)
+
+
+def _plain(value: Any) -> str | tuple[float, ...]:
+    if value is None or isinstance(value, str):
+        return str(value)
+    if callable(value):
+        return _name(value)
+    return tuple(np.ravel(np.asarray(value, np.float64)).tolist())
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__)).rpartition(".")[2]
+
+
+def number(value: Any) -> float | None:
+    """A number if it is known by now."""
+    return None if value is None or is_traced(value) else float(np.asarray(value))
+
+
+def rates(learning_rate: Any, steps: int) -> tuple[float, ...]:
+    """A learning rate, or a schedule at the steps 0, 1, 2, 4, ...; none if it is not known."""
+    if callable(learning_rate):
+        doubling = [0, *(2**k for k in range(steps.bit_length()))]
+        numbers = [step for step in doubling if step < steps]
+        learning_rate = jax.vmap(learning_rate)(jnp.asarray(numbers, jnp.int32))
+    if is_traced(learning_rate):
+        return ()
+    return tuple(np.ravel(np.asarray(learning_rate, np.float64)).tolist())
+
+
+def optimizer_of(optimizer: Callable[..., Any]) -> tuple[str, float | None]:
+    """Name of an optimizer, that of ``optax.sgd`` being "sgd", and its momentum if it is known."""
+    options: dict[str, Any] = {}
+    while isinstance(optimizer, functools.partial):
+        options = optimizer.keywords | options
+        optimizer = optimizer.func
+    name = _name(optimizer)
+    is_optax = str(getattr(optimizer, "__module__", "")).startswith("optax.")
+    if is_optax and name != "sgd":
+        name = f"optax.{name}"
+    given = {key: value for key, value in options.items() if is_traced(value) or value}
+    momentum = None
+    if is_optax and name == "sgd":
+        momentum = number(given.get("momentum", 0.0))
+    shown = ", ".join(f"{key}={_shown(value)}" for key, value in given.items())
+    return (f"{name}({shown})" if shown else name), momentum
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else _name(value)
+
+
+def rescaled(setups: tuple[Setup, ...], factor: Any) -> tuple[Setup, ...]:
+    """The same of a trajectory whose times are multiplied."""
+    by = number(factor)
+    return tuple(
+        replace(
+            phase,
+            time_scale=None if by is None or phase.time_scale is None else phase.time_scale * by,
+        )
+        for phase in setups
+    )
+
+
+def to_json(setups: tuple[Setup, ...]) -> str:
+    """All phases as text."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(tuple[Setup, ...]).dump_json(setups).decode()
+
+
+def from_json(text: Any) -> tuple[Setup, ...]:
+    """The inverse of :func:`to_json`.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    from pydantic import TypeAdapter
+
+    if not isinstance(text, str):
+        raise ValueError(f"setup must be text, got {type(text).__name__}")
+    return TypeAdapter(tuple[Setup, ...]).validate_json(text)
+
+
+def differences(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> dict[str, str]:
+    """What is known to differ, by the names of :data:`DIFFERENCES`, in words.
+
+    A single phase is compared with each of several.
+    """
+    if not prediction or not run:
+        return {}
+    if len(prediction) != len(run) and 1 not in (len(prediction), len(run)):
+        return {"phases": f"{len(prediction)} predicted, {len(run)} in the run"}
+    n_phases = max(len(prediction), len(run))
+    found: dict[str, str] = {}
+    for number_, (ours, theirs) in enumerate(
+        zip(_each(prediction, n_phases), _each(run, n_phases), strict=True)
+    ):
+        where = f" in phase {number_ + 1}" if n_phases > 1 else ""
+        for name, predicted, observed in _differing(ours, theirs):
+            found.setdefault(name, f"{predicted} predicted, {observed} in the run{where}")
+    return found
+
+
+def neglected(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> tuple[str, ...]:
+    """What the run has and the prediction leaves out by its nature: "noise", "sampling"."""
+    has = {
+        "noise": any((phase.noise_multiplier or 0.0) > 0 for phase in run),
+        "sampling": any((phase.sample_rate or 1.0) < 1 for phase in run),
+    }
+    return tuple(
+        name for name in has if has[name] and any(name in phase.neglects for phase in prediction)
+    )
+
+
+def _each(setups: tuple[Setup, ...], n_phases: int) -> tuple[Setup, ...]:
+    return setups * n_phases if len(setups) == 1 else setups
+
+
+def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
+    """Names of what differs, and what it is on either side."""
+    for name in ("clipping", "loss"):
+        ours, theirs = getattr(prediction, name), getattr(run, name)
+        if not _same_description(ours, theirs):
+            yield name, _in_words(ours), _in_words(theirs)
+    if prediction.reduction != run.reduction:
+        yield "reduction", prediction.reduction, run.reduction
+    if not _same_rates(prediction.learning_rate, run.learning_rate):
+        yield "learning_rate", _numbers(prediction.learning_rate), _numbers(run.learning_rate)
+    if not {"noise"} & {*prediction.neglects, *run.neglects}:
+        yield from _of_noise(prediction, run)
+    if not {"sampling"} & {*prediction.neglects, *run.neglects}:
+        ours, theirs = prediction.sample_rate, run.sample_rate
+        if ours is not None and theirs is not None and not _same(ours, theirs):
+            yield "sample_rate", f"{ours:g}", f"{theirs:g}"
+    yield from _of_optimizer(prediction, run)
+
+
+def _of_noise(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
+    ours, theirs = prediction.noise_multiplier, run.noise_multiplier
+    if ours is None or theirs is None:
+        return
+    if not _same(ours, theirs):
+        yield "noise_multiplier", f"{ours:g}", f"{theirs:g}"
+    elif ours > 0 and prediction.noise_per_group != run.noise_per_group:
+        shares = ("noise of one deviation", "noise by group")
+        yield (
+            "noise_multiplier",
+            shares[prediction.noise_per_group],
+            shares[run.noise_per_group],
+        )
+
+
+def _of_optimizer(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
+    ours, theirs = prediction.optimizer, run.optimizer
+    rate = run.learning_rate[0] if len(run.learning_rate) == 1 else None
+    scale = None
+    if prediction.time_scale is not None and run.time_scale is not None:
+        scale = run.time_scale / prediction.time_scale
+    expected: float | None = 1.0
+    if prediction.friction is not None and run.friction is None:
+        # Its unit of time is the root of the learning rate a step.
+        expected = None if rate is None else rate**-0.5
+        if theirs.startswith("optax."):
+            yield "optimizer", ours, theirs
+        elif rate is not None and run.momentum is not None:
+            momentum = 1 - prediction.friction * math.sqrt(rate)
+            if not math.isclose(momentum, run.momentum, rel_tol=0, abs_tol=1e-4):
+                yield "optimizer", f"{ours} of momentum {momentum:.4g}", theirs
+    elif ours not in (theirs, "preconditioned"):
+        yield "optimizer", ours, theirs
+    if scale is not None and expected is not None and not _same(scale, expected):
+        unit = f"{scale / expected:.4g} times that unit (see Trajectory.rescale_time)"
+        yield "time", "one unit of time", unit
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_SAME)
+
+
+def _same_rates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    if 1 in (len(one), len(other)):
+        return all(_same(a, b) for a in one for b in other)
+    return all(_same(a, b) for a, b in zip(one, other, strict=False))
+
+
+def _same_description(one: Description, other: Description) -> bool:
+    ours, theirs = dict(one), dict(other)
+    if ours.get("kind") != theirs.get("kind"):
+        return False
+    return all(_same_value(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
+
+
+def _same_value(one: str | tuple[float, ...], other: str | tuple[float, ...]) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    if len(one) != len(other) and 1 not in (len(one), len(other)):
+        return False
+    return bool(np.allclose(one, other, rtol=_SAME, atol=0))
+
+
+def _in_words(description: Description) -> str:
+    named = dict(description)
+    kind = named.pop("kind", "")
+    shown = ", ".join(
+        f"{name}={value if isinstance(value, str) else _numbers(value)}"
+        for name, value in named.items()
+        if value != "None"
+    )
+    return f"{kind}({shown})"
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

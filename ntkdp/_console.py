@@ -9,7 +9,7 @@ from rich.text import Text
 from ntkdp._standard_streams import printable, spelled
 
 #: In a pipe there is no width to fit into.
-_WIDTH_IN_A_PIPE = 160
+_WIDTH_IN_A_PIPE = 200
 
 
 def open_console() -> Console:

@@ -76,7 +76,8 @@ def gradients(
     structure = per_sample.trace(apply_fn, params, x)
 
     def cotangent(f_i: Array, *args_i: Array) -> Array:
-        return output_gradient(f_i[None], *[a[None] for a in args_i])
+        # Data of another precision than the network's do not change that of its gradients.
+        return output_gradient(f_i[None], *[a[None] for a in args_i]).astype(f_i.dtype)
 
     outputs, factors = per_sample.factored(structure, params, x, cotangent, *args)
     return outputs, [per_sample.for_norms(factor) for factor in factors]

@@ -112,3 +112,12 @@ def test_a_linearised_network_takes_targets_of_another_precision(weights: Any, s
     right = predicted({"w": jnp.asarray(W)}, jnp.asarray(X))
     rtol = 1e-6 if weights == jnp.float32 else 0.02
     np.testing.assert_allclose(predicted(params, x), right, rtol=rtol)
+
+
+def test_output_gradients_of_another_precision() -> None:
+    """They take the precision of the outputs, in which the network is differentiated."""
+    for dtype, given in ((jnp.float32, jnp.float64), (jnp.bfloat16, jnp.float32)):
+        found = ntkdp.per_sample_gradient_norms(
+            linear, jnp.asarray(W, dtype), jnp.asarray(X, dtype), jnp.ones((4, 1), given)
+        )
+        np.testing.assert_allclose(found, np.linalg.norm(X, axis=1), rtol=1e-6)

@@ -110,7 +110,7 @@ def _import(
 
 
 class _Mended(SourceFileLoader):
-    """Runs a module of neural-tangents with the mended ``__import__``."""
+    """Runs a module of neural-tangents with the changed ``__import__``."""
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}

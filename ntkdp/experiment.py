@@ -96,7 +96,7 @@ class Case(NamedTuple):
 class Results(NamedTuple):
     """All cases of an experiment, and the kernels that the predictions used.
 
-    ``notes`` say what went wrong on the way and was mended.
+    ``notes`` say what went wrong on the way and was put right.
 
     Made by :func:`run`.
     """

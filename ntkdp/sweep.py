@@ -49,7 +49,7 @@ class Results(NamedTuple):
 
     ``seconds`` are those of the kernels, of the prediction, and of all observed cells together,
     compilation included. ``initial`` are the metrics before training. ``notes`` say what went wrong
-    on the way and was mended.
+    on the way and was put right.
 
     Made by :func:`run`.
     """

@@ -41,10 +41,11 @@ def begin() -> None:
 
 def end() -> None:
     """Leave signals to the system again: all is done, and there is nothing to clear up."""
-    signal.set_wakeup_fd(-1)
     for number in _known_signals():
         if signal.getsignal(number) is _halt:
             signal.signal(number, signal.SIG_DFL)
+    # Last: a signal that halts this thread must reach the one that clears up.
+    signal.set_wakeup_fd(-1)
 
 
 def continued_by(options: Callable[[], str | None]) -> None:

@@ -90,6 +90,18 @@ def test_at_the_end_signals_are_the_systems_again() -> None:
     assert _stopped(code, signal.SIGINT) == (-signal.SIGINT, "", "")
 
 
+def test_a_signal_at_the_very_end_does_not_hang() -> None:
+    """Nobody would hear it between the two steps of leaving signals to the system again."""
+    code = (
+        f"{PREPARED}import os\n_stopping.begin()\nset_it = signal.set_wakeup_fd\n"
+        "def late(descriptor):\n    set_it(descriptor)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.set_wakeup_fd = late\nprint(flush=True)\n_stopping.end()\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def _wait_until_it_listens(process: subprocess.Popen[str]) -> None:
     """Until then, some hundredths of a second, Python itself starts."""
     status = Path(f"/proc/{process.pid}/status")

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +21,20 @@ def replacing(
 ) -> Iterator[Path]:
     """A temporary file next to ``path`` to write to, renamed to it when the body ends well.
 
-    It is new, by default under a name that nothing else has.
+    It is new, by default under a name that nothing else has. A link stays a link: what it leads to
+    is replaced.
 
     Raises
     ------
     FileNotFoundError
         If the folder does not exist.
+    FileExistsError, PermissionError
+        If ``path`` is a folder, a device or a pipe, or a file that its owner may not write to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder of path does not exist: {path.parent}")
+    _check_replaceable(path)
     temporary = temporary_name(path) if temporary is None else Path(temporary)
 
     def remove() -> None:
@@ -47,6 +52,18 @@ def replacing(
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             remove()
+
+
+def _check_replaceable(path: Path) -> None:
+    """A renamed file would take the place of a device, or of what is protected, without asking."""
+    if not os.path.lexists(path):
+        return
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "no plain file"
+        raise FileExistsError(f"path is {kind}: {path}; choose another")
+    if not mode & stat.S_IWUSR:
+        raise PermissionError(f"path is read-only: {path}; choose another, or make it writable")
 
 
 def temporary_name(path: Path) -> Path:

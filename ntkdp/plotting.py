@@ -345,6 +345,8 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
         If the suffix is another.
     FileNotFoundError
         If the folder does not exist.
+    FileExistsError, PermissionError
+        If there is something else than a file, or a file that is read-only.
 
     Examples
     --------

@@ -225,6 +225,8 @@ class Trajectory(eqx.Module):
         ------
         FileNotFoundError
             If the folder does not exist.
+        FileExistsError, PermissionError
+            If there is something else than a file, or a file that is read-only.
         """
         # In memory first: HDF5 crashes the process after a file that it could not write.
         content = self.to_xarray().to_netcdf(engine="h5netcdf")

@@ -109,6 +109,26 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkey
     assert os.listdir(tmp_path) == ["run.nc"]
 
 
+def test_a_link_a_pipe_and_a_protected_file_are_not_replaced(tmp_path: Path) -> None:
+    """As writing in place would have it: a renamed file would take their place without asking."""
+    for name in ("disk", "protected"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "protected").chmod(0o444)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("disk", "nothing", "pipe", "protected"):
+        (tmp_path / f"{name}.nc").symlink_to(tmp_path / name)
+    for name, message in (("pipe", "is no plain file"), ("protected", "is read-only")):
+        for path in (tmp_path / name, tmp_path / f"{name}.nc"):
+            with pytest.raises(OSError, match=rf"path {message}: .*{name}; choose another"):
+                full().save(path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "protected").read_text() == "old"
+    for name in ("disk", "nothing"):
+        full().save(tmp_path / f"{name}.nc")
+        assert (tmp_path / f"{name}.nc").is_symlink()
+        assert Trajectory.load(tmp_path / name).outputs is not None
+
+
 def test_a_saved_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
     least().save(tmp_path / "run.nc")
     (tmp_path / "plain").write_text("")

@@ -21,6 +21,8 @@ _WRITING, _FOLDER = "# being written: ", "# folder: "
 _FILE = re.compile(r"([0-9a-f]{64})  (.+)")
 #: How the names of temporary files and folders end, and no others.
 _TEMPORARY = ".tmp"
+#: A file of such a name only is believed to be the program's whatever it holds.
+_BEING_WRITTEN = re.compile(rf"{_WRITING}(\..+\.[0-9a-f]{{16}}{re.escape(_TEMPORARY)})")
 #: How many names an error shows.
 _SHOWN = 5
 
@@ -106,7 +108,10 @@ class OwnFiles:
         # Both lists are whole until the end: killed half-way, all files are known.
         if os.path.lexists(self._list):
             raise FileExistsError(f"{self._list} is in the way; move it away")
-        shutil.copyfile(new / LIST, self._list)
+        copy = temporary_name(new / LIST)
+        OwnFiles(new)._append(f"{_WRITING}{copy.name}")
+        shutil.copyfile(new / LIST, copy)
+        os.rename(copy, self._list)
         names = [path.name for path in new.iterdir() if path.name != LIST]
         for name in sorted(names, key=lambda name: name == last):
             if os.path.lexists(self.folder / name):
@@ -184,18 +189,18 @@ class OwnFiles:
         return f"{path.relative_to(self.folder)}{slash}"
 
     def _is_listed(self) -> bool:
-        """Whether there is a list of the program's."""
+        """Whether there is a list of the program's, be it one whose first line was cut short."""
         if not _is_plain(self._list):
             return False
         with open(self._list, "rb") as file:
-            return file.read(len(_HEADER)) == _HEADER.encode()
+            return _HEADER.encode().startswith(file.read(len(_HEADER)))
 
     def _listed(self) -> _Listed:
         listed = _Listed({}, set(), set())
         if self._is_listed():
             for line in self._list.read_text(encoding="utf-8", errors="replace").split("\n"):
-                if line.startswith(_WRITING):
-                    listed.temporary.add(line.removeprefix(_WRITING))
+                if found := _BEING_WRITTEN.fullmatch(line):
+                    listed.temporary.add(found[1])
                 elif line.startswith(_FOLDER):
                     listed.folders.add(line.removeprefix(_FOLDER))
                 elif found := _FILE.fullmatch(line):
@@ -203,12 +208,15 @@ class OwnFiles:
         return listed
 
     def _append(self, line: str) -> None:
-        with suppress(FileExistsError), open(self._list, "x", encoding="utf-8") as file:
-            file.write(_HEADER)
+        with suppress(FileExistsError):
+            self._list.touch(exist_ok=False)
         if not self._is_listed():
             raise FileExistsError(f"{self._list} is no list of ntkdp's; move it away")
         # The line end first: what a full disk cut short does not spoil the next line.
         with open(self._list, "a", encoding="utf-8") as file:
+            if file.tell() < len(_HEADER):
+                file.truncate(0)
+                file.write(_HEADER)
             file.write(f"\n{line}")
 
     def _check_replaceable(self, path: Path, even_damaged: bool) -> None:

@@ -1,5 +1,6 @@
 """Nothing is removed or replaced that somebody else made, whatever they do to a folder."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -195,6 +196,50 @@ def test_a_list_that_a_full_disk_cut_short_goes_on(tmp_path: Path) -> None:
     assert OwnFiles(tmp_path).foreign() == []
     grow(tmp_path, overwrite=True)
     assert not (tmp_path / "late.png").exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 30])
+def test_a_list_of_which_a_full_disk_left_no_line_goes_on(tmp_path: Path, length: int) -> None:
+    with OwnFiles(tmp_path).replacing("first.png") as temporary:
+        temporary.write_text("first")
+    whole = (tmp_path / LIST).read_bytes()
+    (tmp_path / "first.png").unlink()
+    (tmp_path / LIST).write_bytes(whole[:length])
+    # It stands in nobody's way, and is the program's to remove.
+    grow(tmp_path)
+    grow(tmp_path, overwrite=True)
+    assert OwnFiles(tmp_path).foreign() == []
+    OwnFiles(tmp_path).remove()
+    assert not (tmp_path / LIST).exists()
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "thesis.tmp", ".thesis.tex.0123.tmp"])
+def test_a_list_gives_no_file_away_by_its_name(tmp_path: Path, name: str) -> None:
+    grow(tmp_path)
+    (tmp_path / name).write_text("precious")
+    with (tmp_path / LIST).open("a") as file:
+        file.write(f"\n# being written: {name}")
+    with pytest.raises(FileExistsError, match=name):
+        grow(tmp_path, overwrite=True)
+    grow(tmp_path, resume=True)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["../precious", "{place}/precious", "..", "../elsewhere"])
+def test_a_list_reaches_nothing_outside(tmp_path: Path, name: str) -> None:
+    name = name.format(place=tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("precious")
+    checksum = hashlib.sha256(b"precious").hexdigest()
+    grow(tmp_path / "out")
+    for inner in (tmp_path / "out", tmp_path / "out" / "cells"):
+        with (inner / LIST).open("a") as file:
+            file.write(f"\n{checksum}  {name}\n# folder: {name}\n# being written: {name}")
+    grow(tmp_path / "out", overwrite=True)
+    OwnFiles(tmp_path / "out").remove_with_folder()
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert names == {"precious", "elsewhere", "elsewhere/precious"}
 
 
 #: Names that the program has for its own files too, apart from those of cells, which it makes

@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkdp import __version__
 from ntkdp._files import make_folder, read_json
+from ntkdp._folder_lock import held
 from ntkdp._out_path import check_path, check_writable
 from ntkdp._own_files import OwnFiles, changed, shown
 from ntkdp._stopping import undone_by
@@ -72,21 +73,26 @@ class CellFolder:
         self._overwrite = overwrite and not resume
         # As it reads from the file: tuples are lists there.
         self.settings = json.loads(json.dumps({"ntkdp": __version__, **settings}))
+        #: Whether what is there goes on, as is asked for or because this is what began it.
+        self._continues = resume
+        self._check_options()
+        check_writable(path, path)
+
+    def _check_options(self) -> None:
+        """Raise unless what is there is what the options are for."""
         begun = self._has_begun()
         self._check(begun)
-        if resume and not begun:
-            raise FileNotFoundError(
-                f"no {what} to resume in {path}: leave out --resume, or fix --out"
-            )
-        if begun and not (resume or overwrite):
-            raise FileExistsError(
-                f"output folder {path} holds a {what}; pass --resume to continue it, --overwrite "
-                "to replace it, or choose another --out"
-            )
-        check_writable(path, path)
-        if resume:
+        if self._continues:
+            if not begun:
+                raise FileNotFoundError(
+                    f"no {self._what} to resume in {self.path}: leave out --resume, or fix --out"
+                )
             self._check_same()
-            self._files.remove_left_overs()
+        elif begun and not self._overwrite:
+            raise FileExistsError(
+                f"output folder {self.path} holds a {self._what}; pass --resume to continue it, "
+                "--overwrite to replace it, or choose another --out"
+            )
 
     def _has_begun(self) -> bool:
         """Whether the file of settings is there, be it damaged, and not another program's."""
@@ -137,34 +143,46 @@ class CellFolder:
 
         A sweep that is to be replaced is removed here. An error before the first cell leaves
         nothing behind.
+
+        Raises
+        ------
+        BlockingIOError
+            If another process is at work in the folder.
+        FileExistsError, FileNotFoundError, ValueError
+            If what is there is no longer what the options are for.
         """
         made = not self.path.exists()
-        begins = self._overwrite or not self._marker.is_file()
-        if begins:
-            self._check(self._has_begun())
-            self._files.remove(last=self._marker.name)
+        make_folder(self.path)
+        with held(self.path):
+            # Another process may have been at work here since the options were checked.
+            self._check_options()
+            begins = not self._continues
 
-        def leave() -> None:
-            if begins and not self._has_cells():
-                # What went wrong first is what is told.
-                with suppress(OSError):
-                    self._files.remove(last=self._marker.name)
-                    if made:
-                        self.path.rmdir()
+            def leave() -> None:
+                if begins and not self._has_cells():
+                    self._continues = False
+                    # What went wrong first is what is told.
+                    with suppress(OSError):
+                        self._files.remove(last=self._marker.name)
+                        if made:
+                            self.path.rmdir()
 
-        with undone_by(leave):
-            try:
-                if begins:
-                    self._begin()
-                yield
-            except BaseException:
-                leave()
-                raise
+            with undone_by(leave):
+                try:
+                    if begins:
+                        self._begin()
+                    else:
+                        self._files.remove_left_overs()
+                    yield
+                except BaseException:
+                    leave()
+                    raise
 
     def _begin(self) -> None:
-        make_folder(self.path)
+        self._files.remove(last=self._marker.name)
         with self._files.replacing(self._marker.name) as temporary:
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        self._continues = True
 
     def remove(self) -> None:
         """Remove what has grown, last what it is known by, and the folder if nothing else is in

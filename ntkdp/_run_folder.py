@@ -9,6 +9,7 @@ from typing import Any
 
 from ntkdp import __version__
 from ntkdp._files import make_folder, read_json
+from ntkdp._folder_lock import held
 from ntkdp._out_path import check_path, check_writable
 from ntkdp._own_files import OwnFiles, changed, shown
 from ntkdp._stopping import as_a_whole, undone_by
@@ -119,8 +120,8 @@ class RunFolder:
                 if not growing.finished():
                     growing.remove_with_folder()
 
-        with undone_by(leave):
-            make_folder(self.partial)
+        make_folder(self.partial)
+        with held(self.partial), undone_by(leave):
             try:
                 with growing.temporary_subfolder() as new:
                     yield new

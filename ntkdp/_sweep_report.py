@@ -13,6 +13,7 @@ from rich.table import Table
 from ntkdp import _page, advisor, comparison, plotting
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._console import add_row, literal, open_console, say
+from ntkdp._folder_lock import held
 from ntkdp._json import text_of
 from ntkdp._look import draw_into
 from ntkdp._own_files import OwnFiles
@@ -144,12 +145,13 @@ def write(results: Results, folder: Path) -> dict[str, Any]:
     """Write pictures, the page and, last, the metrics, which are returned, into the folder."""
     measured = metrics(results)
     files = OwnFiles(folder)
-    pictures = _draw(results, measured, files)
-    with files.replacing("report.html") as temporary:
-        temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
-    text = text_of(measured)
-    with files.replacing("metrics.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    with held(folder):
+        pictures = _draw(results, measured, files)
+        with files.replacing("report.html") as temporary:
+            temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
+        text = text_of(measured)
+        with files.replacing("metrics.json") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     return measured
 
 

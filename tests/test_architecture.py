@@ -63,6 +63,7 @@ LAYERS: dict[int, set[str]] = {
         "_types",
         "_validate",
         "_files",
+        "_folder_lock",
         "_memory",
         "_memory_limits",
         "_program_memory",

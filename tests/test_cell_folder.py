@@ -153,8 +153,40 @@ def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
     # Somebody else's, though it looks the same.
     (tmp_path / ".metrics.json.0123456789abcdef.tmp").write_text("precious")
     folder = CellFolder(tmp_path, SETTINGS, resume=True)
-    assert [path.read_text() for path in tmp_path.rglob(".*.tmp")] == ["precious"]
+    with folder.growing():
+        assert [path.read_text() for path in tmp_path.rglob(".*.tmp")] == ["precious"]
     assert folder.read("00000") == {"n": 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_what_another_process_works_on_is_left_alone(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    path = tmp_path / "sweep"
+    # Both have looked before either begins, as two commands do that start together.
+    folder, early = CellFolder(path, SETTINGS), CellFolder(path, SETTINGS | {"seed": 1})
+    with folder.growing():
+        folder.write("00000", CONTENT)
+        with folder._files.replacing("map.png") as temporary:
+            late = CellFolder(path, SETTINGS, **options) if options else early
+            with pytest.raises(BlockingIOError, match=r"another ntkdp is at work in .*sweep; wait"):
+                written(late, "00001")
+            temporary.write_text("map")
+        folder.write("00002", CONTENT)
+    assert {file.name for file in path.glob("cells/0*")} == {"00000.json", "00002.json"}
+    assert (path / "map.png").read_text() == "map"
+
+
+def test_what_another_process_has_left_meanwhile_is_not_mixed_with(tmp_path: Path) -> None:
+    early = CellFolder(tmp_path, SETTINGS | {"seed": 1})
+    resuming = CellFolder(written(CellFolder(tmp_path, SETTINGS)).path, SETTINGS, resume=True)
+    with pytest.raises(FileExistsError, match="holds a sweep; pass --resume"):
+        written(early)
+    other = SETTINGS | {"seed": 2}
+    written(CellFolder(tmp_path, other, overwrite=True))
+    with pytest.raises(ValueError, match=r"other settings \(seed: 2 there, 0 now\)"):
+        written(resuming)
+    assert CellFolder(tmp_path, other, resume=True).read("00000") is not None
 
 
 def test_what_was_killed_is_replaced_or_removed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Run folders: whole or not at all, in every kind of place, and nobody's files are lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -167,6 +168,40 @@ def test_what_comes_while_a_run_is_made_stays(tmp_path: Path, there: bool) -> No
         write()
     assert (run / "thesis.tex").read_text() == "precious"
     assert (run / MARKER).exists() == there
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_one_process_at_a_time_puts_a_run_in_place(tmp_path: Path, there: bool) -> None:
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+    first, second = RunFolder(run), RunFolder(run)
+    with first.replacing() as path:
+        with pytest.raises(BlockingIOError, match="another ntkdp is at work"):
+            put(second, 2)
+        with OwnFiles(path).replacing(MARKER) as temporary:
+            temporary.write_text(json.dumps({"ntkdp": __version__, "config": 1}))
+    assert number_in(run) == 1
+    with pytest.raises(FileExistsError, match="holds another run"):
+        put(second, 2)
+
+
+def test_a_disk_that_is_full_as_a_run_is_put_in_place_can_be_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that was cut short would be taken for somebody else's file."""
+
+    def full(source: Path, target: Path) -> None:
+        Path(target).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            put(RunFolder(tmp_path), 1)
+    assert list(tmp_path.iterdir()) == []
+    put(RunFolder(tmp_path), 1)
+    assert number_in(tmp_path) == 1
 
 
 def test_copies_by_hard_links_keep_their_content(tmp_path: Path) -> None:

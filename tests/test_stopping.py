@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ STATES = {
 PREPARED = (
     "import signal, sys, time\nfrom pathlib import Path\nfrom ntkdp import _files, _stopping\n"
 )
+
+
+@pytest.fixture(autouse=True)
+def _children_hear_signals() -> Iterator[None]:
+    """Also if these tests run in the background of a shell, whose programs ignore some."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        # Until the end of the test: a handler, which a new program does not inherit.
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stopped(code: str, number: int, *arguments: str) -> tuple[int, str, str]:

@@ -80,7 +80,7 @@ def run(
                 measured = algorithm.measure(params, *observe(params), outputs)
                 return proceed(state, start, count), measured
             # The step computes the outputs of all samples anyway.
-            state, info, train = algorithm._step(key_of(start), state)
+            state, info, train, _ = algorithm._step(key_of(start), state)
             measured = algorithm.measure(params, train, info.clip_fraction, outputs)
             return proceed(state, start + 1, count - 1), measured
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, _validate, losses
 from ntkdp._check_model import check_inputs
+from ntkdp._missing import nan_unless
 from ntkdp._norms import wide
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp._stepping import Stepping
@@ -39,6 +40,9 @@ class Info(NamedTuple):
     empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm or a
     factor that is not finite, and ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum
     and of its noise.
+
+    Under ``jax_debug_nans`` the NaN of ``step`` and ``compile()`` is let through. A program of your
+    own that returns it raises, since JAX looks at what programs return.
     """
 
     clip_fraction: Array
@@ -134,24 +138,37 @@ class Algorithm(eqx.Module):
 
     def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         """One step of clipped, noised gradient descent."""
-        state, info, _ = self._step(key, state)
-        return state, info
+        state, info, _, present = self._step(key, state)
+        return state, self._marked(info, present)
+
+    def _marked(self, info: Info, present: Array) -> Info:
+        if self.sample_rate == 1:
+            return info
+        return info._replace(norms=nan_unless(present, info.norms))
 
     def compile(self) -> Callable[[PRNGKeyArray, State], tuple[State, Info]]:
         """The step, compiled when it is first called.
 
         The data are arguments of the compiled program, not constants in it, and a call costs no
-        more than one of a function that ``jax.jit`` made.
+        more than one of a function that ``jax.jit`` made. With Poisson sampling, empty places are
+        marked with NaN after the program, so that ``jax_debug_nans`` does not take it for an error.
         """
         arrays, rest = eqx.partition(self, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
 
         @jax.jit
-        def compiled(leaves: list[Array], key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        def compiled(
+            leaves: list[Array], key: PRNGKeyArray, state: State
+        ) -> tuple[State, Info, Array]:
             whole: Algorithm = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
-            return whole.step(key, state)
+            state, info, _, present = whole._step(key, state)
+            return state, info, present
 
-        return lambda key, state: compiled(leaves, key, state)
+        def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+            state, info, present = compiled(leaves, key, state)
+            return state, self._marked(info, present)
+
+        return step
 
     def _resolve(self, params: Params) -> _groups.Groups:
         """Groups of the leaves that are trained, by the names that they have in the whole."""
@@ -159,7 +176,8 @@ class Algorithm(eqx.Module):
             return _groups.resolve(self._split(params)[0], lambda path: "all")
         return _groups.resolve(params, self.groups).select(self.trainable)
 
-    def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array]:
+    def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array, Array]:
+        """State, diagnostics with the norms of all places, outputs, and which places are filled."""
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
         drawn = None
@@ -174,25 +192,26 @@ class Algorithm(eqx.Module):
         divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
         # Rounded to the precision of the parameters here, when the noise is in it.
         gradient = jax.tree.map(lambda g, w: (g / divisor).astype(w.dtype), total, trained)
-        updates, optimizer_state = self._transformation(trained).update(
-            gradient, state.optimizer_state, trained
-        )
+        # Optimizers rely on promotion, of their count of steps for one.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, optimizer_state = self._transformation(trained).update(
+                gradient, state.optimizer_state, trained
+            )
         moved = eqx.combine(optax.apply_updates(trained, updates), frozen)
         new = State(moved, optimizer_state, state.step + 1)
 
-        shown = jnp.where(present, norms, jnp.nan)
         used = jnp.broadcast_to(present, factors.shape)
         clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)
-        finite = jnp.isfinite(jnp.atleast_2d(norms)) & jnp.isfinite(factors)
+        finite = jnp.atleast_2d(jnp.isfinite(norms) & jnp.isfinite(factors))
         info = Info(
             clip_fraction=clipped_share.astype(factors.dtype),
-            norms=shown,
+            norms=norms,
             batch_size=jnp.sum(present),
             dropped=jnp.sum(~jnp.all(finite, axis=0) & present),
             gradient_norm=optax.tree.norm(clipped),
             noise_norm=jnp.zeros(()) if noise is None else optax.tree.norm(noise),
         )
-        return new, info, outputs
+        return new, info, outputs, present
 
     def _noise(self, key: PRNGKeyArray, params: Params, groups: _groups.Groups) -> Params:
         leaves, treedef = jax.tree.flatten(params)

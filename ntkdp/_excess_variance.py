@@ -53,20 +53,20 @@ def of_sample(
     """One sample's part of Cov(drift of L, L), of S without sampling, and of that with it."""
     wide = deviations > _CERTAIN * jnp.max(deviations)
     inverse = jnp.where(wide, 1 / jnp.where(wide, deviations, 1.0), 0.0)
-    scaled = (points * inverse) @ axes.T
+    scaled = (points * inverse[None]) @ axes.T
     bent = scaled @ links.bend
     loss = scaled @ links.slope + 0.5 * jnp.sum(bent * scaled, axis=1)
     loss = loss - weights @ loss
-    pull = links.pull + jnp.einsum("rkl,pl->prk", links.turn, scaled)
-    own = (links.slope + bent) @ (axes * inverse**2) @ axes.T
+    pull = links.pull[None] + jnp.einsum("rkl,pl->prk", links.turn, scaled)
+    own = (links.slope[None] + bent) @ (axes * inverse[None] ** 2) @ axes.T
     others = (
-        links.far_pull
+        links.far_pull[None]
         + jnp.einsum("rkl,pl->prk", links.far_turn, scaled)
         - jnp.einsum("rkl,pl->prk", links.turn, own)
     )
     together = pull * loss[:, None, None] + others
     linear = jnp.einsum("p,prk,pl->rkl", weights, clipped, points)
-    rest = clipped - jnp.einsum("p,prk->rk", weights, clipped)
+    rest = clipped - jnp.einsum("p,prk->rk", weights, clipped)[None]
     rest = rest - jnp.einsum("rkl,pl->prk", linear, points)
     drift = -jnp.einsum("p,prk,prk->", weights, clipped, together)
     bending = -2 * jnp.einsum("p,prk,prk->", weights, rest, together)

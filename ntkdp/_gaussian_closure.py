@@ -86,7 +86,7 @@ class Closure(eqx.Module):
         """
         axes, deviations = _principal_axes(own)
         points = self.points @ axes
-        return axes, deviations, points, mean + (points * deviations) @ axes.T
+        return axes, deviations, points, mean[None] + (points * deviations[None]) @ axes.T
 
     def _mean_slope(
         self, axes: Array, deviations: Array, points: Array, clipped: Array, slopes: Array
@@ -102,7 +102,9 @@ class Closure(eqx.Module):
             return direct
         wide = deviations > _NARROW * (1 + jnp.max(jnp.abs(clipped)))
         products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, points)
-        along = jnp.where(wide, products / jnp.where(wide, deviations, 1.0), direct @ axes)
+        along = jnp.where(
+            wide, products / jnp.where(wide, deviations, 1.0)[None, None], direct @ axes
+        )
         return along @ axes.T
 
     def integrals(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:

@@ -16,7 +16,7 @@ from jax import lax
 
 from ntkdp._layout import Layout
 from ntkdp._norms import wide
-from ntkdp._types import Array
+from ntkdp._types import Array, common_dtype
 
 #: An operation in many small products takes about as long as this many in one large product.
 _COST_OF_SMALL_PRODUCTS = 3
@@ -142,7 +142,7 @@ def keep(factor: Factor, usable: Array) -> Factor:
 
 def weighted_sum(factor: Factor, weights: Array, like: Array) -> Array:
     """``sum_i weights[i] g_i`` (b = 1), as the leaf ``like``, but in single precision at least."""
-    total = jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
+    total = jnp.zeros(like.shape, common_dtype(like.dtype, jnp.float32))
     for part in factor:
         if isinstance(part, Dense):
             gradients = wide(part.gradients[:, 0])

@@ -79,7 +79,9 @@ class HeavyBallFlow(Flow):
         """Time derivative of position and momentum."""
         position, momentum = state
         force = self.flow.velocity(position)
-        return momentum, jax.tree.map(lambda g, v: g - self.friction * v, force, momentum)
+        return momentum, jax.tree.map(
+            lambda g, v: g - jnp.asarray(self.friction, v.dtype) * v, force, momentum
+        )
 
     def measure(self, state: tuple[PyTree, PyTree], outputs: bool) -> Measurement:
         """What the flow measures at the position."""

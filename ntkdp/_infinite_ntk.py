@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ntkdp import _groups, _memory, _mesh, _program_memory, _validate
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._precision import in_double
-from ntkdp._types import Array, Float, Real, is_traced
+from ntkdp._types import Array, Float, Real, common_dtype, is_traced
 
 #: Size of a block of rows between all positions of its samples.
 _BLOCK_BYTES = 2**24
@@ -200,7 +200,7 @@ def place_inputs(
     mesh = _mesh.as_mesh(mesh)
     _mesh.check_divides(mesh, x1=x1.shape[0])
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
-    itemsize = jnp.result_type(x1.dtype, float).itemsize
+    itemsize = common_dtype(x1.dtype, float).itemsize
     _memory.require(
         _mesh.bytes_on_host(mesh, n_terms * shape[0] * shape[1] * itemsize),
         f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",

@@ -12,7 +12,7 @@ from ntkdp import _memory, _mesh, _norms, _program_memory, _validate, clipping, 
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._precision import at_least_single
 from ntkdp._setup import Setup
-from ntkdp._types import Array, Float, is_traced
+from ntkdp._types import Array, Float, common_dtype, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
@@ -160,7 +160,7 @@ class KernelFlow(Flow):
         train, test = initial if pair else (initial, None)
         n, n_outputs = self.targets.shape[0], self.n_outputs
         train = _check_outputs(train, n, n_outputs, "initial" if test is None else "initial[0]")
-        train = train.astype(jnp.result_type(train, self.drive))
+        train = train.astype(common_dtype(train, self.drive))
         if n_outputs is None:
             self.loss.check(self.targets, n, train.shape[1])
             if self.test_targets is not None:
@@ -210,7 +210,7 @@ class KernelFlow(Flow):
         factors = factors[None] if factors.ndim == 1 else factors
         weighted = factors[:, :, None] * a[None]
         if weights is not None:
-            weighted = weighted * weights[:, None]
+            weighted = weighted * weights[None, :, None]
         return weighted / train.shape[0] if self.reduction == "mean" else weighted
 
     def velocity(

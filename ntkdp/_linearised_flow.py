@@ -251,7 +251,8 @@ class LinearisedFlow(Flow):
                 per_sample.grouped_norms(gradients, groups.leaf_to_group, groups.size, len(rows))
             )
             # What fills up the last batch is not counted again.
-            used = factors * jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
+            counted = jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
+            used = factors * counted[None]
             more = _clipped_sum.weighted_sums(gradients, used, groups, leaves)
             sums = [total + one for total, one in zip(sums, more, strict=True)]
             return sums, (f + moved, factors)

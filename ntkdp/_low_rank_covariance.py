@@ -162,7 +162,7 @@ class LowRank(CovarianceForm):
         size = self.leading_noise.size * self._inner
         noise = jnp.diag(jnp.repeat(self.leading_noise, self._inner))
         eye = jnp.eye(self._inner, dtype=slope.dtype)
-        own = own + self.others_noise[:, None, None] * eye
+        own = own + self.others_noise[:, None, None] * eye[None]
         return maps.reshape(size, size), moved.reshape(size, size) + noise, own_maps, own
 
     def step(
@@ -171,7 +171,8 @@ class LowRank(CovarianceForm):
         maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
 
         def one(covariance: Array, maps: Array, diffusion: Array) -> Array:
-            moved = jnp.eye(maps.shape[-1], dtype=maps.dtype) + rate * maps
+            eye = jnp.broadcast_to(jnp.eye(maps.shape[-1], dtype=maps.dtype), maps.shape)
+            moved = eye + rate * maps
             after = moved @ covariance @ jnp.swapaxes(moved, -1, -2) + rate**2 * diffusion
             return (after + jnp.swapaxes(after, -1, -2)) / 2
 

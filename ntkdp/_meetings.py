@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp._layout import Layout, Reshaped
-from ntkdp._types import Array
+from ntkdp._types import Array, common_dtype
 
 #: Windows up to this size, and channels from this number on, are worth a product for each place.
 _LARGEST_SUMMED_WINDOW, _FEWEST_CHANNELS = 32, 8
@@ -225,7 +225,7 @@ def _lookup(eqn: Any) -> Meeting | None:
         rows = index[..., column].reshape(index.shape[0], -1)
         if jnp.issubdtype(rows.dtype, jnp.unsignedinteger):
             rows = jnp.minimum(rows, min(last + 1, jnp.iinfo(rows.dtype).max))
-        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.int32))
+        rows = rows.astype(common_dtype(rows.dtype, jnp.int32))
         if mode == lax.GatherScatterMode.CLIP:
             return jnp.clip(rows, 0, last)
         if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:

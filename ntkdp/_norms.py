@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._types import Array, Float
+from ntkdp._types import Array, Float, common_dtype
 
 
 def wide(values: Array) -> Array:
     """The values in single precision at least."""
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(common_dtype(values.dtype, jnp.float32))
 
 
 def power_of_two(exponent: Array, dtype: np.dtype) -> Array:
@@ -94,6 +94,6 @@ def through_kernel(
     if diagonal.ndim > 2:
         squares = jnp.einsum("nk,rnkl,nl->rn", a, diagonal, a)
     else:
-        squares = diagonal * jnp.sum(a**2, axis=1)
+        squares = diagonal * jnp.sum(a**2, axis=1)[None]
     values = from_squares(squares)
     return Scaled(values, jnp.broadcast_to(exponent[:, 0], values.shape)).unscaled()

@@ -126,7 +126,7 @@ def symmetric(values: Array, vectors: Array, mesh: Mesh | None = None) -> Array:
     """The matrix of these eigenvalues and vectors."""
 
     def rows(values: Array, vectors: Array) -> Array:
-        return _mesh.outer(mesh, vectors * values, vectors)
+        return _mesh.outer(mesh, vectors * values[None], vectors)
 
     matrix: Array = _mesh.over_samples(rows, mesh, (None, 0), 0)(values, vectors)
     return matrix

@@ -251,8 +251,11 @@ def _roots(matrices: Array) -> Array:
     size = matrices.shape[-1]
     scale = jnp.where(largest > 0, largest, 1.0)[:, None, None]
     jitter = size * float(jnp.finfo(matrices.dtype).eps)
+    eye = jnp.eye(size, dtype=matrices.dtype)[None]
     while jitter < 1e-2:
-        found = jnp.linalg.cholesky(matrices / scale + jitter * jnp.eye(size, dtype=matrices.dtype))
+        # A matrix that is not positive definite has a root of NaN, and is tried again.
+        with jax.debug_nans(False):
+            found = jnp.linalg.cholesky(matrices / scale + jitter * eye)
         if bool(jnp.all(jnp.isfinite(found))):
             return jnp.where((largest > 0)[:, None, None], found * jnp.sqrt(scale), 0.0)
         jitter *= 10

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ntkdp._types import ApplyFn, Array, Params
+from ntkdp._types import ApplyFn, Array, Params, common_dtype
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 
@@ -38,7 +38,7 @@ def clipped_sum(
 
     of_samples = jax.vmap(jax.grad(loss_of, has_aux=True), in_axes=(None, 0, 0))
     tree, outputs = of_samples(params, x, targets)
-    gradients = [leaf.astype(jnp.promote_types(leaf.dtype, "float32")) for leaf in _leaves(tree)]
+    gradients = [leaf.astype(common_dtype(leaf.dtype, jnp.float32)) for leaf in _leaves(tree)]
     labels = range(max(leaf_to_group) + 1)
 
     def norms(gradients: list[Array]) -> Array:
@@ -92,4 +92,5 @@ def _norm(leaves: list[Array]) -> Array:
     for leaf in leaves:
         relative = leaf / unit.reshape(-1, *[1] * (leaf.ndim - 1))
         squares += jnp.sum(relative**2, axis=over(leaf))
-    return unit * jnp.sqrt(jnp.where(squares == 0, 1.0, squares)) * (squares != 0)
+    length = unit * jnp.sqrt(jnp.where(squares == 0, 1.0, squares))
+    return jnp.where(squares == 0, 0.0, length)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from ntkdp._types import Array, PyTree
+from ntkdp._types import Array, PyTree, common_dtype
 
 Result = TypeVar("Result")
 
@@ -16,7 +16,7 @@ def at_least_single(array: Array) -> Array:
     """The array, in float32 if it is in half precision, which neither LAPACK nor netCDF knows."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(common_dtype(array.dtype, jnp.float32))
 
 
 def in_double(function: Callable[..., Result], *arrays: PyTree) -> Result:
@@ -27,7 +27,7 @@ def in_double(function: Callable[..., Result], *arrays: PyTree) -> Result:
     differentiation, of any order; derivatives are computed in float64 as well. In forward mode only
     float64 arrays can be differentiated.
     """
-    dtype = jnp.result_type(*jax.tree.leaves(arrays), float)
+    dtype = common_dtype(*jax.tree.leaves(arrays), float)
     arrays = _cast(arrays, dtype)
     if dtype == jnp.float64:
         return function(*arrays)

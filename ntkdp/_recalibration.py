@@ -353,7 +353,8 @@ def _cooled(theta: Array, logits: Array) -> Array:
 
 
 def _scaled(theta: Array, logits: Array) -> Array:
-    return logits * theta[0] + theta[1]
+    scale, shift = theta[:, None]
+    return logits * scale + shift
 
 
 def _descend(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ntkdp import _memory, _mesh, _norms, _validate, losses
 from ntkdp._flow import Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._setup import Setup
-from ntkdp._types import Array, Float
+from ntkdp._types import Array, Float, common_dtype
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
@@ -218,7 +218,7 @@ class TwoTimeFlow(eqx.Module):
         """Clipped output gradients by term, over the divisor of the reduction; and the factors."""
         a = self.loss.output_gradient(outputs, self.targets)
         factors = self.clipping.by_group(_norms.through_kernel(diagonal, a))
-        weighted = factors[:, :, None] * a
+        weighted = factors[:, :, None] * a[None]
         return weighted / (self.n_samples if self.reduction == "mean" else 1), factors
 
     def measure(
@@ -252,7 +252,7 @@ _compiled = eqx.filter_jit(_in_precision)
 
 def _inputs(x: Any, like: Array | None, name: str) -> Array:
     x = jnp.asarray(x)
-    x = x.astype(jnp.result_type(x, np.float32))
+    x = x.astype(common_dtype(x, np.float32))
     if x.ndim < 2 or x.shape[0] == 0 or (like is not None and x.shape[1:] != like.shape[1:]):
         samples = "(n, ...)" if like is None else f"(m, {', '.join(map(str, like.shape[1:]))})"
         raise ValueError(f"{name} must have shape {samples} and not be empty, got {x.shape}")

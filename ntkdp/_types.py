@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, Real
 
@@ -20,6 +21,12 @@ Outputs: TypeAlias = Float[Array, "n K"]
 def is_traced(value: Any) -> bool:
     """Whether any leaf of ``value`` is only known inside a JAX transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def common_dtype(*values: Any) -> np.dtype:
+    """What JAX promotes arrays or dtypes to, also where it is told to promote nothing unasked."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
 
 
 def as_constant(value: Any) -> Any:
@@ -40,5 +47,6 @@ __all__ = [
     "PyTree",
     "Real",
     "as_constant",
+    "common_dtype",
     "is_traced",
 ]

@@ -112,7 +112,7 @@ def weight_noise_variance(
     stds = deviations(rule, noise_multiplier, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))
     divisor = q * (n if reduction == "mean" else 1)
-    gathered = jnp.cumsum((rates[:, None] * stds / divisor) ** 2, axis=0)
+    gathered = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)
     return jnp.concatenate([jnp.zeros((1, n_groups), gathered.dtype), gathered])
 
 

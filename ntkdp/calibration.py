@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp import _validate
+from ntkdp._missing import nan_unless
 from ntkdp._probabilities import checked
 from ntkdp._recalibration import (
     Platt,
@@ -129,7 +130,9 @@ def reliability_bins(
     """
     probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
-    return _reliability_bins(*_top_label(probs, labels), n_bins, binning)
+    bins = _reliability_bins(*_top_label(probs, labels), n_bins, binning)
+    means = [nan_unless(bins.counts > 0, mean) for mean in (bins.confidence, bins.accuracy)]
+    return Bins(bins.edges, bins.counts, *means)
 
 
 def expected_calibration_error(
@@ -426,9 +429,10 @@ def _sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple
 
 @partial(jax.jit, static_argnames=("n_bins", "binning"))
 def _reliability_bins(confidence: Array, correct: Array, n_bins: int, binning: Binning) -> Bins:
+    """The bins, with zero as the means of empty ones."""
     edges, index = _binned(confidence, n_bins, binning)
     counts, sure, right = _sums(confidence, correct, index, n_bins)
-    counted = jnp.where(counts > 0, counts.astype(sure.dtype), jnp.nan)
+    counted = jnp.maximum(counts, 1).astype(sure.dtype)
     return Bins(edges, counts, sure / counted, right / counted)
 
 

@@ -257,7 +257,7 @@ def _safe(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[
     slope = _symmetric(matrices, jnp.where(norms >= upper, 1 / norms, 0.0))
     scaled, scale = to_unit_diagonal(symmetric_at(upper))
     factor = jnp.linalg.cholesky(scaled)
-    half = jsp.linalg.solve_triangular(factor, slope * scale[:, None] * scale, lower=True)
+    half = jsp.linalg.solve_triangular(factor, slope * scale[:, None] * scale[None], lower=True)
     pencil = jsp.linalg.solve_triangular(factor, half.T, lower=True)
     root = upper - 1 / jnp.linalg.eigvalsh(pencil)[-1]
     # Cancellation may leave a root at the end, or past it.
@@ -281,8 +281,9 @@ def _bound(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float
         tops = jnp.linalg.eigvalsh(terms)[:, -1]
         largest = jnp.max(norms, axis=1)
         R = jnp.append(0.0, jnp.sort(largest))
-        clipped = largest > R[:, None]
-        removed = jnp.where(clipped, 1 - R[:, None] / jnp.where(clipped, largest, 1.0), 0.0) @ tops
+        largest, R_of = largest[None], R[:, None]
+        clipped = largest > R_of
+        removed = jnp.where(clipped, 1 - R_of / jnp.where(clipped, largest, 1.0), 0.0) @ tops
         bound = jnp.interp(spectrum[0], removed[::-1], R[::-1])
     bound = jnp.where(is_positive_definite(jnp.sum(matrices, axis=0)), bound, jnp.inf)
     return jnp.where(jnp.all(jnp.isfinite(norms)), bound, jnp.nan)
@@ -321,7 +322,7 @@ def _blocks(matrices: Array, n: int) -> Array:
 def _norms(matrices: Array, a: Float[Array, "n K"]) -> Float[Array, "R n"]:
     diagonal = jnp.einsum("riaib->riab", _blocks(matrices, len(a)))
     if diagonal.shape[-1] == 1:
-        squares = diagonal[:, :, 0, 0] * jnp.sum(a**2, axis=1)
+        squares = diagonal[:, :, 0, 0] * jnp.sum(a**2, axis=1)[None]
     else:
         squares = jnp.einsum("ia,riab,ib->ri", a, diagonal, a)
     return clipping.norms_from_squares(squares)

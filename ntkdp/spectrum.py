@@ -297,7 +297,7 @@ def to_unit_diagonal(
     """A symmetric matrix scaled from both sides, which changes no sign, and the scales."""
     diagonal = jnp.diagonal(matrix)
     scale = 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1.0))
-    return matrix * scale[:, None] * scale, scale
+    return matrix * scale[:, None] * scale[None], scale
 
 
 def is_positive_definite(matrix: Float[Array, "N N"]) -> Bool[Array, ""]:
@@ -336,4 +336,4 @@ def _operator(terms: Array, weights: Array) -> Array:
 
 def _congruent(matrix: Array, weights: Array) -> Array:
     roots = jnp.sqrt(weights)
-    return symmetric_part(matrix) * roots[:, None] * roots
+    return symmetric_part(matrix) * roots[:, None] * roots[None]

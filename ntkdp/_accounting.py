@@ -30,6 +30,8 @@ _ROUNDING = 1e-9
 #: How far above the smallest noise multiplier the one found may lie, relative.
 _SEARCH_TOLERANCE = 1e-4
 SMALLEST_SIGMA, LARGEST_SIGMA = 1e-4, 1e9
+#: Beyond these squares overflow: less counts as no noise, and more as so much, which is safe.
+_LEAST_COUNTED, _MOST_COUNTED = 1e-100, 1e12
 
 
 def epsilon_of(sigma: float, q: float, steps: int, delta: float, accountant: str) -> float:
@@ -55,6 +57,7 @@ def composed_epsilon_of(mechanisms: Iterable[Mechanism], delta: float, accountan
 
 def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
     """Bound of delta at a given epsilon."""
+    sigma = _counted(sigma)
     if sigma == 0:
         return 1.0
     mechanisms = [(sigma, q, steps)]
@@ -84,8 +87,14 @@ def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
     """The same in all, each noise and sampling rate once, in an order of their own."""
     steps_of: dict[tuple[float, float], int] = {}
     for sigma, q, steps in mechanisms:
-        steps_of[sigma, q] = steps_of.get((sigma, q), 0) + steps
+        kind = (_counted(sigma), q)
+        steps_of[kind] = steps_of.get(kind, 0) + steps
     return [(*kind, steps) for kind, steps in sorted(steps_of.items())]
+
+
+def _counted(sigma: float) -> float:
+    """The noise that a bound is for: never more than there is."""
+    return 0.0 if sigma < _LEAST_COUNTED else min(sigma, _MOST_COUNTED)
 
 
 def _steps_of(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:

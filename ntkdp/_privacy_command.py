@@ -86,7 +86,7 @@ def privacy(
             noise_multiplier = accounting.Budget(mu=mu).noise_multiplier(count, rate)
         assert noise_multiplier is not None
         report = accounting.report(noise_multiplier, rate, count, chosen)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, MemoryError) as error:
         fail(error)
     note = "the default, the smaller of 1e-5 and 1/(10 n)" if delta is None else "as asked"
     if as_json:
@@ -128,8 +128,11 @@ def _steps(steps: int | None, epochs: float | None, rate: float) -> int:
         return steps
     if epochs is None or not 0 < epochs < math.inf:
         raise ValueError(f"--epochs must be positive and finite, got {epochs}")
+    count = epochs / rate
+    if count == math.inf:
+        raise ValueError(f"--epochs is too large for a sampling rate of {rate}, got {epochs}")
     # A whole number of steps must not become one more by rounding.
-    return max(1, math.ceil(epochs / rate * (1 - 1e-12)))
+    return max(1, math.ceil(count * (1 - 1e-12)))
 
 
 def _print_table(report: "PrivacyReport") -> None:

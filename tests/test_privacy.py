@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 from typer.testing import CliRunner
 
-from ntkdp import _privacy_command, _sampled_gaussian, privacy
+from ntkdp import _privacy_command, _sampled_gaussian, cli, privacy
 
 MNIST = (256 / 60000, 14063, 1e-5)
 SNLI = (32 / 550152, 51576, 1 / 550152)
@@ -423,3 +423,26 @@ def test_command_refuses(words: str, message: str) -> None:
     done = run(*words.split())
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("q", [0.1, 1.0])
+@pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+def test_noise_whose_square_is_no_number_is_bounded_from_the_safe_side(
+    q: float, accountant: Any
+) -> None:
+    """Never taken for more noise than it is."""
+    for sigma in (5e-324, 1e-300, 1e-160, 1e-155, 1e-120):
+        assert privacy.epsilon(sigma, q, 5, 1e-5, accountant) == math.inf
+        assert privacy.delta(sigma, q, 5, 1.0, accountant) == 1.0
+    for sigma in (1e50, 1e155, 1e300):
+        assert privacy.epsilon(sigma, q, 5, 1e-5, accountant) == 0.0
+        # The total variation distance of full batches, which is more.
+        distance = privacy.delta(sigma, q, 5, 0.0, accountant)
+        assert 0.3 * math.sqrt(5) / sigma <= distance < 1e-6
+
+
+def test_a_number_of_epochs_that_no_float_holds_is_an_error_in_one_line() -> None:
+    arguments = ["privacy", "--sigma", "1", "--sample-rate", "1e-300", "--delta", "1e-5", "--epochs", "1e10"]
+    shown = CliRunner().invoke(cli.app, arguments)
+    assert shown.exit_code == 2
+    assert "--epochs is too large for a sampling rate of 1e-300, got 1" in shown.stderr

@@ -442,7 +442,17 @@ def test_noise_whose_square_is_no_number_is_bounded_from_the_safe_side(
 
 
 def test_a_number_of_epochs_that_no_float_holds_is_an_error_in_one_line() -> None:
-    arguments = ["privacy", "--sigma", "1", "--sample-rate", "1e-300", "--delta", "1e-5", "--epochs", "1e10"]
+    arguments = [
+        "privacy",
+        "--sigma",
+        "1",
+        "--sample-rate",
+        "1e-300",
+        "--delta",
+        "1e-5",
+        "--epochs",
+        "1e10",
+    ]
     shown = CliRunner().invoke(cli.app, arguments)
     assert shown.exit_code == 2
     assert "--epochs is too large for a sampling rate of 1e-300, got 1" in shown.stderr

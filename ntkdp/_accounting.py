@@ -25,6 +25,10 @@ _SLOPES = np.geomspace(1e-5, 1e4, 109)
 _SLOPES_TRIED = 10
 #: How far a bound of log delta may lie above it, and leave digits to transforms.
 _LOG_SPARE = 4.0
+#: How far a guess of log delta may lie above it.
+_LOG_TOO_HIGH = 15.0
+#: A delta below which no better bound is sought.
+_NOTHING = 1e-30
 #: Part of delta that quadrature may round.
 _ROUNDING = 1e-9
 #: How far above the smallest noise multiplier the one found may lie, relative.
@@ -142,7 +146,7 @@ def _grid_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
     moments = _Moments(mechanisms)
     interval = moments.interval()
     log_delta = math.log(delta) + math.log1p(-_ROUNDING)
-    slope, _ = moments.near_delta(log_delta)
+    slope, _ = moments.down_to(log_delta).near_delta(log_delta)
     curve = log_deltas(mechanisms, interval, slope, log_delta)
     above = np.flatnonzero(curve > log_delta)
     if len(above) == 0:
@@ -158,8 +162,17 @@ def _grid_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
 def _grid_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
     moments = _Moments(mechanisms)
     interval = moments.interval()
-    slope, log_delta = moments.near_epsilon(epsilon)
-    curve = log_deltas(mechanisms, interval, slope, log_delta)
+    _, guess = moments.near_epsilon(epsilon)
+    while True:
+        slope, _ = moments.down_to(guess).near_epsilon(epsilon)
+        found = _delta_at(epsilon, log_deltas(mechanisms, interval, slope, guess), interval)
+        # A part of the guess is left out, and added.
+        if found > math.exp(guess - _LOG_TOO_HIGH) or found < _NOTHING:
+            return found
+        guess = math.log(found)
+
+
+def _delta_at(epsilon: float, curve: Array, interval: float) -> float:
     last = int(epsilon / interval)
     if last >= len(curve) - 1:
         return math.exp(curve[-1])
@@ -174,8 +187,11 @@ class _Moments:
     They choose the grid, and the place where the curve is to be precise.
     """
 
-    def __init__(self, mechanisms: Sequence[Mechanism]) -> None:
+    def __init__(
+        self, mechanisms: Sequence[Mechanism], log_delta: float = math.log(_SMALL_DELTA)
+    ) -> None:
         self.mechanisms = mechanisms
+        self.log_delta = log_delta
         size = math.sqrt(sum(steps * scale(s, q) ** 2 for s, q, steps in mechanisms))
         self.slopes = _SLOPES / size
         self.growth = self._growth()
@@ -183,7 +199,7 @@ class _Moments:
     def _growth(self) -> Array:
         from scipy.special import logsumexp
 
-        left_out = math.log(_SMALL_DELTA) + LOG_LEFT_OUT
+        left_out = self.log_delta + LOG_LEFT_OUT
         left_out -= math.log(sum(steps for *_, steps in self.mechanisms))
         total = np.zeros(len(self.slopes))
         for sigma, q, steps in self.mechanisms:
@@ -191,6 +207,15 @@ class _Moments:
             logs = log_moment(losses, 1 + self.slopes[:, None]) - losses
             total += steps * np.logaddexp(0.0, logsumexp(logs, axis=1, b=present))
         return total
+
+    def down_to(self, log_delta: float) -> "_Moments":
+        """The same with all that a curve has that is used at this delta.
+
+        What is rarer may outweigh the rest once it is multiplied by the exponential of a slope.
+        """
+        if log_delta >= self.log_delta:
+            return self
+        return _Moments(self.mechanisms, log_delta)
 
     def interval(self) -> float:
         """Spacing of the grid: a power of two that grows with steps, q and 1/sigma.

@@ -92,6 +92,27 @@ def test_little_noise_rarely_drawn_does_not_go_up_and_down() -> None:
         assert attack <= epsilon <= 1.2 * attack
 
 
+def of_one_step(sigma: float, q: float, epsilon: float) -> float:
+    """Delta of one step where a sample is there or is not: the larger, in closed form."""
+    z = sigma * math.log1p(math.expm1(epsilon) / q) + 0.5 / sigma
+    present = q * stats.norm.sf(z - 1 / sigma) + (1 - q - math.exp(epsilon)) * stats.norm.sf(z)
+    if q <= -math.expm1(-epsilon):
+        return float(present)
+    z = sigma * math.log1p(math.expm1(-epsilon) / q) + 0.5 / sigma
+    mixed = (1 - q) * stats.norm.cdf(z) + q * stats.norm.cdf(z - 1 / sigma)
+    return float(max(present, stats.norm.cdf(z) - math.exp(epsilon) * mixed))
+
+
+@pytest.mark.parametrize(("sigma", "q"), [(1.0, 1e-6), (0.6, 0.1)])
+def test_one_step_has_the_smallest_deltas_that_it_should(sigma: float, q: float) -> None:
+    """Far below the delta for which grids are made, too: what is rarer must not drown the rest."""
+    for delta in (1e-8, 1e-14):
+        found = privacy.epsilon(sigma, q, 1, delta)
+        assert 0.99 * delta <= of_one_step(sigma, q, found) <= delta
+        truth = of_one_step(sigma, q, found)
+        assert truth <= privacy.delta(sigma, q, 1, found) <= 1.02 * truth
+
+
 cases = st.tuples(
     st.floats(math.log(0.05), math.log(100)).map(math.exp),
     st.floats(-7, 0).map(lambda power: 10**power),

@@ -26,16 +26,16 @@ def attacked(sigma: float, q: float, steps: int, delta: float) -> float:
     p of a hit and that of a false alarm f obey p <= e^epsilon f + delta.
     """
     z = np.linspace(0, 60, 3001)[:, None]
-    alone = steps * np.logaddexp(
-        np.log1p(-q) + stats.norm.logcdf(z) if q < 1 else -np.inf,
-        np.log(q) + stats.norm.logcdf(z - 1 / sigma),
-    )
+    # From tails, which keep their digits where delta is tiny.
+    hit_of_step = (1 - q) * stats.norm.sf(z) + q * stats.norm.sf(z - 1 / sigma)
+    with np.errstate(divide="ignore"):
+        alone = steps * np.log1p(-hit_of_step)
     largest = -np.expm1(alone), stats.norm.logsf(z) + math.log(steps)
     draws = stats.binom(steps, q)
-    low, high = (int(draws.ppf(p)) for p in (1e-16, 1 - 1e-16))
+    low, high = int(draws.ppf(1e-16)), int(draws.isf(1e-20))
     counts = np.unique(np.linspace(low, high, 2001).astype(int))
     # Of a run of counts the least gains are taken, so that this stays below the truth.
-    chances = np.diff(draws.cdf(counts - 1), append=1.0)
+    chances = -np.diff(draws.sf(counts - 1), append=0.0)
     sums = math.sqrt(steps) * np.linspace(-1, 40, 821)[:, None] + counts[0] / sigma
     middle = stats.norm.sf((sums - counts / sigma) / math.sqrt(steps)) @ chances
     summed = middle[:, None], stats.norm.logsf(sums / math.sqrt(steps))

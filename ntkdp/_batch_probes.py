@@ -47,11 +47,14 @@ def _is_program(value: Any) -> bool:
 
 
 def changes_with_size(apply_fn: ApplyFn, params: Params, x: Array, rounding: float) -> Array:
-    """Whether a few samples' outputs are others together than alone, a truth value.
+    """Whether a few samples' outputs are others among many than alone, a truth value.
 
-    Enough for a program that certainly treats the samples one by one, but may count them.
+    Enough for a program that certainly treats the samples one by one, but may count them: as many
+    as there are, up to the size of a batch of probes.
     """
-    return _outputs_differ(apply_fn, params, x[jnp.arange(_FEW) % x.shape[0]], rounding)
+    many = x[jnp.arange(_size(x)) % x.shape[0]]
+    alone = _with_moves(partial(_alone, apply_fn), params, many[:_FEW], rounding)
+    return _differ(apply_fn(params, many)[:_FEW], alone, rounding, (1,))
 
 
 def changes_with_batch(apply_fn: ApplyFn, params: Params, x: Array, rounding: float) -> Array:
@@ -71,10 +74,14 @@ def changes_with_place(apply_fn: ApplyFn, params: Params, x: Array, rounding: fl
     return jnp.any(jnp.abs(outputs - outputs[:1]) > tolerance)
 
 
+def _size(x: Array) -> int:
+    """Samples in a batch of probes."""
+    return max(4, min(x.shape[0], _MOST_SAMPLES, _MOST_ENTRIES // max(1, x[0].size)))
+
+
 def _batches(x: Array) -> Array:
     """Batches of probes, ``(batches, m, ...)``."""
-    n, size = x.shape[0], max(1, x[0].size)
-    m = max(4, min(n, _MOST_SAMPLES, _MOST_ENTRIES // size))
+    n, m = x.shape[0], _size(x)
     given = x[jnp.arange(m) % n]
     keys = jax.random.split(jax.random.key(0), 3)
     shuffled = jax.random.permutation(keys[0], given, independent=True)

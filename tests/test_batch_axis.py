@@ -257,6 +257,9 @@ COUPLED: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
     "sum of copies": lambda p, x: jnp.sum(jnp.broadcast_to(x, (x.shape[0], *x.shape)), 0) @ p["w"],
     "product of copies": lambda p, x: jnp.ones((x.shape[0],) * 2) @ jnp.ones_like(x) * x @ p["w"],
     "a branch for a batch of one": lambda p, x: x @ p["w"] * (1 if x.shape[0] == 1 else 2),
+    "a row for the number of samples": lambda p, x: (
+        x @ p["w"] + jnp.concatenate([p["v"], p["v"]])[x.shape[0] - 1 : x.shape[0], :1]
+    ),
     "half of the batch": lambda p, x: (
         jnp.where(jnp.arange(x.shape[0])[:, None] < 2, x, -x) @ p["w"]
     ),
@@ -309,6 +312,11 @@ def test_what_meets_in_a_batch_is_seen(name: str) -> None:
 def test_what_meets_in_a_batch_is_refused(name: str, x: jax.Array) -> None:
     with pytest.raises(ValueError, match=r"couples the samples of a batch|by their place"):
         check_model(COUPLED[name], W, x)
+
+
+def test_a_branch_for_as_many_samples_as_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"other outputs among {N} than alone"):
+        check_model(lambda p, x: x @ p["w"] * (1 if x.shape[0] < N else 2), W, X)
 
 
 @pytest.mark.parametrize(("name", "where"), [("noise", "jit"), ("centring", "vmap")])

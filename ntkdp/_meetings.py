@@ -228,8 +228,7 @@ def _lookup(eqn: Any) -> Meeting | None:
         rows = rows.astype(common_dtype(rows.dtype, jnp.int32))
         if mode == lax.GatherScatterMode.CLIP:
             return jnp.clip(rows, 0, last)
-        if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-            return rows
+        # Of a row that is promised to exist but does not, derivatives know nothing either.
         return jnp.where((rows >= 0) & (rows <= last), rows, -1)
 
     def read_cotangent(delta: Array) -> Array:

@@ -59,6 +59,8 @@ IRREGULAR: dict[str, tuple[Apply, tuple[int, ...], Any]] = {
                       * jnp.sin(jnp.einsum("nba,bk->nak", x, p))).sum(1),
         (3, 2), (3, 3, 3)),
     "two modes of a lookup": (two_modes, (6, 2), TOKENS),
+    "rows that do not exist": (
+        lambda p, x: jnp.sum(jnp.tanh(p[x.astype(int) - 2]), 1), (6, 2), TOKENS),
     "unsigned tokens": (as_type("uint8", "fill"), (6, 2), TOKENS),
     "short tokens": (as_type("int8", "fill"), (200, 2), TOKENS),
     "short tokens, clipped": (as_type("int8", "clip"), (200, 2), TOKENS),

@@ -209,7 +209,7 @@ def _warnings(results: Results) -> list[str]:
             f"{case.weight_noise:.3g} ({case.clipping.label})" for case in results.cases
         )
         warnings.append(
-            f"Noise adds a variance v(T) to every weight, beside the 1 of the start: {moved}. A "
+            f"Noise adds a variance v(T) to every weight, besides the 1 of the start: {moved}. A "
             "frozen kernel holds while it is small, at any width."
         )
     if any(
@@ -365,5 +365,5 @@ _EXPLANATION = """<p>Sup error: the largest
 over all recorded times after the start, of the means where there are several. Of the fall: the
 largest |L<sub>predicted</sub> &minus; L<sub>observed</sub>| over the most that the observed loss
 has moved from its start, which a short run cannot flatter. Runs in the band: the share of the runs
-inside the predicted band, over all recorded times, beside the share expected if the prediction is
+inside the predicted band, over all recorded times, next to the share expected if the prediction is
 right. &plusmn;: standard deviation over runs. Bands: 90% of the runs.</p>"""

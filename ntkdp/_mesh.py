@@ -158,7 +158,10 @@ def _round(
 
 def gathered(mesh: Mesh | None, rows: Array, axis: int = 0) -> Array:
     """The rows of all devices, on each of them, inside :func:`over_samples`."""
-    return rows if mesh is None else lax.all_gather(rows, AXIS, axis=axis, tiled=True)
+    # The compiler refuses to gather nothing.
+    if mesh is None or rows.shape[axis] == 0:
+        return rows
+    return lax.all_gather(rows, AXIS, axis=axis, tiled=True)
 
 
 def diagonal(mesh: Mesh | None, terms: Float[Array, "R m n ..."]) -> Float[Array, "R n ..."]:

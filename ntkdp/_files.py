@@ -59,9 +59,10 @@ def _check_replaceable(path: Path) -> None:
     if not os.path.lexists(path):
         return
     mode = path.lstat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"path is a directory: {path}; choose another")
     if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "no plain file"
-        raise FileExistsError(f"path is {kind}: {path}; choose another")
+        raise FileExistsError(f"path is no plain file: {path}; choose another")
     if not mode & stat.S_IWUSR:
         raise PermissionError(f"path is read-only: {path}; choose another, or make it writable")
 

@@ -281,7 +281,7 @@ ROWS = [
     Row("a classic netCDF file", lambda t: ntkdp.Trajectory.load(written(t / "given.nc", b"CDF\x01" + bytes(99))), V, "not a netCDF file"),
     Row("netCDF of an outcome not yet known", lambda t: saved_by_another(t, outcome=99), V, r"not a trajectory: outcome must be one of \[0, 1, 2, 3, 4\], got 99"),
     Row("netCDF of a loss with other axes", lambda t: saved_by_another(t, loss=("step_size", [1.0, 2.0])), V, r"not a trajectory: loss must have dimensions \('time',\).*step_size"),
-    Row("netCDF of a loss that is text", lambda t: saved_by_another(t, loss=("time", list("abc"))), T, "loss must be real numbers"),
+    Row("netCDF of a loss that is text", lambda t: saved_by_another(t, loss=("time", list("abc"))), V, "given.nc: loss must be real numbers"),
     Row("no data set", lambda t: ntkdp.Trajectory.from_xarray("x"), T, "dataset must be an xarray.Dataset, got str"),
     Row("no bytes of npz", lambda t: ntkdp.datasets.from_npz(written(t / "given.npz", b"")), V, "given.npz' is not an .npz archive"),
     Row("an archive of nothing", lambda t: ntkdp.datasets.from_npz(written(t / "given.npz", b"PK\x05\x06" + bytes(18))), V, "given.npz' has no array 'x'"),

@@ -109,6 +109,7 @@ def _of_a_solve(name: str, n: int, width: int, inputs: int, devices: int) -> tup
     lowered = integrate.lower(
         flow,
         flow.init(params),
+        jnp.zeros(()),
         jnp.linspace(0.0, 1.0, 3),
         diffrax.Tsit5(),
         diffrax.RecursiveCheckpointAdjoint(),

@@ -1,9 +1,6 @@
 """How much memory there is, asked before it is taken."""
 
-import math
 import sys
-import time
-from collections import deque
 
 import jax
 
@@ -31,17 +28,6 @@ def available_bytes() -> int:
     return min(free, default=sys.maxsize)
 
 
-#: When memory was looked at last, and what was free.
-_looked: deque[tuple[float, int]] = deque([(-math.inf, 0)], maxlen=1)
-#: A share of what was free a second ago is free now, too; a look takes milliseconds.
-_SECONDS, _SHARE = 1.0, 100
-
-
-def _free_without_a_look() -> int:
-    when, free = _looked[-1]
-    return free // _SHARE if time.monotonic() - when < _SECONDS else 0
-
-
 def samples_at_once(bytes_of_one: int) -> int:
     """How many samples' gradients in factored form may be held at once, one or more."""
     return max(1, FACTOR_BYTES // max(bytes_of_one, 1))
@@ -55,10 +41,7 @@ def require(needed: int, what: str, ways_out: str) -> None:
     MemoryError
         With the bytes needed, the bytes available and the ways out.
     """
-    if needed <= _free_without_a_look():
-        return
     available = available_bytes()
-    _looked.append((time.monotonic(), available))
     if needed > available:
         raise MemoryError(
             f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) and {available:,} bytes "

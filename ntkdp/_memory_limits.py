@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +33,27 @@ def free_in_control_groups(root: Path = Path("/")) -> list[int]:
     The kernel drops file cache that is not in use when a group needs room, so that it counts as
     free. What cannot be read sets no limit.
     """
-    found = (_free(folder, files) for folder in _own_and_above(root) for files in _VERSIONS)
+    groups = _text(root / "proc/self/cgroup")
+    found = [_free(folder, files) for folder, files in _with_limits(root, groups)]
     return [free for free in found if free is not None]
 
 
-def _own_and_above(root: Path) -> Iterator[Path]:
+# To look for files that are not there takes milliseconds, and kernels ask at every call.
+@lru_cache(maxsize=8)
+def _with_limits(root: Path, groups: str) -> tuple[tuple[Path, _Files], ...]:
+    """Control groups that have a file for their limit."""
+    return tuple(
+        (folder, files)
+        for folder in _own_and_above(root, groups)
+        for files in _VERSIONS
+        if (folder / files.limit).exists()
+    )
+
+
+def _own_and_above(root: Path, groups: str) -> Iterator[Path]:
     """Folders of the control groups of this process, on each mount from its own to the top."""
     paths = {""}
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in groups.splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers or "memory" in controllers.split(","):
             # A path that leaves the mount begins with dots.

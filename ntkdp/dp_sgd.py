@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 from ntkdp import _mesh, _progress, _validate, losses, privacy
 from ntkdp._dp_run import trained
 from ntkdp._dp_step import Algorithm
-from ntkdp._dp_step import State as State  # for those who write their own loop
 from ntkdp._phase import Phase, as_trainable, check_phases, steppings
 from ntkdp._stepping import Stepping
 from ntkdp._types import ApplyFn, Array, Params, as_constant, is_traced

@@ -77,9 +77,6 @@ def outputs_of_a_run(dtype: Any) -> Any:
     ).outputs
 
 
-#: Of an infinitely wide network kernels are computed in the default precision, here double.
-IN_DEFAULT_PRECISION = ("infinite_ntk", "layerwise_infinite_ntk")
-
 #: Public computations, as arrays that must keep their precision.
 COMPUTATIONS: dict[str, Callable[[Any], Any]] = {
     "empirical_ntk": lambda t: ntk.empirical_ntk(MODEL.apply, params(t), jnp.asarray(X, t)),
@@ -122,7 +119,7 @@ COMPUTATIONS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", COMPUTATIONS)
 def test_single_precision_stays_and_is_as_good_as_its_digits(name: str) -> None:
     single, double = (COMPUTATIONS[name](dtype) for dtype in (jnp.float32, jnp.float64))
-    assert single.dtype == (jnp.float64 if name in IN_DEFAULT_PRECISION else jnp.float32)
+    assert single.dtype == jnp.float32
     assert double.dtype == jnp.float64
     scale = float(np.max(np.abs(double)))
     np.testing.assert_allclose(single, double, rtol=0, atol=2e-5 * scale)

@@ -11,6 +11,7 @@ from jax.scipy.special import erf
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, gradient_flow, high_dimensional_sgd, losses, models
+from ntkdp._dp_step import State
 from ntkdp._types import Array, Params, PRNGKeyArray
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
@@ -57,7 +58,7 @@ def kernel_change_is_inverse_to_the_width() -> list[Finding]:
             }
             state = algorithm.init({"plus": twin, "minus": twin})
 
-            def step(k: Array, pair: tuple[dp_sgd.State, Array]) -> tuple[dp_sgd.State, Array]:
+            def step(k: Array, pair: tuple[State, Array]) -> tuple[State, Array]:
                 state, share = pair
                 state, info = algorithm.step(key, state)
                 return state, jnp.maximum(share, info.clip_fraction)
@@ -205,14 +206,14 @@ def _streaming_dp_sgd(problem: high_dimensional_sgd.HighDimensionalSGD, keys: Ar
     @eqx.filter_jit
     @jax.vmap
     def risks(key: PRNGKeyArray) -> Array:
-        def step(k: Array, state: dp_sgd.State) -> dp_sgd.State:
+        def step(k: Array, state: State) -> State:
             of_data, of_step = jax.random.split(jax.random.fold_in(key, k))
             draw = jax.random.normal(of_data, (1, d + 1))
             sample, label = draw[:, :d], problem.label_noise * draw[:, d:]
             fresh = eqx.tree_at(lambda a: (a.x, a.targets), algorithm, (sample, label))
             return fresh.step(of_step, state)[0]
 
-        def proceed(state: dp_sgd.State, span: Array) -> tuple[dp_sgd.State, Array]:
+        def proceed(state: State, span: Array) -> tuple[State, Array]:
             state = lax.fori_loop(span[0], span[1], step, state)
             return state, jnp.sum(state.params**2)
 

@@ -59,8 +59,7 @@ def axes_or_new(ax: Any) -> Axes:
 def draw_into(path: Path, figure: Figure | Axes, form: str, dpi: float) -> None:
     """Write a figure, or that of any Axes, to a path as it is, in a format of this name."""
     whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure
-    if not isinstance(whole, Figure):
-        raise TypeError(f"figure must be a Figure or an Axes, got {type(figure).__name__}")
+    assert whole is not None
     with mpl.rc_context(LOOK):
         whole.savefig(path, format=form, dpi=dpi, metadata=_METADATA.get(form))
 

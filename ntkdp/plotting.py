@@ -355,6 +355,8 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     ntkdp.plotting.save(ax, pathlib.Path(folder, "spectrum.png"))
     """
+    if not isinstance(figure, Figure | Axes):
+        raise TypeError(f"figure must be a Figure or an Axes, got {type(figure).__name__}")
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in _FORMATS:

@@ -44,8 +44,10 @@ INITIAL = (linear(PARAMS, X), linear(PARAMS, TEST))
 
 
 def assert_same(one: Any, other: Any, **tolerance: float) -> None:
+    """Equal arrays; a prediction and a run are not of one setup."""
     options: dict[str, Any] = {"rtol": 0} | tolerance
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **options), one, other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, **options)
 
 
 # Phases and trajectories one after another.

@@ -551,7 +551,7 @@ def test_weight_noise_variance_is_the_sum_over_the_steps() -> None:
 def test_a_budget_is_spent_over_the_horizon(rule: Any, sensitivity: float, reduction: str) -> None:
     budget = ntkdp.privacy.Budget(2.0, 1e-5)
     assert budget.mu is not None
-    horizon, n = 3.0, len(X) if reduction == "mean" else 1
+    horizon, n = 4.0, len(X) if reduction == "mean" else 1
     flow = _flow(ERF, rule, reduction=reduction)
     explicit, spent = (
         two_time_flow(

@@ -130,7 +130,7 @@ def _renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
 def _renyi_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
     from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
-    # Its logarithm of 1 - e^-r fails for an r that is lost beside 1.
+    # Its logarithm of 1 - e^-r fails for an r that is lost next to 1.
     divergences = np.maximum(_divergences(mechanisms), np.finfo(np.float64).eps)
     return float(compute_delta(ORDERS, divergences, epsilon)[0])
 

@@ -1,4 +1,4 @@
-"""A prediction beside a run: what the two are at shared times, and how far apart."""
+"""A prediction next to a run: what the two are at shared times, and how far apart."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -46,7 +46,7 @@ class Errors(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Comparison:
-    """A prediction beside a run, at the times that both recorded; made by :func:`compare`.
+    """A prediction next to a run, at the times that both recorded; made by :func:`compare`.
 
     Attributes
     ----------
@@ -322,7 +322,7 @@ def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
     ):
         raise ValueError(
             "reference must compare with the same run at the same times, "
-            f"got {range_of(reference.times)} beside {range_of(times)}"
+            f"got {range_of(reference.times)} next to {range_of(times)}"
         )
     return reference.mean_crps
 

@@ -104,7 +104,9 @@ class Trajectory(eqx.Module):
     setup : tuple
         What training it is of, a phase an entry: clipping, loss, learning rate, noise, sampling and
         optimizer, put there by what made the trajectory, so that :func:`ntkdp.compare` can tell
-        what does not belong together; empty if that is not known.
+        what does not belong together; empty if that is not known. It is part of the structure of
+        the pytree: ``jax.tree.map`` joins runs of one setting, and refuses runs of several until
+        each is ``dataclasses.replace(path, setup=())``.
 
     Examples
     --------

@@ -111,7 +111,11 @@ def test_a_killed_worker_loses_no_cell_and_changes_none(
     assert_same(found, alone)
     assert found.notes == []
     cells = sorted(path.name for path in (tmp_path / "out" / "cells").iterdir())
-    assert cells == [*(f"{number:05d}.json" for number in range(6)), "predicted.json"]
+    assert cells == [
+        *(f"{number:05d}.json" for number in range(6)),
+        "ntkdp-files.sha256",
+        "predicted.json",
+    ]
     of_cells = [done for what, done in said if what.startswith("cell")]
     assert of_cells == [number / 6 for number in range(6)]
 
@@ -231,7 +235,11 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
         with pytest.raises(_cluster.TaskFailed, match=named):
             sweep.run(config, tmp_path, client=threads)
     kept = sorted(path.name for path in (tmp_path / "cells").iterdir())
-    assert kept == [*(f"{number:05d}.json" for number in range(4)), "predicted.json"]
+    assert kept == [
+        *(f"{number:05d}.json" for number in range(4)),
+        "ntkdp-files.sha256",
+        "predicted.json",
+    ]
     assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
 
 

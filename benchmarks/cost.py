@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import _dp_run, _mesh, _mesh_eigh, _output_noise, _solve, dp_sgd
+from ntkdp import _dp_run, _output_noise, _solve, dp_sgd
+from ntkdp._backend import devices as _mesh
+from ntkdp._backend import distributed_eigh
+from ntkdp._backend.files import replacing
 from ntkdp._ensemble import draw, noise_of_step
-from ntkdp._files import replacing
 from ntkdp._stepping import Stepping
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
@@ -162,7 +164,7 @@ def noise_memory(shape, devices):
         flow = make()
         covariance = _output_noise.noise_covariance(flow, 1.0, None, False)
         held = alive()
-        plan = _mesh_eigh.eigh.lower(flow.mesh, covariance).compile().memory_analysis()
+        plan = distributed_eigh.eigh.lower(flow.mesh, covariance).compile().memory_analysis()
         peak = held + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return {**sizes, "n_devices": devices, "noise": True}, peak
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp._files import replacing
+from ntkdp._backend.files import replacing
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel_free.md"
 SAMPLES = (625, 1250, 2500, 5000)

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Lets neural-tangents be imported on this JAX, by users too; it imports nothing itself.
-from ntkdp import _neural_tangents as _neural_tangents
+from ntkdp._backend import neural_tangents as neural_tangents
 
 if TYPE_CHECKING:
     from ntkdp import (

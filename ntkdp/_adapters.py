@@ -7,8 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp._model import InitFn, Model, checked_model
-from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
 
 
 def from_function(init: InitFn, apply: ApplyFn) -> Model:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from ntkdp import _validate
+from ntkdp._backend import validate
 from ntkdp._cell_metrics import HIGHER_IS_BETTER, CellMetrics
 
 #: Values closer than this part of their size are equal: more is not left of float32 after training.
@@ -144,8 +144,8 @@ def regret(
 
 def candidates(metrics: CellMetrics, objective: str, slack: Any, name: str) -> np.ndarray:
     """Which cells ``(C,)`` may be chosen: those that converge and, to calibrate, are accurate."""
-    _validate.choice(HIGHER_IS_BETTER, objective=objective)
-    slack = float(_validate.scalar(slack=_validate.non_negative(slack=slack)))
+    validate.choice(HIGHER_IS_BETTER, objective=objective)
+    slack = float(validate.scalar(slack=validate.non_negative(slack=slack)))
     if objective not in known(metrics):
         raise ValueError(
             f"objective must be a metric that {name} has, {', '.join(known(metrics))}; "

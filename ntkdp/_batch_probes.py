@@ -15,7 +15,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
 
 #: Samples in a batch of probes, and entries of it.
 _MOST_SAMPLES, _MOST_ENTRIES = 1024, 2**20

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import calibration, losses
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.losses import Logistic, Loss, SoftmaxCrossEntropy
 
 #: Names of what is measured, and whether more of it is better.

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ntkdp import _look
+from ntkdp._backend import figure_style
 from ntkdp.certificates import Certificates
 
 _SIZE = (5.2, 5.0)
@@ -54,13 +54,13 @@ def certificate(certificates: Certificates, *, title: str | None = None) -> Figu
     _check(certificates)
     times = np.asarray(certificates.times)
     certified = np.asarray(certificates.certified)
-    with mpl.rc_context(_look.LOOK):
+    with mpl.rc_context(figure_style.LOOK):
         figure = Figure(figsize=_SIZE, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
         above.set_yscale("log", nonpositive="mask")
-        loss = _look.drawable(above, np.asarray(certificates.loss, np.float64))
+        loss = figure_style.drawable(above, np.asarray(certificates.loss, np.float64))
         above.plot(times, loss, color="black", linewidth=1.6)
-        _look.limit_log_loss(above, has_run=False)
+        figure_style.limit_log_loss(above, has_run=False)
         above.set_ylabel("training loss")
         handles = _norms(below, certificates, times)
         below.set_ylabel("clipping norm")
@@ -95,7 +95,7 @@ def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Any]
     ax.set_ylim(low, high)
     handles: list[Any] = []
     if np.isfinite(used):
-        run = {**_look.RUN_STYLE, "color": "0.45", "linewidth": 3.0}
+        run = {**figure_style.RUN_STYLE, "color": "0.45", "linewidth": 3.0}
         handles.append(ax.axhline(used, label=f"R = {used:g} of the run", **run))
     for style, (label, norms) in enumerate(named.items()):
         ends = (("bottom: 0", 0.0), ("top: infinite", np.inf))
@@ -103,8 +103,8 @@ def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Any]
         note = f" ({', '.join(notes)})" if notes else ""
         # Inside the frame by enough to be seen.
         shown = np.clip(norms, low * (high / low) ** 0.03, high / (high / low) ** 0.03)
-        handles.append(_look.prediction_line(ax, times, shown, style, label + note))
-    _look.readable_log_ticks(ax)
+        handles.append(figure_style.prediction_line(ax, times, shown, style, label + note))
+    figure_style.readable_log_ticks(ax)
     return handles
 
 

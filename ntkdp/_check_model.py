@@ -7,7 +7,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from ntkdp import _validate
+from ntkdp._backend import validate
+from ntkdp._backend.types import ApplyFn, Array, Params, is_traced
 from ntkdp._batch_axis import trouble_with
 from ntkdp._batch_probes import (
     changes_with_batch,
@@ -16,7 +17,6 @@ from ntkdp._batch_probes import (
     rounding_in,
 )
 from ntkdp._same_program import same_program
-from ntkdp._types import ApplyFn, Array, Params, is_traced
 
 
 class _Reading(NamedTuple):
@@ -50,19 +50,19 @@ def check_model(
     That the samples are independent is read from the program, whatever the data. Where it cannot be
     read, it is tried with numbers; inside a JAX transformation, when these are there.
     """
-    x = _validate.array(**{name: x})
+    x = validate.array(**{name: x})
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function (params, x) -> (n, K), got {apply_fn!r}")
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
-    _validate.parameters(params=params)
+    validate.parameters(params=params)
     if not is_traced((params, x)):
         known = _pass_at_once(apply_fn, params, x)
         if known is not None:
             return x, known
     if jnp.issubdtype(x.dtype, jnp.floating):
-        x = _validate.finite(**{name: x})
-    _validate.finite(params=params)
+        x = validate.finite(**{name: x})
+    validate.finite(params=params)
     reading = _read(apply_fn, params, x, name)
     if not is_traced((params, x)):
         _check_finite(apply_fn, params, x)
@@ -213,5 +213,5 @@ def check_preconditioner(params: Params, preconditioner: Params) -> Params:
         name = "preconditioner" + jax.tree_util.keystr(path)
         if jnp.shape(diagonal) != jnp.shape(leaf):
             raise ValueError(f"{name} must have shape {jnp.shape(leaf)}, got {jnp.shape(diagonal)}")
-        checked.append(_validate.positive(**{name: diagonal}))
+        checked.append(validate.positive(**{name: diagonal}))
     return jax.tree.unflatten(expected, checked)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from ntkdp import _look, _validate
+from ntkdp._backend import figure_style, validate
 from ntkdp._scores import band
 
 #: Standard errors to either side of an observed mean.
@@ -75,8 +75,8 @@ def clipping_norm_curve(
         raise ValueError(
             f"observed must have names of predicted, {', '.join(curves)}; got {min(unknown)!r}"
         )
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         ax.set_xscale("log")
         ax.set_yscale("log", nonpositive="mask")
         for style, (name, values) in enumerate(curves.items()):
@@ -89,15 +89,15 @@ def clipping_norm_curve(
             ax.errorbar([], [], [], label=_of_points(points), **_point_style("0.3", "o"))
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
-        _look.readable_log_ticks(ax)
+        figure_style.readable_log_ticks(ax)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.legend(loc="best")
     return ax
 
 
 def _norms(name: str, values: Any) -> np.ndarray:
-    _validate.positive(**{name: values})
-    return np.asarray(_validate.increasing(**{name: values}), np.float64)
+    validate.positive(**{name: values})
+    return np.asarray(validate.increasing(**{name: values}), np.float64)
 
 
 def _curves(side: str, given: Any, n_norms: int, dimensions: tuple[int, ...]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def _curves(side: str, given: Any, n_norms: int, dimensions: tuple[int, ...]) ->
 
 
 def _draw_curve(ax: Axes, norms: np.ndarray, values: np.ndarray, style: int, name: str) -> None:
-    colour, dashes, _ = _look.STYLES[style % len(_look.STYLES)]
-    shown = _look.drawable(ax, values)
+    colour, dashes, _ = figure_style.STYLES[style % len(figure_style.STYLES)]
+    shown = figure_style.drawable(ax, values)
     if np.all(np.isnan(shown)):
         ax.plot(norms, shown, color=colour, linestyle=dashes, label=f"{name}, not finite")
         return
@@ -133,12 +133,12 @@ def _draw_curve(ax: Axes, norms: np.ndarray, values: np.ndarray, style: int, nam
 
 
 def _draw_points(ax: Axes, norms: np.ndarray, values: np.ndarray, style: int) -> None:
-    colour, _, marker = _look.STYLES[style % len(_look.STYLES)]
+    colour, _, marker = figure_style.STYLES[style % len(figure_style.STYLES)]
     errors = None
     if values.ndim == 2:
         spread = band(values)
         values, errors = spread.mean, _BAR * spread.standard_error
-    ax.errorbar(norms, _look.drawable(ax, values), errors, **_point_style(colour, marker))
+    ax.errorbar(norms, figure_style.drawable(ax, values), errors, **_point_style(colour, marker))
 
 
 def _point_style(colour: str, marker: str) -> dict[str, Any]:

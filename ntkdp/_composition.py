@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from ntkdp import _accounting, _validate
+from ntkdp import _accounting
+from ntkdp._backend import validate
 from ntkdp._mechanism import ACCOUNTANTS, Accountant, mechanism, probability
 
 
@@ -64,5 +65,5 @@ def composed_epsilon(
     if not pieces:
         raise ValueError("mechanisms must hold at least one piece, got none")
     delta = probability(delta=delta)
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    validate.choice(ACCOUNTANTS, accountant=accountant)
     return _accounting.composed_epsilon_of(pieces, delta, accountant)

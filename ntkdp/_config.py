@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ntkdp import _validate, privacy
+from ntkdp import privacy
+from ntkdp._backend import validate
 from ntkdp._stepping import MOST_STEPS
 
 #: Bytes that the name of a run may have.
@@ -314,7 +315,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"] if part not in ("float", "list[float]"))
     if item["type"] == "extra_forbidden":
         section = _section(kind, item["loc"][:-1])
-        hint = _validate.did_you_mean(str(item["loc"][-1]), section.model_fields)
+        hint = validate.did_you_mean(str(item["loc"][-1]), section.model_fields)
         return f"unknown field {where!r}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not where:
@@ -324,7 +325,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         expected = [part.strip(" '") for part in item["ctx"]["expected"].split(",")]
         expected = [name for part in expected for name in part.replace("'", "").split(" or ")]
-        hint = _validate.did_you_mean(item["input"], expected)
+        hint = validate.did_you_mean(item["input"], expected)
     return f"field {where!r}: {message}, got {value[:80]}{hint}"
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import equinox as eqx
 
+from ntkdp._backend.types import Array, Float
 from ntkdp._excess_variance import Links
-from ntkdp._types import Array, Float
 
 
 class CovarianceForm(eqx.Module):

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkdp import _look
+from ntkdp._backend import figure_style
 from ntkdp._scores import band
 from ntkdp.trajectory import Trajectory
 
@@ -45,18 +45,18 @@ def draw(
         label = "observed"
         if quantiles is not None:
             label += f", mean of {len(run.loss)}"
-            _look.run_band(ax, run.times, *quantiles, label=f"{_BAND_TITLE} of runs")
-        ax.plot(run.times, _look.drawable(ax, values), label=label, **_look.RUN_STYLE)
+            figure_style.run_band(ax, run.times, *quantiles, label=f"{_BAND_TITLE} of runs")
+        ax.plot(run.times, figure_style.drawable(ax, values), label=label, **figure_style.RUN_STYLE)
     names = list(predictions) if names is None else names
     lines = {}
     for label, prediction in predictions.items():
         values, quantiles = _over_seeds(recorded(prediction, name, f"predictions[{label!r}]"))
         times, style, finite = np.asarray(prediction.times), names.index(label), np.isfinite(values)
         note = "" if np.all(finite) else f" (not finite at t = {times[~finite][0]:.3g})"
-        lines[label] = _look.prediction_line(ax, times, values, style, label + note)
+        lines[label] = figure_style.prediction_line(ax, times, values, style, label + note)
         if quantiles is not None and len(prediction.loss) > 1:
             title = f"{label}, {_BAND_TITLE} of {len(prediction.loss)}"
-            _look.prediction_band(ax, times, *quantiles, style=style, label=title)
+            figure_style.prediction_band(ax, times, *quantiles, style=style, label=title)
     return lines
 
 

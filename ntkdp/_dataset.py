@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num, Real
 
-from ntkdp._types import Array
-from ntkdp._validate import choice, count, finite
+from ntkdp._backend.types import Array
+from ntkdp._backend.validate import choice, count, finite
 
 Task = Literal["classification", "regression"]
 

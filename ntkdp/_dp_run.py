@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _program_memory, clipping
+from ntkdp import clipping
+from ntkdp._backend import program_memory
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, Key, Params, PRNGKeyArray
 from ntkdp._dp_step import Algorithm, State
-from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
-from ntkdp._types import Array, Key, Params, PRNGKeyArray
 from ntkdp.trajectory import Measurement
 
 
@@ -31,13 +32,13 @@ def trained(
         data = (algorithm.x, algorithm.test_x)
         return [algorithm.apply_fn(params, x) for x in data if x is not None]
 
-    found: tuple[Params, Measurement] = _program_memory.call(
+    found: tuple[Params, Measurement] = program_memory.call(
         run, algorithm, params, per_seed, keys, stepping, outputs, listener,
         what=f"training {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="train fewer runs at a time (keys), set a microbatch_size, record fewer steps or "
         "without outputs, or use float32",
         results=stepping.bytes_of_record(measure, of_one, outputs),
-        work=_program_memory.bytes_of(of_one), n_runs=keys.size,
+        work=program_memory.bytes_of(of_one), n_runs=keys.size,
     )  # fmt: skip
     return found
 

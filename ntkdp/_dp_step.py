@@ -10,13 +10,14 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _mesh, _plain_gradients, _validate, losses
+from ntkdp import _clipped_sum, _groups, _plain_gradients, losses
+from ntkdp._backend import devices, validate
+from ntkdp._backend.missing import nan_unless
+from ntkdp._backend.norms import wide
+from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp._check_model import check_inputs
-from ntkdp._missing import nan_unless
-from ntkdp._norms import wide
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp._stepping import Stepping
-from ntkdp._types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import (
@@ -99,8 +100,8 @@ class Algorithm(eqx.Module):
 
     def init(self, params: Params) -> State:
         """The state before the first step; checks the parameters against the problem."""
-        params = _mesh.everywhere(
-            self.mesh, jax.tree.map(jnp.asarray, _validate.parameters(params=params))
+        params = devices.everywhere(
+            self.mesh, jax.tree.map(jnp.asarray, validate.parameters(params=params))
         )
         self._check(params)
         return self.start(params)
@@ -247,9 +248,9 @@ class Algorithm(eqx.Module):
                 present = jnp.arange(self.capacity) < jnp.sum(drawn)
                 x, targets = x[index], targets[index]
             clipped, *rest = self._clipped_sum_in_batches(params, x, targets, present)
-            return _mesh.total(self.mesh, clipped), *rest, present
+            return devices.total(self.mesh, clipped), *rest, present
 
-        over_devices = _mesh.over_samples(
+        over_devices = devices.over_samples(
             of_device, self.mesh, (None, 0, 0, 0), (None, 0, groups_first, groups_first, 0)
         )
         found: tuple[Params, Array, Array, Array, Array] = over_devices(
@@ -294,7 +295,7 @@ class Algorithm(eqx.Module):
             return self.apply_fn(eqx.combine(trained, frozen), x)
 
         def total(leaves: list[Array]) -> list[Array]:
-            return _mesh.total(self.mesh, leaves)
+            return devices.total(self.mesh, leaves)
 
         samples = (trained, x, targets, present, total)
         if self.gradients == "vmap":

@@ -6,14 +6,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _mesh, _program_memory, _progress, _validate, privacy
+from ntkdp import privacy
+from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
 from ntkdp._flow import with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
-from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
-from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp._weight_noise import deviations
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements
 
@@ -31,7 +33,7 @@ class _OutputNoise(eqx.Module):
         n, n_outputs = train.shape
         columns = n_outputs if self.per_output else 1
         z = jax.random.normal(key, (self.factor.shape[0], columns), train.dtype)
-        moved: Array = _mesh.everywhere(flow.mesh, self.factor @ z)
+        moved: Array = devices.everywhere(flow.mesh, self.factor @ z)
         noise = moved.reshape(-1, n_outputs) / self.divisor
         return noise[:n], None if test is None else noise[n:]
 
@@ -159,7 +161,7 @@ def ensemble(
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
     state = flow.init(initial)
-    keys = _mesh.everywhere(flow.mesh, _validate.keys(key=key))
+    keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
         _, measured = draw_within_memory(
             flow, noise, state, False, stepping, keys, outputs, listener
@@ -214,13 +216,13 @@ def draw_within_memory(
 ) -> tuple[Any, Measurement]:
     """The same as :func:`draw`, if there is room for it."""
     of_one = jax.tree.map(lambda leaf: leaf[0], state) if per_seed else state
-    found: tuple[Any, Measurement] = _program_memory.call(
+    found: tuple[Any, Measurement] = program_memory.call(
         draw, flow, noise, state, per_seed, stepping, keys, outputs, listener,
         what=f"drawing {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="draw fewer runs at a time (keys), record fewer steps or without outputs, or use "
         "float32",
         results=stepping.bytes_of_record(flow.measure, of_one, outputs),
-        work=_program_memory.bytes_of(of_one), n_runs=keys.size,
+        work=program_memory.bytes_of(of_one), n_runs=keys.size,
     )  # fmt: skip
     return found
 

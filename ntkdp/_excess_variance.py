@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ntkdp._types import Array, Float
+from ntkdp._backend.types import Array, Float
 
 #: Deviation, relative to the largest of a sample, below which a direction counts as certain.
 _CERTAIN = 1e-6

@@ -5,7 +5,7 @@ import os
 import zlib
 from pathlib import Path
 
-from ntkdp import _memory
+from ntkdp._backend import memory
 
 #: Of the memory that is available, a file may take one part in so many: it is parsed and copied.
 _PARTS = 4
@@ -62,7 +62,7 @@ def require_room(path: str | os.PathLike[str], size: int) -> None:
 
 
 def _most() -> int:
-    return _memory.available_bytes() // _PARTS
+    return memory.available_bytes() // _PARTS
 
 
 def _too_large(path: str | os.PathLike[str], size: int, most: int) -> MemoryError:

@@ -10,12 +10,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points, _mesh, _program_memory, _progress, _validate
+from ntkdp import _followed_points
+from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
-from ntkdp._progress import Listener
 from ntkdp._stepping import check_steps
-from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import NoClipping
 
 #: Eigenvalues of a covariance below this many roundings of the largest count as zero.
@@ -123,26 +125,26 @@ def final_outputs(
         )
     if key is None and (noisy or sample_rate < 1):
         raise ValueError("key must be given with noise or sampling, got None")
-    keys = _validate.keys(key=jax.random.key(0) if key is None else key)
-    keys, cells = _mesh.everywhere(flow.mesh, (keys, cells))
+    keys = validate.keys(key=jax.random.key(0) if key is None else key)
+    keys, cells = devices.everywhere(flow.mesh, (keys, cells))
     noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
     with _progress.listening(progress, "predicting the cells") as listener:
-        found = _program_memory.call(
+        found = program_memory.call(
             _final, flow, noise, (state, test), cells, keys, steps, sample_rate, divisor, listener,
             what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
             ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
-            results=_program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
+            results=program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
         )  # fmt: skip
-        return FinalOutputs(*_mesh.whole(found))
+        return FinalOutputs(*devices.whole(found))
 
 
 def _cells(
     dtype: Any, learning_rates: Any, clip_norms: Any, noise_multipliers: Any
 ) -> tuple[Array, Array, Array]:
     parts = {
-        "learning_rates": _validate.positive(learning_rates=learning_rates),
-        "clip_norms": _validate.positive(clip_norms=clip_norms),
-        "noise_multipliers": _validate.non_negative(noise_multipliers=noise_multipliers),
+        "learning_rates": validate.positive(learning_rates=learning_rates),
+        "clip_norms": validate.positive(clip_norms=clip_norms),
+        "noise_multipliers": validate.non_negative(noise_multipliers=noise_multipliers),
     }
     shapes = {name: np.shape(part) for name, part in parts.items()}
     sizes = {shape for shape in shapes.values() if shape}
@@ -187,10 +189,10 @@ def _given_train(
     """Regression of test noise on white numbers of the training noise; the covariance left."""
 
     def rows(across: Array, inverse_root: Array, test: Array) -> tuple[Array, Array]:
-        given = _mesh.product(mesh, across, inverse_root)
-        return given, test - _mesh.outer(mesh, given, given)
+        given = devices.product(mesh, across, inverse_root)
+        return given, test - devices.outer(mesh, given, given)
 
-    found: tuple[Array, Array] = _mesh.over_samples(rows, mesh, (0, 0, 0), (0, 0))(
+    found: tuple[Array, Array] = devices.over_samples(rows, mesh, (0, 0, 0), (0, 0))(
         across, inverse_root, test
     )
     return found

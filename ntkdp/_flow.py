@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import equinox as eqx
 
-from ntkdp import _validate, clipping, losses
+from ntkdp import clipping, losses
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, PyTree
 from ntkdp._setup import Setup, described, number, rates
 from ntkdp._stepping import Stepping
-from ntkdp._types import Array, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import Measurement
@@ -79,7 +80,7 @@ def check_clipping(rule: Any) -> ClippingRule:
 
 
 def check_targets(loss: Loss, targets: Any, n: int, n_outputs: int | None, name: str) -> Array:
-    targets = _validate.array(**{name: targets})
+    targets = validate.array(**{name: targets})
     if n == 0 or targets.ndim == 0 or targets.shape[0] != n:
         raise ValueError(
             f"{name} must have one row a sample, {n}, and a sample or more, "

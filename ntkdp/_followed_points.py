@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _mesh
+from ntkdp._backend import devices
+from ntkdp._backend.types import Array
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._types import Array
 
 
 class FollowedPoints(NamedTuple):
@@ -43,7 +43,7 @@ class FollowedPoints(NamedTuple):
 
     def on_devices(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
         """``function`` on each device's parts."""
-        return _mesh.over_samples(function, self.mesh, in_axes, out_axes)
+        return devices.over_samples(function, self.mesh, in_axes, out_axes)
 
     def by_point(self, function: Callable[..., Array], in_axes: Any, *args: Any) -> Array:
         """What each device finds of its points, of all of them, train before test."""
@@ -51,7 +51,7 @@ class FollowedPoints(NamedTuple):
         def parts(*args: Any) -> Array:
             found = function(*args)
             train, test = (found[self.part(which)] for which in (False, True))
-            return jnp.concatenate([_mesh.gathered(self.mesh, part) for part in (train, test)])
+            return jnp.concatenate([devices.gathered(self.mesh, part) for part in (train, test)])
 
         by_point: Array = self.on_devices(parts, in_axes, None)(*args)
         return by_point
@@ -75,12 +75,12 @@ class FollowedPoints(NamedTuple):
             return turned[:own, :n], turned[own:, :n], turned[own:, n:]
 
         found: tuple[Array, Array, Array] = self.on_devices(cut, (0,), (0, 0, 0))(
-            _mesh.spread(self.mesh, matrix)
+            devices.spread(self.mesh, matrix)
         )
         return found
 
     def _reordered(self, matrix: Array, order: np.ndarray) -> Array:
-        spread: Array = _mesh.spread(self.mesh, matrix)
+        spread: Array = devices.spread(self.mesh, matrix)
         if np.array_equal(order, np.arange(self.n_points)):
             return spread
         index = _by_output(order, len(matrix) // self.n_points)
@@ -112,7 +112,7 @@ def operator(flow: KernelFlow) -> Array:
         both = train if test is None else jnp.concatenate([train, test])
         return both / flow.targets.shape[0] if flow.reduction == "mean" else both
 
-    found: Array = _mesh.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive, flow.test_drive)
+    found: Array = devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive, flow.test_drive)
     return found
 
 
@@ -126,4 +126,4 @@ def _rows_in_order(mesh: Mesh | None, rows: Array, index: np.ndarray) -> Array:
 
     They are exchanged as the columns that they also are, so that no device holds them all.
     """
-    return _mesh.transposed(mesh, rows[:, index])
+    return devices.transposed(mesh, rows[:, index])

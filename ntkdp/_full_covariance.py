@@ -6,12 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _followed_points, _mesh
+from ntkdp import _followed_points
+from ntkdp._backend import devices
+from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._excess_variance import Links
 from ntkdp._followed_points import FollowedPoints
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._types import Array, Float
 
 
 class Full(CovarianceForm):
@@ -39,7 +40,7 @@ class Full(CovarianceForm):
 
     def own_blocks(self, covariance: Array) -> Array:
         def blocks(rows: Array) -> Array:
-            device = 0 if self.points.mesh is None else lax.axis_index(_mesh.AXIS)
+            device = 0 if self.points.mesh is None else lax.axis_index(devices.AXIS)
             own = lax.dynamic_index_in_dim(self._split(rows), device, 2, keepdims=False)
             return jnp.moveaxis(jnp.diagonal(own, axis1=0, axis2=2), -1, 0)
 
@@ -64,7 +65,7 @@ class Full(CovarianceForm):
     def _diffusion(self, operator: Array, noise: Array, spread: Array) -> Array:
         n_rows = operator.shape[0]
         moved = jnp.einsum("arnk,nrksl->asnl", operator, spread)
-        return noise + _mesh.outer(
+        return noise + devices.outer(
             self.points.mesh, moved.reshape(n_rows, -1), operator.reshape(n_rows, -1)
         )
 
@@ -93,11 +94,11 @@ class Full(CovarianceForm):
 
         def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
             own = jnp.arange(len(linear_map))
-            place = _mesh.own_part(mesh, linear_map.shape[1]) + own
+            place = devices.own_part(mesh, linear_map.shape[1]) + own
             moved = (rate * linear_map).at[own, place].add(1.0)
-            after = _mesh.outer(mesh, _mesh.product(mesh, moved, covariance), moved)
+            after = devices.outer(mesh, devices.product(mesh, moved, covariance), moved)
             after = after + rate**2 * diffusion
-            return (after + _mesh.transposed(mesh, after)) / 2
+            return (after + devices.transposed(mesh, after)) / 2
 
         return self._evolved(rows, covariance, slope, spread, rate)
 
@@ -105,8 +106,8 @@ class Full(CovarianceForm):
         mesh = self.points.mesh
 
         def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
-            half = _mesh.product(mesh, linear_map, covariance)
-            return half + _mesh.transposed(mesh, half) + rate * diffusion
+            half = devices.product(mesh, linear_map, covariance)
+            return half + devices.transposed(mesh, half) + rate * diffusion
 
         return self._evolved(rows, covariance, slope, spread, rate)
 
@@ -118,7 +119,7 @@ class Full(CovarianceForm):
             linear = jnp.einsum("ik,ikjl,jl->", own_g, block, g)
             left = jnp.einsum("ikl,iljm->ikjm", own_W, block)
             right = jnp.einsum("ikjl,jml->ikjm", block, W)
-            return _mesh.total(self.points.mesh, linear + 0.5 * jnp.sum(left * right))
+            return devices.total(self.points.mesh, linear + 0.5 * jnp.sum(left * right))
 
         in_axes = (0, 0, 0, None, None)
         variance: Array = self.points.on_devices(of_device, in_axes, None)(covariance, g, W, g, W)
@@ -135,7 +136,7 @@ class Full(CovarianceForm):
             )
             turned = jnp.einsum("akrnl,akb->abrnl", operator, own_W)
             weighted = jnp.einsum("imab,abc->imac", block, W)
-            far = _mesh.product(
+            far = devices.product(
                 self.points.mesh,
                 weighted.reshape(block.shape[0] * n_outputs, -1),
                 near.reshape(block.shape[0] * n_outputs, -1),
@@ -148,7 +149,7 @@ class Full(CovarianceForm):
                 far_pull=jnp.einsum("abrnl,abim,im->nrl", turned, block, g),
                 far_turn=jnp.einsum("abrnl,abnm->nrlm", turned, far),
             )
-            links: Links = _mesh.total(self.points.mesh, own)
+            links: Links = devices.total(self.points.mesh, own)
             return links
 
         in_axes = (0, 0, 0, 0, None, None)

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _excess_variance, _mesh
+from ntkdp import _excess_variance
+from ntkdp._backend import devices
+from ntkdp._backend.norms import through_kernel
+from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._norms import through_kernel
-from ntkdp._types import Array, Float
 
 #: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
 _NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256
@@ -148,9 +149,9 @@ class Closure(eqx.Module):
                 found = jax.vmap(function)(samples)
             else:
                 found = lax.map(function, samples, batch_size=at_a_time)
-            return jax.tree.map(lambda own: _mesh.gathered(mesh, own), found)
+            return jax.tree.map(lambda own: devices.gathered(mesh, own), found)
 
-        return _mesh.over_samples(of_device, mesh, (0,), None)(samples)
+        return devices.over_samples(of_device, mesh, (0,), None)(samples)
 
     def zero(self, mean: Array) -> State:
         """Outputs that are known."""

@@ -14,9 +14,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
+from ntkdp._backend.norms import wide
+from ntkdp._backend.types import Array, common_dtype
 from ntkdp._layout import Layout
-from ntkdp._norms import wide
-from ntkdp._types import Array, common_dtype
 
 #: An operation in many small products takes about as long as this many in one large product.
 _COST_OF_SMALL_PRODUCTS = 3

@@ -13,9 +13,17 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
+from ntkdp._backend.norms import (
+    Scaled,
+    by_sample,
+    combined,
+    from_squares,
+    power_of_two,
+    scaled,
+    wide,
+)
+from ntkdp._backend.types import Array, Float
 from ntkdp._gradient_factors import Dense, Factor, Lookup, Part
-from ntkdp._norms import Scaled, by_sample, combined, from_squares, power_of_two, scaled, wide
-from ntkdp._types import Array, Float
 
 #: How many times u A^2 the rounding of the sum over pairs is taken for.
 _ROUNDINGS_OF_PAIRS = 4

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _meetings
+from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._layout import Cut, Layout, Rearrangement, Reshaped, Transposed
 from ntkdp._meetings import Meeting
-from ntkdp._types import ApplyFn, Array, Params
 
 _INLINED = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _RESHAPES = {"reshape", "squeeze", "expand_dims", "copy", "convert_element_type"}

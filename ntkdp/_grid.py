@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _validate, losses, privacy
+from ntkdp import losses, privacy
+from ntkdp._backend import memory, validate
+from ntkdp._backend.types import Array, Float
 from ntkdp._cell_metrics import CellMetrics, measure
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import bytes_of_noise
-from ntkdp._types import Array, Float
 from ntkdp.stochastic_flow import final_outputs
 
 #: Copies of a cell's outputs that a step and the metrics hold, for each term of the kernel.
@@ -101,12 +102,12 @@ def predict(
     check_flow(flow)
     rates = _axis(learning_rates=learning_rates)
     norms = _axis(clip_norms=clip_norms)
-    steps = _validate.count(steps=steps)
+    steps = validate.count(steps=steps)
     sigma = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
-    sigma = float(_validate.scalar(noise_multiplier=_validate.non_negative(noise_multiplier=sigma)))
+    sigma = float(validate.scalar(noise_multiplier=validate.non_negative(noise_multiplier=sigma)))
     train, test = flow.init(initial)
     initial_loss = float(losses.mean_or_sum(flow.loss, train, flow.targets, flow.reduction)[0])
-    keys = None if key is None else jnp.atleast_1d(_validate.keys(key=key))
+    keys = None if key is None else jnp.atleast_1d(validate.keys(key=key))
     by_rate, by_norm = (part.ravel() for part in np.meshgrid(rates, norms, indexing="ij"))
     at_once = _cells_at_once(flow, train, test, 1 if keys is None else keys.size, sigma > 0)
     parts = np.array_split(np.arange(by_rate.size), -(-by_rate.size // at_once))
@@ -144,7 +145,7 @@ def check_flow(flow: Any) -> None:
 
 def _axis(**named: Any) -> Float[np.ndarray, " N"]:
     ((name, _),) = named.items()
-    array = np.asarray(_validate.positive(**named), np.float64)
+    array = np.asarray(validate.positive(**named), np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must be an array of one dimension, got shape {array.shape}")
     return array
@@ -157,8 +158,8 @@ def _cells_at_once(
     item = train.dtype.itemsize
     of_cell = _COPIES * (flow.diagonal.shape[0] + 1) * followed * n_seeds * item
     of_noise = bytes_of_noise(flow) if noisy else 0
-    _memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
-    return max(1, int(_SHARE * (_memory.available_bytes() - of_noise) / of_cell))
+    memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
+    return max(1, int(_SHARE * (memory.available_bytes() - of_noise) / of_cell))
 
 
 def _part_of(progress: Any, number: int, parts: int) -> Any:

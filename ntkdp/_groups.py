@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ntkdp import _validate
-from ntkdp._types import Params
+from ntkdp._backend import validate
+from ntkdp._backend.types import Params
 
 #: A pytree prefix of labels, a callable from key path to label, or None for the default groups.
 GroupSpec = Any
@@ -34,7 +34,7 @@ class Groups(NamedTuple):
         if names is None:
             return (True,) * len(self.leaf_to_group)
         for name in names:
-            _validate.choice(self.names, group=name)
+            validate.choice(self.names, group=name)
         return tuple(self.names[group] in names for group in self.leaf_to_group)
 
     def select(self, names: tuple[str, ...] | None) -> "Groups":
@@ -89,7 +89,7 @@ def resolve(params: Params, groups: GroupSpec = None) -> Groups:
     TypeError
         If a leaf is not a real floating-point array, or a label is not hashable.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(_validate.parameters(params=params))
+    leaves = jax.tree_util.tree_leaves_with_path(validate.parameters(params=params))
     if groups is None:
         labels: list[Hashable] = list(_default_labels(params))
     elif callable(groups) and jax.tree_util.all_leaves([groups]):

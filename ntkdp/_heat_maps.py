@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from ntkdp import _look, _validate
 from ntkdp._agreement import check_cells, known, value_of
+from ntkdp._backend import figure_style, validate
 from ntkdp._cell_metrics import HIGHER_IS_BETTER, CellMetrics
 from ntkdp.advisor import pareto_front
 
@@ -95,7 +95,7 @@ def heat_maps(
         return cells.reshape(rates.size, norms.size)[np.ix_(by_rate, by_norm)]
 
     diverged = {side: as_grid(metrics.diverged) for side, metrics in sides.items()}
-    with mpl.rc_context(_look.LOOK | {"hatch.linewidth": 0.6}):
+    with mpl.rc_context(figure_style.LOOK | {"hatch.linewidth": 0.6}):
         figure = Figure(
             figsize=(
                 len(sides) * (norms.size * _CELL[0] + 0.2) + _AROUND[0],
@@ -118,7 +118,7 @@ def heat_maps(
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=2.5)
             if isinstance(scale, LogNorm):
-                _look.readable_log_ticks(bar.ax)
+                figure_style.readable_log_ticks(bar.ax)
         _name_axes(grid, rates[by_rate], norms[by_norm])
         handles = [Patch(**_DIVERGED)] if any(np.any(lost) for lost in diverged.values()) else []
         figure.legend(
@@ -184,8 +184,8 @@ def trade_off(
         raise ValueError(f"chosen must be in 0 .. {sizes[0] - 1} or None, got {chosen}")
     prefix, where = ("test_", "test ") if test else ("", "training ")
     fronts = {side: pareto_front(metrics, test=test)[0] for side, metrics in sides.items()}
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         ax.set_yscale("log", nonpositive="mask")
         moved = []
         # The run lies in thick grey beneath, as in the other pictures.
@@ -201,12 +201,12 @@ def trade_off(
             # One cell in two places: dots lead from one to the other.
             ax.plot(
                 *np.transpose(moved), color="black", linestyle=":", linewidth=1.2, marker="*",
-                markersize=14.0, markerfacecolor=_look.STYLES[4][0], markeredgewidth=0.8, zorder=4,
-                label="chosen cell",
+                markersize=14.0, markerfacecolor=figure_style.STYLES[4][0], markeredgewidth=0.8,
+                zorder=4, label="chosen cell",
             )  # fmt: skip
         ax.set_xlabel(f"{where}accuracy (%)")
         ax.set_ylabel(f"{where}ECE (%)")
-        _look.readable_log_ticks(ax)
+        figure_style.readable_log_ticks(ax)
         ax.legend(loc="best")
     return ax
 
@@ -214,7 +214,7 @@ def trade_off(
 def _axis(**named: Any) -> tuple[np.ndarray, np.ndarray]:
     """Different positive numbers, and the order in which they increase."""
     ((name, values),) = named.items()
-    array = np.asarray(_validate.positive(**named), np.float64)
+    array = np.asarray(validate.positive(**named), np.float64)
     if array.ndim != 1 or not array.size or np.unique(array).size < array.size:
         raise ValueError(f"{name} must be an array of different numbers, got {values!r}")
     return array, np.argsort(array)
@@ -224,7 +224,7 @@ def _shown(names: Any, sides: dict[str, CellMetrics]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of metrics, got {names!r}; put it in a list")
     for name in names:
-        _validate.choice(HIGHER_IS_BETTER, name=name)
+        validate.choice(HIGHER_IS_BETTER, name=name)
     shown = [name for name in names if all(name in known(metrics) for metrics in sides.values())]
     if not shown:
         had = " and ".join(f"{side} has {', '.join(known(part))}" for side, part in sides.items())
@@ -287,7 +287,7 @@ def _draw_side(
     ax: Axes, side: str, accuracy: np.ndarray, ece: np.ndarray, diverged: np.ndarray, front: Any
 ) -> None:
     run = side == "observed"
-    colour, _, marker = ("0.55", "solid", "s") if run else _look.STYLES[0]
+    colour, _, marker = ("0.55", "solid", "s") if run else figure_style.STYLES[0]
     style: dict[str, Any] = {"color": colour, "marker": marker, "markeredgewidth": 1.2}
     ax.plot(
         accuracy[~diverged], ece[~diverged], linestyle="none", markerfacecolor="white",

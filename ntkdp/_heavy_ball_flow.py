@@ -7,12 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _validate
+from ntkdp._backend import validate
+from ntkdp._backend.types import PyTree, as_constant
 from ntkdp._flow import Flow
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._setup import Setup, number
-from ntkdp._types import PyTree, as_constant
 from ntkdp._weight_flow import WeightFlow
 from ntkdp.trajectory import Measurement
 
@@ -60,7 +60,7 @@ class HeavyBallFlow(Flow):
             raise TypeError(
                 f"flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got {self.flow!r}"
             )
-        _validate.non_negative(friction=self.friction)
+        validate.non_negative(friction=self.friction)
 
     def init(self, initial: PyTree) -> tuple[PyTree, PyTree]:
         """State of the flow's initial state, at rest."""

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _groups, _memory, _mesh, _program_memory, _validate
+from ntkdp import _groups
+from ntkdp._backend import devices, memory, program_memory, validate
+from ntkdp._backend.precision import in_double
+from ntkdp._backend.types import Array, Float, Real, common_dtype, is_traced
 from ntkdp._layerwise_kernel import LayerwiseKernel
-from ntkdp._precision import in_double
-from ntkdp._types import Array, Float, Real, common_dtype, is_traced
 
 #: Size of a block of rows between all positions of its samples.
 _BLOCK_BYTES = 2**24
@@ -143,7 +144,7 @@ def _called(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *get
     """The kernel, if there is room for the work, which for images may be all pairs of positions."""
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     pairs = math.prod(shape) * math.prod(x1.shape[1:-1]) ** 2
-    return _program_memory.call(
+    return program_memory.call(
         _compiled, kernel_fn, mesh, x1, x2, *get,
         what=f"the work for a kernel of shape {shape}", ways_out=_WAYS_OUT,
         work=pairs * x1.dtype.itemsize,
@@ -156,7 +157,7 @@ def _compiled(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *g
     def rows(x1: Array, x2: Array | None) -> Any:
         return by_blocks(lambda x1, x2: kernel_fn(x1, x2, *get), x1, x2)
 
-    return _mesh.over_samples(rows, mesh, (0, None), 0)(x1, x2)
+    return devices.over_samples(rows, mesh, (0, None), 0)(x1, x2)
 
 
 def by_blocks(kernels: Callable[..., Any], x1: Array, x2: Array | None, *settings: Array) -> Any:
@@ -197,18 +198,18 @@ def place_inputs(
     n_terms: int, x1: Array, x2: Array | None, mesh: Mesh | None
 ) -> tuple[Array, Array | None, Mesh | None]:
     """Inputs where the kernel is to be computed, if there is room for it."""
-    mesh = _mesh.as_mesh(mesh)
-    _mesh.check_divides(mesh, x1=x1.shape[0])
+    mesh = devices.as_mesh(mesh)
+    devices.check_divides(mesh, x1=x1.shape[0])
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     itemsize = common_dtype(x1.dtype, float).itemsize
-    _memory.require(
-        _mesh.bytes_on_host(mesh, n_terms * shape[0] * shape[1] * itemsize),
+    memory.require(
+        devices.bytes_on_host(mesh, n_terms * shape[0] * shape[1] * itemsize),
         f"a kernel of shape {shape if n_terms == 1 else (n_terms, *shape)}",
         _WAYS_OUT,
     )
     if mesh is None:
         return x1, x2, None
-    return _mesh.spread(mesh, x1), _mesh.everywhere(mesh, x1 if x2 is None else x2), mesh
+    return devices.spread(mesh, x1), devices.everywhere(mesh, x1 if x2 is None else x2), mesh
 
 
 def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
@@ -217,10 +218,10 @@ def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
         if x is None:
             checked.append(None)
             continue
-        x = _validate.array(**{name: x})
+        x = validate.array(**{name: x})
         if x.ndim < 2 or x.shape[0] == 0:
             raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
-        checked.append(_validate.finite(**{name: x}))
+        checked.append(validate.finite(**{name: x}))
     if checked[1] is not None and checked[0].shape[1:] != checked[1].shape[1:]:
         raise ValueError(
             f"x2 must have samples of the shape of x1's, {checked[0].shape[1:]}, "

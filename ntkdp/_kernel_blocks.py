@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _memory
 from ntkdp import _per_sample_gradients as per_sample
-from ntkdp._types import Array
+from ntkdp._backend import memory
+from ntkdp._backend.types import Array
 
 Factors = list[per_sample.Factor]
 FactorsOf = Callable[[Array], Factors]
@@ -111,6 +111,6 @@ def _bytes(arrays: Any) -> int:
 
 def _samples_within_budget(factors: int, products: int) -> int:
     """Samples a side, from the bytes that one takes and that a pair takes."""
-    by_factors = _memory.FACTOR_BYTES // max(factors, 1)
+    by_factors = memory.FACTOR_BYTES // max(factors, 1)
     by_products = math.isqrt(_PRODUCT_BYTES // products)
     return max(1, min(by_factors, by_products))

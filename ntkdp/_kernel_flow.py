@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _memory, _mesh, _norms, _program_memory, _validate, clipping, losses
+from ntkdp import clipping, losses
+from ntkdp._backend import devices, memory, program_memory, validate
+from ntkdp._backend import norms as _norms
+from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.types import Array, Float, common_dtype, is_traced
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
-from ntkdp._precision import at_least_single
 from ntkdp._setup import Setup
-from ntkdp._types import Array, Float, common_dtype, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
@@ -93,20 +95,20 @@ class KernelFlow(Flow):
         preconditioned_kernel: Array | LayerwiseKernel | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        self.mesh = mesh = _mesh.as_mesh(mesh)
+        self.mesh = mesh = devices.as_mesh(mesh)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
-        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
         terms = _terms(kernel, clipping, "kernel", mesh)
         n_groups, n, columns, *blocks = _shape(terms, clipping)
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
         clipping.check_groups(n_groups)
-        targets = _validate.array(targets=targets)
+        targets = validate.array(targets=targets)
         n_outputs = blocks[0] if blocks else self.loss.n_outputs(targets)
         self.n_outputs = n_outputs
         targets = check_targets(self.loss, targets, n, n_outputs, "targets")
-        self.targets = _mesh.everywhere(mesh, targets)
+        self.targets = devices.everywhere(mesh, targets)
         layered = clipping.scope == "layerwise"
         _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel)
         self.diagonal = _diagonal(terms, layered, mesh)
@@ -142,7 +144,7 @@ class KernelFlow(Flow):
                     n_outputs,
                     "test_targets",
                 )
-                self.test_targets = _mesh.everywhere(mesh, test_targets)
+                self.test_targets = devices.everywhere(mesh, test_targets)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -171,7 +173,7 @@ class KernelFlow(Flow):
             per_row = 1 if self.diagonal.ndim == 2 else train.shape[1]
             m = self.test_drive.shape[0] // per_row
             test = _check_outputs(test, m, train.shape[1], "initial[1]").astype(train.dtype)
-        placed: tuple[Array, Array | None] = _mesh.everywhere(self.mesh, (train, test))
+        placed: tuple[Array, Array | None] = devices.everywhere(self.mesh, (train, test))
         return placed
 
     def _factors(self, a: Float[Array, "n K"]) -> Array:
@@ -195,7 +197,7 @@ class KernelFlow(Flow):
             moved = operator @ weighted.reshape(-1, n_outputs)
         else:
             moved = (operator @ weighted.reshape(-1)).reshape(-1, n_outputs)
-        whole: Array = _mesh.everywhere(self.mesh, moved)
+        whole: Array = devices.everywhere(self.mesh, moved)
         return whole
 
     def clipped_gradients(
@@ -249,13 +251,13 @@ class KernelFlow(Flow):
 
 
 def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:
-    outputs = _validate.array(**{name: outputs})
+    outputs = validate.array(**{name: outputs})
     if outputs.ndim != 2 or outputs.shape[0] != n or n_outputs not in (None, outputs.shape[1]):
         columns = "K" if n_outputs is None else n_outputs
         raise ValueError(f"{name} must have shape ({n}, {columns}), got {outputs.shape}")
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         outputs = outputs.astype(jnp.result_type(float))
-    return _validate.finite(**{name: outputs})
+    return validate.finite(**{name: outputs})
 
 
 def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Array:
@@ -269,7 +271,7 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
             "terms; use layerwise_ntk or layerwise_infinite_ntk"
         )
     else:
-        values = _validate.array(**{name: kernel})
+        values = validate.array(**{name: kernel})
     if values.ndim - layered not in (2, 4) or 0 in values.shape:
         raise ValueError(
             f"{name} must have shape (m, n, K, K), or (m, n) meaning (x) I_K, not empty, "
@@ -281,8 +283,8 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.result_type(float))
     values = at_least_single(values)
-    _mesh.check_divides(mesh, **{name: rows})
-    return _validate.finite(**{name: _mesh.spread(mesh, values, axis=int(layered))})
+    devices.check_divides(mesh, **{name: rows})
+    return validate.finite(**{name: devices.spread(mesh, values, axis=int(layered))})
 
 
 def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
@@ -297,9 +299,9 @@ def _require_room(layered: bool, mesh: Mesh | None, *kernels: Any) -> None:
     needed = 0
     for kernel in kernels:
         summed = isinstance(kernel, LayerwiseKernel) and not layered
-        needed += _program_memory.bytes_of(kernel) // (len(kernel.names) if summed else 1)
-    _memory.require(
-        _mesh.bytes_on_host(mesh, needed),
+        needed += program_memory.bytes_of(kernel) // (len(kernel.names) if summed else 1)
+    memory.require(
+        devices.bytes_on_host(mesh, needed),
         "a KernelFlow, which keeps its kernels as matrices besides the given ones,",
         "use fewer samples, float32, a kernel (n, n) of infinite width, a mesh of devices, or "
         "LinearisedFlow, which needs no kernel",
@@ -310,7 +312,7 @@ def _require_room(layered: bool, mesh: Mesh | None, *kernels: Any) -> None:
 @partial(jax.jit, static_argnums=(1, 2))
 def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
-    return _mesh.diagonal(mesh, terms if layered else terms[None])
+    return devices.diagonal(mesh, terms if layered else terms[None])
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -324,7 +326,7 @@ def _as_operator(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
         rows = by_group.shape[1] * by_group.shape[3]
         return jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
 
-    operator: Array = _mesh.over_samples(of_rows, mesh, (int(layered),), 0)(terms)
+    operator: Array = devices.over_samples(of_rows, mesh, (int(layered),), 0)(terms)
     return operator
 
 

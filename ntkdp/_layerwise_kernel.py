@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate
-from ntkdp._types import Array
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array
 
 
 class LayerwiseKernel(eqx.Module):
@@ -68,7 +68,7 @@ class LayerwiseKernel(eqx.Module):
         if not wanted:
             raise ValueError("names must hold at least one group, got ()")
         for name in wanted:
-            _validate.choice(self.names, group=name)
+            validate.choice(self.names, group=name)
         kept = [i for i, name in enumerate(self.names) if name in wanted]
         if len(kept) == len(self.names):
             return self

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 
 
 class Reshaped(NamedTuple):

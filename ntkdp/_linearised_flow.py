@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _memory, _mesh, _validate, losses
+from ntkdp import _clipped_sum, _groups, losses
 from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._backend import devices, memory, validate
+from ntkdp._backend.norms import wide
+from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._check_model import check_inputs, check_model
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
-from ntkdp._norms import wide
 from ntkdp._setup import Setup
-from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import Measurement
@@ -110,33 +111,33 @@ class LinearisedFlow(Flow):
         mesh: Mesh | None = None,
     ) -> None:
         self.apply_fn = apply_fn
-        self.mesh = mesh = _mesh.as_mesh(mesh)
-        params = jax.tree.map(jnp.asarray, _validate.parameters(params=params))
-        self.params = _mesh.everywhere(mesh, params)
+        self.mesh = mesh = devices.as_mesh(mesh)
+        params = jax.tree.map(jnp.asarray, validate.parameters(params=params))
+        self.params = devices.everywhere(mesh, params)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
         self.groups = groups
-        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
         self.clipping.check_groups(self.weight_groups().size)
         x, outputs = check_model(apply_fn, params, x)
         n, n_outputs = outputs.shape
-        _mesh.check_divides(mesh, x=n)
+        devices.check_divides(mesh, x=n)
         if batch_size is None:
             batch_size = _samples_within_budget(apply_fn, params, x, n_outputs)
-        self.batch_size = _validate.count(batch_size=batch_size)
-        self.x = _mesh.spread(mesh, x)
+        self.batch_size = validate.count(batch_size=batch_size)
+        self.x = devices.spread(mesh, x)
         targets = check_targets(self.loss, targets, n, n_outputs, "targets")
-        self.targets = _mesh.spread(mesh, targets)
+        self.targets = devices.spread(mesh, targets)
         self.test_x = self.test_targets = None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
             test_x = check_inputs(apply_fn, params, test_x, "test_x")
-            self.test_x = _mesh.everywhere(mesh, test_x)
+            self.test_x = devices.everywhere(mesh, test_x)
             if test_targets is not None:
                 m = test_x.shape[0]
                 test_targets = check_targets(self.loss, test_targets, m, n_outputs, "test_targets")
-                self.test_targets = _mesh.everywhere(mesh, test_targets)
+                self.test_targets = devices.everywhere(mesh, test_targets)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -151,8 +152,8 @@ class LinearisedFlow(Flow):
                 f"initial must have the structure of params, {expected}, got {given}; "
                 "start from params itself to predict the network as it is"
             )
-        initial = _validate.finite(
-            initial=jax.tree.map(jnp.asarray, _validate.parameters(initial=initial))
+        initial = validate.finite(
+            initial=jax.tree.map(jnp.asarray, validate.parameters(initial=initial))
         )
         for (path, leaf), start in zip(
             jax.tree_util.tree_leaves_with_path(self.params), jax.tree.leaves(initial), strict=True
@@ -160,7 +161,7 @@ class LinearisedFlow(Flow):
             if start.shape != leaf.shape:
                 name = "initial" + jax.tree_util.keystr(path)
                 raise ValueError(f"{name} must have shape {leaf.shape}, got {start.shape}")
-        initial = _mesh.everywhere(self.mesh, initial)
+        initial = devices.everywhere(self.mesh, initial)
         return jax.tree.map(lambda w, w0: (w - w0).astype(w0.dtype), initial, self.params)
 
     def weight_groups(self) -> _groups.Groups:
@@ -187,7 +188,7 @@ class LinearisedFlow(Flow):
         self, displacement: Params, weights: Array | None = None
     ) -> tuple[Params, Array, Array]:
         """Weighted sum of clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
-        over_devices = _mesh.over_samples(
+        over_devices = devices.over_samples(
             self._of_device, self.mesh, (None, None, 0, 0, 0), (None, 0, 1)
         )
         found: tuple[Params, Array, Array] = over_devices(
@@ -214,10 +215,10 @@ class LinearisedFlow(Flow):
         samples = (displacement, params, x, targets)
         if self.clipping.needs_total_norm:
             summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
-            leaves = jax.tree.leaves(_mesh.total(self.mesh, summed))
+            leaves = jax.tree.leaves(devices.total(self.mesh, summed))
             total = _clipped_sum.norms_of_sum(leaves, groups)
         clipped, outputs, found = self._pass(*samples, weights, groups, factors)
-        return _mesh.total(self.mesh, clipped), outputs, found
+        return devices.total(self.mesh, clipped), outputs, found
 
     def _pass(
         self,
@@ -309,4 +310,4 @@ def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_output
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
     of_one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
-    return _memory.samples_at_once(of_one)
+    return memory.samples_at_once(of_one)

@@ -19,13 +19,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _followed_points, _mesh
+from ntkdp import _followed_points
+from ntkdp._backend import devices
+from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._excess_variance import Links
 from ntkdp._followed_points import FollowedPoints
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh
-from ntkdp._types import Array, Float
 
 #: Part of the trace of the noise that the leading eigenvectors hold, and the most of them.
 _SHARE, _MOST = 0.99, 500
@@ -154,7 +155,7 @@ class LowRank(CovarianceForm):
                 for modes, each in ((leading, False), (others, True))
                 for what in (slope, spread)
             ]
-            return _mesh.total(self.points.mesh, tuple(parts))
+            return devices.total(self.points.mesh, tuple(parts))
 
         maps, moved, own_maps, own = self.points.on_devices(of_device, (0, 0, 0, 0), None)(
             self.leading, self.others, slope, spread
@@ -202,7 +203,7 @@ class LowRank(CovarianceForm):
                 others.gradient(part, g),
                 others.hessian(part, W, each=True),
             )
-            return _mesh.total(self.points.mesh, parts)
+            return devices.total(self.points.mesh, parts)
 
         gradient, hessian, *own = self.points.on_devices(of_device, (0, 0, 0, 0), None)(
             self.leading, self.others, g, W
@@ -244,7 +245,7 @@ class LowRank(CovarianceForm):
                 far_pull=along(turned @ gradient),
                 far_turn=against(turned @ turned),
             )
-            whole: Links = jax.tree.map(lambda part: _mesh.gathered(mesh, part), own)
+            whole: Links = jax.tree.map(lambda part: devices.gathered(mesh, part), own)
             return whole
 
         over_devices = self.points.on_devices(of_device, (0, None, None, None), None)
@@ -257,7 +258,7 @@ class LowRank(CovarianceForm):
             of_others = others.coordinates(self.n_outputs)
             split = of_others.reshape(len(of_others), *s.shape[:2])
             spread = jnp.einsum("nak,akl->nal", split, s).reshape(of_others.shape)
-            return _mesh.outer(self.points.mesh, of_leading @ S, of_leading) + _mesh.outer(
+            return devices.outer(self.points.mesh, of_leading @ S, of_leading) + devices.outer(
                 self.points.mesh, spread, of_others
             )
 
@@ -283,7 +284,7 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     shared = flow.diagonal.ndim == 2
     n_groups, n = flow.diagonal.shape[:2]
     if noise is None:
-        square = points.on_devices(lambda rows: _mesh.outer(mesh, rows, rows), (0,), 0)
+        square = points.on_devices(lambda rows: devices.outer(mesh, rows, rows), (0,), 0)
         values, vectors = eigh(square(operator), mesh)
     else:
         values, vectors = eigh(points.in_devices_order(noise), mesh)
@@ -297,9 +298,9 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     def coordinates(operator: Array, vectors: Array) -> tuple[Array, Array]:
         """A device's rows of the vectors, and its samples' columns of the operator in them."""
         columns = operator.reshape(len(operator), n_groups, n, -1)
-        columns = _mesh.columns(mesh, columns, axis=2)
+        columns = devices.columns(mesh, columns, axis=2)
         turned = jnp.moveaxis(columns, 0, 3).reshape(-1, len(columns))
-        drive = _mesh.product(mesh, turned, vectors)
+        drive = devices.product(mesh, turned, vectors)
         inner = () if shared else (n_outputs,)
         drive = jnp.moveaxis(drive.reshape(n_groups, -1, *inner, values.size), 0, 1)
         return vectors.reshape(-1, *inner, values.size), drive

@@ -12,9 +12,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from ntkdp import _validate, losses
+from ntkdp import losses
+from ntkdp._backend import validate
+from ntkdp._backend.types import ApplyFn, Array, Params, Real
 from ntkdp._check_model import check_model
-from ntkdp._types import ApplyFn, Array, Params, Real
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import per_sample_gradient_norms
@@ -89,10 +90,10 @@ def extreme_eigenvalues(
     """
     x, outputs = check_model(apply_fn, params, x)
     n, n_outputs = outputs.shape
-    batch_size = n if batch_size is None else min(_validate.count(batch_size=batch_size), n)
+    batch_size = n if batch_size is None else min(validate.count(batch_size=batch_size), n)
     if factors is None:
         factors = jnp.ones(n, outputs.dtype)
-    factors = jnp.asarray(_validate.non_negative(factors=factors))
+    factors = jnp.asarray(validate.non_negative(factors=factors))
     if factors.shape != (n,):
         raise ValueError(f"factors must have shape ({n},), one a sample, got {factors.shape}")
     roots = jnp.sqrt(factors)[:, None].astype(outputs.dtype)
@@ -190,9 +191,9 @@ def sharpness(
             f"clipping must have scope='flat' here, got {clipping.scope!r}: sum_r H_r C_r is not "
             "similar to a symmetric matrix; see eigenvalues for its spectrum"
         )
-    _validate.choice(("mean", "sum"), reduction=reduction)
+    validate.choice(("mean", "sum"), reduction=reduction)
     targets = loss.check(targets, n, n_outputs)
-    size = n if batch_size is None else min(_validate.count(batch_size=batch_size), n)
+    size = n if batch_size is None else min(validate.count(batch_size=batch_size), n)
     scale = 1 / n if reduction == "mean" else 1.0
 
     output_gradient = _output_gradient(apply_fn, loss, params, x, targets)
@@ -201,7 +202,7 @@ def sharpness(
     if clipping.needs_total_norm:
         summed = _pull_back(apply_fn, size, params, x, output_gradient)
         total_norm = jnp.linalg.norm(ravel_pytree(summed)[0])
-    factors = _validate.non_negative(factors=clipping.factors(norms, total_norm))
+    factors = validate.non_negative(factors=clipping.factors(norms, total_norm))
     roots = jnp.sqrt(factors)[:, None].astype(outputs.dtype)
 
     weights, unravel = ravel_pytree(params)
@@ -281,8 +282,8 @@ def _largest_eigenvalue(
     """Of a symmetric operator; zero if all it does is below the tolerance times ``scale``."""
     if tolerance is None:
         tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
-    tolerance = float(_validate.positive(tolerance=tolerance))
-    max_iterations = _validate.count(max_iterations=max_iterations)
+    tolerance = float(validate.positive(tolerance=tolerance))
+    max_iterations = validate.count(max_iterations=max_iterations)
 
     def on_host(vector: Any) -> np.ndarray:
         image = np.asarray(product(jnp.asarray(np.ravel(vector), dtype)), np.float64)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from ntkdp import _validate
+from ntkdp._backend import validate
 
 Accountant = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
@@ -11,14 +11,14 @@ ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
 def number(**named: Any) -> float:
     """A single number."""
     (value,) = named.values()
-    _validate.scalar(**named)
+    validate.scalar(**named)
     return float(value)
 
 
 def probability(**named: Any) -> float:
     """A number in (0, 1)."""
     ((name, value),) = named.items()
-    value = number(**{name: _validate.positive(**named)})
+    value = number(**{name: validate.positive(**named)})
     if value >= 1:
         raise ValueError(f"{name} must be in (0, 1), got {value!r}")
     return value
@@ -26,10 +26,10 @@ def probability(**named: Any) -> float:
 
 def mechanism(noise_multiplier: Any, sample_rate: Any, steps: Any) -> tuple[float, float, int]:
     """Noise multiplier, sampling rate and number of steps."""
-    sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
-    q = _validate.fraction(sample_rate=sample_rate)
+    sigma = validate.non_negative(noise_multiplier=noise_multiplier)
+    q = validate.fraction(sample_rate=sample_rate)
     return (
         number(noise_multiplier=sigma),
         number(sample_rate=q),
-        _validate.count(steps=steps),
+        validate.count(steps=steps),
     )

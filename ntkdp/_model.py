@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import jax
 
-from ntkdp import _memory, _program_memory, _validate
-from ntkdp._types import ApplyFn, Array, Outputs, Params, PRNGKeyArray, is_traced
+from ntkdp._backend import memory, program_memory, validate
+from ntkdp._backend.types import ApplyFn, Array, Outputs, Params, PRNGKeyArray, is_traced
 
 InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
 #: ``kernel_fn(x1, x2=None, get=None)``, as in neural-tangents: ``get`` is ``"ntk"`` or ``"nngp"``.
@@ -96,7 +96,7 @@ def checked_model(
     def checked_init(key: PRNGKeyArray, x: Array) -> Params:
         if len(shape := getattr(x, "shape", ())) < 2:
             raise ValueError(f"x must be a batch of shape (n, ...), got shape {shape}")
-        key = _validate.key(key=key)
+        key = validate.key(key=key)
         if not is_traced((key, x)):
             _require_room(_sizes(init, key, x))
         params = init(key, x)
@@ -117,9 +117,9 @@ def _sizes(init: InitFn, key: PRNGKeyArray, x: Array) -> Params:
 def _require_room(params: Params) -> None:
     """Raise unless parameters fit, and the random numbers that the largest is made of."""
     leaves = jax.tree.leaves(params)
-    largest = max(map(_program_memory.bytes_of, leaves), default=0)
-    _memory.require(
-        _program_memory.bytes_of(params) + largest,
+    largest = max(map(program_memory.bytes_of, leaves), default=0)
+    memory.require(
+        program_memory.bytes_of(params) + largest,
         f"a network of {sum(leaf.size for leaf in leaves):,} parameters",
         "use smaller widths or float32",
     )

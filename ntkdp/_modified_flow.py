@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _validate
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, PyTree, as_constant
 from ntkdp._flow import Flow
 from ntkdp._heavy_ball_flow import HeavyBallFlow
 from ntkdp._setup import Setup, rates
-from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import Measurement
 
 
@@ -72,7 +72,7 @@ class ModifiedFlow(Flow):
                 "with time; solve stretch by stretch at constant learning rates, or use recursion "
                 "or dp_sgd.run, which take schedules"
             )
-        rate = _validate.scalar(learning_rate=_validate.positive(learning_rate=learning_rate))
+        rate = validate.scalar(learning_rate=validate.positive(learning_rate=learning_rate))
         self.flow = flow
         self.learning_rate = as_constant(rate)
 

@@ -7,23 +7,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import (
-    _full_covariance,
-    _gaussian_closure,
-    _low_rank_covariance,
-    _mesh,
-    _program_memory,
-    _progress,
-    _validate,
-    privacy,
-)
+from ntkdp import _full_covariance, _gaussian_closure, _low_rank_covariance, privacy
+from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, as_constant
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
-from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
-from ntkdp._types import Array, as_constant
 from ntkdp.clipping import Batch, Global
 
 #: Outputs, of all points, up to which the whole covariance is followed.
@@ -62,7 +55,7 @@ class Moments(NamedTuple):
         """Lower and upper quantile of the loss: of the gamma law with its mean and deviation."""
         from scipy.stats import gamma
 
-        level = float(_validate.fraction(level=level))
+        level = float(validate.fraction(level=level))
         chosen = (self.test_loss, self.test_loss_std) if test else (self.loss, self.loss_std)
         if chosen[0] is None:
             raise ValueError("test=True needs a flow with test targets")
@@ -139,13 +132,13 @@ def moments(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
     with _progress.listening(progress, "stepping the moments") as listener:
-        found = _program_memory.call(
+        found = program_memory.call(
             _step_moments, closure, mean, stepping, outputs, listener,
             what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
             results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
             work=mean.size**2 * mean.dtype.itemsize,
         )  # fmt: skip
-        return Moments(stepping.times, jnp.asarray(stepping.recorded), *_mesh.whole(found))
+        return Moments(stepping.times, jnp.asarray(stepping.recorded), *devices.whole(found))
 
 
 def moment_flow(
@@ -206,20 +199,20 @@ def moment_flow(
     >>> round(found.loss[-1].item(), 4)
     0.025
     """
-    start, times = _validate.times_from(start, times)
-    rate = jnp.asarray(_validate.positive(learning_rate=learning_rate), jnp.result_type(float))
-    rtol, atol = _validate.positive(rtol=rtol), _validate.positive(atol=atol)
+    start, times = validate.times_from(start, times)
+    rate = jnp.asarray(validate.positive(learning_rate=learning_rate), jnp.result_type(float))
+    rtol, atol = validate.positive(rtol=rtol), validate.positive(atol=atol)
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
-    found = _program_memory.call(
+    found = program_memory.call(
         _solve_moments, closure, mean, start, times, rate, as_constant(rtol), as_constant(atol),
         outputs,
         what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
         results=len(times) * _bytes_at_a_time(mean, outputs),
         work=mean.size**2 * mean.dtype.itemsize,
     )  # fmt: skip
-    return Moments(times, None, *_mesh.whole(found))
+    return Moments(times, None, *devices.whole(found))
 
 
 def fixed_privacy_flow(
@@ -280,9 +273,9 @@ def fixed_privacy_flow(
     >>> round(found.loss[-1].item(), 4)  # S^2 T / (4 mu^2)
     0.0625
     """
-    start, times = _validate.times_from(start, times)
+    start, times = validate.times_from(start, times)
     mu = mu.mu if isinstance(mu, privacy.Budget) else mu
-    mu = _validate.scalar(mu=_validate.positive(mu=mu))
+    mu = validate.scalar(mu=validate.positive(mu=mu))
     horizon = float(times[-1]) - float(start)
     return moment_flow(
         flow,
@@ -318,7 +311,7 @@ def _closure(
             "flow must have a rule that is continuous and looks at one sample, got "
             f"{type(flow.clipping).__name__}; use stochastic_flow.ensemble"
         )
-    rank = None if rank is None else _validate.count(rank=rank)
+    rank = None if rank is None else validate.count(rank=rank)
     sample_rate, divisor = sampling(flow, sample_rate)
     train, test = flow.init(initial)
     mean = train if test is None else jnp.concatenate([train, test])

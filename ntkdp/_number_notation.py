@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ntkdp._validate import choice
+from ntkdp._backend.validate import choice
 
 
 class Notation(NamedTuple):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points, _memory, _mesh, _mesh_eigh, _validate, privacy
+from ntkdp import _followed_points, privacy
+from ntkdp._backend import devices, distributed_eigh, memory, validate
+from ntkdp._backend.types import Array, Float
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._types import Array, Float
 from ntkdp._weight_noise import deviations
 from ntkdp.ntk import LayerwiseKernel
 
@@ -24,7 +25,7 @@ _ROOT_COPIES_IN_PARTS = 6
 
 def sampling(flow: Any, sample_rate: Any) -> tuple[float, float]:
     """The sampling rate, and the divisor of the noisy sum."""
-    rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
+    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
     return rate, rate * (flow.targets.shape[0] if flow.reduction == "mean" else 1)
 
 
@@ -41,7 +42,7 @@ def noise_covariance(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
             "function of the kernels"
         )
-    _memory.require(
+    memory.require(
         bytes_of_noise(flow),
         "noise of the outputs, whose covariance and its square root are matrices over all points,",
         "use fewer samples, float32, or ensemble with a LinearisedFlow, which needs no covariance",
@@ -61,7 +62,7 @@ def bytes_of_noise(flow: KernelFlow) -> int:
     per_point = 1 if flow.diagonal.ndim == 2 else flow.diagonal.shape[-1]
     rows = per_point * _followed_points.of_flow(flow).n_points
     copies = _ROOT_COPIES if flow.mesh is None else _ROOT_COPIES_IN_PARTS
-    return _mesh.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.dtype.itemsize)
+    return devices.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.dtype.itemsize)
 
 
 def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
@@ -70,7 +71,7 @@ def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
         layered = flow.clipping.scope == "layerwise"
         terms = noise_kernel.values if layered else noise_kernel.total[None]
     else:
-        terms = _validate.array(noise_kernel=noise_kernel)[None]
+        terms = validate.array(noise_kernel=noise_kernel)[None]
     followed = _followed_points.of_flow(flow).n_points
     expected = (flow.diagonal.shape[0], followed, followed, *flow.diagonal.shape[2:])
     if terms.shape != expected:
@@ -78,7 +79,7 @@ def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
             f"noise_kernel must have terms of shape {expected}, train before test, "
             f"got {terms.shape}"
         )
-    finite: Array = _validate.finite(noise_kernel=terms)
+    finite: Array = validate.finite(noise_kernel=terms)
     return finite.astype(flow.operator.dtype)
 
 
@@ -118,7 +119,7 @@ def eigh(matrix: Array, mesh: Mesh | None = None) -> tuple[Array, Array]:
     if mesh is None:
         values, vectors = jnp.linalg.eigh(matrix)
         return values, vectors
-    return _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
+    return distributed_eigh.eigh(mesh, devices.spread(mesh, matrix))
 
 
 @partial(jax.jit, static_argnums=2)
@@ -126,7 +127,7 @@ def symmetric(values: Array, vectors: Array, mesh: Mesh | None = None) -> Array:
     """The matrix of these eigenvalues and vectors."""
 
     def rows(values: Array, vectors: Array) -> Array:
-        return _mesh.outer(mesh, vectors * values[None], vectors)
+        return devices.outer(mesh, vectors * values[None], vectors)
 
-    matrix: Array = _mesh.over_samples(rows, mesh, (None, 0), 0)(values, vectors)
+    matrix: Array = devices.over_samples(rows, mesh, (None, 0), 0)(values, vectors)
     return matrix

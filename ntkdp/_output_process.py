@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _mesh
+from ntkdp._backend import devices
+from ntkdp._backend.types import Array, Float, Key
 from ntkdp._output_noise import eigh
 from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._types import Array, Float, Key
 
 
 class OutputProcess(NamedTuple):
@@ -72,9 +72,9 @@ class OutputProcess(NamedTuple):
             return paths
 
         def of_rows(modes: Array, paths: Array) -> Array:
-            return _mesh.gathered(mesh, jnp.einsum("Nm,amsk->aNsk", modes, paths), axis=1)
+            return devices.gathered(mesh, jnp.einsum("Nm,amsk->aNsk", modes, paths), axis=1)
 
-        outputs: Array = _mesh.over_samples(of_rows, mesh, (0, None), None)(self.modes, paths)
+        outputs: Array = devices.over_samples(of_rows, mesh, (0, None), None)(self.modes, paths)
         return outputs
 
     def bridges(self, mesh: Mesh | None) -> Array:
@@ -87,7 +87,7 @@ class OutputProcess(NamedTuple):
             leading = jnp.einsum("Nr,arq->aNq", modes[:, :rank], head)
             return jnp.concatenate([leading, modes[:, rank:] * tail[:, None]], axis=2)
 
-        over_devices = _mesh.over_samples(of_rows, mesh, (0, None, None), 1)
+        over_devices = devices.over_samples(of_rows, mesh, (0, None, None), 1)
         roots: Array = over_devices(self.modes, self.bridge_head, self.bridge_tail)
         return roots
 
@@ -108,16 +108,16 @@ def output_process(
     place = place.reshape(-1)
     count = len(distinct)
     later, earlier = np.tril_indices(count)
-    nodes, *pairs = _mesh.everywhere(flow.mesh, [*map(jnp.asarray, (distinct, later, earlier))])
+    nodes, *pairs = devices.everywhere(flow.mesh, [*map(jnp.asarray, (distinct, later, earlier))])
     modes = None
     if rank < n_points:
         _, vectors = eigh(_covariance(flow, nodes[-1]), flow.mesh)
-        modes = _signed(_mesh.spread(flow.mesh, vectors[:, ::-1]), flow.mesh)
+        modes = _signed(devices.spread(flow.mesh, vectors[:, ::-1]), flow.mesh)
     found = _blocks(flow, nodes, tuple(pairs), modes, rank)
     start = initial if initial is None or modes is None else _in_modes(modes, initial, flow.mesh)
     if flow.mesh is not None:
         # What follows is small, and done once rather than by every device.
-        found, start = jax.tree.map(lambda leaf: jnp.asarray(_mesh.on_host(leaf)), (found, start))
+        found, start = jax.tree.map(lambda leaf: jnp.asarray(devices.on_host(leaf)), (found, start))
     head, tail, squares = found
     # Each pair of different nodes stands for two blocks.
     total, kept = jnp.where(later > earlier, 2, 1) @ squares
@@ -156,7 +156,7 @@ def output_process(
         bridge_tail,
         left_out,
     )
-    return OutputProcess(modes, *_mesh.everywhere(flow.mesh, small))
+    return OutputProcess(modes, *devices.everywhere(flow.mesh, small))
 
 
 @eqx.filter_jit
@@ -164,12 +164,12 @@ def _signed(modes: Float[Array, "N N"], mesh: Mesh | None) -> Float[Array, "N N"
     """Modes whose signs, and with them what is drawn, do not depend on who found them."""
 
     def of_rows(rows: Array) -> Array:
-        own = _mesh.own_part(mesh, rows.shape[1]) + jnp.arange(rows.shape[0])
+        own = devices.own_part(mesh, rows.shape[1]) + jnp.arange(rows.shape[0])
         # Hardly a vector is orthogonal to these.
         weights = jnp.cos(own.astype(rows.dtype))
-        return jnp.where(_mesh.total(mesh, weights @ rows) < 0, -rows, rows)
+        return jnp.where(devices.total(mesh, weights @ rows) < 0, -rows, rows)
 
-    signed: Array = _mesh.over_samples(of_rows, mesh, (0,), 0)(modes)
+    signed: Array = devices.over_samples(of_rows, mesh, (0,), 0)(modes)
     return signed
 
 
@@ -178,10 +178,10 @@ def _in_modes(
     modes: Float[Array, "N N"], outputs: Float[Array, "N K"], mesh: Mesh | None
 ) -> Float[Array, "N K"]:
     def of_rows(modes: Array, outputs: Array) -> Array:
-        summed: Array = _mesh.total(mesh, modes.T @ outputs)
+        summed: Array = devices.total(mesh, modes.T @ outputs)
         return summed
 
-    turned: Array = _mesh.over_samples(of_rows, mesh, (0, 0), None)(modes, outputs)
+    turned: Array = devices.over_samples(of_rows, mesh, (0, 0), None)(modes, outputs)
     return turned
 
 
@@ -203,21 +203,21 @@ def _blocks(
     mesh = flow.mesh
 
     def whole(covariance: Array) -> tuple[Array, Array]:
-        return _mesh.gathered(mesh, covariance), covariance[0, :0]
+        return devices.gathered(mesh, covariance), covariance[0, :0]
 
     def in_modes(covariance: Array, modes: Array) -> tuple[Array, Array]:
-        turned = _mesh.product(mesh, covariance, modes)
+        turned = devices.product(mesh, covariance, modes)
         head = modes[:, :rank].T @ turned[:, :rank]
         tail = jnp.sum(modes[:, rank:] * turned[:, rank:], axis=0)
-        summed: tuple[Array, Array] = _mesh.total(mesh, (head, tail))
+        summed: tuple[Array, Array] = devices.total(mesh, (head, tail))
         return summed
 
     def of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         covariance = flow.covariance(variances[pair[0]], variances[pair[1]])
         if modes is None:
-            head, tail = _mesh.over_samples(whole, mesh, (0,), None)(covariance)
+            head, tail = devices.over_samples(whole, mesh, (0,), None)(covariance)
         else:
-            head, tail = _mesh.over_samples(in_modes, mesh, (0, 0), None)(covariance, modes)
+            head, tail = devices.over_samples(in_modes, mesh, (0, 0), None)(covariance, modes)
         kept = jnp.sum(head**2) + jnp.sum(tail**2)
         return head, tail, jnp.stack([jnp.sum(covariance**2), kept])
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ntkdp._files import replacing, temporary_name
-from ntkdp._stopping import undone_by
+from ntkdp._backend.files import replacing, temporary_name
+from ntkdp._backend.stopping import undone_by
 
 #: The list, a file next to those that it lists.
 LIST = "ntkdp-files.sha256"

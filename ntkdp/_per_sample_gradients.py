@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ntkdp._backend.types import Array, Params
 from ntkdp._gradient_factors import (
     Dense,
     Factor,
@@ -34,7 +35,6 @@ from ntkdp._gradient_sites import (
     trace,
 )
 from ntkdp._meetings import Meeting
-from ntkdp._types import Array, Params
 
 #: Samples whose windows of a convolution are held at once.
 _SAMPLES_AT_A_TIME = 32

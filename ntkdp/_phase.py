@@ -6,7 +6,8 @@ from typing import Any
 
 import equinox as eqx
 
-from ntkdp import _validate, privacy
+from ntkdp import privacy
+from ntkdp._backend import validate
 from ntkdp._stepping import Stepping
 from ntkdp.clipping import ClippingRule
 from ntkdp.trajectory import check_learning_rate
@@ -89,7 +90,7 @@ class Phase(eqx.Module):
         noise_multiplier: Any = 0.0,
         trainable: Iterable[str] | None = None,
     ) -> None:
-        self.steps = _validate.count(steps=steps)
+        self.steps = validate.count(steps=steps)
         if not isinstance(clipping, ClippingRule):
             raise TypeError(
                 f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
@@ -98,8 +99,8 @@ class Phase(eqx.Module):
         self.learning_rate = check_learning_rate(learning_rate, self.steps)
         self.noise_multiplier = noise_multiplier
         if not isinstance(noise_multiplier, privacy.Budget):
-            sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
-            self.noise_multiplier = _validate.scalar(noise_multiplier=sigma)
+            sigma = validate.non_negative(noise_multiplier=noise_multiplier)
+            self.noise_multiplier = validate.scalar(noise_multiplier=sigma)
         self.trainable = as_trainable(trainable)
 
     def mechanism(self, sample_rate: float = 1.0) -> tuple[Any, float, int]:

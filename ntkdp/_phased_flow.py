@@ -7,7 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from ntkdp import _progress, _validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend import validate
 from ntkdp._ensemble import draw_within_memory, noise_of_step
 from ntkdp._flow import Flow, Reduction, with_steps
 from ntkdp._kernel_flow import KernelFlow
@@ -91,7 +92,7 @@ def ensemble_phases(
     phases = check_phases(phases)
     flows = _flows(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
     noise_kernels = _one_a_phase(noise_kernel, phases, "noise_kernel")
-    keys = _validate.keys(key=key)
+    keys = validate.keys(key=key)
     state = flows[0].init(initial)
     paths: list[Trajectory] = []
     with _progress.listening(progress, "drawing runs") as listener:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ntkdp._types import ApplyFn, Array, Params, common_dtype
+from ntkdp._backend.types import ApplyFn, Array, Params, common_dtype
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ntkdp import _memory, _validate
+from ntkdp._backend import memory as _memory
+from ntkdp._backend import validate
 
 #: Parameter-sized arrays at the peak of an adaptive solve: stages, states and trial states.
 _WEIGHT_STATES, _DISPLACEMENT_STATES = 14, 15
@@ -193,25 +194,25 @@ def plan(
     >>> found.best.name
     'LinearisedFlow'
     """
-    n, k = _validate.count(n_samples=n_samples), _validate.count(n_outputs=n_outputs)
-    p, r = _validate.count(n_parameters=n_parameters), _validate.count(n_groups=n_groups)
-    d = _validate.count(n_devices=n_devices)
-    m, inputs = _validate.count(0, n_test=n_test), _validate.count(0, n_inputs=n_inputs)
-    evaluations = _validate.count(evaluations=evaluations)
-    run_steps = evaluations if steps is None else _validate.count(steps=steps)
+    n, k = validate.count(n_samples=n_samples), validate.count(n_outputs=n_outputs)
+    p, r = validate.count(n_parameters=n_parameters), validate.count(n_groups=n_groups)
+    d = validate.count(n_devices=n_devices)
+    m, inputs = validate.count(0, n_test=n_test), validate.count(0, n_inputs=n_inputs)
+    evaluations = validate.count(evaluations=evaluations)
+    run_steps = evaluations if steps is None else validate.count(steps=steps)
     itemsize = _itemsize(dtype)
     if not isinstance(noise, bool):
         raise TypeError(f"noise must be True or False, got {noise!r}")
     if memory is None:
         memory = _memory.available_bytes()
     else:
-        memory = int(_validate.scalar(memory=_validate.positive(memory=memory)))
+        memory = int(validate.scalar(memory=validate.positive(memory=memory)))
     if flops is not None:
-        flops = float(_validate.scalar(flops=_validate.positive(flops=flops)))
+        flops = float(validate.scalar(flops=validate.positive(flops=flops)))
     at_least = activations is None
     if activations is None:
         activations = max(math.ceil(2 * math.sqrt(p)), inputs + k)
-    a = _validate.count(activations=activations)
+    a = validate.count(activations=activations)
     if a < inputs:
         raise ValueError(f"activations must be at least n_inputs, {inputs}, got {a}")
     estimate = "activations taken as the least possible" if at_least else ""
@@ -246,7 +247,7 @@ def plan(
     integrals = float(n + m) * n * r * (2 * inputs + _INTEGRALS)
     own = max(1.0, n / d)
     if batch_size is not None:
-        batch_size = _validate.count(batch_size=batch_size)
+        batch_size = validate.count(batch_size=batch_size)
     states = _NOISY_DISPLACEMENT_STATES if noise else _DISPLACEMENT_STATES
     batch = _batch_numbers(own, a, inputs, itemsize, batch_size, noise)
     methods = [

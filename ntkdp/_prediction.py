@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import _groups, gradient_flow, ntk, stochastic_flow
+from ntkdp._backend.types import Array
 from ntkdp._config import ClippingConfig, Config
 from ntkdp._problem import Problem
 from ntkdp._solve import recursion, solve
-from ntkdp._types import Array
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow
 from ntkdp.ntk import LayerwiseKernel

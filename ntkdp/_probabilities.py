@@ -5,15 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate
-from ntkdp._precision import at_least_single
-from ntkdp._types import Array, Float, is_traced
+from ntkdp._backend import validate
+from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.types import Array, Float, is_traced
 
 
 def checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
     """Probabilities ``(n, K)`` with K >= 2, and labels ``(n,)`` in 0..K-1."""
-    probs, labels = _validate.array(probs=probs), _validate.array(labels=labels)
-    probs = _validate.finite(probs=probs)
+    probs, labels = validate.array(probs=probs), validate.array(labels=labels)
+    probs = validate.finite(probs=probs)
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         probs = probs.astype(jnp.result_type(float))
     rounding = _rounding(float(jnp.finfo(probs.dtype).eps))

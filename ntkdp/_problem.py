@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, datasets, losses, models
+from ntkdp._backend.types import Array, Params
 from ntkdp._config import Config, ConfigError, ProblemConfig
-from ntkdp._types import Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.models import Model

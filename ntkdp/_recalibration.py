@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _norms, _validate, clipping, losses
-from ntkdp._types import Array, Float, as_constant, is_traced
+from ntkdp import clipping, losses
+from ntkdp._backend import norms as _norms
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, Float, as_constant, is_traced
 
 #: Where the likelihood has lost all but this share of its curvature, it has no maximum.
 _FLAT = 1e-7
@@ -73,19 +75,19 @@ class Platt(eqx.Module):
 
 
 def _checked_temperature(T: Any) -> Any:
-    return as_constant(_validate.scalar(temperature=_validate.positive(temperature=T)))
+    return as_constant(validate.scalar(temperature=validate.positive(temperature=T)))
 
 
 def _checked_column(**named: Any) -> Any:
     ((name, value),) = named.items()
-    column = _validate.finite(**{name: _floating(value, name)})
+    column = validate.finite(**{name: _floating(value, name)})
     if column.ndim != 1:
         raise ValueError(f"{name} must have shape (K,), one number a class, got {column.shape}")
     return column
 
 
 def _floating(logits: Any, name: str = "logits") -> Array:
-    logits = _validate.array(**{name: logits})
+    logits = validate.array(**{name: logits})
     is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
     return logits if is_floating else logits.astype(jnp.result_type(float))
 
@@ -369,15 +371,15 @@ def _descend(
     learning_rate: Any,
     key: Any,
 ) -> Array:
-    noise_multiplier = _validate.non_negative(noise_multiplier=noise_multiplier)
-    clip_norm = _validate.scalar(clip_norm=_validate.positive(clip_norm=clip_norm))
-    learning_rate = _validate.positive(learning_rate=learning_rate)
+    noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
+    clip_norm = validate.scalar(clip_norm=validate.positive(clip_norm=clip_norm))
+    learning_rate = validate.positive(learning_rate=learning_rate)
     numbers = (
-        as_constant(_validate.scalar(noise_multiplier=noise_multiplier)),
-        as_constant(_validate.scalar(learning_rate=learning_rate)),
+        as_constant(validate.scalar(noise_multiplier=noise_multiplier)),
+        as_constant(validate.scalar(learning_rate=learning_rate)),
     )
-    steps = _validate.count(steps=steps)
-    rule, key = clipping.Abadi(clip_norm), _validate.key(key=key)
+    steps = validate.count(steps=steps)
+    rule, key = clipping.Abadi(clip_norm), validate.key(key=key)
     return _noisy_descent(scaled, theta, logits, labels, loss, rule, numbers, steps, key)
 
 
@@ -417,8 +419,8 @@ def _noisy_descent(
 
 def _checked(logits: Any, labels: Any) -> tuple[Array, Array, losses.Loss]:
     """Logits ``(n, K)``, labels as the loss wants them, and the loss."""
-    logits = _validate.finite(logits=_floating(logits))
-    labels = _validate.array(labels=labels)
+    logits = validate.finite(logits=_floating(logits))
+    labels = validate.array(labels=labels)
     logits = logits[:, None] if logits.ndim == 1 else logits
     if logits.ndim != 2 or logits.size == 0:
         raise ValueError(

@@ -6,14 +6,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from ntkdp import _look
+from ntkdp._backend import figure_style
 
 if TYPE_CHECKING:
     from ntkdp.calibration import Bins
 
 _ACCURACY = "0.80"
 _THINNEST = 0.015
-_OVER, _UNDER = _look.STYLES[1][0], _look.STYLES[0][0]
+_OVER, _UNDER = figure_style.STYLES[1][0], figure_style.STYLES[0][0]
 
 
 def draw(bins: "Bins", error: Any, ax: Axes | None) -> Axes:
@@ -24,8 +24,8 @@ def draw(bins: "Bins", error: Any, ax: Axes | None) -> Axes:
     width = np.maximum(np.diff(edges), _THINNEST)
     left, width = (0.5 * (edges[:-1] + edges[1:] - width))[filled], width[filled]
     confidence, accuracy = confidence[filled], accuracy[filled]
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         ax.bar(
             left, accuracy, width, align="edge", color=_ACCURACY, edgecolor="white",
             linewidth=0.8, label="accuracy",

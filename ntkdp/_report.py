@@ -16,9 +16,9 @@ from rich.table import Table
 
 from ntkdp import __version__, plotting
 from ntkdp import _page as _html
+from ntkdp._backend.figure_style import LOOK, draw_into
 from ntkdp._console import add_row, open_console, say
 from ntkdp._json import text_of
-from ntkdp._look import LOOK, draw_into
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.comparison import Comparison

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ntkdp import __version__
-from ntkdp._files import make_folder, read_json
+from ntkdp._backend.files import make_folder, read_json
+from ntkdp._backend.stopping import as_a_whole, undone_by
 from ntkdp._folder_lock import held
 from ntkdp._out_path import check_path, check_writable
 from ntkdp._own_files import OwnFiles, changed, shown
-from ntkdp._stopping import as_a_whole, undone_by
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"

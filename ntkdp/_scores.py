@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ntkdp import _validate
+from ntkdp._backend import validate
 from ntkdp.trajectory import Measurement, Trajectory
 
 #: Probabilities that agree to this are the same, as in ``scipy.stats.binomtest``.
@@ -69,10 +69,10 @@ def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
     >>> spread.mean.tolist(), spread.standard_error.tolist()
     ([2.0, 4.0], [1.0, 0.0])
     """
-    array = np.asarray(_validate.real(values=values), np.float64)
+    array = np.asarray(validate.real(values=values), np.float64)
     if array.ndim != 2 or array.shape[0] == 0:
         raise ValueError(f"values must have shape (S, T) with S >= 1, got {array.shape}")
-    at = np.asarray(_validate.real(levels=levels), np.float64)
+    at = np.asarray(validate.real(levels=levels), np.float64)
     if not np.all((at >= 0) & (at <= 1)):
         raise ValueError(f"levels must be in [0, 1], got {levels!r}")
     n_seeds = array.shape[0]
@@ -266,7 +266,7 @@ def _matched(predicted: Any, observed: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as ``(runs, T)``, in float64."""
     pair = [
         np.asarray(values, np.float64)
-        for values in (_validate.real(predicted=predicted), _validate.real(observed=observed))
+        for values in (validate.real(predicted=predicted), validate.real(observed=observed))
     ]
     sides = [values[None] if values.ndim == 1 else values for values in pair]
     for name, given, values in zip(("predicted", "observed"), pair, sides, strict=True):
@@ -308,5 +308,5 @@ def last_value(trajectory: Trajectory, name: str) -> float | None:
     """
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory must be a Trajectory, got {type(trajectory).__name__}")
-    value = mean_over_seeds(trajectory, _validate.choice(Measurement._fields, name=name))
+    value = mean_over_seeds(trajectory, validate.choice(Measurement._fields, name=name))
     return None if value is None or value.ndim > 1 else float(value[-1])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._types import is_traced
+from ntkdp._backend.types import is_traced
 
 #: A rule or a loss by its fields: names, and numbers or text.
 Description = tuple[tuple[str, str | tuple[float, ...]], ...]

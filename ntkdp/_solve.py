@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _program_memory, _progress, _validate
+from ntkdp._backend import program_memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, PyTree, as_constant
 from ntkdp._flow import Flow, with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
-from ntkdp._progress import Listener
 from ntkdp._stepping import Stepping
-from ntkdp._types import Array, PyTree, as_constant
 from ntkdp.trajectory import (
     Measurement,
     Outcome,
@@ -124,10 +125,10 @@ def solve(
     0.0249
     """
     _check_flow(flow)
-    start, times = _validate.times_from(start, times)
-    rtol = as_constant(_validate.scalar(rtol=_validate.positive(rtol=rtol)))
-    atol = as_constant(_validate.scalar(atol=_validate.positive(atol=atol)))
-    max_steps = _validate.count(max_steps=max_steps)
+    start, times = validate.times_from(start, times)
+    rtol = as_constant(validate.scalar(rtol=validate.positive(rtol=rtol)))
+    atol = as_constant(validate.scalar(atol=validate.positive(atol=atol)))
+    max_steps = validate.count(max_steps=max_steps)
     state = flow.init(initial)
     solver = diffrax.Tsit5() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
@@ -141,11 +142,11 @@ def solve(
             f"adjoint must be a diffrax adjoint, e.g. diffrax.ForwardMode(), got {adjoint!r}"
         )
     with _progress.listening(progress, "solving the flow") as listener:
-        measured, outcome = _program_memory.call(
+        measured, outcome = program_memory.call(
             _integrate, flow, state, start, times, solver, adjoint, (rtol, atol), max_steps,
             outputs, listener,
             what=f"a solve of a {type(flow).__name__}", ways_out=_WAYS_OUT,
-            results=_program_memory.bytes_of_record(len(times), flow.measure, state, outputs),
+            results=program_memory.bytes_of_record(len(times), flow.measure, state, outputs),
         )  # fmt: skip
         return from_measurements(times, measured, outcome=outcome, start=start, setup=flow.setup())
 
@@ -269,7 +270,7 @@ def recursion(
     stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as listener:
-        measured = _program_memory.call(
+        measured = program_memory.call(
             _recur, flow, state, stepping, outputs, listener,
             what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
             results=stepping.bytes_of_record(flow.measure, state, outputs),

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _neural_tangents
-from ntkdp._types import Array
+from ntkdp._backend import neural_tangents
+from ntkdp._backend.types import Array
 
 #: A layer of neural-tangents' stax: ``(init_fn, apply_fn, kernel_fn)``.
 StaxLayer: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -105,7 +105,7 @@ def check_two_time(
 def kernel_from(layers: Sequence[StaxLayer], position: int) -> Callable[..., Any]:
     """The kernel whose neural tangent part counts only the layers from ``position`` on."""
     boundary = _mapped(lambda kernel: {"ntk": jnp.zeros_like(kernel.ntk)})
-    serial = _neural_tangents.stax.serial
+    serial = neural_tangents.stax.serial
     kernel_fn: Callable[..., Any] = serial(*layers[:position], boundary, *layers[position:])[2]
     return kernel_fn
 
@@ -126,7 +126,7 @@ def _after(of_first: Any, between: Any, of_second: Any) -> StaxLayer:
 
 def _mapped(change: Callable[[Any], dict[str, Any]]) -> StaxLayer:
     """A layer that changes fields of the kernel and nothing else."""
-    kernel_type = _neural_tangents.Kernel
+    kernel_type = neural_tangents.Kernel
 
     def kernel_fn(kernels: Any, **_: Any) -> Any:
         return jax.tree.map(
@@ -138,7 +138,7 @@ def _mapped(change: Callable[[Any], dict[str, Any]]) -> StaxLayer:
     return (
         lambda key, shape: (shape, ()),
         lambda params, x, **_: x,
-        _neural_tangents.stax.requires()(kernel_fn),
+        neural_tangents.stax.requires()(kernel_fn),
     )
 
 

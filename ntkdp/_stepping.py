@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _memory, _program_memory, _progress, _validate
-from ntkdp._progress import Listener
-from ntkdp._types import Array, PyTree
+from ntkdp._backend import memory, program_memory, progress, validate
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, PyTree
 from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
 
 #: Steps are counted in 32 bits, by optimizers and where a step draws its own noise.
@@ -22,7 +22,7 @@ _RECORDED = 64
 
 def check_steps(steps: Any) -> int:
     """A number of steps that can be counted."""
-    number = _validate.count(steps=steps)
+    number = validate.count(steps=steps)
     if number > MOST_STEPS:
         raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {number:,}")
     return number
@@ -63,10 +63,10 @@ class Stepping(eqx.Module):
         total: int | None = None,
     ) -> None:
         self.steps = check_steps(steps)
-        self.record_every = _validate.count(record_every=record_every)
+        self.record_every = validate.count(record_every=record_every)
         n_recorded = -(-self.steps // self.record_every) + 1
         of_schedule = self.steps * np.dtype(float).itemsize if callable(learning_rate) else 0
-        _memory.require(
+        memory.require(
             n_recorded * _RECORDED + of_schedule,
             f"a record of {n_recorded:,} of {self.steps:,} steps",
             "raise record_every, or make fewer steps",
@@ -90,7 +90,7 @@ class Stepping(eqx.Module):
     def bytes_of_record(self, measure: Callable[..., Any], state: Any, outputs: bool) -> int:
         """Bytes of what ``measure(state, outputs)`` records at the recorded steps."""
         n_recorded = -(-self.steps // self.record_every) + 1
-        return _program_memory.bytes_of_record(n_recorded, measure, state, outputs)
+        return program_memory.bytes_of_record(n_recorded, measure, state, outputs)
 
     def rate(self, k: Any) -> Any:
         """Learning rate of step k."""
@@ -107,7 +107,7 @@ class Stepping(eqx.Module):
         """Tell the listener of progress, from inside compiled code, that step k begins."""
         due = k % max(self.record_every, self.steps // 100) < self.record_every
         share = self.number(k) / self.total
-        lax.cond(due, lambda: _progress.report(listener, share), lambda: None)
+        lax.cond(due, lambda: progress.report(listener, share), lambda: None)
 
     def walk(
         self,

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ntkdp import _page, advisor, comparison, plotting
+from ntkdp._backend.figure_style import draw_into
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._console import add_row, literal, open_console, say
 from ntkdp._folder_lock import held
 from ntkdp._json import text_of
-from ntkdp._look import draw_into
 from ntkdp._own_files import OwnFiles
 from ntkdp._provenance import provenance
 from ntkdp.sweep import Results

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, losses, ntk, spectrum
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
 from ntkdp._solve import recursion
-from ntkdp._types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, WeightFlow
 from ntkdp.losses import Loss

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
+from ntkdp._backend.validate import choice, did_you_mean
 from ntkdp._dataset import Dataset, Split, build
 from ntkdp._number_notation import looks_like_number, read_numbers
-from ntkdp._validate import choice, did_you_mean
 
 _DELIMITERS = (",", ";", "\t", "|")
 _MAX_CATEGORIES = 100

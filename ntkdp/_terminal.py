@@ -12,7 +12,8 @@ from typing import NoReturn
 import typer
 from pydantic import BaseModel
 
-from ntkdp import _config, _stopping
+from ntkdp import _config
+from ntkdp._backend import stopping
 from ntkdp._cluster import TaskFailed
 from ntkdp._standard_streams import printable
 
@@ -44,12 +45,12 @@ def folder_of(name: str, out: Path | None) -> Path:
 @contextmanager
 def explained(continues: Callable[[], str | None] = lambda: None) -> Iterator[None]:
     """What is wrong with input or machine in one line, and if work stops, what ``continues`` it."""
-    _stopping.continued_by(continues)
+    stopping.continued_by(continues)
     try:
         _check_backend()
         yield
     except KeyboardInterrupt as error:
-        announce(_stopping.line(continues()), on_error=True)
+        announce(stopping.line(continues()), on_error=True)
         raise typer.Exit(128 + signal.SIGINT) from error
     except (ValueError, MemoryError, OSError, ImportError, TaskFailed) as error:
         fail(error)

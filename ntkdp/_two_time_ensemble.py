@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _mesh, _progress, _validate, _volterra, privacy
+from ntkdp import _volterra, privacy
+from ntkdp._backend import devices, memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.types import Float
 from ntkdp._flow import with_steps
 from ntkdp._output_process import output_process
 from ntkdp._stepping import Stepping
 from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._types import Float
 from ntkdp._weight_noise import variance_of_budget, weight_noise_variance
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements, times_of_steps
 
@@ -187,14 +189,14 @@ def two_time_flow(
     (5, 3)
     """
     _check_flow(flow)
-    steps = _validate.count(steps=steps)
-    start, times = (np.asarray(part, np.float64) for part in _validate.times_from(start, times))
+    steps = validate.count(steps=steps)
+    start, times = (np.asarray(part, np.float64) for part in validate.times_from(start, times))
     horizon = times[-1] - start
     if isinstance(variance, privacy.Budget):
         variance = variance_of_budget(
             flow.clipping, flow.n_samples, variance, horizon, len(flow.names), flow.reduction
         )
-    variance = np.asarray(_validate.non_negative(variance=variance), np.float64)
+    variance = np.asarray(validate.non_negative(variance=variance), np.float64)
     if variance.shape not in ((), (len(flow.names),)):
         raise ValueError(
             f"variance must be one number, or one for each of the {len(flow.names)} layers, "
@@ -244,16 +246,16 @@ def draw(
     key: Any,
 ) -> Measurement:
     """Measurements of runs on a grid of times, at the recorded places of it."""
-    keys = _validate.keys(key=key)
+    keys = validate.keys(key=key)
     start = flow.initial(initial)
     n_points = flow.points.shape[0]
     steps = len(times) - 1
     if nodes is None:
         nodes = min(steps + 1, max(_FEWEST_NODES, _MOST_AT_EVERY_STEP // n_points))
-    if _validate.count(nodes=nodes) < 2:
+    if validate.count(nodes=nodes) < 2:
         raise ValueError(f"nodes must be at least 2, the start and the end, got {nodes!r}")
     nodes = min(nodes, steps + 1)
-    rank = _MOST_TOGETHER // nodes if rank is None else _validate.count(rank=rank)
+    rank = _MOST_TOGETHER // nodes if rank is None else validate.count(rank=rank)
     # The last step stands inside a cell, so that all that is recorded does.
     per_cell = -(-steps // (nodes - 1))
     n_cells = steps // per_cell + 1
@@ -264,8 +266,8 @@ def draw(
     joint = 3 * (min(rank, n_points) * (n_cells + 1)) ** 2
     kept = len(recorded) * n_points * n_columns * bool(outputs)
     copies = 1 if flow.mesh is None else flow.mesh.size
-    _memory.require(
-        _mesh.bytes_on_host(flow.mesh, (rows + copies * (paths + joint + kept)) * itemsize),
+    memory.require(
+        devices.bytes_on_host(flow.mesh, (rows + copies * (paths + joint + kept)) * itemsize),
         f"an ensemble of {keys.size} runs, {n_points} points and {n_cells + 1} nodes",
         "use fewer seeds at a time, fewer nodes, a lower rank or float32",
     )
@@ -273,7 +275,7 @@ def draw(
     process = output_process(flow, at_nodes, start, rank)
     # In proportion to each other, the layers' variances mark the same places.
     steps_of_cells = _volterra.grid(times, variances.sum(1), recorded, per_cell)
-    at_nodes, steps_of_cells, of_seeds = _mesh.everywhere(
+    at_nodes, steps_of_cells, of_seeds = devices.everywhere(
         flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
     )
     with _progress.listening(progress, "drawing wide networks") as listener:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _memory, _mesh, _norms, _validate, losses
+from ntkdp import losses
+from ntkdp._backend import devices, memory, norms, validate
+from ntkdp._backend.types import Array, Float, common_dtype
 from ntkdp._flow import Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._setup import Setup
-from ntkdp._types import Array, Float, common_dtype
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
@@ -107,7 +108,7 @@ class TwoTimeFlow(eqx.Module):
         frozen: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
-        self.mesh = mesh = _mesh.as_mesh(mesh)
+        self.mesh = mesh = devices.as_mesh(mesh)
         self.loss = losses.as_loss(loss)
         self.clipping = check_clipping(clipping)
         if clipping.needs_total_norm:
@@ -115,9 +116,9 @@ class TwoTimeFlow(eqx.Module):
                 f"clipping must treat each sample by itself, got {clipping!r}; without noise, "
                 "recursion on a KernelFlow of infinite_ntk follows it"
             )
-        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
+        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
         x = _inputs(x, None, "x")
-        _mesh.check_divides(mesh, x=x.shape[0])
+        devices.check_divides(mesh, x=x.shape[0])
         self.model, self.frozen = model, bool(frozen)
         self.names = check_two_time(model, x)
         clipping.check_groups(len(self.names))
@@ -128,9 +129,9 @@ class TwoTimeFlow(eqx.Module):
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
             test_x = _inputs(test_x, x, "test_x")
-            _mesh.check_divides(mesh, test_x=test_x.shape[0])
+            devices.check_divides(mesh, test_x=test_x.shape[0])
             points = jnp.concatenate([x, test_x])
-        self.points = _mesh.everywhere(mesh, points)
+        self.points = devices.everywhere(mesh, points)
         n = x.shape[0]
         self.targets = self._checked(targets, n, "targets")
         if test_targets is not None:
@@ -139,12 +140,12 @@ class TwoTimeFlow(eqx.Module):
         self.start = None
         if self.frozen:
             shape = (len(self.names) + 1, *2 * self.points.shape[:1])
-            _memory.require(
-                _mesh.bytes_on_host(mesh, math.prod(shape) * self.points.dtype.itemsize),
+            memory.require(
+                devices.bytes_on_host(mesh, math.prod(shape) * self.points.dtype.itemsize),
                 f"the kernels of the start of shape {shape}",
                 "use fewer samples or float32",
             )
-            none = _mesh.everywhere(mesh, jnp.zeros(len(self.names), self.points.dtype))
+            none = devices.everywhere(mesh, jnp.zeros(len(self.names), self.points.dtype))
             kernel, points = model.two_time.kernel, self.points
             self.start = _compiled(kernel, self.names, points, points, none, none, mesh)
 
@@ -153,7 +154,7 @@ class TwoTimeFlow(eqx.Module):
         targets = check_targets(self.loss, targets, n, self.n_outputs, name)
         floating = jnp.issubdtype(targets.dtype, jnp.floating)
         targets = targets.astype(self.points.dtype) if floating else targets
-        placed: Array = _mesh.everywhere(self.mesh, targets)
+        placed: Array = devices.everywhere(self.mesh, targets)
         return placed
 
     def setup(self) -> Setup:
@@ -188,8 +189,8 @@ class TwoTimeFlow(eqx.Module):
                     f"initial must have outputs of shape {(rows, self.n_outputs)}, got {part.shape}"
                 )
         outputs = jnp.concatenate(parts)
-        finite = _validate.finite(initial=outputs.astype(self.points.dtype))
-        placed: Array = _mesh.everywhere(self.mesh, finite)
+        finite = validate.finite(initial=outputs.astype(self.points.dtype))
+        placed: Array = devices.everywhere(self.mesh, finite)
         return placed
 
     def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
@@ -217,7 +218,7 @@ class TwoTimeFlow(eqx.Module):
     ) -> tuple[Float[Array, "T n K"], Array]:
         """Clipped output gradients by term, over the divisor of the reduction; and the factors."""
         a = self.loss.output_gradient(outputs, self.targets)
-        factors = self.clipping.by_group(_norms.through_kernel(diagonal, a))
+        factors = self.clipping.by_group(norms.through_kernel(diagonal, a))
         weighted = factors[:, :, None] * a[None]
         return weighted / (self.n_samples if self.reduction == "mean" else 1), factors
 
@@ -256,4 +257,4 @@ def _inputs(x: Any, like: Array | None, name: str) -> Array:
     if x.ndim < 2 or x.shape[0] == 0 or (like is not None and x.shape[1:] != like.shape[1:]):
         samples = "(n, ...)" if like is None else f"(m, {', '.join(map(str, like.shape[1:]))})"
         raise ValueError(f"{name} must have shape {samples} and not be empty, got {x.shape}")
-    return _validate.finite(**{name: x})
+    return validate.finite(**{name: x})

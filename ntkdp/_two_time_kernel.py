@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _validate
+from ntkdp._backend import devices, validate
+from ntkdp._backend.types import Array, Float
 from ntkdp._infinite_ntk import by_blocks, check_infinite_inputs, check_range, place_inputs
 from ntkdp._layerwise_kernel import LayerwiseKernel
-from ntkdp._types import Array, Float
 
 
 class TwoTimeKernel(NamedTuple):
@@ -95,11 +95,11 @@ def two_time_kernel(
     x1, x2 = check_infinite_inputs(x1, x2)
     names = check_two_time(model, x1)
     variances = [
-        _by_layer(_validate.non_negative(**{name: value}), len(names), name)
+        _by_layer(validate.non_negative(**{name: value}), len(names), name)
         for name, value in (("variance1", variance1), ("variance2", variance2))
     ]
     x1, x2, mesh = place_inputs(len(names) + 1, x1, x2, mesh)
-    v1, v2 = _mesh.everywhere(mesh, variances)
+    v1, v2 = devices.everywhere(mesh, variances)
     x2 = x1 if x2 is None else x2
     return check_range(_compiled(model.two_time.kernel, names, x1, x2, v1, v2, mesh))
 
@@ -159,7 +159,7 @@ def between_times(
         nngp, terms = by_blocks(of_block, x1, x2, v1, v2)
         return jnp.stack([terms[name] for name in names]), nngp
 
-    over_devices = _mesh.over_samples(of_rows, mesh, (0, None, None, None), (1, 0))
+    over_devices = devices.over_samples(of_rows, mesh, (0, None, None, None), (1, 0))
     values, nngp = over_devices(x1, x2, v1, v2)
     return TwoTimeKernel(LayerwiseKernel(names, values), nngp)
 

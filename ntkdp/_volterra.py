@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _mesh, _progress
+from ntkdp._backend import devices, progress
+from ntkdp._backend.progress import Listener
+from ntkdp._backend.types import Array, Float, Key
 from ntkdp._output_process import OutputProcess
-from ntkdp._progress import Listener
 from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._types import Array, Float, Key
 from ntkdp.trajectory import Measurement
 
 
@@ -115,9 +115,9 @@ class _Runs(eqx.Module):
         mesh = self.flow.mesh
 
         def of_rows(kernels: Array, charges: Array) -> Array:
-            return _mesh.gathered(mesh, jnp.einsum("...tNn,...tnc->Nc", kernels, charges))
+            return devices.gathered(mesh, jnp.einsum("...tNn,...tnc->Nc", kernels, charges))
 
-        over_devices = _mesh.over_samples(of_rows, mesh, (kernels.ndim - 2, None), None)
+        over_devices = devices.over_samples(of_rows, mesh, (kernels.ndim - 2, None), None)
         outputs: Array = over_devices(kernels, charges)
         return outputs
 
@@ -126,9 +126,9 @@ class _Runs(eqx.Module):
         mesh = self.flow.mesh
 
         def of_rows(bridge: Array, path: Array) -> Array:
-            return _mesh.gathered(mesh, bridge @ path)
+            return devices.gathered(mesh, bridge @ path)
 
-        outputs: Array = _mesh.over_samples(of_rows, mesh, (0, None), None)(bridge, path)
+        outputs: Array = devices.over_samples(of_rows, mesh, (0, None), None)(bridge, path)
         return outputs
 
     def by_seed(self, columns: Array) -> Float[Array, "S rows K"]:
@@ -138,7 +138,7 @@ class _Runs(eqx.Module):
     def gradients(self, f: Array, kernel: Array, batch: Array | None) -> tuple[Array, Array]:
         """Clipped gradients ``(T, n, C)``, and the factors by seed."""
         n = self.flow.n_samples
-        diagonal = _mesh.diagonal(self.flow.mesh, kernel)
+        diagonal = devices.diagonal(self.flow.mesh, kernel)
         clipped, factors = jax.vmap(lambda one: self.flow.clipped(one, diagonal))(
             self.by_seed(f[:n])
         )
@@ -232,7 +232,7 @@ def run(
     def node(carry: Any, place: Array) -> tuple[Any, None]:
         here, path_here, charges, last, record = carry
         if listener is not None:
-            _progress.report(listener, place / n_nodes)
+            progress.report(listener, place / n_nodes)
         row = runs.kernels(place)
 
         def cell() -> tuple[Array, Array, Measurement]:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _mesh, _validate, losses
+from ntkdp import _clipped_sum, _groups, losses
+from ntkdp._backend import devices, validate
+from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._check_model import check_inputs, check_preconditioner
 from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
 from ntkdp._setup import Setup
-from ntkdp._types import ApplyFn, Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import Measurement
@@ -85,31 +86,31 @@ class WeightFlow(Flow):
         mesh: Mesh | None = None,
     ) -> None:
         self.apply_fn = apply_fn
-        x = _validate.array(x=x)
+        x = validate.array(x=x)
         if x.ndim < 2:
             raise ValueError(f"x must have shape (n, ...), got {x.shape}")
-        self.mesh = mesh = _mesh.as_mesh(mesh)
-        _mesh.check_divides(mesh, x=x.shape[0])
-        self.x = _mesh.spread(mesh, x)
+        self.mesh = mesh = devices.as_mesh(mesh)
+        devices.check_divides(mesh, x=x.shape[0])
+        self.x = devices.spread(mesh, x)
         self.loss = losses.as_loss(loss)
         targets = check_targets(self.loss, targets, x.shape[0], None, "targets")
-        self.targets = _mesh.spread(mesh, targets)
+        self.targets = devices.spread(mesh, targets)
         self.clipping = check_clipping(clipping)
         self.groups = groups
-        self.reduction = _validate.choice(("mean", "sum"), reduction=reduction)
-        self.preconditioner = _mesh.everywhere(mesh, preconditioner)
+        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
+        self.preconditioner = devices.everywhere(mesh, preconditioner)
         self.test_x = self.test_targets = None
         if test_x is None and test_targets is not None:
             raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
-            test_x = _validate.array(test_x=test_x)
+            test_x = validate.array(test_x=test_x)
             if test_x.ndim < 2:
                 raise ValueError(f"test_x must have shape (n, ...), got {test_x.shape}")
-            self.test_x = _mesh.everywhere(mesh, test_x)
+            self.test_x = devices.everywhere(mesh, test_x)
             if test_targets is not None:
                 m = test_x.shape[0]
                 test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
-                self.test_targets = _mesh.everywhere(mesh, test_targets)
+                self.test_targets = devices.everywhere(mesh, test_targets)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -118,8 +119,8 @@ class WeightFlow(Flow):
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters."""
-        initial = _validate.parameters(initial=initial)
-        params = _mesh.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
+        initial = validate.parameters(initial=initial)
+        params = devices.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
         self.clipping.check_groups(self._resolve(params).size)
         x = check_inputs(self.apply_fn, params, self.x)
         n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
@@ -139,7 +140,7 @@ class WeightFlow(Flow):
 
     def _clipped_sum(self, params: Params) -> tuple[Params, Array, Array]:
         """``sum_i C_i g_i``, outputs, and factors ``(R, n)`` (flat: R = 1)."""
-        over_devices = _mesh.over_samples(self._of_device, self.mesh, (None, 0, 0), (None, 0, 1))
+        over_devices = devices.over_samples(self._of_device, self.mesh, (None, 0, 0), (None, 0, 1))
         found: tuple[Params, Array, Array] = over_devices(params, self.x, self.targets)
         return found
 
@@ -153,9 +154,9 @@ class WeightFlow(Flow):
             x,
             targets,
             None,
-            lambda leaves: _mesh.total(self.mesh, leaves),
+            lambda leaves: devices.total(self.mesh, leaves),
         )
-        summed = _mesh.total(self.mesh, found.leaves)
+        summed = devices.total(self.mesh, found.leaves)
         structure = jax.tree.structure(params)
         return jax.tree.unflatten(structure, summed), found.outputs, found.factors
 

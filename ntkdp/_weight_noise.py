@@ -5,9 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _memory, _validate, privacy
+from ntkdp import privacy
+from ntkdp._backend import memory, validate
+from ntkdp._backend.types import Array, Float
 from ntkdp._stepping import check_steps
-from ntkdp._types import Array, Float
 from ntkdp.clipping import ClippingRule
 from ntkdp.trajectory import check_learning_rate, times_of_steps
 
@@ -19,8 +20,8 @@ def deviations(
     rule: ClippingRule, noise_multiplier: Any, n_groups: int, per_group: bool
 ) -> Float[Array, " R"]:
     """Standard deviations of the noise of the summed gradient by group, zero without noise."""
-    sigma = _validate.non_negative(noise_multiplier=noise_multiplier)
-    sigma = jnp.asarray(_validate.scalar(noise_multiplier=sigma), jnp.result_type(float))
+    sigma = validate.non_negative(noise_multiplier=noise_multiplier)
+    sigma = jnp.asarray(validate.scalar(noise_multiplier=sigma), jnp.result_type(float))
     if per_group and rule.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
     if not bool(sigma > 0):
@@ -98,16 +99,16 @@ def weight_noise_variance(
     >>> round(float(v[-1, 0]), 4)
     1.0
     """
-    n = _validate.count(n_samples=n_samples)
+    n = validate.count(n_samples=n_samples)
     steps = check_steps(steps)
-    _memory.require(
+    memory.require(
         _ARRAYS * steps * n_groups * np.dtype(float).itemsize,
         f"the variance of the weights at {steps:,} steps",
         "make fewer steps",
     )
     learning_rate = check_learning_rate(learning_rate, steps)
-    q = _validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate))
-    _validate.choice(("mean", "sum"), reduction=reduction)
+    q = validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate))
+    validate.choice(("mean", "sum"), reduction=reduction)
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, float(q))
     stds = deviations(rule, noise_multiplier, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))

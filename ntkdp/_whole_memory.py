@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from ntkdp import _groups, _memory, _program_memory
+from ntkdp import _groups
+from ntkdp._backend import memory, program_memory
 from ntkdp._problem import Problem
 
 #: Copies of its parameters that a run holds, those of the exact flow, and copies of its outputs
@@ -55,11 +56,11 @@ def require(
         if noisy:
             rows = n_points if whole else n
             of_root = max(of_root, _OF_A_ROOT * block * rows**2)
-    params = _program_memory.bytes_of(problem.params)
+    params = program_memory.bytes_of(problem.params)
     outputs = problem.outputs.nbytes + problem.test_outputs.nbytes
     work = max(
         (as_matrices + of_root) * itemsize + n_drawn * _OF_A_DRAW * outputs,
         n_seeds * _OF_A_RUN * params,
         _OF_THE_EXACT_FLOW * params if exact else 0,
     )
-    _memory.require(kept * itemsize + work + _OF_A_STEP * steps, "all of the work", _WAYS_OUT)
+    memory.require(kept * itemsize + work + _OF_A_STEP * steps, "all of the work", _WAYS_OUT)

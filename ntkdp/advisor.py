@@ -26,7 +26,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _groups, _validate, losses
+from ntkdp import _groups, losses
 from ntkdp._agreement import (
     candidates,
     check_cells,
@@ -36,13 +36,14 @@ from ntkdp._agreement import (
     value_of,
 )
 from ntkdp._agreement import regret as regret
+from ntkdp._backend import validate
+from ntkdp._backend.types import ApplyFn, Array, Params, Real
 from ntkdp._cell_metrics import HIGHER_IS_BETTER
 from ntkdp._cell_metrics import CellMetrics as CellMetrics
 from ntkdp._check_model import check_inputs
 from ntkdp._grid import Grid as Grid
 from ntkdp._grid import check_flow
 from ntkdp._grid import predict as predict
-from ntkdp._types import ApplyFn, Array, Params, Real
 from ntkdp.clipping import Abadi, NoClipping
 from ntkdp.ntk import per_sample_gradient_norms
 
@@ -143,7 +144,7 @@ def gradient_norms(
     >>> found.norms.tolist()
     [5.0, 7.5]
     """
-    shares = np.asarray(_validate.non_negative(quantiles=quantiles), np.float64)
+    shares = np.asarray(validate.non_negative(quantiles=quantiles), np.float64)
     if shares.ndim != 1 or not shares.size or np.any(shares > 1):
         raise ValueError(f"quantiles must be an array (Q,) of numbers in [0, 1], got {quantiles!r}")
     loss = losses.as_loss(loss)
@@ -221,7 +222,7 @@ def largest_stable_learning_rate(
     """
     check_flow(flow)
     low, high, tolerance = (
-        float(_validate.scalar(**{name: _validate.positive(**{name: value})}))
+        float(validate.scalar(**{name: validate.positive(**{name: value})}))
         for name, value in (("low", low), ("high", high), ("tolerance", tolerance))
     )
     if low >= high:

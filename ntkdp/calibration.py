@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _validate
-from ntkdp._missing import nan_unless
+from ntkdp._backend import validate
+from ntkdp._backend.missing import nan_unless
+from ntkdp._backend.types import Array, Float
 from ntkdp._probabilities import checked
 from ntkdp._recalibration import (
     Platt,
@@ -33,7 +34,6 @@ from ntkdp._recalibration import (
     fit_temperature,
     fit_temperature_privately,
 )
-from ntkdp._types import Array, Float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +181,7 @@ def expected_calibration_error(
     """
     probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
-    _validate.choice(NORMS, norm=norm)
+    validate.choice(NORMS, norm=norm)
     return _calibration_error(*_top_label(probs, labels), n_bins, binning, norm)
 
 
@@ -233,7 +233,7 @@ def classwise_calibration_error(
     """
     probs, labels = checked(probs, labels)
     n_bins, binning = _checked_binning(n_bins, binning)
-    _validate.choice(NORMS, norm=norm)
+    validate.choice(NORMS, norm=norm)
     errors = jax.vmap(lambda p, hit: _calibration_error(p, hit, n_bins, binning, norm), 1)
     return jnp.mean(errors(probs, jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)))
 
@@ -328,9 +328,9 @@ def bootstrap(
     if not callable(metric):
         raise TypeError(f"metric must be a function (probs, labels) -> array, got {metric!r}")
     checked(probs, labels)
-    probs, labels, key = jnp.asarray(probs), jnp.asarray(labels), _validate.key(key=key)
-    n_resamples = _validate.count(n_resamples=n_resamples)
-    level = _validate.scalar(level=_validate.fraction(level=level))
+    probs, labels, key = jnp.asarray(probs), jnp.asarray(labels), validate.key(key=key)
+    n_resamples = validate.count(n_resamples=n_resamples)
+    level = validate.scalar(level=validate.fraction(level=level))
     n = labels.shape[0]
 
     def resampled(key: Any) -> Array:
@@ -394,7 +394,7 @@ def reliability_diagram(
 
 
 def _checked_binning(n_bins: Any, binning: Any) -> tuple[int, Binning]:
-    return _validate.count(n_bins=n_bins), _validate.choice(BINNINGS, binning=binning)
+    return validate.count(n_bins=n_bins), validate.choice(BINNINGS, binning=binning)
 
 
 @jax.jit

@@ -17,8 +17,9 @@ import jax.scipy as jsp
 from jax import lax
 from jaxtyping import Bool
 
-from ntkdp import _validate, clipping, losses
-from ntkdp._types import Array, Float
+from ntkdp import clipping, losses
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, Float
 from ntkdp.clipping import ClippingRule, NoClipping, Scope
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.spectrum import (
@@ -291,7 +292,7 @@ def _bound(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float
 
 def _state(kernel: Any, output_gradient: Any, scope: str) -> tuple[Array, Array]:
     """Terms ``(R, N, N)`` and norms ``(R, n)`` of a state, checked."""
-    a = _validate.finite(output_gradient=_validate.array(output_gradient=output_gradient))
+    a = validate.finite(output_gradient=validate.array(output_gradient=output_gradient))
     if a.ndim != 2:
         raise ValueError(f"output_gradient must have shape (n, K), got {a.shape}")
     matrices = _terms(kernel, a.shape[0], a.shape[1], scope)
@@ -300,7 +301,7 @@ def _state(kernel: Any, output_gradient: Any, scope: str) -> tuple[Array, Array]
 
 def _terms(kernel: Any, n: int, n_outputs: int, scope: str) -> Array:
     """Terms ``(R, N, N)`` for outputs ``(n, K)``, N = n K, or n for a kernel ``(x) I_K``."""
-    layerwise = _validate.choice(clipping.SCOPES, scope=scope) == "layerwise"
+    layerwise = validate.choice(clipping.SCOPES, scope=scope) == "layerwise"
     matrices = as_matrices(kernel, layerwise=layerwise)
     shape = (
         jnp.shape(kernel.values)[1:] if isinstance(kernel, LayerwiseKernel) else jnp.shape(kernel)

@@ -5,7 +5,8 @@ imported.
 import sys
 from typing import Any
 
-from ntkdp import _standard_streams, _stopping
+from ntkdp import _standard_streams
+from ntkdp._backend import stopping
 
 
 def main() -> None:
@@ -15,13 +16,13 @@ def main() -> None:
     128 + n after the signal n.
     """
     lost = _standard_streams.replace()
-    _stopping.begin()
+    stopping.begin()
     try:
         from ntkdp._app import app
 
         app()
     finally:
-        _stopping.end()
+        stopping.end()
         sys.stdout.flush()
         if lost.error is not None:
             reason = lost.error.strerror

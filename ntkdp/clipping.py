@@ -37,8 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _norms, _validate
-from ntkdp._types import Array, Float, as_constant, is_traced
+from ntkdp._backend import norms as _norms
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, Float, as_constant, is_traced
 
 Scope = Literal["flat", "layerwise"]
 SCOPES = ("flat", "layerwise")
@@ -49,11 +50,11 @@ def _checked(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
 
 
 def _checked_number(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    return lambda value: as_constant(_validate.scalar(**{name: check(**{name: value})}))
+    return lambda value: as_constant(validate.scalar(**{name: check(**{name: value})}))
 
 
 def _checked_R(R: Any) -> Any:
-    R = _checked(_validate.positive, "R")(R)
+    R = _checked(validate.positive, "R")(R)
     if np.size(R) == 0:
         raise ValueError("R must be one number, or one a group, got an empty array")
     return R
@@ -126,7 +127,7 @@ class ClippingRule(eqx.Module):
         """w(s) elementwise, R of a shape that broadcasts against s."""
 
     def __check_init__(self) -> None:
-        _validate.choice(SCOPES, scope=self.scope)
+        validate.choice(SCOPES, scope=self.scope)
         if np.ndim(self.R) > (1 if self.scope == "layerwise" else 0):
             raise ValueError(
                 f"R must be one number with scope={self.scope!r}, got shape {np.shape(self.R)}"
@@ -199,7 +200,7 @@ class ClippingRule(eqx.Module):
 
     def check_groups(self, n_groups: int) -> None:
         """Raise unless R fits ``n_groups`` groups."""
-        _validate.count(n_groups=n_groups)
+        validate.count(n_groups=n_groups)
         if np.ndim(self.R) == 1 and np.shape(self.R)[0] != n_groups:
             raise ValueError(
                 f"R has {np.shape(self.R)[0]} entries for {n_groups} parameter groups; "
@@ -272,7 +273,7 @@ class Global(ClippingRule):
     R: Any = eqx.field(converter=_checked_R)
     Z: Any = eqx.field(
         default=None,
-        converter=lambda Z: None if Z is None else _checked(_validate.positive, "Z")(Z),
+        converter=lambda Z: None if Z is None else _checked(validate.positive, "Z")(Z),
     )
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
@@ -308,7 +309,7 @@ class Automatic(ClippingRule):
     """
 
     R: Any = eqx.field(converter=_checked_R)
-    gamma: Any = eqx.field(default=0.01, converter=_checked_number(_validate.non_negative, "gamma"))
+    gamma: Any = eqx.field(default=0.01, converter=_checked_number(validate.non_negative, "gamma"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -332,7 +333,7 @@ class PSAC(ClippingRule):
     """
 
     R: Any = eqx.field(converter=_checked_R)
-    r: Any = eqx.field(default=0.1, converter=_checked_number(_validate.positive, "r"))
+    r: Any = eqx.field(default=0.1, converter=_checked_number(validate.positive, "r"))
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -448,4 +449,4 @@ def from_name(rule: str, **options: Any) -> ClippingRule:
     >>> type(ntkdp.clipping.from_name("abadi", R=1.0)).__name__
     'Abadi'
     """
-    return _BY_NAME[_validate.choice(_BY_NAME, rule=rule)](**options)
+    return _BY_NAME[validate.choice(_BY_NAME, rule=rule)](**options)

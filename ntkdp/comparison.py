@@ -13,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _setup, _validate
+from ntkdp import _setup
 from ntkdp._agreement import agreement as agreement
+from ntkdp._backend import validate
 from ntkdp._comparison import QUANTITIES as QUANTITIES
 from ntkdp._comparison import SHARES as SHARES
 from ntkdp._comparison import Comparison as Comparison
@@ -169,7 +170,7 @@ def compare(
 def _check_allowed(differences: dict[str, str], allow: str | Iterable[str]) -> None:
     allowed = [allow] if isinstance(allow, str) else list(allow)
     for name in allowed:
-        _validate.choice(_setup.DIFFERENCES, allow=name)
+        validate.choice(_setup.DIFFERENCES, allow=name)
     unmeant = [name for name in differences if name not in allowed]
     if unmeant:
         shown = "; ".join(f"{name}: {differences[name]}" for name in unmeant)

@@ -15,10 +15,10 @@ from urllib.error import URLError
 
 import numpy as np
 
+from ntkdp._backend.validate import choice, count, did_you_mean, positive, scalar
 from ntkdp._data_files import from_csv, from_idx, from_npz, image_inputs
 from ntkdp._dataset import TASKS, Dataset, Split, data_generator, from_arrays
 from ntkdp._tables import MISSING_POLICIES, from_table, select_columns
-from ntkdp._validate import choice, count, did_you_mean, positive, scalar
 
 
 def digits(

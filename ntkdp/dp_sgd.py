@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ntkdp import _mesh, _progress, _validate, losses, privacy
+from ntkdp import losses, privacy
+from ntkdp._backend import devices, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.types import ApplyFn, Array, Params, as_constant, is_traced
 from ntkdp._dp_run import trained
 from ntkdp._dp_step import Algorithm
 from ntkdp._phase import Phase, as_trainable, check_phases, steppings
 from ntkdp._stepping import Stepping
-from ntkdp._types import ApplyFn, Array, Params, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.trajectory import Measurement, Trajectory, from_measurements
@@ -87,19 +89,19 @@ def build(
     >>> state.params.item(), info.clip_fraction.item()
     (2.5, 1.0)
     """
-    x, loss = _validate.array(x=x), losses.as_loss(loss)
+    x, loss = validate.array(x=x), losses.as_loss(loss)
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must have shape (n, ...) with n >= 1, got {x.shape}")
     if not isinstance(clipping, ClippingRule):
         raise TypeError(
             f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
         )
-    _validate.choice(("mean", "sum"), reduction=reduction)
-    _validate.choice(("structured", "vmap"), gradients=gradients)
-    sample_rate = float(_validate.scalar(sample_rate=_validate.fraction(sample_rate=sample_rate)))
+    validate.choice(("mean", "sum"), reduction=reduction)
+    validate.choice(("structured", "vmap"), gradients=gradients)
+    sample_rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps=None)
-    noise_multiplier = _validate.non_negative(noise_multiplier=noise_multiplier)
-    noise_multiplier = as_constant(_validate.scalar(noise_multiplier=noise_multiplier))
+    noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
+    noise_multiplier = as_constant(validate.scalar(noise_multiplier=noise_multiplier))
     noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
     if noisy and not clipping.bounds_each_sample:
         raise ValueError(
@@ -114,37 +116,37 @@ def build(
     if noise_per_group and clipping.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
     if microbatch_size is not None:
-        microbatch_size = _validate.count(microbatch_size=microbatch_size)
+        microbatch_size = validate.count(microbatch_size=microbatch_size)
         if clipping.needs_total_norm:
             raise ValueError(
                 f"microbatch_size must be None with {type(clipping).__name__}, which needs the "
                 f"norm of the whole sum, got {microbatch_size}"
             )
     if not callable(learning_rate):
-        learning_rate = _validate.positive(learning_rate=learning_rate)
-        learning_rate = as_constant(_validate.scalar(learning_rate=learning_rate))
+        learning_rate = validate.positive(learning_rate=learning_rate)
+        learning_rate = as_constant(validate.scalar(learning_rate=learning_rate))
     if test_x is None and test_targets is not None:
         raise ValueError("test_targets need test_x, got test_x=None")
     if test_x is not None:
-        test_x = _validate.array(test_x=test_x)
+        test_x = validate.array(test_x=test_x)
         if test_x.ndim < 2 or test_x.shape[0] == 0:
             raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
         if test_targets is not None:
             test_targets = _as_targets(loss, test_targets, test_x.shape[0], "test_targets")
-    mesh = _mesh.as_mesh(mesh)
-    _mesh.check_divides(mesh, x=x.shape[0])
+    mesh = devices.as_mesh(mesh)
+    devices.check_divides(mesh, x=x.shape[0])
     targets = _as_targets(loss, targets, x.shape[0], "targets")
     n_devices = 1 if mesh is None else mesh.size
     if mesh is not None:
         apart = test_x is not None and test_x.shape[0] % n_devices == 0
-        place_test = _mesh.spread if apart else _mesh.everywhere
+        place_test = devices.spread if apart else devices.everywhere
         test_x, test_targets = (
             None if test is None else place_test(mesh, test) for test in (test_x, test_targets)
         )
     return Algorithm(
         apply_fn=apply_fn,
-        x=_mesh.spread(mesh, x),
-        targets=_mesh.spread(mesh, targets),
+        x=devices.spread(mesh, x),
+        targets=devices.spread(mesh, targets),
         test_x=test_x,
         test_targets=test_targets,
         loss=loss,
@@ -166,7 +168,7 @@ def build(
 
 
 def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
-    targets = _validate.array(**{name: targets})
+    targets = validate.array(**{name: targets})
     if targets.ndim == 0 or targets.shape[0] != n:
         raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
     known = loss.n_outputs(targets)
@@ -309,7 +311,7 @@ def run(
         microbatch_size=microbatch_size,
         mesh=mesh,
     )
-    keys = _mesh.everywhere(algorithm.mesh, _validate.keys(key=key))
+    keys = devices.everywhere(algorithm.mesh, validate.keys(key=key))
     start = algorithm.init(params).params
     with _progress.listening(progress, "training with DP-SGD") as listener:
         _, measured = trained(algorithm, start, False, keys, stepping, outputs, listener)
@@ -388,7 +390,7 @@ def run_phases(
     ([0.0, 0.5, 1.0, 1.5], [3.0, 2.5, 2.0, 1.293])
     """
     phases = check_phases(phases)
-    keys = _validate.keys(key=key)
+    keys = validate.keys(key=key)
     algorithms = [
         build(
             apply_fn,
@@ -412,7 +414,7 @@ def run_phases(
         )
         for phase in phases
     ]
-    keys = _mesh.everywhere(algorithms[0].mesh, keys)
+    keys = devices.everywhere(algorithms[0].mesh, keys)
     # All are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm in algorithms]
     paths: list[Trajectory] = []

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from ntkdp import _config, _groups, _setup, _whole_memory, comparison, dp_sgd, ntk
+from ntkdp._backend.types import Array
 from ntkdp._cell_folder import CellFolder
 from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._prediction import (
@@ -30,7 +31,6 @@ from ntkdp._prediction import (
     weight_noise,
 )
 from ntkdp._problem import Problem, problem_of, rules_of
-from ntkdp._types import Array
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
 from ntkdp.trajectory import Trajectory

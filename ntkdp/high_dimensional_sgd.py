@@ -40,8 +40,9 @@ from jax import lax
 from jax.scipy.special import erf, erfc
 from jax.scipy.stats import norm
 
-from ntkdp import _validate, clipping
-from ntkdp._types import Array, Float, Key, PRNGKeyArray, as_constant, is_traced
+from ntkdp import clipping
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, as_constant, is_traced
 from ntkdp.trajectory import Outcome, recorded_steps
 
 _MAX_STEPS = 100_000
@@ -60,12 +61,12 @@ _ADVICE = {
 
 
 def _modes(name: str) -> Any:
-    return eqx.field(converter=lambda value: as_constant(_validate.non_negative(**{name: value})))
+    return eqx.field(converter=lambda value: as_constant(validate.non_negative(**{name: value})))
 
 
 def _number(check: Callable[..., Any], name: str, **options: Any) -> Any:
     def convert(value: Any) -> Any:
-        return as_constant(_validate.scalar(**{name: check(**{name: value})}))
+        return as_constant(validate.scalar(**{name: check(**{name: value})}))
 
     return eqx.field(converter=convert, **options)
 
@@ -115,11 +116,11 @@ class HighDimensionalSGD(eqx.Module):
 
     eigenvalues: Any = _modes("eigenvalues")
     initial: Any = _modes("initial")
-    clip_norm: Any = _number(_validate.positive, "clip_norm")
-    learning_rate: Any = _number(_validate.positive, "learning_rate")
-    n_samples: Any = _number(_validate.positive, "n_samples")
-    noise_multiplier: Any = _number(_validate.non_negative, "noise_multiplier", default=0.0)
-    label_noise: Any = _number(_validate.non_negative, "label_noise", default=0.0)
+    clip_norm: Any = _number(validate.positive, "clip_norm")
+    learning_rate: Any = _number(validate.positive, "learning_rate")
+    n_samples: Any = _number(validate.positive, "n_samples")
+    noise_multiplier: Any = _number(validate.non_negative, "noise_multiplier", default=0.0)
+    label_noise: Any = _number(validate.non_negative, "label_noise", default=0.0)
 
     def __check_init__(self) -> None:
         shape = np.shape(self.eigenvalues)
@@ -130,7 +131,7 @@ class HighDimensionalSGD(eqx.Module):
                 f"initial must have one entry an eigenvalue, {shape}, got {np.shape(self.initial)}"
             )
         if not is_traced(self.eigenvalues):
-            _validate.positive(**{"the sum of eigenvalues": float(np.sum(self.eigenvalues))})
+            validate.positive(**{"the sum of eigenvalues": float(np.sum(self.eigenvalues))})
 
     @property
     def residual_threshold(self) -> Any:
@@ -258,9 +259,9 @@ def solve(
     (0.135, 0.135)
     """
     _check(problem)
-    start, times = _validate.times_from(start, times)
-    rtol = as_constant(_validate.positive(rtol=rtol))
-    atol = as_constant(_validate.positive(atol=atol))
+    start, times = validate.times_from(start, times)
+    rtol = as_constant(validate.positive(rtol=rtol))
+    atol = as_constant(validate.positive(atol=atol))
     return _solve(problem, start, times, rtol, atol)
 
 
@@ -326,10 +327,10 @@ def risk_by_clip_norm(problem: HighDimensionalSGD, clip_norms: Any, time: Any = 
     4
     """
     _check(problem)
-    clip_norms = jnp.asarray(_validate.positive(clip_norms=clip_norms), jnp.result_type(float))
+    clip_norms = jnp.asarray(validate.positive(clip_norms=clip_norms), jnp.result_type(float))
     if clip_norms.ndim != 1:
         raise ValueError(f"clip_norms must have shape (m,), got {clip_norms.shape}")
-    time = _validate.scalar(time=_validate.positive(time=time))
+    time = validate.scalar(time=validate.positive(time=time))
     times = jnp.stack([jnp.zeros(()), jnp.asarray(time, clip_norms.dtype)])
 
     def final(clip_norm: Array) -> Array:
@@ -376,8 +377,8 @@ def simulate(problem: HighDimensionalSGD, *, steps: int, record_every: int = 1, 
     ([0.0, 0.5, 1.0], (8, 3))
     """
     _check(problem)
-    steps = _validate.count(steps=steps)
-    record_every = _validate.count(record_every=record_every)
+    steps = validate.count(steps=steps)
+    record_every = validate.count(record_every=record_every)
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
         raise TypeError(f"key must be one JAX PRNG key, or an array (S,) of them, got {key!r}")

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import _validate
-from ntkdp._precision import at_least_single
-from ntkdp._types import Array, Float, as_constant, is_traced
+from ntkdp._backend import validate
+from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.types import Array, Float, as_constant, is_traced
 
 
 class Loss(eqx.Module):
@@ -58,7 +58,7 @@ class Loss(eqx.Module):
 
 def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> Array:
     """Real targets of shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)`` when K is 1."""
-    targets = _validate.array(**{name: targets})
+    targets = validate.array(**{name: targets})
     if targets.shape == (n_samples,) and n_outputs == 1:
         targets = targets[:, None]
     if targets.shape != (n_samples, n_outputs):
@@ -68,7 +68,7 @@ def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> 
         )
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         targets = targets.astype(jnp.result_type(float))
-    return _validate.finite(**{name: targets})
+    return validate.finite(**{name: targets})
 
 
 def _as_rows(targets: Array) -> Array:
@@ -120,7 +120,7 @@ class Huber(Loss):
 
     delta: Any = eqx.field(
         default=1.0,
-        converter=lambda d: as_constant(_validate.scalar(delta=_validate.positive(delta=d))),
+        converter=lambda d: as_constant(validate.scalar(delta=validate.positive(delta=d))),
     )
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
@@ -172,7 +172,7 @@ class SoftmaxCrossEntropy(Loss):
                 f"softmax cross-entropy needs at least 2 outputs, got {n_outputs}; "
                 "for one output use Logistic"
             )
-        targets = _validate.array(**{name: targets})
+        targets = validate.array(**{name: targets})
         if targets.shape == (n_samples, 1):
             raise ValueError(
                 f"{name} must be labels of shape ({n_samples},), got {targets.shape}; "
@@ -279,12 +279,12 @@ class Custom(Loss):
         return jax.vmap(self.function)(outputs, targets)
 
     def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
-        targets = _validate.array(**{name: targets})
+        targets = validate.array(**{name: targets})
         if targets.ndim == 0 or targets.shape[0] != n_samples:
             raise ValueError(
                 f"{name} must have {n_samples} rows, one a sample, got shape {targets.shape}"
             )
-        targets = _validate.finite(**{name: targets})
+        targets = validate.finite(**{name: targets})
         row = jax.eval_shape(
             self.function,
             jax.ShapeDtypeStruct((n_outputs,), jnp.result_type(float)),
@@ -341,7 +341,7 @@ def from_name(name: str, **options: Any) -> Loss:
     >>> type(ntkdp.losses.from_name("huber", delta=2.0)).__name__
     'Huber'
     """
-    return _BY_NAME[_validate.choice(_BY_NAME, loss=name)](**options)
+    return _BY_NAME[validate.choice(_BY_NAME, loss=name)](**options)
 
 
 def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:

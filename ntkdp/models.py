@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ntkdp import _neural_tangents, _stax_kernels
+from ntkdp import _stax_kernels
 from ntkdp._adapters import from_equinox, from_flax, from_function
+from ntkdp._backend import neural_tangents
+from ntkdp._backend.types import Array, Float, Params, PRNGKeyArray
+from ntkdp._backend.validate import choice, count, non_negative, positive
 from ntkdp._model import Model, TwoTimeRule, checked_model
 from ntkdp._stax_kernels import StaxLayer
-from ntkdp._types import Array, Float, Params, PRNGKeyArray
-from ntkdp._validate import choice, count, non_negative, positive
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 
@@ -25,7 +26,7 @@ _UNIT_GAIN = {
 
 
 def _activation(name: str) -> StaxLayer:
-    stax = _neural_tangents.stax
+    stax = neural_tangents.stax
     layers = {
         "relu": stax.Relu,
         "gelu": stax.Gelu,
@@ -121,7 +122,7 @@ def mlp(
     _check_sizes(widths=widths)
     count(n_outputs=n_outputs)
     hidden, output = _scales(activation, W_std, b_std, output_W_std, parameterization)
-    stax = _neural_tangents.stax
+    stax = neural_tangents.stax
     layers: list[StaxLayer] = []
     for width in widths:
         layers += [stax.Dense(width, **hidden), _activation(activation)]
@@ -198,7 +199,7 @@ def cnn(
     window = _pair(kernel_size=kernel_size)
     step = _pair(strides=strides)
     hidden, output = _scales(activation, W_std, b_std, output_W_std, parameterization)
-    stax = _neural_tangents.stax
+    stax = neural_tangents.stax
     layers: list[StaxLayer] = []
     for n_channels in channels:
         layers.append(stax.Conv(n_channels, window, step, padding, **hidden))
@@ -328,7 +329,7 @@ def _from_layers(
     layers: Sequence[StaxLayer], prepare: Callable[[Array], Array] = lambda x: x
 ) -> Model:
     """`stax.serial(*layers)` on ``prepare(x)``, with layer terms and kernels between times."""
-    init_fn, apply_fn, kernel_fn = _neural_tangents.stax.serial(*layers)
+    init_fn, apply_fn, kernel_fn = neural_tangents.stax.serial(*layers)
 
     def pair(x1: Array, x2: Array | None) -> tuple[Array, Array | None]:
         return prepare(x1), None if x2 is None else prepare(x2)

@@ -14,15 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import (
-    _clipped_sum,
-    _groups,
-    _kernel_blocks,
-    _mesh,
-    _program_memory,
-    _validate,
-)
+from ntkdp import _clipped_sum, _groups, _kernel_blocks
 from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend.types import ApplyFn, Array, Float, Params, Real
 from ntkdp._check_model import check_inputs, check_model, check_preconditioner
 from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
 from ntkdp._layerwise_kernel import LayerwiseKernel
@@ -32,7 +27,6 @@ from ntkdp._two_time_kernel import (
     check_two_time,
     two_time_kernel,
 )
-from ntkdp._types import ApplyFn, Array, Float, Params, Real
 
 __all__ = [
     "LayerwiseKernel",
@@ -244,7 +238,7 @@ def preconditioned_ntk(
     >>> ntkdp.ntk.preconditioned_ntk(lambda w, x: x @ w, w, jnp.full((2, 1), 4.0), x).item()
     1.25
     """
-    params = _validate.parameters(params=params)
+    params = validate.parameters(params=params)
     roots = jax.tree.map(jnp.sqrt, check_preconditioner(params, preconditioner))
     rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
     coordinates = jax.tree.map(jnp.multiply, params, roots)
@@ -298,14 +292,14 @@ def per_sample_gradient_norms(
     [10.0]
     """
     x, outputs = check_model(apply_fn, params, x)
-    output_gradient = _validate.array(output_gradient=output_gradient)
+    output_gradient = validate.array(output_gradient=output_gradient)
     expected = outputs.shape
     if output_gradient.shape != expected:
         raise ValueError(
             f"output_gradient must have the shape of the outputs, {expected}, "
             f"got {output_gradient.shape}"
         )
-    output_gradient = _validate.finite(output_gradient=output_gradient)
+    output_gradient = validate.finite(output_gradient=output_gradient)
     if groups is None:
         resolved = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
     else:
@@ -333,26 +327,26 @@ def _kernel(
     whole: bool = False,
 ) -> Array:
     """Terms of the kernel, ``(R, n1, n2, K, K)``, or of a single group its term alone."""
-    mesh = _mesh.as_mesh(mesh)
+    mesh = devices.as_mesh(mesh)
     x1, output = check_model(apply_fn, params, x1, "x1")
     columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
     if x1.shape[1:] != columns.shape[1:]:
         raise ValueError(
             f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {columns.shape[1:]}"
         )
-    _mesh.check_divides(mesh, x1=x1.shape[0])
+    devices.check_divides(mesh, x1=x1.shape[0])
     # The parts of several devices have no diagonal in common to mirror.
     x2 = None if x2 is None and mesh is None else columns
     if batch_size is not None:
-        batch_size = _validate.count(batch_size=batch_size)
+        batch_size = validate.count(batch_size=batch_size)
     shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
     n_outputs = output.shape[1]
-    params, x2 = _mesh.everywhere(mesh, (params, x2))
-    return _program_memory.call(
+    params, x2 = devices.everywhere(mesh, (params, x2))
+    return program_memory.call(
         _kernel_in_blocks,
         apply_fn,
         params,
-        _mesh.spread(mesh, x1),
+        devices.spread(mesh, x1),
         x2,
         groups,
         batch_size,
@@ -361,7 +355,7 @@ def _kernel(
         mesh,
         what=f"a kernel of shape {shape[1:] if groups.size == 1 else shape}",
         ways_out=_WAYS_OUT,
-        results=_mesh.bytes_on_host(
+        results=devices.bytes_on_host(
             mesh, int(np.prod(shape, dtype=object)) * output.dtype.itemsize
         ),
     )
@@ -391,4 +385,4 @@ def _kernel_in_blocks(
         # Here the reshape is free; outside, it would copy the kernel.
         return result.reshape(result.shape[1:]) if whole else result
 
-    return _mesh.over_samples(rows, mesh, (None, 0, None), 0 if whole else 1)(params, x1, x2)
+    return devices.over_samples(rows, mesh, (None, 0, None), 0 if whole else 1)(params, x1, x2)

@@ -20,14 +20,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ntkdp import _look
+from ntkdp._backend import figure_style
+from ntkdp._backend.files import replacing
+from ntkdp._backend.validate import positive
 from ntkdp._certificate_plot import certificate as certificate
 from ntkdp._clip_norm_plot import clipping_norm_curve as clipping_norm_curve
 from ntkdp._curves import TIME, check_trajectory, draw, recorded
-from ntkdp._files import replacing
 from ntkdp._heat_maps import heat_maps as heat_maps
 from ntkdp._heat_maps import trade_off as trade_off
-from ntkdp._validate import positive
 from ntkdp.comparison import compare
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
@@ -84,14 +84,14 @@ def loss_curves(
     ['observed', 'flow', 'recursion']
     """
     name = "test_loss" if test else "loss"
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         if log:
             ax.set_yscale("log", nonpositive="mask")
         draw(ax, name, _named(predictions), run)
         ax.set_ylabel("test loss" if test else "training loss")
         if log:
-            _look.limit_log_loss(ax, has_run=run is not None)
+            figure_style.limit_log_loss(ax, has_run=run is not None)
         ax.legend(loc="best")
     return ax
 
@@ -159,8 +159,8 @@ def relative_error(
     [25.0, 50.0]
     """
     name = "test_loss" if test else "loss"
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         ax.set_yscale("log", nonpositive="mask")
         for style, (label, prediction) in enumerate(_named(predictions).items()):
             comparison = compare(prediction, run, allow=allow)
@@ -168,10 +168,10 @@ def relative_error(
                 recorded(side, name, who)
             errors = comparison.errors[name]
             shown = f"{label}: at most {_percent(errors.sup)}"
-            _look.prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
+            figure_style.prediction_line(ax, comparison.times, 100 * errors.over_time, style, shown)
         ax.set_xlabel(TIME)
         ax.set_ylabel(f"relative error of the {'test' if test else 'training'} loss (%)")
-        _look.readable_log_ticks(ax)
+        figure_style.readable_log_ticks(ax)
         ax.legend(loc="best")
     return ax
 
@@ -217,8 +217,8 @@ def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = Non
         spectra = {"total": kernel.total, **{f"group {k}": v for k, v in terms.items()}}
     else:
         spectra = {label: kernel}
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         ax.set_xscale("log")
         ax.set_yscale("log")
         for style, (name, matrix) in enumerate(spectra.items()):
@@ -226,10 +226,10 @@ def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = Non
             drawn = eigenvalues[eigenvalues > resolution]
             if len(drawn) < len(eigenvalues):
                 name = f"{name} (rank {len(drawn)} of {len(eigenvalues)})"
-            _look.prediction_line(ax, np.arange(1, len(drawn) + 1), drawn, style, name)
+            figure_style.prediction_line(ax, np.arange(1, len(drawn) + 1), drawn, style, name)
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue")
-        _look.readable_log_ticks(ax)
+        figure_style.readable_log_ticks(ax)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.legend(loc="best")
     return ax
@@ -278,7 +278,7 @@ def comparison_grid(
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
     names = list(dict.fromkeys(name for _, given in panels.values() for name in given))
-    with mpl.rc_context(_look.LOOK):
+    with mpl.rc_context(figure_style.LOOK):
         figure = Figure(
             figsize=(3.6 * len(columns) + 0.4, 2.7 * len(rows) + 0.8), layout="constrained"
         )
@@ -311,7 +311,7 @@ def comparison_grid(
             is_first = not any((place[0], c) in panels for c in columns[: columns.index(place[1])])
             ax.set_ylabel("training loss" if is_first else "")
             ax.tick_params(labelleft=is_first)
-        _look.limit_log_loss(*figure.axes, has_run=True)
+        figure_style.limit_log_loss(*figure.axes, has_run=True)
         if title is not None:
             figure.suptitle(title, fontsize=11)
         shown = observed | {name: predicted[name] for name in names}
@@ -365,7 +365,7 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
         )
     dpi = positive(dpi=dpi)
     with replacing(path) as temporary:
-        _look.draw_into(temporary, figure, suffix, dpi)
+        figure_style.draw_into(temporary, figure, suffix, dpi)
 
 
 def _named(predictions: Any) -> dict[str, Trajectory]:
@@ -406,8 +406,8 @@ def _check_panels(panels: Any) -> None:
 def _share_curves(
     name: str, label: str, predictions: Predictions, run: Trajectory | None, ax: Axes | None
 ) -> Axes:
-    with mpl.rc_context(_look.LOOK):
-        ax = _look.axes_or_new(ax)
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
         draw(ax, name, _named(predictions), run)
         ax.set_ylabel(label)
         ax.set_ylim(-0.03, 1.03)

@@ -34,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkdp import _accounting, _validate
+from ntkdp import _accounting
+from ntkdp._backend import validate
 from ntkdp._composition import composed_epsilon as composed_epsilon
 from ntkdp._mechanism import ACCOUNTANTS, Accountant, number, probability
 from ntkdp._mechanism import mechanism as _mechanism
@@ -91,7 +92,7 @@ def epsilon(
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
     delta = probability(delta=delta)
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    validate.choice(ACCOUNTANTS, accountant=accountant)
     return _accounting.epsilon_of(sigma, q, steps, delta, accountant)
 
 
@@ -133,8 +134,8 @@ def delta(
     0.126937
     """
     sigma, q, steps = _mechanism(noise_multiplier, sample_rate, steps)
-    epsilon = number(epsilon=_validate.non_negative(epsilon=epsilon))
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    epsilon = number(epsilon=validate.non_negative(epsilon=epsilon))
+    validate.choice(ACCOUNTANTS, accountant=accountant)
     return _accounting.delta_of(sigma, q, steps, epsilon, accountant)
 
 
@@ -172,9 +173,9 @@ def noise_multiplier(
     1.014
     """
     _, q, steps = _mechanism(1.0, sample_rate, steps)
-    budget = number(epsilon=_validate.positive(epsilon=epsilon))
+    budget = number(epsilon=validate.positive(epsilon=epsilon))
     delta = probability(delta=delta)
-    _validate.choice(ACCOUNTANTS, accountant=accountant)
+    validate.choice(ACCOUNTANTS, accountant=accountant)
 
     found = _accounting.noise_for(budget, q, steps, delta, accountant)
     if found is None:
@@ -241,12 +242,12 @@ class Budget:
                 "give epsilon and delta, or mu alone, "
                 f"got epsilon={self.epsilon!r}, delta={self.delta!r}, mu={self.mu!r}"
             )
-        _validate.choice(ACCOUNTANTS, accountant=self.accountant)
+        validate.choice(ACCOUNTANTS, accountant=self.accountant)
         if self.mu is None:
-            epsilon = number(epsilon=_validate.positive(epsilon=self.epsilon))
+            epsilon = number(epsilon=validate.positive(epsilon=self.epsilon))
             mu = _accounting.gaussian_mu(epsilon, probability(delta=self.delta))
         else:
-            mu = number(mu=_validate.positive(mu=self.mu))
+            mu = number(mu=validate.positive(mu=self.mu))
         object.__setattr__(self, "mu", mu)
 
     def noise_multiplier(self, steps: int, sample_rate: float = 1.0) -> float:

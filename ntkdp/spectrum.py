@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Inexact
 
-from ntkdp import _validate
+from ntkdp._backend import validate
+from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.types import Array, Float, is_traced
 from ntkdp._matrix_free_spectrum import (
     ExtremeEigenvalues,
     Sharpness,
@@ -23,8 +25,6 @@ from ntkdp._matrix_free_spectrum import (
     sharpness,
     sharpness_along,
 )
-from ntkdp._precision import at_least_single
-from ntkdp._types import Array, Float, is_traced
 from ntkdp.ntk import LayerwiseKernel
 
 __all__ = [
@@ -257,7 +257,7 @@ def has_positive_eigenvalues(kernel: Any, factors: Any = None) -> Bool[Array, ""
 def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
     """Terms of a kernel as matrices, or flat their sum; samples outside, outputs inside."""
     is_layerwise = isinstance(kernel, LayerwiseKernel)
-    values = kernel.values if is_layerwise else _validate.array(kernel=kernel)[None]
+    values = kernel.values if is_layerwise else validate.array(kernel=kernel)[None]
     if layerwise and not is_layerwise:
         raise ValueError(
             "kernel must be a LayerwiseKernel for layerwise clipping, got an array without layer "
@@ -275,7 +275,7 @@ def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
     resolution = float(jnp.finfo(values.dtype).eps)
     values = at_least_single(values)
     values = values if layerwise else jnp.sum(values, axis=0, keepdims=True)
-    values = _validate.finite(kernel=values)
+    values = validate.finite(kernel=values)
     if len(shape) == 5:
         size = shape[1] * shape[3]
         values = values.transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
@@ -320,7 +320,7 @@ def _terms_and_factors(kernel: Any, factors: Any) -> tuple[Array, Array]:
     n = values.shape[0]
     if factors is None:
         return terms, jnp.ones((1, terms.shape[-1]), terms.dtype)
-    given = jnp.asarray(_validate.non_negative(factors=factors), terms.dtype)
+    given = jnp.asarray(validate.non_negative(factors=factors), terms.dtype)
     expected = (n,) if given.ndim != 2 else (len(terms), n)
     if given.shape != expected:
         raise ValueError(

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import _table_one_evidence as evidence
-from ntkdp import _validate, clipping, counterexamples, spectrum
+from ntkdp import clipping, counterexamples, spectrum
+from ntkdp._backend import validate
 from ntkdp._json import as_json
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples import Counterexample
@@ -181,7 +182,7 @@ def compute(
     'symmetric'
     """
     with jax.enable_x64(True):
-        key = jax.random.key(1) if key is None else _validate.key(key=key)
+        key = jax.random.key(1) if key is None else validate.key(key=key)
         makers = (
             lambda: _all_hold("none", "H", (clipping.NoClipping(),), key),
             lambda: _all_hold("batch", "c H", (clipping.Batch(1.0),), key),

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _mesh, _setup, _validate
-from ntkdp._files import replacing
-from ntkdp._precision import at_least_single
+from ntkdp import _setup
+from ntkdp._backend import devices, validate
+from ntkdp._backend.files import replacing
+from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.types import Array, is_traced
 from ntkdp._setup import Setup
 from ntkdp._stored_elsewhere import stored_elsewhere
-from ntkdp._types import Array, is_traced
 
 if TYPE_CHECKING:
     import xarray
@@ -142,7 +143,7 @@ class Trajectory(eqx.Module):
 
     def rescale_time(self, factor: float) -> "Trajectory":
         """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
-        factor = _validate.scalar(factor=_validate.positive(factor=factor))
+        factor = validate.scalar(factor=validate.positive(factor=factor))
         return replace(
             self,
             times=self.times * factor,
@@ -287,7 +288,7 @@ class Trajectory(eqx.Module):
         for name, trailing in _DIMENSIONS.items():
             if name in dataset:
                 _check_dimensions(dataset, name, [(*seed, "time", *trailing)])
-                fields[name] = _validate.array(**{name: dataset[name].values})
+                fields[name] = validate.array(**{name: dataset[name].values})
         steps = None
         if "step" in dataset.coords:
             _check_dimensions(dataset, "step", [("time",)])
@@ -303,7 +304,7 @@ class Trajectory(eqx.Module):
         start = None
         if "start" in dataset:
             _check_dimensions(dataset, "start", [()])
-            start = _validate.array(start=dataset["start"].values)
+            start = validate.array(start=dataset["start"].values)
             if not np.all(start <= times[:1]):
                 raise ValueError(
                     f"not a trajectory: start must not be after the first time, got {start}"
@@ -349,7 +350,7 @@ def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[
 def _in_order(**named: np.ndarray) -> Array:
     """Times or steps that do not go back; some are equal while the learning rate is 0."""
     ((name, values),) = named.items()
-    found = _validate.array(**named)
+    found = validate.array(**named)
     # Of NaN nothing holds.
     ordered = np.append(values[:1] == values[:1], values[1:] >= values[:-1])
     if not ordered.all():
@@ -422,7 +423,7 @@ def from_measurements(
     outcome = jnp.where(
         (jnp.asarray(outcome) == Outcome.SUCCESS) & ~measured_finite, Outcome.NON_FINITE, outcome
     )
-    measured = jax.tree.map(at_least_single, _mesh.whole(measured))
+    measured = jax.tree.map(at_least_single, devices.whole(measured))
     return Trajectory(
         times=times,
         steps=steps,
@@ -442,7 +443,7 @@ def recorded_steps(steps: int, record_every: int) -> np.ndarray:
     >>> ntkdp.trajectory.recorded_steps(7, 3).tolist()
     [0, 3, 6, 7]
     """
-    steps, record_every = _validate.count(steps=steps), _validate.count(record_every=record_every)
+    steps, record_every = validate.count(steps=steps), validate.count(record_every=record_every)
     return np.append(np.arange(0, steps, record_every), steps)
 
 
@@ -473,7 +474,7 @@ def check_learning_rate(learning_rate: Any, steps: int) -> Any:
     0.5
     """
     if not callable(learning_rate):
-        return _validate.positive(learning_rate=learning_rate)
+        return validate.positive(learning_rate=learning_rate)
     rates = jax.vmap(learning_rate)(jnp.arange(steps))
     if getattr(rates, "shape", None) != (steps,):
         raise ValueError(

@@ -30,15 +30,23 @@ jax.config.update("jax_enable_x64", True)
 hypothesis.settings.register_profile("ntkdp", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ntkdp")
 
-#: Typer reads the signatures of the command line itself.
-_UNCHECKED = {"__init__", "_neural_tangents", "_app"}
 _PACKAGE = Path(__file__).parent.parent / "ntkdp"
+#: Typer reads the signatures of the command line itself, and neural-tangents must be imported late.
+_UNCHECKED = {_PACKAGE / "_backend" / "neural_tangents.py", _PACKAGE / "cli" / "_app.py"}
+
+
+def _module_name(path: Path) -> str:
+    return ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
+
 
 install_import_hook(
-    [f"ntkdp.{path.stem}" for path in _PACKAGE.iterdir() if path.stem not in _UNCHECKED],
+    [
+        _module_name(path)
+        for path in _PACKAGE.rglob("*.py")
+        if path.name != "__init__.py" and path not in _UNCHECKED
+    ],
     "strict_types.check",
 )
-
 
 # Tracing makes many objects and little garbage: at Python's own thresholds a tenth of the time goes
 # into looking for it.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import ntkdp
-from ntkdp import _memory, advisor, clipping, losses, privacy
+from ntkdp import advisor, clipping, losses, privacy
+from ntkdp._backend import memory
 from ntkdp.advisor import CellMetrics, Grid
 
 # --- gradient norms ------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = advisor.predict(flow, initial, **options)
     of_cell = 8 * 2 * (N + M) * 3 * 3 * 8
     of_noise = 4 * (N + M) ** 2 * 8
-    monkeypatch.setattr(_memory, "available_bytes", lambda: of_noise + of_cell)
+    monkeypatch.setattr(memory, "available_bytes", lambda: of_noise + of_cell)
     told: list[float] = []
     parts = advisor.predict(flow, initial, progress=told.append, **options)
     for name in CellMetrics._fields:
@@ -278,7 +279,7 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == sorted(told)
     # Every part reports as it goes, and its end is a whole number of sixths.
     assert {k / 6 for k in range(1, 7)} <= set(told)
-    monkeypatch.setattr(_memory, "available_bytes", lambda: of_noise + of_cell - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: of_noise + of_cell - 1)
     with pytest.raises(MemoryError, match="predicting a cell needs"):
         advisor.predict(flow, initial, **options)
 

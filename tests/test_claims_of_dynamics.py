@@ -12,13 +12,13 @@ from ntkdp import (
     _dp_step,
     _kernel_blocks,
     _kernel_flow,
-    _norms,
     _per_sample_gradients,
     _weight_flow,
     claims,
     clipping,
     spectrum,
 )
+from ntkdp._backend import norms as _norms
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:

@@ -429,7 +429,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(tmp_path, mo
     assert len(packed) < size / 500
     (tmp_path / "bomb.csv").write_bytes(packed)
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((size // 8, 1)), y=np.zeros(3))
-    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 2**22)
+    monkeypatch.setattr("ntkdp._backend.memory.available_bytes", lambda: 2**22)
     for read in (
         lambda: datasets.from_csv(tmp_path / "bomb.csv", target="a"),
         lambda: datasets.from_idx(tmp_path / "bomb.csv", tmp_path / "bomb.csv"),
@@ -446,7 +446,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(tmp_path, mo
 def test_a_large_plain_file_is_refused_unread(tmp_path, monkeypatch):
     with (tmp_path / "long.csv").open("wb") as file:
         file.truncate(2**40)  # a hole: it takes no disk
-    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 2**30)
+    monkeypatch.setattr("ntkdp._backend.memory.available_bytes", lambda: 2**30)
     with pytest.raises(MemoryError, match=r"long\.csv' takes 1,099,511,627,776 bytes or more"):
         datasets.from_csv(tmp_path / "long.csv", target="a")
 

@@ -289,7 +289,7 @@ def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None
 def test_too_little_memory_is_said_with_the_ways_out(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("ntkdp._backend.memory.available_bytes", lambda: 1000)
     said = _said_in_one_line(_invoke(*_command(verb, tmp_path)))
     assert "bytes" in said
     assert "1,000 bytes" in said

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ntkdp
-from ntkdp import _memory, _memory_limits, _program_memory
+from ntkdp._backend import memory, memory_limits, program_memory
 from ntkdp._stepping import Stepping
 
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[dict[str, str], int | None]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_control_groups_leave_what_is_free(name: str, tmp_path: Path) -> None:
     files, expected = CASES[name]
-    free = _memory_limits.free_in_control_groups(tree(tmp_path, files))
+    free = memory_limits.free_in_control_groups(tree(tmp_path, files))
     assert min((one for one in free if one < UNLIMITED // 2), default=None) == expected
 
 
@@ -105,9 +105,9 @@ def test_figures_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:
     (root / "sys/fs/cgroup/memory.stat").unlink()
     (root / "sys/fs/cgroup/memory.stat").mkdir()
     (root / "sys/fs/cgroup/memory.current").write_bytes(b"\xff\xfe")
-    assert _memory_limits.free_in_control_groups(root) == [1000]
+    assert memory_limits.free_in_control_groups(root) == [1000]
     (root / "sys/fs/cgroup/memory.max").write_bytes(b"\xff\xfe")
-    assert _memory_limits.free_in_control_groups(root) == []
+    assert memory_limits.free_in_control_groups(root) == []
 
 
 def test_the_least_of_all_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +117,11 @@ def test_the_least_of_all_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None
         "free_in_process": [600],
     }
     for name, free in limits.items():
-        monkeypatch.setattr(_memory_limits, name, lambda free=free: free)
-    assert _memory.available_bytes() == 500
+        monkeypatch.setattr(memory_limits, name, lambda free=free: free)
+    assert memory.available_bytes() == 500
     for name in limits:
-        monkeypatch.setattr(_memory_limits, name, list)
-    _memory.require(2**62, "a kernel", "use less")
+        monkeypatch.setattr(memory_limits, name, list)
+    memory.require(2**62, "a kernel", "use less")
 
 
 # What is asked under a limit on the address space, after the packages are there.
@@ -215,7 +215,7 @@ def test_steps_that_cannot_be_counted_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_records_that_do_not_fit_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 2**35)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**35)
     with pytest.raises(MemoryError, match=r"2,147,483,648 of 2,147,483,647 steps.*record_every"):
         STEPPED[name](steps=MANY)
 
@@ -234,31 +234,31 @@ def test_whole_programs_are_asked_for_as_the_compiler_plans_them(
     runs = 3000
     keys = jax.random.split(jax.random.key(0), runs)
     asked: list[int] = []
-    enough = _memory.require
+    enough = memory.require
 
     def listen(needed: int, what: str, ways_out: str) -> None:
         asked.append(needed)
         enough(needed, what, ways_out)
 
-    monkeypatch.setattr(_memory, "require", listen)
+    monkeypatch.setattr(memory, "require", listen)
     found = ntkdp.stochastic_flow.ensemble(FLOW, START, **STEPS, outputs=True, key=keys)
     assert found.outputs is not None
     recorded = found.outputs.nbytes
     assert recorded == runs * 4 * 30 * 2 * 8
     # Results, and the paths that they are put together from.
     assert recorded < max(asked) < 6 * recorded
-    monkeypatch.setattr(_memory, "require", enough)
-    monkeypatch.setattr(_memory, "available_bytes", lambda: max(asked) - 1)
+    monkeypatch.setattr(memory, "require", enough)
+    monkeypatch.setattr(memory, "available_bytes", lambda: max(asked) - 1)
     with pytest.raises(MemoryError, match=r"drawing 3,000 runs of 3 steps .* fewer runs"):
         ntkdp.stochastic_flow.ensemble(FLOW, START, **STEPS, outputs=True, key=keys)
-    monkeypatch.setattr(_memory, "available_bytes", lambda: recorded)
+    monkeypatch.setattr(memory, "available_bytes", lambda: recorded)
     with pytest.raises(MemoryError, match=r"training 3,000 runs of 3 steps .* fewer runs"):
         train(key=keys, outputs=True)
 
 
 def test_flows_and_noise_ask_for_their_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, targets = jnp.eye(30), jnp.zeros((30, 2))
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 30 * 30 * 8 - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 30 * 30 * 8 - 1)
     with pytest.raises(MemoryError, match=r"KernelFlow.* needs 7,200 bytes .* LinearisedFlow"):
         ntkdp.KernelFlow(kernel, targets, SQUARED, RULE)
     layered = ntkdp.LayerwiseKernel(("a", "b"), jnp.stack([kernel, kernel]))
@@ -270,7 +270,7 @@ def test_flows_and_noise_ask_for_their_matrices(monkeypatch: pytest.MonkeyPatch)
             test_kernel=layered,
         )  # fmt: skip
     # Covariance, eigenvectors and the workspace of LAPACK.
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 4 * 30 * 30 * 8 - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 4 * 30 * 30 * 8 - 1)
     with pytest.raises(MemoryError, match=r"noise .* needs 28,800 bytes .* LinearisedFlow"):
         STEPPED["ensemble"](steps=2, noise_multiplier=1.0)
     STEPPED["ensemble"](steps=2)
@@ -279,8 +279,8 @@ def test_flows_and_noise_ask_for_their_matrices(monkeypatch: pytest.MonkeyPatch)
 def test_programs_on_a_mesh_are_asked_for_on_all_devices_of_a_host() -> None:
     mesh = jax.make_mesh((8,), ("samples",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("samples"))
-    assert _program_memory._devices_that_share(jax.device_put(jnp.zeros(16), spread)) == 8
-    assert _program_memory._devices_that_share((np.zeros(16), jnp.zeros(3))) == 1
+    assert program_memory._devices_that_share(jax.device_put(jnp.zeros(16), spread)) == 8
+    assert program_memory._devices_that_share((np.zeros(16), jnp.zeros(3))) == 1
 
 
 SMALL: dict[str, Any] = {
@@ -322,7 +322,7 @@ def test_widths_and_steps_of_a_config_are_refused_by_name() -> None:
 def test_a_whole_comparison_asks_for_more_than_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With noise: the kernel of all points, its parts, a matrix of it and the root's four."""
     asked: list[int] = []
-    monkeypatch.setattr(_memory, "require", lambda needed, *words: asked.append(needed))
+    monkeypatch.setattr(memory, "require", lambda needed, *words: asked.append(needed))
     n, m, k = 24, 8, 10
     config = ntkdp.experiment.config(
         data={"n_train": n, "n_test": m}, model={"widths": [4]}, dtype="float32",

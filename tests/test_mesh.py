@@ -34,7 +34,8 @@ from mesh_problem import (
 from two_processes import trajectories
 
 import ntkdp
-from ntkdp import _memory, clipping, dp_sgd
+from ntkdp import clipping, dp_sgd
+from ntkdp._backend import memory
 from ntkdp.ntk import _kernel_in_blocks
 
 MESHES = [
@@ -221,13 +222,13 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     groups = ntkdp._groups.resolve(PARAMS)
 
     def needed(n_devices: int) -> dict[str, int]:
-        mesh = ntkdp._mesh.as_mesh(mesh_of(n_devices))
-        place = ntkdp._mesh.everywhere
+        mesh = ntkdp._backend.devices.as_mesh(mesh_of(n_devices))
+        place = ntkdp._backend.devices.everywhere
         kernel = (
             _kernel_in_blocks.lower(
                 MODEL.apply,
                 place(mesh, PARAMS),
-                ntkdp._mesh.spread(mesh, x),
+                ntkdp._backend.devices.spread(mesh, x),
                 place(mesh, x),
                 groups,
                 4,
@@ -265,7 +266,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
 
 
 def test_memory_asked_for_is_that_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="18,432 bytes"):
         kernel("whole", mesh_of(8))
 
@@ -293,7 +294,7 @@ def test_meshes_that_do_not_fit_are_refused(n_devices: int, words: str) -> None:
 
 def test_what_is_no_mesh_is_refused() -> None:
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, .* got 'eight'"):
-        ntkdp._mesh.as_mesh("eight")
+        ntkdp._backend.devices.as_mesh("eight")
 
 
 def test_what_is_not_finite_is_found_on_any_device() -> None:

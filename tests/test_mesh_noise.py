@@ -26,7 +26,8 @@ from mesh_problem import (
 )
 
 import ntkdp
-from ntkdp import _mesh, _mesh_eigh, _moments, stochastic_flow
+from ntkdp import _moments, stochastic_flow
+from ntkdp._backend import devices, distributed_eigh
 from ntkdp._output_noise import square_root
 from ntkdp._stepping import Stepping
 
@@ -59,9 +60,9 @@ KINDS = ("singular", "decaying", "indefinite", "of few values", "tiny", "huge", 
 @pytest.mark.parametrize(("n_devices", "own"), [(8, 5), (3, 1), (2, 12), (1, 7)])
 def test_eigenvalues_of_a_matrix_in_parts(kind: str, n_devices: int, own: int) -> None:
     matrix = symmetric_matrix(kind, n_devices * own)
-    mesh = _mesh.as_mesh(mesh_of(n_devices))
+    mesh = devices.as_mesh(mesh_of(n_devices))
     assert mesh is not None
-    values, vectors = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
+    values, vectors = distributed_eigh.eigh(mesh, devices.spread(mesh, matrix))
     parts = [shard.data.shape for shard in vectors.addressable_shards]
     assert parts == [(own, n_devices * own)] * n_devices
     values, vectors = np.asarray(values), np.asarray(vectors)
@@ -73,13 +74,13 @@ def test_eigenvalues_of_a_matrix_in_parts(kind: str, n_devices: int, own: int) -
 
 def test_eigenvalues_in_single_precision() -> None:
     matrix = symmetric_matrix("indefinite", 16).astype(np.float32)
-    mesh = _mesh.as_mesh(mesh_of(4))
+    mesh = devices.as_mesh(mesh_of(4))
     assert mesh is not None
-    values, vectors = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, matrix))
+    values, vectors = distributed_eigh.eigh(mesh, devices.spread(mesh, matrix))
     assert values.dtype == vectors.dtype == jnp.float32
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=3e-5)
     for scale in (1e-25, 1e25):
-        scaled, _ = _mesh_eigh.eigh(mesh, _mesh.spread(mesh, np.float32(scale) * matrix))
+        scaled, _ = distributed_eigh.eigh(mesh, devices.spread(mesh, np.float32(scale) * matrix))
         np.testing.assert_allclose(scaled / np.float32(scale), values, rtol=0, atol=3e-5)
 
 
@@ -87,7 +88,7 @@ def test_eigenvalues_in_single_precision() -> None:
 def test_a_root_of_what_is_not_finite_is_refused(bad: float) -> None:
     matrix = np.eye(8)
     matrix[6, 1] = matrix[1, 6] = bad
-    for mesh in (None, _mesh.as_mesh(mesh_of(4))):
+    for mesh in (None, devices.as_mesh(mesh_of(4))):
         with pytest.raises(ValueError, match="must be positive semi-definite"):
             square_root(jnp.asarray(matrix), mesh)
 
@@ -234,7 +235,7 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
         )
         reordered = (
             jax.jit(closure.form.points.in_order)
-            .lower(_mesh.spread(of.mesh, jnp.zeros((n + 64, n + 64))))
+            .lower(devices.spread(of.mesh, jnp.zeros((n + 64, n + 64))))
             .compile()
             .memory_analysis()
         )
@@ -256,9 +257,13 @@ def test_memory_of_a_root_falls_with_the_devices() -> None:
     matrix = symmetric_matrix("decaying", 256)
 
     def needed(n_devices: int) -> int:
-        mesh = _mesh.as_mesh(mesh_of(n_devices))
+        mesh = devices.as_mesh(mesh_of(n_devices))
         assert mesh is not None
-        found = _mesh_eigh.eigh.lower(mesh, _mesh.spread(mesh, matrix)).compile().memory_analysis()
+        found = (
+            distributed_eigh.eigh.lower(mesh, devices.spread(mesh, matrix))
+            .compile()
+            .memory_analysis()
+        )
         return int(
             found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
         )

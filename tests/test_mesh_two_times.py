@@ -20,7 +20,8 @@ from mesh_problem import (
 )
 
 import ntkdp
-from ntkdp import _memory, _mesh, _output_process, _volterra, clipping, models
+from ntkdp import _output_process, _volterra, clipping, models
+from ntkdp._backend import devices, memory
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
 
 MODEL = models.mlp([8], K, activation="erf", W_std=1.5, b_std=0.3)
@@ -117,7 +118,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
             MODEL, x[:n], np.arange(n) % K, LOSS, LAYERWISE, test_x=x[n:], frozen=True,
             mesh=mesh_of(n_devices),
         )  # fmt: skip
-        modes = _mesh.spread(flow.mesh, jnp.zeros((N, N)))
+        modes = devices.spread(flow.mesh, jnp.zeros((N, N)))
         small = (
             jnp.zeros((3, N, K)),
             jnp.zeros((3 * rank, 3 * rank)),
@@ -128,7 +129,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
             jnp.zeros(()),
         )
         variances = jnp.linspace(0.0, 0.2, 3)[:, None] * jnp.ones(2)
-        small, variances, pairs, of_run = _mesh.everywhere(
+        small, variances, pairs, of_run = devices.everywhere(
             flow.mesh, (small, variances, np.tril_indices(3), (steps, KEYS[:1]))
         )
         process = _output_process.OutputProcess(modes, *small)
@@ -157,7 +158,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
 
 def test_memory_asked_for_is_that_of_all_devices_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = TwoTimeFlow(MODEL, X, Y, LOSS, FLAT, mesh=mesh_of(8))
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"shape \(3, 16, 16\) needs 6,144 bytes"):
         ntkdp.two_time_kernel(MODEL, X, variance1=0.1, variance2=0.1, mesh=mesh_of(8))
     with pytest.raises(MemoryError, match=r"shape \(3, 16, 16\) needs 6,144 bytes"):

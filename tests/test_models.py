@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ntkdp import _neural_tangents, models
+from ntkdp import models
+from ntkdp._backend import neural_tangents
 
-stax = _neural_tangents.stax
+stax = neural_tangents.stax
 DATA = Path(__file__).parent / "data"
 KEY = jax.random.key(0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from ntkdp import _neural_tangents
+from ntkdp._backend import neural_tangents as _neural_tangents
 
 DATA = Path(__file__).parent / "data"
 
@@ -40,7 +40,7 @@ print(json.dumps({n: sorted(vars(m)) for n, m in loaded.items()}))
 
 def test_jax_and_scipy_hold_the_names_they_hold_without_us() -> None:
     work = """
-import ntkdp._neural_tangents, neural_tangents, jax.numpy as jnp
+import ntkdp._backend.neural_tangents, neural_tangents, jax.numpy as jnp
 from neural_tangents import stax
 stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(1))[2](jnp.eye(3), None, "ntk")
 modules = []
@@ -61,7 +61,7 @@ def test_jax_holds_the_same_objects_as_before() -> None:
 import sys, jax, jax.core, jax.extend.core, jax.interpreters.ad, jax.tree_util, scipy.linalg
 seen = [jax, jax.core, jax.interpreters, jax.interpreters.ad, jax.tree_util, scipy.linalg]
 before = [{k: id(v) for k, v in vars(m).items()} for m in seen]
-import ntkdp._neural_tangents, neural_tangents
+import ntkdp._backend.neural_tangents, neural_tangents
 for m, old in zip(seen, before):
     for name, identity in old.items():
         assert id(vars(m)[name]) == identity, (m, name)
@@ -82,7 +82,7 @@ def test_importing_it_is_lazy_and_never_needs_tensorflow() -> None:
     out = run("""
 import sys
 sys.modules["tensorflow"] = None  # importing it would raise
-import ntkdp._neural_tangents as mended
+import ntkdp._backend.neural_tangents as mended
 print("jax" in sys.modules, "neural_tangents" in sys.modules)
 mended.stax
 print("neural_tangents" in sys.modules, "jax.experimental.jax2tf" in sys.modules)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ntkdp
-from ntkdp import _memory
+from ntkdp._backend import memory
 
 DATA = Path(__file__).parent / "data"
 
@@ -303,7 +303,7 @@ def test_a_kernel_larger_than_memory_raises_before_it_is_made() -> None:
 def test_memory_is_asked_for_every_kind_of_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ntkdp.models.mlp([4], 1)
     params = model.init(jax.random.key(0), X1)
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 199)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 199)
     with pytest.raises(MemoryError, match="needs 200 bytes"):
         ntkdp.empirical_ntk(model.apply, params, X1)
     with pytest.raises(MemoryError, match="needs 400 bytes"):

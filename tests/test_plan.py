@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import _ensemble, _mesh, _mesh_eigh, _solve, clipping, losses
+from ntkdp import _ensemble, _solve, clipping, losses
+from ntkdp._backend import devices as _mesh
+from ntkdp._backend import distributed_eigh
 from ntkdp._stepping import Stepping
 
 SQUARED = losses.SquaredError()
@@ -284,7 +286,7 @@ def test_a_round_of_a_sweep_takes_three_products() -> None:
     n, devices = 256, 4
     mesh = _mesh.as_mesh(jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("any",)))
     assert mesh is not None
-    program = _mesh_eigh.eigh.lower(mesh, _mesh.spread(mesh, np.eye(n))).compile()
+    program = distributed_eigh.eigh.lower(mesh, _mesh.spread(mesh, np.eye(n))).compile()
     counts: Any = program.cost_analysis()
     # Of loops the compiler counts one turn, of LAPACK nothing.
     assert counts["flops"] == pytest.approx(3 * 2 * n * (n / devices) ** 2, rel=0.1)

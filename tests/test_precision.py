@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import ntkdp
 from ntkdp import _infinite_ntk, models
-from ntkdp._neural_tangents import stax
+from ntkdp._backend.neural_tangents import stax
 
 X = np.asarray(jax.random.uniform(jax.random.key(0), (4, 30)))
 #: Networks and sizes of inputs at which float32 arithmetic is wrong or infinite.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import ntkdp
-from ntkdp import _progress
+from ntkdp._backend import progress as _progress
 
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax import lax
 from plain_jacobians import Apply, Numbers, assert_close, check, jacobians, numbered, products
 
-from ntkdp import _gradient_factors, _neural_tangents, layerwise_ntk, models
+from ntkdp import _gradient_factors, layerwise_ntk, models
+from ntkdp._backend import neural_tangents
 
-stax = _neural_tangents.stax
+stax = neural_tangents.stax
 SEEDS = st.integers(0, 2**16)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ntkdp
 from ntkdp import clipping, losses, models, stochastic_flow
-from ntkdp._neural_tangents import stax
+from ntkdp._backend.neural_tangents import stax
 from ntkdp.claims._instances import stored
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
 
@@ -649,6 +649,6 @@ def test_noise_needs_a_bounded_rule() -> None:
 
 
 def test_what_does_not_fit_in_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkdp._memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("ntkdp._backend.memory.available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="fewer seeds"):
         two_time_ensemble(_flow(ERF), learning_rate=0.5, steps=3, key=jax.random.key(0))

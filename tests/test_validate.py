@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkdp import _validate
+from ntkdp._backend import validate
 
 BAD_NUMBERS = [np.nan, np.inf, -np.inf, -1.0]
 
@@ -18,18 +18,18 @@ BAD_NUMBERS = [np.nan, np.inf, -np.inf, -1.0]
     ("check", "good", "bad", "requirement"),
     [
         (
-            _validate.positive,
+            validate.positive,
             [1, 0.5, np.float32(2), np.array([1.0, 2.0]), jnp.ones(3), jnp.ones(2, jnp.bfloat16)],
             [0, 0.0, *BAD_NUMBERS, np.array([1.0, 0.0])],
             "positive and finite",
         ),
         (
-            _validate.non_negative,
+            validate.non_negative,
             [0, 0.0, 3, np.zeros(2)],
             [*BAD_NUMBERS, np.array([1.0, -1e-300])],
             "at least 0 and finite",
         ),
-        (_validate.fraction, [1, 1.0, 1e-300], [0.0, 1.0000001, *BAD_NUMBERS], r"in \(0, 1\]"),
+        (validate.fraction, [1, 1.0, 1e-300], [0.0, 1.0000001, *BAD_NUMBERS], r"in \(0, 1\]"),
     ],
 )
 def test_numbers(check: Any, good: list[Any], bad: list[Any], requirement: str) -> None:
@@ -41,7 +41,7 @@ def test_numbers(check: Any, good: list[Any], bad: list[Any], requirement: str) 
         assert repr(value) in str(info.value)
 
 
-@pytest.mark.parametrize("check", [_validate.positive, _validate.non_negative, _validate.fraction])
+@pytest.mark.parametrize("check", [validate.positive, validate.non_negative, validate.fraction])
 @pytest.mark.parametrize("value", ["1", None, True, 1j, [1, "a"], {}, np.array([True])])
 def test_what_is_not_a_number(check: Any, value: Any) -> None:
     with pytest.raises(TypeError, match=r"^argument must be a (real )?number") as info:
@@ -52,7 +52,7 @@ def test_what_is_not_a_number(check: Any, value: Any) -> None:
 def test_traced_numbers_are_checked_when_they_are_known() -> None:
     @eqx.filter_jit
     def double(value: jax.Array) -> jax.Array:
-        return 2 * _validate.positive(rate=value)
+        return 2 * validate.positive(rate=value)
 
     np.testing.assert_array_equal(double(jnp.array([1.0, 2.0])), [2.0, 4.0])
     for bad in (0.0, -1.0, np.nan, np.inf):
@@ -62,37 +62,37 @@ def test_traced_numbers_are_checked_when_they_are_known() -> None:
 
 def test_counts() -> None:
     for value in (1, np.int64(7), jnp.array(3)):
-        counted = _validate.count(steps=value)
+        counted = validate.count(steps=value)
         assert type(counted) is int
         assert counted == int(value)
     for value in (0, -2):
         with pytest.raises(ValueError, match=f"^steps must be at least 1, got {value}$"):
-            _validate.count(steps=value)
+            validate.count(steps=value)
     for value in (1.0, "3", None, True, False, np.array([1, 2])):
         for minimum in (0, 1):
             with pytest.raises(TypeError, match=r"^steps must be a whole number, got") as info:
-                _validate.count(minimum, steps=value)
+                validate.count(minimum, steps=value)
             assert repr(value) in str(info.value)
 
 
 def test_counts_from_zero() -> None:
     for value in (0, np.int64(0), jnp.array(0), 3):
-        counted = _validate.count(0, n_test=value)
+        counted = validate.count(0, n_test=value)
         assert type(counted) is int
         assert counted == int(value)
     with pytest.raises(ValueError, match=r"^n_test must be at least 0, got -1$"):
-        _validate.count(0, n_test=-1)
+        validate.count(0, n_test=-1)
 
 
 def test_finite_says_which_leaf() -> None:
     tree = {"a": jnp.ones(3), "b": [np.array([1.0, np.nan, np.inf]), jax.random.key(0)]}
     with pytest.raises(ValueError, match=r"^params\['b'\]\[0\] must be finite, got 2 .* of 3"):
-        _validate.finite(params=tree)
+        validate.finite(params=tree)
     fine = {"a": jnp.ones(3), "key": jax.random.key(0), "labels": np.arange(2)}
-    assert _validate.finite(params=fine) is fine
+    assert validate.finite(params=fine) is fine
     with pytest.raises(ValueError, match=r"^x must be finite, got 1 NaN or infinite of 1"):
-        _validate.finite(x=jnp.array(jnp.nan, jnp.bfloat16))
-    half_nan = jax.jit(lambda x: _validate.finite(x=x))(jnp.array([1.0, np.nan]))
+        validate.finite(x=jnp.array(jnp.nan, jnp.bfloat16))
+    half_nan = jax.jit(lambda x: validate.finite(x=x))(jnp.array([1.0, np.nan]))
     assert np.isnan(half_nan[1])  # a traced value is not looked at
 
 
@@ -111,30 +111,30 @@ def test_finite_says_which_leaf() -> None:
 )
 def test_times_that_do_not_increase(times: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        _validate.increasing(times=np.array(times))
+        validate.increasing(times=np.array(times))
 
 
 def test_increasing_times() -> None:
     times = np.array([-1.0, 0.0, 1e-9])
-    assert _validate.increasing(times=times) is times
-    check: Callable[..., Any] = eqx.filter_jit(lambda t: 1 * _validate.increasing(times=t))
+    assert validate.increasing(times=times) is times
+    check: Callable[..., Any] = eqx.filter_jit(lambda t: 1 * validate.increasing(times=t))
     np.testing.assert_array_equal(check(jnp.array(times)), times)
     with pytest.raises(RuntimeError, match="times must be strictly increasing"):
         check(jnp.array([1.0, 1.0]))
 
 
 def test_choices() -> None:
-    assert _validate.choice(("mean", "sum"), reduction="sum") == "sum"
+    assert validate.choice(("mean", "sum"), reduction="sum") == "sum"
     with pytest.raises(
         ValueError, match=r"^unknown reduction 'Men'; did you mean 'mean'. known: m"
     ):
-        _validate.choice(("mean", "sum"), reduction="Men")
+        validate.choice(("mean", "sum"), reduction="Men")
     with pytest.raises(ValueError, match=r"^unknown reduction 'xyzzy'; known: mean, sum$"):
-        _validate.choice(("mean", "sum"), reduction="xyzzy")
+        validate.choice(("mean", "sum"), reduction="xyzzy")
     with pytest.raises(ValueError, match=r"^unknown reduction 3"):
-        _validate.choice({"mean": 1}, reduction=3)
+        validate.choice({"mean": 1}, reduction=3)
 
 
 def test_exactly_one_argument_is_named() -> None:
     with pytest.raises(ValueError, match="unpack"):
-        _validate.positive(a=1, b=2)
+        validate.positive(a=1, b=2)

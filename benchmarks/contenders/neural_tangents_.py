@@ -3,7 +3,7 @@
 try:
     import neural_tangents
 except ImportError:  # today's JAX, where only ntkdp's mends let it in
-    from ntkdp import _neural_tangents as neural_tangents
+    from ntkdp._backend import neural_tangents as neural_tangents
 import jax
 import problems
 from contenders.jax_models import kernel_problem

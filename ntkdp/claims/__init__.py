@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from ntkdp import _validate
+from ntkdp._backend import validate
 from ntkdp.claims import (
     _algebra,
     _batch,
@@ -74,7 +74,7 @@ def get(name: str) -> Claim:
     >>> ntkdp.claims.get("C2").source
     'paper'
     """
-    return _CLAIMS[_validate.choice(names(), claim=name)]
+    return _CLAIMS[validate.choice(names(), claim=name)]
 
 
 def verify(name: str) -> Verdict:

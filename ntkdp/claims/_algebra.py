@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ntkdp import certificates, clipping, dp_sgd, ntk, spectrum
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 

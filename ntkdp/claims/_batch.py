@@ -10,7 +10,7 @@ import optax
 from scipy.linalg import expm
 
 from ntkdp import clipping, gradient_flow, losses
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 

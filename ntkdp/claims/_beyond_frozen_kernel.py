@@ -11,8 +11,8 @@ from jax.scipy.special import erf
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, gradient_flow, high_dimensional_sgd, losses, models
+from ntkdp._backend.types import Array, Params, PRNGKeyArray
 from ntkdp._dp_step import State
-from ntkdp._types import Array, Params, PRNGKeyArray
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 

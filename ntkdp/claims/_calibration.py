@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _solve, calibration, clipping, datasets, dp_sgd, losses, models, ntk
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.gradient_flow import KernelFlow, WeightFlow
 from ntkdp.trajectory import Trajectory

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, gradient_flow
-from ntkdp._types import Array, PyTree
+from ntkdp._backend.types import Array, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.trajectory import Measurement, Trajectory

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, gradient_flow, losses
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, dp_sgd, gradient_flow, losses, models
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 

@@ -10,7 +10,7 @@ import optax
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, gradient_flow, losses
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.claims._instances import Instance, rising, stored
 

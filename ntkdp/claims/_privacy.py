@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from ntkdp import clipping, dp_sgd, losses, ntk, privacy
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 _SIGMA = 0.7

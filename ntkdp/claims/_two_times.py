@@ -10,7 +10,7 @@ from scipy.stats import ttest_ind
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, losses, models, stochastic_flow
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.claims._instances import stored
 

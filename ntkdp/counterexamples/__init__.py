@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate, losses
-from ntkdp._types import Array, Key
+from ntkdp import losses
+from ntkdp._backend import validate
+from ntkdp._backend.types import Array, Key
 from ntkdp.clipping import ClippingRule, Global
 from ntkdp.counterexamples._data import (
     Counterexample,
@@ -128,13 +129,13 @@ def find_rise(
     if isinstance(kernel, LayerwiseKernel):
         terms = kernel.values if rule.scope == "layerwise" else kernel.total[None]
     else:
-        terms = _validate.array(kernel=kernel)[None]
+        terms = validate.array(kernel=kernel)[None]
     terms = terms.astype(jnp.result_type(float))
     check_kernel(terms)
     n_outputs = flow.n_outputs or max(2, int(jnp.max(flow.targets)) + 1)
     problem = RiseOnKernel(terms, flow.targets, loss, rule, n_outputs)
     n = terms.shape[1]
-    starts = _validate.count(starts=starts)
+    starts = validate.count(starts=starts)
     starts = max(min(8, starts), min(starts, 2**22 // terms.size))
 
     def masks(m: int, key: Array) -> Array:
@@ -198,7 +199,7 @@ def find_smallest_rise(
     """
     loss = losses.SquaredError() if loss is None else loss
     named(rule), named_loss(loss)
-    max_samples, starts = _validate.count(max_samples=max_samples), _validate.count(starts=starts)
+    max_samples, starts = validate.count(max_samples=max_samples), validate.count(starts=starts)
     n_groups = _n_groups(rule, 2)
     problem = family(RiseOverKernels, loss, rule, max_samples, n_groups, max_samples)
 
@@ -256,7 +257,7 @@ def find_divergent(
     """
     loss = losses.SquaredError() if loss is None else loss
     named(rule), named_loss(loss)
-    max_samples, starts = _validate.count(max_samples=max_samples), _validate.count(starts=starts)
+    max_samples, starts = validate.count(max_samples=max_samples), validate.count(starts=starts)
     problem = family(Divergence, loss, rule, max_samples, _n_groups(rule, 2), max_samples)
 
     def masks(m: int, key: Array) -> Array:
@@ -314,8 +315,8 @@ def find_stuck(
     """
     loss = losses.SquaredError() if loss is None else loss
     named(rule), named_loss(loss)
-    max_samples, starts = _validate.count(max_samples=max_samples), _validate.count(starts=starts)
-    steps, key = _validate.count(steps=steps), _validate.key(key=key)
+    max_samples, starts = validate.count(max_samples=max_samples), validate.count(starts=starts)
+    steps, key = validate.count(steps=steps), validate.key(key=key)
     n_groups = _n_groups(rule, max_samples)
     problem = family(Equilibrium, loss, rule, max_samples, n_groups, -(-max_samples // n_groups))
     search = evolve if isinstance(rule, Global) else ascend
@@ -355,7 +356,7 @@ def _fewest_samples(
     key: Array,
 ) -> Found | None:
     """The best instance of the smallest size that fails at all."""
-    steps, key = _validate.count(steps=steps), _validate.key(key=key)
+    steps, key = validate.count(steps=steps), validate.key(key=key)
     search = evolve if isinstance(problem.rule, Global) else ascend
     for size in sizes:
         key, now, subsets = jax.random.split(key, 3)

@@ -12,10 +12,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _validate, clipping, losses
-from ntkdp._files import replacing
+from ntkdp import clipping, losses
+from ntkdp._backend import validate
+from ntkdp._backend.files import replacing
+from ntkdp._backend.types import Array
 from ntkdp._solve import solve
-from ntkdp._types import Array
 from ntkdp.counterexamples._measure import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow
 
@@ -101,7 +102,7 @@ class Counterexample:
     measured: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        _validate.choice(KINDS, kind=self.kind)
+        validate.choice(KINDS, kind=self.kind)
         terms = self.terms
         if terms.ndim not in (3, 5) or (self.scope == "flat" and len(terms) != 1):
             raise ValueError(
@@ -193,7 +194,7 @@ class Counterexample:
             )
         names = [entry.name for entry in dataclasses.fields(Counterexample)]
         for name in sorted(set(data) ^ set(names)):
-            known = _validate.did_you_mean(name, names) if name in data else ""
+            known = validate.did_you_mean(name, names) if name in data else ""
             raise ValueError(f"{'unknown' if name in data else 'missing'} field {name!r}{known}")
         for name, kind in _JSON_TYPES.items():
             if not isinstance(data[name], kind):
@@ -203,7 +204,7 @@ class Counterexample:
                 )
         for name in ("kernel", "targets", "outputs"):
             _check_numbers(name, data[name])
-        _validate.choice(clipping.SCOPES, scope=data["scope"])
+        validate.choice(clipping.SCOPES, scope=data["scope"])
         _check_options("loss", losses._BY_NAME, data)
         _check_options("rule", clipping._BY_NAME, data)
         for quantity, value in data["measured"].items():
@@ -401,11 +402,11 @@ def _no_constant(name: str) -> Any:
 
 def _check_options(what: str, known: dict[str, Any], data: dict[str, Any]) -> None:
     """Raise unless a loss or rule is known and takes the numbers that it is given."""
-    cls = known[_validate.choice(known, **{what: data[what]})]
+    cls = known[validate.choice(known, **{what: data[what]})]
     given, name = data[f"{what}_options"], f"{what}_options"
     fields = [entry for entry in dataclasses.fields(cls) if entry.name != "scope"]
     for option in given:
-        _validate.choice([entry.name for entry in fields], **{name: option})
+        validate.choice([entry.name for entry in fields], **{name: option})
         _check_numbers(f"{name}.{option}", given[option])
     for entry in fields:
         if entry.default is dataclasses.MISSING and entry.name not in given:

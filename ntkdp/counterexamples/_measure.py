@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp._types import Array, Float
+from ntkdp._backend.types import Array, Float
 from ntkdp.clipping import ClippingRule, norms_from_squares
 from ntkdp.gradient_flow import KernelFlow
 from ntkdp.losses import Loss

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, losses
-from ntkdp._types import Array, Float, Key, PyTree
+from ntkdp._backend.types import Array, Float, Key, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples._measure import State
 from ntkdp.counterexamples._search import Problem

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._types import Array, Float
+from ntkdp._backend.types import Array, Float
 from ntkdp.counterexamples._data import (
     Counterexample,
     as_numbers,

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from ntkdp._types import Array, Float, Key, PyTree
+from ntkdp._backend.types import Array, Float, Key, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 

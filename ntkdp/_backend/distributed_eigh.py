@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _mesh
-from ntkdp._types import Array, Float
+from ntkdp._backend import devices
+from ntkdp._backend.types import Array, Float
 
 #: Off the diagonal less than so many roundings of the whole norm counts as none; and less than so
 #: many, if it does not fall any more.
@@ -40,7 +40,7 @@ class _Columns(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def eigh(mesh: Mesh, matrix: Float[Array, "N N"]) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
     """Eigenvalues, ascending and whole, and columns of vectors whose rows are spread."""
-    over_devices = _mesh.over_samples(partial(_of_device, mesh), mesh, (0,), (None, 0))
+    over_devices = devices.over_samples(partial(_of_device, mesh), mesh, (0,), (None, 0))
     found: tuple[Array, Array] = over_devices(matrix)
     return found
 
@@ -48,26 +48,26 @@ def eigh(mesh: Mesh, matrix: Float[Array, "N N"]) -> tuple[Float[Array, " N"], F
 def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
     n = rows.shape[1]
     # Squares must not overflow or vanish.
-    scale = _mesh.largest(mesh, jnp.max(jnp.abs(rows)))
+    scale = devices.largest(mesh, jnp.max(jnp.abs(rows)))
     scale = jnp.where(scale == 0, 1.0, scale)
-    not_finite = _mesh.total(mesh, jnp.sum(~jnp.isfinite(rows)))
+    not_finite = devices.total(mesh, jnp.sum(~jnp.isfinite(rows)))
     rows = rows / scale
-    norm = jnp.sqrt(_mesh.total(mesh, jnp.sum(rows**2)))
+    norm = jnp.sqrt(devices.total(mesh, jnp.sum(rows**2)))
     rows = _even(mesh, rows, norm)
     width = rows.shape[0]
-    place = _mesh.own_part(mesh, rows.shape[1])
+    place = devices.own_part(mesh, rows.shape[1])
     own = jnp.arange(width)
     # As the matrix is symmetric, its own rows are its own columns.
     start = _Columns(
         rows.T,
         jnp.zeros_like(rows.T).at[place + own, own].set(1.0),
-        2 * lax.axis_index(_mesh.AXIS),
-        2 * lax.axis_index(_mesh.AXIS) + 1,
+        2 * lax.axis_index(devices.AXIS),
+        2 * lax.axis_index(devices.AXIS) + 1,
     )
 
     def off_diagonal(columns: _Columns) -> Array:
         off = columns.matrix.at[place + own, own].set(0.0)
-        return jnp.sqrt(_mesh.total(mesh, jnp.sum(off**2)))
+        return jnp.sqrt(devices.total(mesh, jnp.sum(off**2)))
 
     def more(carry: tuple[_Columns, Array, Array, Array]) -> Array:
         _, sweeps, left, before = carry
@@ -84,10 +84,10 @@ def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
     eps = jnp.finfo(rows.dtype).eps
     none = jnp.zeros((), int)
     columns, *_ = lax.while_loop(more, sweep, (start, none, off_diagonal(start), jnp.inf * norm))
-    values = lax.all_gather(columns.matrix[place + own, own], _mesh.AXIS, tiled=True)
+    values = lax.all_gather(columns.matrix[place + own, own], devices.AXIS, tiled=True)
     # The coordinates that were added have the largest values.
     order = jnp.argsort(values)[:n]
-    vectors = _mesh.transposed(mesh, columns.vectors.T)
+    vectors = devices.transposed(mesh, columns.vectors.T)
     scale = jnp.where(not_finite == 0, scale, jnp.nan)
     return scale * values[order], vectors[: n // mesh.size, order]
 
@@ -102,7 +102,7 @@ def _even(mesh: Mesh, rows: Array, norm: Array) -> Array:
         return rows
     padded = jnp.pad(rows.reshape(width, mesh.size, width), ((0, 1), (0, 0), (0, 1)))
     padded = padded.reshape(width + 1, n + mesh.size)
-    own = _mesh.own_part(mesh, n + mesh.size) + width
+    own = devices.own_part(mesh, n + mesh.size) + width
     return padded.at[width, own].set(2 * norm + 1)
 
 
@@ -110,10 +110,10 @@ def _rotate(mesh: Mesh, columns: _Columns) -> _Columns:
     """Diagonalise within each device's blocks: the lower block takes the larger values."""
     matrix, vectors, left, right = columns
     width = matrix.shape[1]
-    within = lax.dynamic_slice_in_dim(matrix, _mesh.own_part(mesh, len(matrix)), width)
+    within = lax.dynamic_slice_in_dim(matrix, devices.own_part(mesh, len(matrix)), width)
     _, turn = jnp.linalg.eigh((within + within.T) / 2)
     turn = jnp.where(left < right, turn[:, ::-1], turn)
-    turns = lax.all_gather(turn, _mesh.AXIS)
+    turns = lax.all_gather(turn, devices.AXIS)
     split = (matrix @ turn).reshape(mesh.size, width, width)
     turned = jnp.einsum("dij,dik->djk", turns, split).reshape(matrix.shape)
     return _Columns(turned, vectors @ turn, left, right)
@@ -127,14 +127,14 @@ def _move(mesh: Mesh, columns: _Columns) -> _Columns:
     half = matrix.shape[1] // 2
     lefts = matrix[:, :half], vectors[:, :half], left
     rights = matrix[:, half:], vectors[:, half:], right
-    last, own = mesh.size - 1, lax.axis_index(_mesh.AXIS)
+    last, own = mesh.size - 1, lax.axis_index(devices.AXIS)
     up = [(device, device + 1) for device in range(last)]
     down = [(device + 1, device) for device in range(last)]
 
     def places(left: Array, right: Array) -> tuple[Array, Array]:
         leaving = jnp.where(own == 0, right, left)
-        from_below = lax.ppermute(leaving, _mesh.AXIS, up)
-        from_above = lax.ppermute(right, _mesh.AXIS, down)
+        from_below = lax.ppermute(leaving, devices.AXIS, up)
+        from_above = lax.ppermute(right, devices.AXIS, down)
         return jnp.where(own == 0, left, from_below), jnp.where(own == last, left, from_above)
 
     moved = [places(one, other) for one, other in zip(lefts, rights, strict=True)]

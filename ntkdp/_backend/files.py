@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ntkdp._stopping import undone_by
+from ntkdp._backend.stopping import undone_by
 
 #: What is nested deeper is none of our files, and would break whatever walks through it.
 _DEEPEST = 100

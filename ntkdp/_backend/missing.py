@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ntkdp._types import Array
+from ntkdp._backend.types import Array
 
 
 def nan_unless(present: Array, values: Array) -> Array:

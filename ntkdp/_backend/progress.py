@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ntkdp._types import Array, ProgressCallback
+from ntkdp._backend.types import Array, ProgressCallback
 
 #: The number of a run, or None if nobody listens to it. Compiled programs take it as an argument,
 #: so that one program serves every run, and tells each run's own listener.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._types import Array, Float, common_dtype
+from ntkdp._backend.types import Array, Float, common_dtype
 
 
 def wide(values: Array) -> Array:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from ntkdp import _memory
-from ntkdp._types import is_traced
+from ntkdp._backend import memory
+from ntkdp._backend.types import is_traced
 
 #: Bytes of arguments and results below which a program is not asked.
 _SMALL = 2**22
@@ -52,10 +52,10 @@ def call(
     MemoryError
         With the bytes needed, the bytes available and the ways out.
     """
-    _memory.require(results * n_runs, what, ways_out)
+    memory.require(results * n_runs, what, ways_out)
     if n_runs * (bytes_of(args) + results + work) >= _SMALL and not is_traced(args):
         planned = _planned_bytes(program, args)
-        _memory.require(planned * _devices_that_share(args), what, ways_out)
+        memory.require(planned * _devices_that_share(args), what, ways_out)
     return program(*args)
 
 

@@ -4,7 +4,7 @@ import sys
 
 import jax
 
-from ntkdp import _memory_limits
+from ntkdp._backend import memory_limits
 
 #: Bytes that per-sample gradients in factored form may take at once, where work is done in batches.
 FACTOR_BYTES = 2**26
@@ -21,9 +21,9 @@ def available_bytes() -> int:
     if statistics and "bytes_limit" in statistics:
         return max(int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0)), 0)
     free = [
-        *_memory_limits.free_in_machine(),
-        *_memory_limits.free_in_control_groups(),
-        *_memory_limits.free_in_process(),
+        *memory_limits.free_in_machine(),
+        *memory_limits.free_in_control_groups(),
+        *memory_limits.free_in_process(),
     ]
     return min(free, default=sys.maxsize)
 

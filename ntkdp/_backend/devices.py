@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntkdp._types import Array, Float
+from ntkdp._backend.types import Array, Float
 
 #: The axis along which samples are spread.
 AXIS = "samples"

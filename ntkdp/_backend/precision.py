@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from ntkdp._types import Array, PyTree, common_dtype
+from ntkdp._backend.types import Array, PyTree, common_dtype
 
 Result = TypeVar("Result")
 

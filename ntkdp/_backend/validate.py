@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._types import Array, is_traced
+from ntkdp._backend.types import Array, is_traced
 
 #: Entries from which on an array is looked at where it is, without a copy on the host.
 _LARGE = 2**20

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ntkdp import clipping, dp_sgd, gradient_flow, losses, privacy, stochastic_flow
+from ntkdp.privacy._arguments import ACCOUNTANTS
 
 
 def balle_and_wang(mu: float, epsilon: float) -> float:
@@ -28,8 +29,8 @@ def test_a_budget_of_epsilon_and_delta_is_kept_by_the_accountants() -> None:
     q, steps, delta = 0.02, 150, 1e-5
     accounted: Any
     for accountant, budget, accounted in (
-        (privacy.ACCOUNTANTS[0], 2.0, PLDAccountant(value_discretization_interval=1e-3)),
-        (privacy.ACCOUNTANTS[1], 0.7, RdpAccountant()),
+        (ACCOUNTANTS[0], 2.0, PLDAccountant(value_discretization_interval=1e-3)),
+        (ACCOUNTANTS[1], 0.7, RdpAccountant()),
     ):
         spent = privacy.Budget(budget, delta, accountant=accountant)
         sigma = spent.noise_multiplier(steps, q)
@@ -111,7 +112,7 @@ def test_bad_mechanisms_of_a_budget() -> None:
             spent.noise_multiplier(10, 1.5)
     nearly_tight, loose = (
         privacy.Budget(1.0, 1e-12, accountant=accountant).noise_multiplier(10, 0.1)
-        for accountant in privacy.ACCOUNTANTS
+        for accountant in ACCOUNTANTS
     )
     assert 0 < nearly_tight < loose
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkdp import _accounting, claims, clipping, privacy
+from ntkdp import claims, clipping, privacy
 from ntkdp._dp_step import Algorithm
+from ntkdp.privacy import _bounds
 
 
 def told(verdict: claims.Verdict) -> str:
@@ -56,10 +57,8 @@ def noise_per_group_without_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_amplification(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _accounting.delta_of
-    monkeypatch.setattr(
-        privacy._accounting, "delta_of", lambda sigma, q, *rest: real(sigma, 1.0, *rest)
-    )
+    real = _bounds.delta_of
+    monkeypatch.setattr(_bounds, "delta_of", lambda sigma, q, *rest: real(sigma, 1.0, *rest))
 
 
 def limit_for_a_guarantee(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +71,7 @@ def limit_for_a_guarantee(monkeypatch: pytest.MonkeyPatch) -> None:
 def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     real = privacy.gaussian_dp
     monkeypatch.setattr(
-        privacy._accounting,
+        _bounds,
         "epsilon_of",
         lambda sigma, q, steps, delta, *rest: real(sigma, q, steps, delta).epsilon,
     )

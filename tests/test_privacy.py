@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 from typer.testing import CliRunner
 
-from ntkdp import _privacy_command, _sampled_gaussian, cli, privacy
+from ntkdp import _privacy_command, cli, privacy
+from ntkdp.privacy import _sampled_gaussian
+from ntkdp.privacy._arguments import ACCOUNTANTS
 
 MNIST = (256 / 60000, 14063, 1e-5)
 SNLI = (32 / 550152, 51576, 1 / 550152)
@@ -229,7 +231,7 @@ def test_the_noise_found_keeps_the_budget(
 
 
 def test_extremes() -> None:
-    for accountant in privacy.ACCOUNTANTS:
+    for accountant in ACCOUNTANTS:
         assert privacy.epsilon(0.0, 0.1, 10, 1e-5, accountant) == math.inf
         assert privacy.delta(0.0, 0.1, 10, 3.0, accountant) == 1.0
         assert privacy.epsilon(1e-9, 0.1, 1000, 1e-5, accountant) > 1e10
@@ -426,7 +428,7 @@ def test_command_refuses(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("q", [0.1, 1.0])
-@pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
 def test_noise_whose_square_is_no_number_is_bounded_from_the_safe_side(
     q: float, accountant: Any
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ntkdp import privacy
+from ntkdp.privacy._arguments import ACCOUNTANTS
 
 Case = tuple[float, float, int, float]
 
@@ -62,14 +63,14 @@ def check(axes: Sequence[Sequence[Any]], accountant: Any) -> None:
         assert found >= attacked(*case) * (1 - ROUNDING), case
 
 
-@pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
 def test_a_grid_of_cases(accountant: Any) -> None:
     axes = ((0.05, 0.5, 100.0), (1.0, 1e-2, 1e-7), (10**7, 1), (1e-10, 1e-3))
     check(axes, accountant)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
 def test_the_whole_grid_of_cases(accountant: Any) -> None:
     check(
         (
@@ -142,7 +143,7 @@ def check_neighbours(case: Case, more: float, accountant: Any) -> None:
 @settings(max_examples=4)
 @given(cases, st.floats(-6, -0.3).map(lambda power: 1 + 10**power))
 def test_neighbours(case: Case, more: float) -> None:
-    for accountant in privacy.ACCOUNTANTS:
+    for accountant in ACCOUNTANTS:
         check_neighbours(case, more, accountant)
 
 
@@ -150,7 +151,7 @@ def test_neighbours(case: Case, more: float) -> None:
 @settings(max_examples=60)
 @given(cases, st.floats(-6, -0.3).map(lambda power: 1 + 10**power))
 def test_many_neighbours(case: Case, more: float) -> None:
-    for accountant in privacy.ACCOUNTANTS:
+    for accountant in ACCOUNTANTS:
         check_neighbours(case, more, accountant)
 
 

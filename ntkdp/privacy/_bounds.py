@@ -10,8 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from ntkdp._loss_sums import LOG_LEFT_OUT, Mechanism, log_deltas
-from ntkdp._sampled_gaussian import ORDERS, Array, atoms, log_moment, renyi_moments, scale
+from ntkdp.privacy._loss_sums import LOG_LEFT_OUT, Mechanism, log_deltas
+from ntkdp.privacy._sampled_gaussian import ORDERS, Array, atoms, log_moment, renyi_moments, scale
 
 #: Above this there is no privacy left to count, and the distribution would not fit in memory.
 _LARGEST_PLD_EPSILON = 1e6

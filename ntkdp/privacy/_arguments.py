@@ -24,7 +24,9 @@ def probability(**named: Any) -> float:
     return value
 
 
-def mechanism(noise_multiplier: Any, sample_rate: Any, steps: Any) -> tuple[float, float, int]:
+def checked_mechanism(
+    noise_multiplier: Any, sample_rate: Any, steps: Any
+) -> tuple[float, float, int]:
     """Noise multiplier, sampling rate and number of steps."""
     sigma = validate.non_negative(noise_multiplier=noise_multiplier)
     q = validate.fraction(sample_rate=sample_rate)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkdp._sampled_gaussian import Array, atoms
+from ntkdp.privacy._sampled_gaussian import Array, atoms
 
 #: Noise multiplier, sampling rate and number of steps.
 Mechanism = tuple[float, float, int]

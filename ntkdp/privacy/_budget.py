@@ -1,0 +1,134 @@
+"""A privacy budget that stands where a noise multiplier is asked for."""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+
+from ntkdp._backend import validate
+from ntkdp.privacy import _bounds
+from ntkdp.privacy._arguments import ACCOUNTANTS, Accountant, checked_mechanism, number, probability
+from ntkdp.privacy._epsilon import noise_multiplier
+
+
+@dataclass(frozen=True)
+class Budget:
+    r"""What may be spent on privacy, in place of a noise multiplier.
+
+    ``dp_sgd.run`` and, of :mod:`ntkdp.stochastic_flow`, ``ensemble``, ``moments``,
+    ``two_time_ensemble`` and ``weight_noise_variance`` take one as their ``noise_multiplier``; they
+    know the number of steps. ``fixed_privacy_flow`` takes one as ``mu``, ``two_time_flow`` as
+    ``variance``.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        :math:`(\varepsilon, \delta)`, positive, delta below 1.
+    mu : float
+        :math:`\mu`-GDP, positive, in place of the two. Of an :math:`(\varepsilon, \delta)` budget
+        the attribute is the :math:`\mu` of the Gaussian mechanism that has this epsilon at this
+        delta.
+    accountant : {"pld", "rdp"}
+        How :math:`(\varepsilon, \delta)` is counted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Not one of the two kinds of budget, or a number out of its range.
+
+    Notes
+    -----
+    For neighbours by adding or removing one sample. Dong, Roth, Su 1905.02383; sampling: Bu, Dong,
+    Long, Su 1911.11607; what :math:`\mu` is worth: Balle and Wang 1805.06530, theorem 8,
+    :math:`\delta = \Phi(\mu/2 - \varepsilon/\mu) - e^\varepsilon \Phi(-\mu/2 - \varepsilon/\mu)`.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> budget = ntkdp.privacy.Budget(3.0, 1e-5)
+    >>> round(budget.noise_multiplier(steps=14063, sample_rate=256 / 60000), 3)
+    0.969
+    >>> round(budget.mu, 4), ntkdp.privacy.Budget(mu=0.5).noise_multiplier(steps=100)
+    (0.7191, 20.0)
+    """
+
+    epsilon: float | None = None
+    delta: float | None = None
+    _: KW_ONLY
+    mu: float | None = None
+    accountant: Accountant = "pld"
+
+    def __post_init__(self) -> None:
+        given = tuple(value is not None for value in (self.epsilon, self.delta, self.mu))
+        if given not in ((True, True, False), (False, False, True)):
+            raise ValueError(
+                "give epsilon and delta, or mu alone, "
+                f"got epsilon={self.epsilon!r}, delta={self.delta!r}, mu={self.mu!r}"
+            )
+        validate.choice(ACCOUNTANTS, accountant=self.accountant)
+        if self.mu is None:
+            epsilon = number(epsilon=validate.positive(epsilon=self.epsilon))
+            mu = _bounds.gaussian_mu(epsilon, probability(delta=self.delta))
+        else:
+            mu = number(mu=validate.positive(mu=self.mu))
+        object.__setattr__(self, "mu", mu)
+
+    def noise_multiplier(self, steps: int, sample_rate: float = 1.0) -> float:
+        r"""Noise multiplier that spends the budget on so many steps.
+
+        An :math:`(\varepsilon, \delta)` budget is kept, by the accountant. A :math:`\mu` budget is
+        met exactly with full batches, :math:`\sigma = \sqrt K/\mu`; with Poisson sampling by the
+        central limit theorem, :math:`\mu = q \sqrt{K (e^{1/\sigma^2} - 1)}`, which is NOT A
+        GUARANTEE.
+
+        Parameters
+        ----------
+        steps : int
+            K, at least 1.
+        sample_rate : float
+            q in (0, 1]: 1 for full batches, below it Poisson sampling.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument out of its range, or a budget that no noise keeps.
+        """
+        _, q, steps = checked_mechanism(1.0, sample_rate, steps)
+        if self.epsilon is not None and self.delta is not None:
+            return noise_multiplier(self.epsilon, q, steps, self.delta, self.accountant)
+        assert self.mu is not None
+        of_step = self.mu / (q * math.sqrt(steps))
+        if of_step * _bounds.LARGEST_SIGMA < 1:
+            raise ValueError(
+                f"mu = {self.mu:g} cannot be kept over {steps} steps: noise_multiplier would "
+                f"exceed {_bounds.LARGEST_SIGMA:g}; allow a larger mu, or train for fewer steps"
+            )
+        if q == 1:
+            return 1 / of_step
+        return float(np.logaddexp(0.0, 2 * math.log(of_step))) ** -0.5
+
+
+def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: float = 1.0) -> Any:
+    """What a :class:`Budget` asks for in ``steps`` steps at ``sample_rate``; any other
+    ``noise_multiplier`` as it is.
+
+    Raises
+    ------
+    TypeError
+        A budget where the number of steps is not known (None).
+
+    Examples
+    --------
+    >>> from ntkdp import privacy
+    >>> privacy.as_noise_multiplier(privacy.Budget(mu=0.5), 100)
+    20.0
+    """
+    if not isinstance(noise_multiplier, Budget):
+        return noise_multiplier
+    if steps is None:
+        raise TypeError(
+            "noise_multiplier must be a number where the number of steps is not known, got "
+            f"{noise_multiplier}; use its .noise_multiplier(steps, sample_rate)"
+        )
+    return noise_multiplier.noise_multiplier(steps, sample_rate)

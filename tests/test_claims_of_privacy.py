@@ -11,7 +11,7 @@ import pytest
 
 from ntkdp import claims, clipping, privacy
 from ntkdp._dp_step import Algorithm
-from ntkdp.privacy import _bounds
+from ntkdp.privacy import _bounds, _report
 
 
 def told(verdict: claims.Verdict) -> str:
@@ -64,7 +64,7 @@ def no_amplification(monkeypatch: pytest.MonkeyPatch) -> None:
 def limit_for_a_guarantee(monkeypatch: pytest.MonkeyPatch) -> None:
     real = privacy.gaussian_dp
     monkeypatch.setattr(
-        privacy, "gaussian_dp", lambda *a: privacy.GaussianDP(real(*a).mu, real(*a).epsilon, True)
+        _report, "gaussian_dp", lambda *a: privacy.GaussianDP(real(*a).mu, real(*a).epsilon, True)
     )
 
 

@@ -21,7 +21,8 @@ from hypothesis.extra import numpy as hnp
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils import Bunch
 
-from ntkdp import _data_files, datasets
+from ntkdp import datasets
+from ntkdp.datasets import _files
 
 GENERATOR = np.random.default_rng(7)
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -68,7 +69,7 @@ def write_csv(path, header, lines, delimiter=","):
 def test_idx_round_trip(tmp_path_factory, array, zipped):
     path = tmp_path_factory.mktemp("idx") / "data.idx"
     path.write_bytes(gzip.compress(idx_bytes(array), mtime=0) if zipped else idx_bytes(array))
-    read = _data_files.read_idx(path)
+    read = _files.read_idx(path)
     assert read.dtype == array.dtype
     np.testing.assert_array_equal(read, array)
 
@@ -77,7 +78,7 @@ def test_idx_written_byte_by_byte(tmp_path):
     path = tmp_path / "two-by-three.idx"
     path.write_bytes(bytes([0, 0, 0x0B, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(12)))
     expected = [[0x0001, 0x0203, 0x0405], [0x0607, 0x0809, 0x0A0B]]
-    np.testing.assert_array_equal(_data_files.read_idx(path), expected)
+    np.testing.assert_array_equal(_files.read_idx(path), expected)
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_bad_idx_files_say_what_is_wrong(tmp_path, content, message):
     path = tmp_path / "bad-images-idx3-ubyte"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
-        _data_files.read_idx(path)
+        _files.read_idx(path)
     assert str(path) in str(raised.value)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from ntkdp import models
 from ntkdp._backend import neural_tangents
+from ntkdp.models import _networks
 
 stax = neural_tangents.stax
 DATA = Path(__file__).parent / "data"
@@ -164,7 +165,7 @@ def test_default_weights_keep_the_second_moment(activation: str) -> None:
     else:
         one = models.serial(stax.Dense(1), getattr(stax, activation.capitalize())(), stax.Dense(1))
         once = float(one.kernel_fn(unit, None, "nngp")[0, 0])
-        np.testing.assert_allclose(once * models._UNIT_GAIN[activation] ** 2, 1.0, rtol=1e-10)
+        np.testing.assert_allclose(once * _networks._UNIT_GAIN[activation] ** 2, 1.0, rtol=1e-10)
         assert 0.1 < gain < 10
 
 

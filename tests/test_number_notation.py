@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ntkdp import datasets
-from ntkdp._number_notation import PLAIN, Notation, looks_like_number, notations, readings
+from ntkdp.datasets._number_notation import PLAIN, Notation, looks_like_number, notations, readings
 
 ALL = notations(None, None)
 

@@ -1,8 +1,4 @@
-"""Data sets by name, from OpenML and from the user's files.
-
-Every function ends in :func:`from_arrays`, which states how samples are split (``n_train``,
-``n_test``, ``seed``) and standardised (``standardise``), and what a bad array raises.
-"""
+"""Data sets that have names: bundled, drawn, or from OpenML."""
 
 import importlib
 import inspect
@@ -16,9 +12,9 @@ from urllib.error import URLError
 import numpy as np
 
 from ntkdp._backend.validate import choice, count, did_you_mean, positive, scalar
-from ntkdp._data_files import from_csv, from_idx, from_npz, image_inputs
-from ntkdp._dataset import TASKS, Dataset, Split, data_generator, from_arrays
-from ntkdp._tables import MISSING_POLICIES, from_table, select_columns
+from ntkdp.datasets._dataset import TASKS, Dataset, Split, data_generator, from_arrays
+from ntkdp.datasets._files import from_csv, from_idx, from_npz, image_inputs
+from ntkdp.datasets._tables import MISSING_POLICIES, from_table, select_columns
 
 
 def digits(
@@ -403,19 +399,3 @@ _READERS: dict[str, Callable[..., Dataset]] = {
     r"\.(csv|tsv|txt)(\.gz)?$": from_csv,
     r"([-.]idx\d-ubyte|\.idx)(\.gz)?$": from_idx,
 }
-
-__all__ = [
-    "Dataset",
-    "diabetes",
-    "digits",
-    "from_arrays",
-    "from_csv",
-    "from_idx",
-    "from_npz",
-    "gaussian",
-    "load",
-    "mnist5k",
-    "names",
-    "openml",
-    "separable",
-]

@@ -13,10 +13,16 @@ from typing import Unpack
 import numpy as np
 
 from ntkdp._backend.validate import choice, did_you_mean
-from ntkdp._dataset import Dataset, Split, from_arrays
-from ntkdp._file_content import existing_file, read_bytes, require_room
-from ntkdp._number_notation import notations
-from ntkdp._tables import MISSING_POLICIES, from_table, in_numbers, read_csv, select_columns
+from ntkdp.datasets._dataset import Dataset, Split, from_arrays
+from ntkdp.datasets._file_content import existing_file, read_bytes, require_room
+from ntkdp.datasets._number_notation import notations
+from ntkdp.datasets._tables import (
+    MISSING_POLICIES,
+    from_table,
+    in_numbers,
+    read_csv,
+    select_columns,
+)
 
 #: The third byte of an IDX file; the data follow in big-endian order.
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

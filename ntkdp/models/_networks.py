@@ -1,16 +1,15 @@
-"""Networks as pure functions: stax models with infinite-width kernels, and adapters for others."""
+"""Fully connected and convolutional networks, and stax networks of layers of their own."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ntkdp import _stax_kernels
-from ntkdp._adapters import from_equinox, from_flax, from_function
 from ntkdp._backend import neural_tangents
 from ntkdp._backend.types import Array, Float, Params, PRNGKeyArray
 from ntkdp._backend.validate import choice, count, non_negative, positive
-from ntkdp._model import Model, TwoTimeRule, checked_model
-from ntkdp._stax_kernels import StaxLayer
+from ntkdp.models import _stax_kernels
+from ntkdp.models._model import Model, TwoTimeRule, checked_model
+from ntkdp.models._stax_kernels import StaxLayer
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 
@@ -372,15 +371,3 @@ def _pair(**named: int | tuple[int, int]) -> tuple[int, int]:
     if len(sizes) != 2:
         raise ValueError(f"{name} must be one number or (height, width), got {value!r}")
     return count(**{name: sizes[0]}), count(**{name: sizes[1]})
-
-
-__all__ = [
-    "Model",
-    "cnn",
-    "from_equinox",
-    "from_flax",
-    "from_function",
-    "from_stax",
-    "mlp",
-    "serial",
-]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from ntkdp._backend.validate import choice, did_you_mean
-from ntkdp._dataset import Dataset, Split, build
-from ntkdp._number_notation import looks_like_number, read_numbers
+from ntkdp.datasets._dataset import Dataset, Split, build
+from ntkdp.datasets._number_notation import looks_like_number, read_numbers
 
 _DELIMITERS = (",", ";", "\t", "|")
 _MAX_CATEGORIES = 100

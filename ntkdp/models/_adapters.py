@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 
 from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
-from ntkdp._model import InitFn, Model, checked_model
+from ntkdp.models._model import InitFn, Model, checked_model
 
 
 def from_function(init: InitFn, apply: ApplyFn) -> Model:

@@ -1,0 +1,16 @@
+"""Networks as pure functions: stax models with infinite-width kernels, and adapters for others."""
+
+from ntkdp.models._adapters import from_equinox, from_flax, from_function
+from ntkdp.models._model import Model
+from ntkdp.models._networks import cnn, from_stax, mlp, serial
+
+__all__ = [
+    "Model",
+    "cnn",
+    "from_equinox",
+    "from_flax",
+    "from_function",
+    "from_stax",
+    "mlp",
+    "serial",
+]

@@ -65,7 +65,7 @@ def verify(
 
     Exits with 1 if a claim, or a cell of the table, does not hold.
     """
-    from ntkdp._run_folder import RunFolder
+    from ntkdp._results.run_folder import RunFolder
 
     whole = not names
     folder = None

@@ -37,8 +37,8 @@ def compare(
     folder is there already. --overwrite removes files that are as ntkdp wrote them, and nothing at
     all if there are others.
     """
-    from ntkdp._cell_folder import CellFolder, resumable
-    from ntkdp._run_folder import RunFolder
+    from ntkdp._results.checkpoints import CellFolder, resumable
+    from ntkdp._results.run_folder import RunFolder
 
     with explained():
         settings = _config.Config() if config is None else _config.load(config)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ntkdp._json import text_of
+from ntkdp._results.plain_json import text_of
 from ntkdp._terminal import fail
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _steps(steps: int | None, epochs: float | None, rate: float) -> int:
 def _print_table(report: "PrivacyReport") -> None:
     from rich.table import Table
 
-    from ntkdp._console import add_row, literal, open_console
+    from ntkdp._results.console import add_row, literal, open_console
 
     console = open_console()
     table = Table(title=literal(report.setting, "table.title"), title_justify="left")

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ntkdp._standard_streams import printable
+from ntkdp._results.standard_streams import printable
 
 
 class _ElapsedColumn(ProgressColumn):

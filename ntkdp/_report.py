@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ntkdp import __version__, plotting
-from ntkdp import _page as _html
 from ntkdp._backend.figure_style import LOOK, draw_into
-from ntkdp._console import add_row, open_console, say
-from ntkdp._json import text_of
-from ntkdp._own_files import OwnFiles
-from ntkdp._provenance import provenance
+from ntkdp._results import page as _html
+from ntkdp._results.console import add_row, open_console, say
+from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.plain_json import text_of
+from ntkdp._results.provenance import provenance
 from ntkdp.comparison import Comparison
 from ntkdp.experiment import KERNEL_OF, LABELS, Results
 from ntkdp.ntk import LayerwiseKernel

@@ -72,7 +72,7 @@ def sweep(
 
         from ntkdp import _sweep_report
         from ntkdp import sweep as sweeping
-        from ntkdp._cell_folder import resumable
+        from ntkdp._results.checkpoints import resumable
 
     folder = folder_of(settings.name, out)
     # Workers train, and nothing else.

@@ -10,14 +10,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ntkdp import _page, advisor, comparison, plotting
+from ntkdp import advisor, comparison, plotting
 from ntkdp._backend.figure_style import draw_into
 from ntkdp._cell_metrics import CellMetrics
-from ntkdp._console import add_row, literal, open_console, say
-from ntkdp._folder_lock import held
-from ntkdp._json import text_of
-from ntkdp._own_files import OwnFiles
-from ntkdp._provenance import provenance
+from ntkdp._results import page
+from ntkdp._results.console import add_row, literal, open_console, say
+from ntkdp._results.folder_lock import held
+from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.plain_json import text_of
+from ntkdp._results.provenance import provenance
 from ntkdp.sweep import Results
 
 #: How metrics are called in tables and in the advice.
@@ -296,22 +297,22 @@ def _document(
     pictures: list[list[tuple[str, str]]],
     folder: Path,
 ) -> str:
-    parts = [_page.paragraph(line) for line in _summary(results)]
-    parts += [_page.paragraph(note, "warning") for note in results.notes]
+    parts = [page.paragraph(line) for line in _summary(results)]
+    parts += [page.paragraph(note, "warning") for note in results.notes]
     for plane, entry, drawn in zip(results.planes, measured["planes"], pictures, strict=True):
         parts.append(f"<h2>{html.escape(plane.label)}</h2>")
-        parts.append(_page.table(_ADVICE_COLUMNS, _advice_rows(entry)))
-        parts += [_page.paragraph(line) for line in _at_the_edge(entry)]
+        parts.append(page.table(_ADVICE_COLUMNS, _advice_rows(entry)))
+        parts += [page.paragraph(line) for line in _at_the_edge(entry)]
         if entry["agreement"] is not None:
-            parts.append(_page.paragraph(_divergence(entry)))
-            parts.append(_page.table(_AGREEMENT_COLUMNS, _agreement_rows(entry)))
-        parts += [_page.picture(folder / name, caption) for name, caption in drawn]
-    parts.append(_page.paragraph(_SELECTION, "warning"))
+            parts.append(page.paragraph(_divergence(entry)))
+            parts.append(page.table(_AGREEMENT_COLUMNS, _agreement_rows(entry)))
+        parts += [page.picture(folder / name, caption) for name, caption in drawn]
+    parts.append(page.paragraph(_SELECTION, "warning"))
     parts.append("<h2>Configuration</h2>")
     parts.append(f"<pre>{html.escape(json.dumps(measured['config'], indent=2))}</pre>")
     name = results.config.name
     heading = f"{name}: learning rate and clipping norm"
-    return _page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
+    return page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
 
 
 def print_results(results: Results, measured: dict[str, Any]) -> None:

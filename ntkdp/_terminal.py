@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ntkdp import _config
 from ntkdp._backend import stopping
 from ntkdp._cluster import TaskFailed
-from ntkdp._standard_streams import printable
+from ntkdp._results.standard_streams import printable
 
 
 @contextmanager

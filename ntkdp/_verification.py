@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntkdp import _verification_page, claims, table_one
-from ntkdp._console import add_row, literal, open_console, say
-from ntkdp._json import text_of
-from ntkdp._own_files import OwnFiles
-from ntkdp._provenance import provenance
+from ntkdp._results.console import add_row, literal, open_console, say
+from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.plain_json import text_of
+from ntkdp._results.provenance import provenance
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
 

@@ -4,7 +4,8 @@ import html
 import json
 from collections.abc import Sequence
 
-from ntkdp import __version__, _page, table_one
+from ntkdp import __version__, table_one
+from ntkdp._results import page as _page
 from ntkdp.claims import Finding, Verdict
 from ntkdp.table_one import Cell, Table
 

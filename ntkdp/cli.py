@@ -5,8 +5,8 @@ imported.
 import sys
 from typing import Any
 
-from ntkdp import _standard_streams
 from ntkdp._backend import stopping
+from ntkdp._results import standard_streams
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     Exits with 0 if all is well, 1 if what was to be verified does not hold, 2 after an error, and
     128 + n after the signal n.
     """
-    lost = _standard_streams.replace()
+    lost = standard_streams.replace()
     stopping.begin()
     try:
         from ntkdp._app import app

@@ -16,7 +16,6 @@ import optax
 
 from ntkdp import _config, _groups, _setup, _whole_memory, comparison, dp_sgd, ntk
 from ntkdp._backend.types import Array
-from ntkdp._cell_folder import CellFolder
 from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._prediction import (
     KERNEL_OF,
@@ -31,6 +30,7 @@ from ntkdp._prediction import (
     weight_noise,
 )
 from ntkdp._problem import Problem, problem_of, rules_of
+from ntkdp._results.checkpoints import CellFolder
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
 from ntkdp.trajectory import Trajectory

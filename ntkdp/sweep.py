@@ -28,10 +28,10 @@ from ntkdp import (
     gradient_flow,
     losses,
 )
-from ntkdp._cell_folder import CellFolder
 from ntkdp._cell_metrics import CellMetrics
 from ntkdp._prediction import Kernel, compute_kernel
 from ntkdp._problem import Problem, problem_of
+from ntkdp._results.checkpoints import CellFolder
 from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.clipping import ClippingRule
 

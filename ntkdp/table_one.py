@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from ntkdp import _table_one_evidence as evidence
 from ntkdp import clipping, counterexamples, spectrum
 from ntkdp._backend import validate
-from ntkdp._json import as_json
+from ntkdp._results.plain_json import as_json
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ntkdp._cell_folder import CellFolder, DamagedCell, _encoded, _parsed, resumable
-from ntkdp._own_files import LIST
+from ntkdp._results.checkpoints import CellFolder, DamagedCell, _encoded, _parsed, resumable
+from ntkdp._results.own_files import LIST
 
 SETTINGS: dict[str, Any] = {"seed": 0, "grid": {"clip_norms": [0.1, 1.0]}}
 CONTENT: dict[str, Any] = {"loss": 0.1, "bad": [float("nan"), float("inf"), -float("inf")], "n": 3}
@@ -130,7 +130,7 @@ def killed(path: Path, name: str, n_written: int = 0) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from ntkdp._cell_folder import CellFolder
+from ntkdp._results.checkpoints import CellFolder
 write = Path.write_text
 def half(path, text, **options):
     write(path, text[: len(text) // 2], **options)

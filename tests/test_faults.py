@@ -22,8 +22,8 @@ import xarray as xr
 from typer.testing import CliRunner, Result
 
 from ntkdp import __version__, _config, cli, experiment
-from ntkdp._own_files import LIST, OwnFiles
-from ntkdp._run_folder import RunFolder
+from ntkdp._results.own_files import LIST, OwnFiles
+from ntkdp._results.run_folder import RunFolder
 
 KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
 PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"

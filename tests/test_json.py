@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkdp import _json, _verification, claims, table_one
+from ntkdp import _verification, claims, table_one
+from ntkdp._results import plain_json
 from ntkdp.claims import _claim
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
@@ -27,14 +28,14 @@ def _strictly(text: str) -> Any:
 
 @given(NUMBERS)
 def test_no_number_is_lost(value: float) -> None:
-    read = _strictly(_json.text_of({"value": value, "other": np.float64(value)}))
+    read = _strictly(plain_json.text_of({"value": value, "other": np.float64(value)}))
     for entry in read.values():
         np.testing.assert_equal(float(entry), value)
 
 
 @given(TREES)
 def test_any_tree_is_valid_json_and_finite_ones_stay_as_they_are(tree: Any) -> None:
-    read = _strictly(_json.text_of(tree))
+    read = _strictly(plain_json.text_of(tree))
     if "nan" not in str(tree) and "inf" not in str(tree):
         assert read == tree
 
@@ -43,7 +44,7 @@ def test_any_tree_is_valid_json_and_finite_ones_stay_as_they_are(tree: Any) -> N
     ("value", "text"), [(math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"), (None, None)]
 )
 def test_claims_and_table_one_spell_as_all_do(value: Any, text: Any) -> None:
-    assert _json.as_json(value) == text
+    assert plain_json.as_json(value) == text
     if value is None:
         return
     finding = _claim.equal("q", value, 1.0, within=0.1)

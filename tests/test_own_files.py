@@ -14,9 +14,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from ntkdp._cell_folder import CellFolder
-from ntkdp._own_files import LIST, OwnFiles
-from ntkdp._run_folder import RunFolder
+from ntkdp._results.checkpoints import CellFolder
+from ntkdp._results.own_files import LIST, OwnFiles
+from ntkdp._results.run_folder import RunFolder
 
 SETTINGS = {"seed": 0}
 

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ntkdp import __version__, cli
-from ntkdp._own_files import LIST, OwnFiles
-from ntkdp._run_folder import MARKER, RunFolder
+from ntkdp._results.own_files import LIST, OwnFiles
+from ntkdp._results.run_folder import MARKER, RunFolder
 
 
 def put(folder: RunFolder, number: int, names: tuple[str, ...] = ("report.html",)) -> None:
@@ -217,9 +217,9 @@ def test_copies_by_hard_links_keep_their_content(tmp_path: Path) -> None:
 MOUNTS = """
 import json, subprocess, sys
 from pathlib import Path
-from ntkdp._cell_folder import CellFolder
-from ntkdp._own_files import OwnFiles
-from ntkdp._run_folder import RunFolder
+from ntkdp._results.checkpoints import CellFolder
+from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.run_folder import RunFolder
 
 def put(overwrite):
     folder = RunFolder(Path("run"), overwrite=overwrite)

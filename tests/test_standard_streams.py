@@ -11,15 +11,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ntkdp import (
-    _console,
-    _progress_bar,
-    _standard_streams,
-    _terminal,
-    _verification,
-    claims,
-    cli,
-)
+from ntkdp import _progress_bar, _terminal, _verification, claims, cli
+from ntkdp._results import console as _console
+from ntkdp._results import standard_streams
 from ntkdp.claims import _claim
 
 ENTRY = "from ntkdp.cli import main; main()"
@@ -76,7 +70,7 @@ def test_a_closed_stream_gives_its_number_to_no_data_file(tmp_path: Path) -> Non
 
 
 def test_text_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _standard_streams.printable(ODD) == SHOWN
+    assert standard_streams.printable(ODD) == SHOWN
     console = _console.open_console()
     _console.say(console, ODD)
     assert capsys.readouterr().out == SHOWN + "\n"
@@ -89,7 +83,7 @@ def test_text_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     [("utf-8", "é ± ≤ 日"), ("latin-1", r"\xe9 +- <= \u65e5"), ("ascii", r"\xe9 +- <= \u65e5")],
 )
 def test_characters_that_the_terminal_lacks_are_spelled(encoding: str, shown: str) -> None:
-    assert _standard_streams.spelled("é ± ≤ 日", encoding) == shown
+    assert standard_streams.spelled("é ± ≤ 日", encoding) == shown
 
 
 def test_a_terminal_in_ascii_takes_whatever_is_printed() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat
 
-from ntkdp._json import as_json
+from ntkdp._results.plain_json import as_json
 
 Relation = Literal["=", "<=", ">="]
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ntkdp._standard_streams import printable, spelled
+from ntkdp._results.standard_streams import printable, spelled
 
 #: In a pipe there is no width to fit into.
 _WIDTH_IN_A_PIPE = 200

@@ -10,9 +10,9 @@ from typing import Any
 from ntkdp import __version__
 from ntkdp._backend.files import make_folder, read_json
 from ntkdp._backend.stopping import as_a_whole, undone_by
-from ntkdp._folder_lock import held
-from ntkdp._out_path import check_path, check_writable
-from ntkdp._own_files import OwnFiles, changed, shown
+from ntkdp._results.folder_lock import held
+from ntkdp._results.out_path import check_path, check_writable
+from ntkdp._results.own_files import OwnFiles, changed, shown
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"

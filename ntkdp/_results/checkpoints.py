@@ -14,9 +14,9 @@ import numpy as np
 from ntkdp import __version__
 from ntkdp._backend.files import make_folder, read_json
 from ntkdp._backend.stopping import undone_by
-from ntkdp._folder_lock import held
-from ntkdp._out_path import check_path, check_writable
-from ntkdp._own_files import OwnFiles, changed, shown
+from ntkdp._results.folder_lock import held
+from ntkdp._results.out_path import check_path, check_writable
+from ntkdp._results.own_files import OwnFiles, changed, shown
 
 #: What is made of the content of a cell.
 Cell = TypeVar("Cell")

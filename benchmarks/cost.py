@@ -27,7 +27,7 @@ from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
 from ntkdp._ensemble import draw, noise_of_step
-from ntkdp._stepping import Stepping
+from ntkdp.trajectory._stepping import Stepping
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 LOSS = ntkdp.losses.SquaredError()

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ntkdp import (
         ntk as ntk,
     )
-    from ntkdp._phase import Phase as Phase
     from ntkdp._plan import plan as plan
     from ntkdp._solve import recursion as recursion
     from ntkdp._solve import solve as solve
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from ntkdp.ntk import layerwise_ntk as layerwise_ntk
     from ntkdp.ntk import per_sample_gradient_norms as per_sample_gradient_norms
     from ntkdp.ntk import two_time_kernel as two_time_kernel
+    from ntkdp.trajectory import Phase as Phase
     from ntkdp.trajectory import Trajectory as Trajectory
 
 _MODULES = (
@@ -74,7 +74,7 @@ _HOMES = {
     "LayerwiseKernel": "ntk",
     "LinearisedFlow": "gradient_flow",
     "ModifiedFlow": "gradient_flow",
-    "Phase": "_phase",
+    "Phase": "trajectory",
     "Trajectory": "trajectory",
     "WeightFlow": "gradient_flow",
     "compare": "comparison",

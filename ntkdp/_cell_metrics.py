@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkdp import calibration, losses
 from ntkdp._backend.types import Array
-from ntkdp.losses import Logistic, Loss, SoftmaxCrossEntropy
+from ntkdp.losses import Logistic, Loss, Reduction, SoftmaxCrossEntropy
 
 #: Names of what is measured, and whether more of it is better.
 HIGHER_IS_BETTER = {
@@ -85,7 +85,7 @@ def check_cell(metrics: Any, like: dict[str, Any]) -> None:
 
 def measure(
     loss: Loss,
-    reduction: str,
+    reduction: Reduction,
     initial_loss: float,
     train: tuple[Array, Array],
     test: tuple[Array, Array] | None,
@@ -105,7 +105,9 @@ def measure(
 
 
 @eqx.filter_jit
-def _measure(loss: Loss, reduction: str, outputs: Array, targets: Array) -> dict[str, Array | None]:
+def _measure(
+    loss: Loss, reduction: Reduction, outputs: Array, targets: Array
+) -> dict[str, Array | None]:
     def one(f: Array) -> dict[str, Array | None]:
         finite = jnp.all(jnp.isfinite(f))
         reduced, accuracy = losses.mean_or_sum(loss, f, targets, reduction)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp._backend import figure_style, validate
-from ntkdp._scores import band
+from ntkdp.trajectory import band
 
 #: Standard errors to either side of an observed mean.
 _BAR = 2

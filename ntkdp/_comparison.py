@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import numpy as np
 
 from ntkdp import _scores
-from ntkdp._scores import Band, Coverage, band, last_value
-from ntkdp.trajectory import Trajectory
+from ntkdp._scores import Coverage
+from ntkdp.trajectory import Band, Trajectory, band, last_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

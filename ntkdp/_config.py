@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ntkdp import privacy
 from ntkdp._backend import validate
-from ntkdp._stepping import MOST_STEPS
+from ntkdp.trajectory import MOST_STEPS
 
 #: Bytes that the name of a run may have.
 _LONGEST_NAME = 150

@@ -7,8 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ntkdp._backend import figure_style
-from ntkdp._scores import band
-from ntkdp.trajectory import Trajectory
+from ntkdp.trajectory import Trajectory, band
 
 TIME = r"time $t$ = learning rate × step"
 _BAND_LEVELS = (0.05, 0.95)

@@ -12,8 +12,7 @@ from ntkdp._backend import program_memory
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Key, Params, PRNGKeyArray
 from ntkdp._dp_step import Algorithm, State
-from ntkdp._stepping import Stepping
-from ntkdp.trajectory import Measurement
+from ntkdp.trajectory import Measurement, Stepping
 
 
 def trained(

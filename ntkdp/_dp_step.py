@@ -17,12 +17,9 @@ from ntkdp._backend.norms import wide
 from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp._check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
-from ntkdp._stepping import Stepping
 from ntkdp.clipping import ClippingRule
-from ntkdp.losses import Loss
-from ntkdp.trajectory import (
-    Measurement,
-)
+from ntkdp.losses import Loss, Reduction
+from ntkdp.trajectory import Measurement, Stepping
 
 
 class State(NamedTuple):
@@ -74,7 +71,7 @@ class Algorithm(eqx.Module):
     optimizer: Callable[[Any], optax.GradientTransformation]
     sample_rate: float = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
-    reduction: str = eqx.field(static=True)
+    reduction: Reduction = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
     microbatch_size: int | None = eqx.field(static=True)

@@ -15,9 +15,8 @@ from ntkdp._flow import with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
 from ntkdp._output_noise import noise_covariance, sampling, square_root
-from ntkdp._stepping import Stepping
 from ntkdp._weight_noise import deviations
-from ntkdp.trajectory import Measurement, Trajectory, from_measurements
+from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
 
 
 class _OutputNoise(eqx.Module):

@@ -13,12 +13,12 @@ from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, common_dtype, is_traced
-from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
+from ntkdp._flow import Flow, setup_of
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
-from ntkdp.losses import Loss
+from ntkdp.losses import Loss, Reduction
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.trajectory import Measurement
+from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
 
 
 class KernelFlow(Flow):

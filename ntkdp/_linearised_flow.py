@@ -16,11 +16,11 @@ from ntkdp._backend import devices, memory, validate
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._check_model import check_inputs, check_model
-from ntkdp._flow import Flow, Reduction, check_clipping, check_targets, measurement, setup_of
+from ntkdp._flow import Flow, setup_of
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
-from ntkdp.losses import Loss
-from ntkdp.trajectory import Measurement
+from ntkdp.losses import Loss, Reduction
+from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
 
 
 class LinearisedFlow(Flow):

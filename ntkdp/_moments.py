@@ -16,8 +16,8 @@ from ntkdp._covariance_form import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
-from ntkdp._stepping import Stepping
 from ntkdp.clipping import Batch, Global
+from ntkdp.trajectory import Stepping
 
 #: Outputs, of all points, up to which the whole covariance is followed.
 _LARGEST_FULL = 3000

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
 from ntkdp._ensemble import draw_within_memory, noise_of_step
-from ntkdp._flow import Flow, Reduction, with_steps
+from ntkdp._flow import Flow, with_steps
 from ntkdp._kernel_flow import KernelFlow
-from ntkdp._phase import Phase, check_phases, steppings
 from ntkdp._solve import recursion, solve
-from ntkdp._stepping import Stepping
+from ntkdp.losses import Reduction
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.trajectory import Trajectory, from_measurements
+from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, from_measurements, steppings
 
 
 def ensemble_phases(

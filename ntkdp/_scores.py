@@ -1,27 +1,14 @@
 """Runs against an ensemble of predicted runs: bands, coverage, CRPS and standardised errors."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ntkdp._backend import validate
-from ntkdp.trajectory import Measurement, Trajectory
+from ntkdp.trajectory import band
 
 #: Probabilities that agree to this are the same, as in ``scipy.stats.binomtest``.
 _SAME_PROBABILITY = 1 + 1e-7
-
-
-class Band(NamedTuple):
-    """Statistics over seeds, each ``(T,)``; ``quantiles`` is ``(n_levels, T)``.
-
-    Made by :func:`ntkdp.comparison.band`.
-    """
-
-    mean: np.ndarray
-    standard_deviation: np.ndarray
-    standard_error: np.ndarray
-    quantiles: np.ndarray
 
 
 class Coverage(NamedTuple):
@@ -38,54 +25,6 @@ class Coverage(NamedTuple):
     share: np.ndarray
     n_runs: int
     p_value: np.ndarray
-
-
-def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
-    r"""Mean and spread over the leading seed axis.
-
-    Parameters
-    ----------
-    values : array
-        ``(S, T)``, e.g. the loss of a run with S keys.
-    levels : sequence of float
-        Levels of the quantiles, in [0, 1].
-
-    Returns
-    -------
-    Band
-        The standard deviation is the unbiased one (divisor S - 1) and the standard error is it over
-        :math:`\sqrt{S}`; both are NaN for a single seed.
-
-    Raises
-    ------
-    ValueError
-        If there is no seed axis, or a level is outside [0, 1].
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from ntkdp.comparison import band
-    >>> spread = band(np.array([[1.0, 4.0], [3.0, 4.0]]))
-    >>> spread.mean.tolist(), spread.standard_error.tolist()
-    ([2.0, 4.0], [1.0, 0.0])
-    """
-    array = np.asarray(validate.real(values=values), np.float64)
-    if array.ndim != 2 or array.shape[0] == 0:
-        raise ValueError(f"values must have shape (S, T) with S >= 1, got {array.shape}")
-    at = np.asarray(validate.real(levels=levels), np.float64)
-    if not np.all((at >= 0) & (at <= 1)):
-        raise ValueError(f"levels must be in [0, 1], got {levels!r}")
-    n_seeds = array.shape[0]
-    deviation = np.full(array.shape[1], np.nan)
-    with np.errstate(invalid="ignore"):  # of runs that diverged
-        if n_seeds > 1:
-            deviation = np.std(array, axis=0, ddof=1)
-        return Band(
-            mean=np.mean(array, axis=0),
-            standard_deviation=deviation,
-            standard_error=deviation / np.sqrt(n_seeds),
-            quantiles=np.quantile(array, at, axis=0),
-        )
 
 
 def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage:
@@ -284,29 +223,3 @@ def _ensemble_size(predicted: np.ndarray) -> int:
     if len(predicted) < 2:
         raise ValueError(f"predicted must hold at least 2 runs, got shape {predicted.shape}")
     return len(predicted)
-
-
-def mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
-    """One quantity, averaged over the seeds; None if it was not recorded."""
-    value = getattr(trajectory, name)
-    if value is None:
-        return None
-    array = np.asarray(value, np.float64)
-    with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
-        return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
-
-
-def last_value(trajectory: Trajectory, name: str) -> float | None:
-    """The last ``name`` of a ``trajectory``, the mean over its seeds; None if it has none.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> run = ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.arange(3.0), clip_fraction=jnp.zeros(3))
-    >>> ntkdp.comparison.last_value(run, "loss"), ntkdp.comparison.last_value(run, "accuracy")
-    (2.0, None)
-    """
-    if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"trajectory must be a Trajectory, got {type(trajectory).__name__}")
-    value = mean_over_seeds(trajectory, validate.choice(Measurement._fields, name=name))
-    return None if value is None or value.ndim > 1 else float(value[-1])

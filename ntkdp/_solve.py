@@ -15,13 +15,7 @@ from ntkdp._backend.types import Array, PyTree, as_constant
 from ntkdp._flow import Flow, with_steps
 from ntkdp._kernel_flow import KernelFlow
 from ntkdp._linearised_flow import LinearisedFlow
-from ntkdp._stepping import Stepping
-from ntkdp.trajectory import (
-    Measurement,
-    Outcome,
-    Trajectory,
-    from_measurements,
-)
+from ntkdp.trajectory import Measurement, Outcome, Stepping, Trajectory, from_measurements
 
 _DEFAULT_MAX_STEPS = 100_000
 _WAYS_OUT = "use fewer samples, record fewer times or without outputs, or use float32"

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ntkdp import _config, privacy
 from ntkdp._config import DataConfig, ModelConfig, ProblemConfig, Section
-from ntkdp._stepping import MOST_STEPS
+from ntkdp.trajectory import MOST_STEPS
 
 _DEFAULT_EPSILON = 8.0
 

@@ -8,9 +8,9 @@ import numpy as np
 from ntkdp import privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float
-from ntkdp._stepping import check_steps
 from ntkdp.clipping import ClippingRule
-from ntkdp.trajectory import check_learning_rate, times_of_steps
+from ntkdp.losses import Reduction
+from ntkdp.trajectory import check_learning_rate, check_steps, times_of_steps
 
 #: Numbers of each step, and of each group in it, that are alive at once.
 _ARRAYS = 4
@@ -46,7 +46,7 @@ def weight_noise_variance(
     sample_rate: float = 1.0,
     n_groups: int = 1,
     noise_per_group: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Array, "T R"]:
     r"""Variance of the noise that every weight has gathered, :math:`v_k = \sum_j s_j^2`.
 
@@ -123,7 +123,7 @@ def variance_of_budget(
     budget: privacy.Budget,
     horizon: float,
     n_groups: int,
-    reduction: str,
+    reduction: Reduction,
 ) -> float:
     """Variance that every weight gathers where full batches spend a budget over a horizon."""
     if not rule.bounds_each_sample:

@@ -21,15 +21,14 @@ from ntkdp._comparison import SHARES as SHARES
 from ntkdp._comparison import Comparison as Comparison
 from ntkdp._comparison import Errors as Errors
 from ntkdp._comparison import range_of
-from ntkdp._scores import Band as Band
 from ntkdp._scores import Coverage as Coverage
-from ntkdp._scores import band as band
 from ntkdp._scores import band_coverage as band_coverage
 from ntkdp._scores import crps as crps
-from ntkdp._scores import last_value as last_value
-from ntkdp._scores import mean_over_seeds
 from ntkdp._scores import standardised_error as standardised_error
-from ntkdp.trajectory import Trajectory
+from ntkdp.trajectory import Band as Band
+from ntkdp.trajectory import Trajectory, mean_over_seeds
+from ntkdp.trajectory import band as band
+from ntkdp.trajectory import last_value as last_value
 
 #: Two times are the same if they differ by less than this many roundings of the coarser dtype.
 _TIME_ROUNDINGS = 8

@@ -26,11 +26,18 @@ from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import ApplyFn, Array, Params, as_constant, is_traced
 from ntkdp._dp_run import trained
 from ntkdp._dp_step import Algorithm
-from ntkdp._phase import Phase, as_trainable, check_phases, steppings
-from ntkdp._stepping import Stepping
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
-from ntkdp.trajectory import Measurement, Trajectory, from_measurements
+from ntkdp.trajectory import (
+    Measurement,
+    Phase,
+    Stepping,
+    Trajectory,
+    as_trainable,
+    check_phases,
+    from_measurements,
+    steppings,
+)
 
 #: Chance per step that a Poisson batch outgrows the memory planned for it.
 _OVERFLOW_PROBABILITY = 1e-12

@@ -6,7 +6,7 @@ reduction over samples belongs to the flow and to the run (``reduction="mean"`` 
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -17,6 +17,9 @@ import optax
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, as_constant, is_traced
+
+#: How the losses of the samples become one number.
+Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class Loss(eqx.Module):
@@ -304,7 +307,7 @@ class Custom(Loss):
 
 
 def mean_or_sum(
-    loss: Loss, outputs: Array, targets: Array, reduction: str
+    loss: Loss, outputs: Array, targets: Array, reduction: Reduction
 ) -> tuple[Array, Array | None]:
     """The reduced ``loss`` of ``outputs`` against ``targets``, and the accuracy.
 

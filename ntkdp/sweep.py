@@ -34,6 +34,7 @@ from ntkdp._problem import Problem, problem_of
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Reduction
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -490,5 +491,5 @@ def _observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) ->
     }
 
 
-def _reduced(problem: Problem, reduction: str) -> float:
+def _reduced(problem: Problem, reduction: Reduction) -> float:
     return float(losses.mean_or_sum(problem.loss, problem.outputs, problem.targets, reduction)[0])

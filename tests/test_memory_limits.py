@@ -12,7 +12,7 @@ import pytest
 
 import ntkdp
 from ntkdp._backend import memory, memory_limits, program_memory
-from ntkdp._stepping import Stepping
+from ntkdp.trajectory._stepping import Stepping
 
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
 

@@ -29,7 +29,7 @@ import ntkdp
 from ntkdp import _moments, stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
 from ntkdp._output_noise import square_root
-from ntkdp._stepping import Stepping
+from ntkdp.trajectory._stepping import Stepping
 
 slow = pytest.mark.slow
 EVERYTHING = jnp.concatenate([X, TEST_X])

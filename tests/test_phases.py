@@ -16,7 +16,7 @@ import scipy.stats
 
 import ntkdp
 from ntkdp import Phase, clipping, dp_sgd, gradient_flow, losses, models, privacy, stochastic_flow
-from ntkdp._phase import check_phases
+from ntkdp.trajectory._phase import check_phases
 
 N, M, P, K = 7, 4, 9, 3
 SPLIT = 4

@@ -15,7 +15,7 @@ import ntkdp
 from ntkdp import _ensemble, _solve, clipping, losses
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
-from ntkdp._stepping import Stepping
+from ntkdp.trajectory._stepping import Stepping
 
 SQUARED = losses.SquaredError()
 PLENTY = 10**18

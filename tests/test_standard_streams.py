@@ -60,7 +60,7 @@ def test_a_pipe_that_is_closed() -> None:
 
 def test_a_closed_stream_gives_its_number_to_no_data_file(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom ntkdp import _standard_streams\n_standard_streams.replace()\n"
+        "import os, sys\nfrom ntkdp._results import standard_streams\nstandard_streams.replace()\n"
         "file = open(sys.argv[1], 'w')\nos.write(2, b'a warning')\nassert file.fileno() > 2\n"
     )
     file = tmp_path / "file"
@@ -87,7 +87,10 @@ def test_characters_that_the_terminal_lacks_are_spelled(encoding: str, shown: st
 
 
 def test_a_terminal_in_ascii_takes_whatever_is_printed() -> None:
-    code = "from ntkdp import _standard_streams as s; s.replace(); print('1 ± 2 \\u65e5 \\udcff')"
+    code = (
+        "from ntkdp._results import standard_streams as s; s.replace(); "
+        "print('1 ± 2 \\u65e5 \\udcff')"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True

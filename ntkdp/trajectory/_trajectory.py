@@ -1,10 +1,9 @@
-"""What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
+"""The record of a prediction or a run over time."""
 
 import os
 from dataclasses import replace
-from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -17,64 +16,12 @@ from ntkdp._backend.files import replacing
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, is_traced
 from ntkdp._setup import Setup
-from ntkdp._stored_elsewhere import stored_elsewhere
+from ntkdp.trajectory._outcome import ADVICE, Outcome
+from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
+from ntkdp.trajectory._training_set import Measurement
 
 if TYPE_CHECKING:
     import xarray
-
-
-class Outcome(IntEnum):
-    """How the work ended; every value but the first comes with advice.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.trajectory.Outcome(0).name
-    'SUCCESS'
-    """
-
-    SUCCESS = 0
-    MAX_STEPS = 1
-    STEP_TOO_SMALL = 2
-    NON_FINITE = 3
-    SOLVER_FAILED = 4
-
-
-_ADVICE = {
-    Outcome.SUCCESS: "success",
-    Outcome.MAX_STEPS: (
-        "the solver reached max_steps before the last time; raise max_steps, loosen rtol and atol, "
-        "shorten the horizon, or for a stiff kernel pass an implicit solver such as "
-        "diffrax.Kvaerno5()"
-    ),
-    Outcome.STEP_TOO_SMALL: (
-        "the solver's step size shrank to rounding; the flow may blow up near there, or the "
-        "tolerances are below what this dtype resolves: loosen rtol and atol, or use float64"
-    ),
-    Outcome.NON_FINITE: (
-        "the trajectory became infinite or NaN: it diverges (lower the learning rate) or an input "
-        "overflows (rescale it)"
-    ),
-    Outcome.SOLVER_FAILED: (
-        "the solver gave up for a reason of its own (for an implicit one, its nonlinear solve "
-        "did not converge); try tighter tolerances or solver=diffrax.Tsit5()"
-    ),
-}
-
-
-class Measurement(NamedTuple):
-    """One state, or a leading time axis of them: what a `Trajectory` records of it.
-
-    Stacked, they make a trajectory: :func:`from_measurements`.
-    """
-
-    loss: Array
-    clip_fraction: Array
-    accuracy: Array | None = None
-    outputs: Array | None = None
-    test_loss: Array | None = None
-    test_accuracy: Array | None = None
-    test_outputs: Array | None = None
 
 
 class Trajectory(eqx.Module):
@@ -139,7 +86,7 @@ class Trajectory(eqx.Module):
     def message(self) -> str:
         """What went wrong and what to do about it, or ``"success"``."""
         codes = sorted({int(code) for code in np.atleast_1d(np.asarray(self.outcome))} - {0})
-        return "; ".join(_ADVICE[Outcome(code)] for code in codes) or _ADVICE[Outcome.SUCCESS]
+        return "; ".join(ADVICE[Outcome(code)] for code in codes) or ADVICE[Outcome.SUCCESS]
 
     def rescale_time(self, factor: float) -> "Trajectory":
         """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
@@ -432,58 +379,3 @@ def from_measurements(
         setup=() if setup is None else (setup,),
         **measured._asdict(),
     )
-
-
-def recorded_steps(steps: int, record_every: int) -> np.ndarray:
-    """Numbers of the recorded steps: 0, every ``record_every``-th, and the last of ``steps``.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.trajectory.recorded_steps(7, 3).tolist()
-    [0, 3, 6, 7]
-    """
-    steps, record_every = validate.count(steps=steps), validate.count(record_every=record_every)
-    return np.append(np.arange(0, steps, record_every), steps)
-
-
-def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
-    """The running sum of ``learning_rate``, a number or a schedule, at the ``recorded`` steps.
-
-    Examples
-    --------
-    >>> import numpy as np, ntkdp
-    >>> ntkdp.trajectory.times_of_steps(0.5, np.array([0, 2, 4])).tolist()
-    [0.0, 1.0, 2.0]
-    """
-    if not callable(learning_rate):
-        dtype = jnp.result_type(float)
-        return jnp.asarray(recorded, dtype) * jnp.asarray(learning_rate, dtype)
-    rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
-    elapsed = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
-    return elapsed[recorded]
-
-
-def check_learning_rate(learning_rate: Any, steps: int) -> Any:
-    """``learning_rate`` if it is positive, or a schedule that is at every one of ``steps`` steps.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.trajectory.check_learning_rate(0.5, 10)
-    0.5
-    """
-    if not callable(learning_rate):
-        return validate.positive(learning_rate=learning_rate)
-    rates = jax.vmap(learning_rate)(jnp.arange(steps))
-    if getattr(rates, "shape", None) != (steps,):
-        raise ValueError(
-            "learning_rate must be a schedule that maps a step to one number, got "
-            f"{'None' if rates is None else rates} for {steps} steps"
-        )
-    if not is_traced(rates) and not bool(jnp.all(jnp.isfinite(rates) & (rates >= 0))):
-        raise ValueError(
-            f"learning_rate must be a schedule of finite values of at least 0, "
-            f"got {float(rates[jnp.argmin(jnp.where(jnp.isfinite(rates), rates, -jnp.inf))])}"
-        )
-    return learning_rate

@@ -1,7 +1,7 @@
 """Discrete steps, of which every so many are recorded."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -11,8 +11,10 @@ from jax import lax
 
 from ntkdp._backend import memory, program_memory, progress, validate
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, PyTree
-from ntkdp.trajectory import check_learning_rate, recorded_steps, times_of_steps
+from ntkdp._backend.types import Array, PyTree, is_traced
+
+if TYPE_CHECKING:
+    pass
 
 #: Steps are counted in 32 bits, by optimizers and where a step draws its own noise.
 MOST_STEPS = 2**31 - 1
@@ -150,3 +152,58 @@ class Stepping(eqx.Module):
         return end, jax.tree.map(
             lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
         )
+
+
+def recorded_steps(steps: int, record_every: int) -> np.ndarray:
+    """Numbers of the recorded steps: 0, every ``record_every``-th, and the last of ``steps``.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.recorded_steps(7, 3).tolist()
+    [0, 3, 6, 7]
+    """
+    steps, record_every = validate.count(steps=steps), validate.count(record_every=record_every)
+    return np.append(np.arange(0, steps, record_every), steps)
+
+
+def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
+    """The running sum of ``learning_rate``, a number or a schedule, at the ``recorded`` steps.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkdp
+    >>> ntkdp.trajectory.times_of_steps(0.5, np.array([0, 2, 4])).tolist()
+    [0.0, 1.0, 2.0]
+    """
+    if not callable(learning_rate):
+        dtype = jnp.result_type(float)
+        return jnp.asarray(recorded, dtype) * jnp.asarray(learning_rate, dtype)
+    rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
+    elapsed = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
+    return elapsed[recorded]
+
+
+def check_learning_rate(learning_rate: Any, steps: int) -> Any:
+    """``learning_rate`` if it is positive, or a schedule that is at every one of ``steps`` steps.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.check_learning_rate(0.5, 10)
+    0.5
+    """
+    if not callable(learning_rate):
+        return validate.positive(learning_rate=learning_rate)
+    rates = jax.vmap(learning_rate)(jnp.arange(steps))
+    if getattr(rates, "shape", None) != (steps,):
+        raise ValueError(
+            "learning_rate must be a schedule that maps a step to one number, got "
+            f"{'None' if rates is None else rates} for {steps} steps"
+        )
+    if not is_traced(rates) and not bool(jnp.all(jnp.isfinite(rates) & (rates >= 0))):
+        raise ValueError(
+            f"learning_rate must be a schedule of finite values of at least 0, "
+            f"got {float(rates[jnp.argmin(jnp.where(jnp.isfinite(rates), rates, -jnp.inf))])}"
+        )
+    return learning_rate

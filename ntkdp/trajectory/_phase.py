@@ -8,9 +8,8 @@ import equinox as eqx
 
 from ntkdp import privacy
 from ntkdp._backend import validate
-from ntkdp._stepping import Stepping
 from ntkdp.clipping import ClippingRule
-from ntkdp.trajectory import check_learning_rate
+from ntkdp.trajectory._stepping import Stepping, check_learning_rate
 
 
 def as_trainable(names: Any) -> tuple[str, ...] | None:

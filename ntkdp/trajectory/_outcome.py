@@ -1,0 +1,46 @@
+"""How the work behind a trajectory ended, and what to do about it."""
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class Outcome(IntEnum):
+    """How the work ended; every value but the first comes with advice.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.trajectory.Outcome(0).name
+    'SUCCESS'
+    """
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_TOO_SMALL = 2
+    NON_FINITE = 3
+    SOLVER_FAILED = 4
+
+
+ADVICE = {
+    Outcome.SUCCESS: "success",
+    Outcome.MAX_STEPS: (
+        "the solver reached max_steps before the last time; raise max_steps, loosen rtol and atol, "
+        "shorten the horizon, or for a stiff kernel pass an implicit solver such as "
+        "diffrax.Kvaerno5()"
+    ),
+    Outcome.STEP_TOO_SMALL: (
+        "the solver's step size shrank to rounding; the flow may blow up near there, or the "
+        "tolerances are below what this dtype resolves: loosen rtol and atol, or use float64"
+    ),
+    Outcome.NON_FINITE: (
+        "the trajectory became infinite or NaN: it diverges (lower the learning rate) or an input "
+        "overflows (rescale it)"
+    ),
+    Outcome.SOLVER_FAILED: (
+        "the solver gave up for a reason of its own (for an implicit one, its nonlinear solve "
+        "did not converge); try tighter tolerances or solver=diffrax.Tsit5()"
+    ),
+}

@@ -10,12 +10,14 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _plain_gradients, losses
+from ntkdp import _plain_gradients, losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
-from ntkdp._check_model import check_inputs
+from ntkdp._gradients import clipped_sum
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
@@ -300,7 +302,7 @@ class Algorithm(eqx.Module):
                 apply_fn, self.loss, self.clipping, groups.leaf_to_group, *samples
             )
         else:
-            found = _clipped_sum.clipped_sum(apply_fn, self.loss, self.clipping, groups, *samples)
+            found = clipped_sum.clipped_sum(apply_fn, self.loss, self.clipping, groups, *samples)
         leaves, outputs, norms, factors = found
         if self.clipping.scope == "flat":
             norms, factors = norms[0], factors[0]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _groups
 from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend.precision import in_double
 from ntkdp._backend.types import Array, Float, Real, common_dtype, is_traced
+from ntkdp._gradients import groups
 from ntkdp._layerwise_kernel import LayerwiseKernel
 
 #: Size of a block of rows between all positions of its samples.
@@ -135,7 +135,7 @@ def layerwise_infinite_ntk(
         )
     x1, x2 = check_infinite_inputs(x1, x2)
     params = jax.eval_shape(model.init, jax.random.key(0), x1)
-    x1, x2, mesh = place_inputs(_groups.resolve(params).size, x1, x2, mesh)
+    x1, x2, mesh = place_inputs(groups.resolve(params).size, x1, x2, mesh)
     terms = check_range(_called(model.layer_kernel_fn, mesh, x1, x2))
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._backend import memory
 from ntkdp._backend.types import Array
+from ntkdp._gradients import per_sample as per_sample
 
 Factors = list[per_sample.Factor]
 FactorsOf = Callable[[Array], Factors]

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, losses
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp import losses
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import ApplyFn, Array, Params
-from ntkdp._check_model import check_inputs, check_model
 from ntkdp._flow import Flow, setup_of
+from ntkdp._gradients import clipped_sum
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients import per_sample as per_sample
+from ntkdp._gradients.check_model import check_inputs, check_model
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
@@ -216,7 +218,7 @@ class LinearisedFlow(Flow):
         if self.clipping.needs_total_norm:
             summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
             leaves = jax.tree.leaves(devices.total(self.mesh, summed))
-            total = _clipped_sum.norms_of_sum(leaves, groups)
+            total = clipped_sum.norms_of_sum(leaves, groups)
         clipped, outputs, found = self._pass(*samples, weights, groups, factors)
         return devices.total(self.mesh, clipped), outputs, found
 
@@ -245,7 +247,7 @@ class LinearisedFlow(Flow):
         def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
             rows = jnp.minimum(index, n - 1)
             _, moved = self._push(params, x[rows], displacement)
-            f, gradients = _clipped_sum.gradients(
+            f, gradients = clipped_sum.gradients(
                 self.apply_fn, params, x[rows], gradient, moved, targets[rows]
             )
             factors = rule(
@@ -254,7 +256,7 @@ class LinearisedFlow(Flow):
             # What fills up the last batch is not counted again.
             counted = jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
             used = factors * counted[None]
-            more = _clipped_sum.weighted_sums(gradients, used, groups, leaves)
+            more = clipped_sum.weighted_sums(gradients, used, groups, leaves)
             sums = [total + one for total, one in zip(sums, more, strict=True)]
             return sums, (f + moved, factors)
 
@@ -305,7 +307,7 @@ def _batches(n: int, batch_size: int) -> Array:
 
 def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_outputs: int) -> int:
     def factors(x: Array, a: Array) -> list[per_sample.Factor]:
-        return _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a.astype(f.dtype), a)[1]
+        return clipped_sum.gradients(apply_fn, params, x, lambda f, a: a.astype(f.dtype), a)[1]
 
     dtype = jnp.result_type(*jax.tree.leaves(params))
     one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))

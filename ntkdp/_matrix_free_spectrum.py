@@ -15,7 +15,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from ntkdp import losses
 from ntkdp._backend import validate
 from ntkdp._backend.types import ApplyFn, Array, Params, Real
-from ntkdp._check_model import check_model
+from ntkdp._gradients.check_model import check_model
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 from ntkdp.ntk import per_sample_gradient_norms

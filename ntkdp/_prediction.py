@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _groups, gradient_flow, ntk, stochastic_flow
+from ntkdp import gradient_flow, ntk, stochastic_flow
 from ntkdp._backend.types import Array
 from ntkdp._config import ClippingConfig, Config
+from ntkdp._gradients import groups
 from ntkdp._problem import Problem
 from ntkdp._solve import recursion, solve
 from ntkdp.clipping import ClippingRule
@@ -274,7 +275,7 @@ def weight_noise(
     """v(T), the variance that noise has added to each weight by the end."""
     n_groups = 1
     if rule.scope == "layerwise":
-        n_groups = _groups.resolve(problem.params).size
+        n_groups = groups.resolve(problem.params).size
     gathered = stochastic_flow.weight_noise_variance(
         rule,
         problem.x.shape[0],

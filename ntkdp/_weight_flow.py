@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, losses
+from ntkdp import losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import ApplyFn, Array, Params
-from ntkdp._check_model import check_inputs, check_preconditioner
 from ntkdp._flow import Flow, setup_of
+from ntkdp._gradients import clipped_sum
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients.check_model import check_inputs, check_preconditioner
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
@@ -145,7 +147,7 @@ class WeightFlow(Flow):
         return found
 
     def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
-        found = _clipped_sum.clipped_sum(
+        found = clipped_sum.clipped_sum(
             self.apply_fn,
             self.loss,
             self.clipping,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from ntkdp import _groups
 from ntkdp._backend import memory, program_memory
+from ntkdp._gradients import groups
 from ntkdp._problem import Problem
 
 #: Copies of its parameters that a run holds, those of the exact flow, and copies of its outputs
@@ -46,7 +46,7 @@ def require(
     n, n_outputs = problem.outputs.shape
     n_points = n + len(problem.test_x)
     itemsize = problem.outputs.dtype.itemsize
-    n_terms = _groups.resolve(problem.params).size if by_layer else 1
+    n_terms = groups.resolve(problem.params).size if by_layer else 1
     kept = as_matrices = of_root = 0
     for kind in kinds:
         block = n_outputs**2 if kind == "empirical" else 1

@@ -26,7 +26,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _groups, losses
+from ntkdp import losses
 from ntkdp._agreement import (
     candidates,
     check_cells,
@@ -40,7 +40,8 @@ from ntkdp._backend import validate
 from ntkdp._backend.types import ApplyFn, Array, Params, Real
 from ntkdp._cell_metrics import HIGHER_IS_BETTER
 from ntkdp._cell_metrics import CellMetrics as CellMetrics
-from ntkdp._check_model import check_inputs
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients.check_model import check_inputs
 from ntkdp._grid import Grid as Grid
 from ntkdp._grid import check_flow
 from ntkdp._grid import predict as predict

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import _config, _groups, _setup, _whole_memory, comparison, dp_sgd, ntk
+from ntkdp import _config, _setup, _whole_memory, comparison, dp_sgd, ntk
 from ntkdp._backend.types import Array
 from ntkdp._config import ClippingConfig, Config, ConfigError
+from ntkdp._gradients import groups
 from ntkdp._prediction import (
     KERNEL_OF,
     LABELS,
@@ -213,7 +214,7 @@ def run(
     for number, rule in enumerate(rules):
         try:
             if rule.scope == "layerwise":
-                rule.check_groups(_groups.resolve(problem.params).size)
+                rule.check_groups(groups.resolve(problem.params).size)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
     _require_room(config, problem)

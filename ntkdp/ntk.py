@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _clipped_sum, _groups, _kernel_blocks
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp import _kernel_blocks
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend.types import ApplyFn, Array, Float, Params, Real
-from ntkdp._check_model import check_inputs, check_model, check_preconditioner
+from ntkdp._gradients import clipped_sum
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients import per_sample as per_sample
+from ntkdp._gradients.check_model import check_inputs, check_model, check_preconditioner
 from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
 from ntkdp._layerwise_kernel import LayerwiseKernel
 from ntkdp._two_time_kernel import (
@@ -312,7 +314,7 @@ def per_sample_gradient_norms(
 def _norms(
     apply_fn: ApplyFn, params: Params, x: Array, output_gradient: Array, groups: _groups.Groups
 ) -> Array:
-    _, factors = _clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, output_gradient)
+    _, factors = clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, output_gradient)
     return per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])
 
 

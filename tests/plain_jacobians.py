@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._gradients import per_sample as per_sample
 from ntkdp.ntk import layerwise_ntk, per_sample_gradient_norms
 
 Apply = Callable[[Any, jax.Array], jax.Array]

@@ -15,7 +15,7 @@ from test_irregular_networks import IRREGULAR
 from test_random_networks import LIBRARIES, LOOPS, STRAIGHT, stack_of
 
 from ntkdp import empirical_ntk, models, per_sample_gradient_norms
-from ntkdp._check_model import _read, check_model
+from ntkdp._gradients.check_model import _read, check_model
 
 N, D = 5, 4
 X = Numbers(0)(N, D)

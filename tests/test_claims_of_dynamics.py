@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntkdp import (
-    _dp_step,
-    _kernel_blocks,
-    _kernel_flow,
-    _per_sample_gradients,
-    _weight_flow,
-    claims,
-    clipping,
-    spectrum,
-)
+from ntkdp import _dp_step, _kernel_blocks, _kernel_flow, _weight_flow, claims, clipping, spectrum
 from ntkdp._backend import norms as _norms
+from ntkdp._gradients import per_sample
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
@@ -84,11 +76,11 @@ MUTATIONS = {
         "C6",
     ),
     "norms of the engine five per cent too large": (
-        changed(_per_sample_gradients, "grouped_norms", lambda norms, *_: 1.05 * norms),
+        changed(per_sample, "grouped_norms", lambda norms, *_: 1.05 * norms),
         "C6",
     ),
     "sums of the engine one per cent too large": (
-        changed(_per_sample_gradients, "weighted_sum", lambda total, *_: 1.01 * total),
+        changed(per_sample, "weighted_sum", lambda total, *_: 1.01 * total),
         "C6",
     ),
     "mean of the weights' drift where the sum is asked for": (

@@ -16,7 +16,8 @@ import pytest
 import scipy.stats
 from jax import lax
 
-from ntkdp import _per_sample_gradients, clipping, dp_sgd, losses
+from ntkdp import clipping, dp_sgd, losses
+from ntkdp._gradients import per_sample
 from ntkdp.clipping import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping
 
 KEY = jax.random.key(0)
@@ -866,7 +867,7 @@ def test_bad_input(wrong: dict[str, Any], error: Any, match: str) -> None:
 SEEN_BY_USERS = """
 import warnings; warnings.simplefilter("error")
 import jax, jax.numpy as jnp, optax
-from ntkdp import _per_sample_gradients, clipping, dp_sgd, losses
+from ntkdp import clipping, dp_sgd, losses
 from ntkdp.clipping import Abadi
 
 def run(rule=Abadi(1.0), loss=losses.SquaredError(), steps=1, **options):
@@ -915,7 +916,7 @@ def test_plain_gradients_run_without_the_engine(mutate: Callable[[Any, str, Any]
         raise AssertionError("the engine was used")
 
     for name in ("trace", "factored", "for_norms", "grouped_norms", "keep", "weighted_sum"):
-        mutate(_per_sample_gradients, name, refuse)
+        mutate(per_sample, name, refuse)
     w, x, y = jnp.ones((2, 1)), jnp.ones((3, 2)), jnp.zeros((3, 1))
 
     def run(gradients: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import ntkdp
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._gradients import per_sample as per_sample
 from ntkdp.ntk import gradient_structure
 
 

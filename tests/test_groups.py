@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from ntkdp import _groups
+from ntkdp._gradients import groups as _groups
 
 ONE = jnp.ones(2)
 LAYER = {"kernel": ONE, "bias": ONE}

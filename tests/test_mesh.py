@@ -219,7 +219,7 @@ def test_phases_and_microbatches_are_those_of_one_device() -> None:
 
 def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 4)))
-    groups = ntkdp._groups.resolve(PARAMS)
+    groups = ntkdp._gradients.groups.resolve(PARAMS)
 
     def needed(n_devices: int) -> dict[str, int]:
         mesh = ntkdp._backend.devices.as_mesh(mesh_of(n_devices))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from ntkdp import _per_sample_gradients as per_sample
+from ntkdp._gradients import per_sample as per_sample
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jax import lax
 from plain_jacobians import Apply, Numbers, assert_close, check, jacobians, numbered, products
 
-from ntkdp import _gradient_factors, layerwise_ntk, models
+from ntkdp import layerwise_ntk, models
 from ntkdp._backend import neural_tangents
+from ntkdp._gradients import factors
 
 stax = neural_tangents.stax
 SEEDS = st.integers(0, 2**16)
@@ -412,5 +413,5 @@ def test_both_orders_of_contraction(data: st.DataObject) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         for name, values in constants.items():
-            patch.setattr(_gradient_factors, name, draw(values))
+            patch.setattr(factors, name, draw(values))
         check(apply, params, new(4, t, p), None if n2 is None else new(n2, t, p), batch_size)

@@ -3,8 +3,8 @@
 A value has the batch at a *place* if its i-th part there is the same function of the parameters and
 of sample i alone, for every i. A value that does not depend on the samples has it at every place
 along which it is uniform: numbers that differ from place to place are not. The places are followed
-through every equation by the rules of :mod:`ntkdp._batch_axis_rules`; a primitive without a rule
-keeps none, so that what is proven holds for all inputs, and what is not may still be true.
+through every equation by the rules of :mod:`ntkdp._gradients.batch_axis_rules`; a primitive without
+a rule keeps none, so that what is proven holds for all inputs, and what is not may still be true.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._batch_axis_rules import RULES, Place, Value, every_place
-from ntkdp._gradient_sites import bind
+from ntkdp._gradients.batch_axis_rules import RULES, Place, Value, every_place
+from ntkdp._gradients.tracing import bind
 
 _CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call"}

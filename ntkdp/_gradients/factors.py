@@ -16,7 +16,7 @@ from jax import lax
 
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, common_dtype
-from ntkdp._layout import Layout
+from ntkdp._gradients.leaf_layout import Layout
 
 #: An operation in many small products takes about as long as this many in one large product.
 _COST_OF_SMALL_PRODUCTS = 3

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _groups
-from ntkdp import _per_sample_gradients as per_sample
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.norms import Scaled
 from ntkdp._backend.types import ApplyFn, Array, Float, Params
+from ntkdp._gradients import groups as _groups
+from ntkdp._gradients import per_sample as per_sample
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import ApplyFn, Array, Params, is_traced
-from ntkdp._batch_axis import trouble_with
-from ntkdp._batch_probes import (
+from ntkdp._gradients.batch_axis import trouble_with
+from ntkdp._gradients.batch_probes import (
     changes_with_batch,
     changes_with_place,
     changes_with_size,
     rounding_in,
 )
-from ntkdp._same_program import same_program
+from ntkdp._gradients.same_program import same_program
 
 
 class _Reading(NamedTuple):

@@ -23,7 +23,7 @@ from ntkdp._backend.norms import (
     wide,
 )
 from ntkdp._backend.types import Array, Float
-from ntkdp._gradient_factors import Dense, Factor, Lookup, Part
+from ntkdp._gradients.factors import Dense, Factor, Lookup, Part
 
 #: How many times u A^2 the rounding of the sum over pairs is taken for.
 _ROUNDINGS_OF_PAIRS = 4

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp._backend.types import Array, common_dtype
-from ntkdp._layout import Layout, Reshaped
+from ntkdp._gradients.leaf_layout import Layout, Reshaped
 
 #: Windows up to this size, and channels from this number on, are worth a product for each place.
 _LARGEST_SUMMED_WINDOW, _FEWEST_CHANNELS = 32, 8

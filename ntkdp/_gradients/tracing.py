@@ -18,10 +18,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _meetings
 from ntkdp._backend.types import ApplyFn, Array, Params
-from ntkdp._layout import Cut, Layout, Rearrangement, Reshaped, Transposed
-from ntkdp._meetings import Meeting
+from ntkdp._gradients import primitive_rules
+from ntkdp._gradients.leaf_layout import Cut, Layout, Rearrangement, Reshaped, Transposed
+from ntkdp._gradients.primitive_rules import Meeting
 
 _INLINED = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _RESHAPES = {"reshape", "squeeze", "expand_dims", "copy", "convert_element_type"}
@@ -135,7 +135,7 @@ def _evaluate(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> li
         if seen is not None:
             return seen
         view: View = values[position].view  # type: ignore[assignment]
-        meeting = None if view.spread else _meetings.find(eqn, position)
+        meeting = None if view.spread else primitive_rules.find(eqn, position)
         if meeting is not None:
             weight, data = values[position].array, values[1 - position].array
             met = visitor.meet(path, view, meeting, data, weight, arrays[0])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ntkdp._backend.types import Array, Params
-from ntkdp._gradient_factors import (
+from ntkdp._gradients.factors import (
     Dense,
     Factor,
     Lookup,
@@ -23,18 +23,9 @@ from ntkdp._gradient_factors import (
     kernel,
     weighted_sum,
 )
-from ntkdp._gradient_norms import grouped_norms
-from ntkdp._gradient_sites import (
-    Path,
-    Site,
-    Structure,
-    Value,
-    View,
-    Visitor,
-    interpret,
-    trace,
-)
-from ntkdp._meetings import Meeting
+from ntkdp._gradients.norms_from_factors import grouped_norms
+from ntkdp._gradients.primitive_rules import Meeting
+from ntkdp._gradients.tracing import Path, Site, Structure, Value, View, Visitor, interpret, trace
 
 #: Samples whose windows of a convolution are held at once.
 _SAMPLES_AT_A_TIME = 32

@@ -17,6 +17,7 @@ from sklearn.calibration import calibration_curve
 
 from ntkdp import calibration
 from ntkdp.calibration import (
+    _bins,
     expected_calibration_error,
     maximum_calibration_error,
     reliability_bins,
@@ -324,9 +325,9 @@ def test_bad_input(probs: Any, labels: Any, error: type, message: str) -> None:
 def test_bad_options() -> None:
     for n_bins, error in ((0, ValueError), (2.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="n_bins must be"):
-            calibration._checked_binning(n_bins, "width")
+            _bins.checked_binning(n_bins, "width")
     with pytest.raises(ValueError, match="unknown binning 'massive'; did you mean 'mass'"):
-        calibration._checked_binning(15, "massive")
+        _bins.checked_binning(15, "massive")
     for options, message in (({"level": 1.5}, "level"), ({"n_resamples": 0}, "n_resamples")):
         with pytest.raises(ValueError, match=f"{message} must be"):
             calibration.bootstrap(

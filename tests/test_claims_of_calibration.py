@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntkdp import calibration, claims, clipping
+from ntkdp.calibration import _bins
 
 
 def failing(name: str) -> list[str]:
@@ -29,7 +30,7 @@ def test_c28_fails_with_bins_closed_below(mutate: Any) -> None:
         edges = jnp.linspace(0.0, 1.0, n_bins + 1)
         return edges, jnp.searchsorted(edges[1:-1], confidence, side="right")
 
-    mutate(calibration, "_binned", closed_below)
+    mutate(_bins, "binned", closed_below)
     assert "ECE by hand (three)" in failing("C28")
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from ntkdp._backend import figure_style
 
 if TYPE_CHECKING:
-    from ntkdp.calibration import Bins
+    from ntkdp.calibration._bins import Bins
 
 _ACCURACY = "0.80"
 _THINNEST = 0.015

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntkdp import _dp_step, _kernel_blocks, _kernel_flow, _weight_flow, claims, clipping, spectrum
+from ntkdp import _dp_step, _kernel_flow, _weight_flow, claims, clipping, spectrum
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
+from ntkdp.ntk import _blocks
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
@@ -50,7 +51,7 @@ Algorithm, KernelFlow, WeightFlow = (
 
 MUTATIONS = {
     "kernel terms in reverse order": (
-        changed(_kernel_blocks, "assemble", lambda terms, *_: terms[::-1]),
+        changed(_blocks, "assemble", lambda terms, *_: terms[::-1]),
         "C1",
     ),
     "norms without the other outputs": (

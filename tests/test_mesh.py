@@ -36,7 +36,7 @@ from two_processes import trajectories
 import ntkdp
 from ntkdp import clipping, dp_sgd
 from ntkdp._backend import memory
-from ntkdp.ntk import _kernel_in_blocks
+from ntkdp.ntk._empirical import _kernel_in_blocks
 
 MESHES = [
     pytest.param(lambda: mesh_of(8), id="eight"),

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh
 
 import ntkdp
-from ntkdp import _infinite_ntk, models
+from ntkdp import models
 from ntkdp._backend.neural_tangents import stax
+from ntkdp.ntk import _infinite
 
 X = np.asarray(jax.random.uniform(jax.random.key(0), (4, 30)))
 #: Networks and sizes of inputs at which float32 arithmetic is wrong or infinite.
@@ -73,8 +74,8 @@ def test_terms_by_layer_and_between_times_are_those_of_float64(name: str) -> Non
 def test_blocks_of_rows_are_those_of_the_whole(
     devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_infinite_ntk, "_BLOCK_BYTES", 0)
-    monkeypatch.setattr(_infinite_ntk, "_LEAST_ROWS", 3)
+    monkeypatch.setattr(_infinite, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(_infinite, "_LEAST_ROWS", 3)
     mesh = Mesh(jax.devices()[:devices], "samples") if devices > 1 else None
     x = np.asarray(jax.random.normal(jax.random.key(1), (10, 4, 4, 2)))
     model = models.cnn([2], 1, pooling="global")

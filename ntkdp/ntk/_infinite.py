@@ -14,7 +14,7 @@ from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend.precision import in_double
 from ntkdp._backend.types import Array, Float, Real, common_dtype, is_traced
 from ntkdp._gradients import groups
-from ntkdp._layerwise_kernel import LayerwiseKernel
+from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
 #: Size of a block of rows between all positions of its samples.
 _BLOCK_BYTES = 2**24

@@ -1,10 +1,4 @@
-r"""Neural tangent kernels, empirical and infinite-width, whole and by layer.
-
-The empirical kernel at parameters w is :math:`H(x, x') = J(x) J(x')^\top` with the Jacobian
-:math:`J = \partial f / \partial w`, a ``K x K`` block for each pair of samples, and is a sum of one
-positive semi-definite term a parameter group, :math:`H = \sum_r H_r`. At infinite width it becomes
-:math:`\Theta(x, x') \otimes I_K`.
-"""
+"""Kernels of a network at its parameters, whole, by layer and preconditioned."""
 
 from typing import Any
 
@@ -14,36 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import _kernel_blocks
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend.types import ApplyFn, Array, Float, Params, Real
-from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
-from ntkdp._gradients import per_sample as per_sample
+from ntkdp._gradients import per_sample
 from ntkdp._gradients.check_model import check_inputs, check_model, check_preconditioner
-from ntkdp._infinite_ntk import infinite_ntk, layerwise_infinite_ntk
-from ntkdp._layerwise_kernel import LayerwiseKernel
-from ntkdp._two_time_kernel import (
-    TwoTimeKernel,
-    between_times,
-    check_two_time,
-    two_time_kernel,
-)
-
-__all__ = [
-    "LayerwiseKernel",
-    "TwoTimeKernel",
-    "between_times",
-    "check_two_time",
-    "empirical_ntk",
-    "gradient_structure",
-    "infinite_ntk",
-    "layerwise_infinite_ntk",
-    "layerwise_ntk",
-    "per_sample_gradient_norms",
-    "preconditioned_ntk",
-    "two_time_kernel",
-]
+from ntkdp.ntk import _blocks
+from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
 _WAYS_OUT = (
     "use fewer samples, float32, one output, a mesh of devices, the infinite-width kernel (n, n), "
@@ -153,50 +124,6 @@ def layerwise_ntk(
     return LayerwiseKernel(resolved.names, terms)
 
 
-def gradient_structure(
-    apply_fn: ApplyFn, params: Params, x: Real[Array, "n ..."]
-) -> dict[str, str]:
-    r"""How the gradient of each parameter is computed, for those who wonder about speed.
-
-    A parameter that meets data in a *product*, a *convolution* or a *lookup* of rows is handled by
-    what entered there and the cotangent of what left, never by its gradient alone; several such
-    uses add up if they lie in the parameter alike, or apart. *Element by element* is a bias or a
-    scale, whose gradient is as small as its cotangent. All else says *per-sample Jacobian*, and
-    why: that parameter, and only it, takes n K times its size in memory for a block of n samples.
-
-    Parameters
-    ----------
-    apply_fn, params, x
-        As for :func:`empirical_ntk`.
-
-    Returns
-    -------
-    dict
-        From the key path of each parameter to a description.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`empirical_ntk`.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> apply = lambda p, x: jnp.sort(x @ p["w"] + p["b"]) * jnp.sort(p["s"])
-    >>> params = {"b": jnp.ones(2), "s": jnp.ones(2), "w": jnp.ones((3, 2))}
-    >>> for name, how in ntkdp.ntk.gradient_structure(apply, params, jnp.ones((1, 3))).items():
-    ...     print(name, "-", how)
-    b - element by element
-    s - per-sample Jacobian: used in `sort`
-    w - product
-    """
-    x = check_inputs(apply_fn, params, x)
-    structure = per_sample.trace(apply_fn, params, x)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return dict(zip(names, structure.descriptions, strict=True))
-
-
 def preconditioned_ntk(
     apply_fn: ApplyFn,
     params: Params,
@@ -249,73 +176,6 @@ def preconditioned_ntk(
 
 def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Array) -> Array:
     return apply_fn(jax.tree.map(jnp.divide, coordinates, roots), x)
-
-
-def per_sample_gradient_norms(
-    apply_fn: ApplyFn,
-    params: Params,
-    x: Real[Array, "n ..."],
-    output_gradient: Float[Array, "n K"],
-    *,
-    groups: Any = None,
-) -> Float[Array, "*groups n"]:
-    r"""Norms of the per-sample gradients :math:`g_i = J_i^\top a_i`, without forming them.
-
-    Parameters
-    ----------
-    apply_fn, params, x
-        As for :func:`empirical_ntk`.
-    output_gradient : array
-        :math:`a_i`, shape ``(n, K)``: the gradient of each sample's own loss in its outputs, never
-        divided by n.
-    groups : pytree prefix of labels, or callable from key path to label, optional
-        With it, one norm a group; without it, one over all parameters.
-
-    Returns
-    -------
-    array
-        ``(n,)``, or ``(R, n)`` with ``groups``.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`empirical_ntk`; an output gradient that is not ``(n, K)``.
-
-    Notes
-    -----
-    For a layer that is a product, the norm is the product of the norms of its input and of its
-    output's cotangent (Goodfellow 2015); :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, ntkdp
-    >>> x, a = jnp.array([[3.0, 4.0]]), jnp.array([[2.0]])
-    >>> ntkdp.per_sample_gradient_norms(lambda w, x: x @ w, jnp.ones((2, 1)), x, a).tolist()
-    [10.0]
-    """
-    x, outputs = check_model(apply_fn, params, x)
-    output_gradient = validate.array(output_gradient=output_gradient)
-    expected = outputs.shape
-    if output_gradient.shape != expected:
-        raise ValueError(
-            f"output_gradient must have the shape of the outputs, {expected}, "
-            f"got {output_gradient.shape}"
-        )
-    output_gradient = validate.finite(output_gradient=output_gradient)
-    if groups is None:
-        resolved = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
-    else:
-        resolved = _groups.resolve(params, groups)
-    norms = _norms(apply_fn, params, x, output_gradient, resolved)
-    return norms[0] if groups is None else norms
-
-
-@eqx.filter_jit
-def _norms(
-    apply_fn: ApplyFn, params: Params, x: Array, output_gradient: Array, groups: _groups.Groups
-) -> Array:
-    _, factors = clipped_sum.gradients(apply_fn, params, x, lambda f, a: a, output_gradient)
-    return per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])
 
 
 def _kernel(
@@ -381,7 +241,7 @@ def _kernel_in_blocks(
         def factors(x: Array) -> list[per_sample.Factor]:
             return per_sample.factored_for_kernel(structure, params, x)
 
-        result = _kernel_blocks.assemble(
+        result = _blocks.assemble(
             factors, groups.leaf_to_group, groups.size, n_outputs, x1, x2, batch_size
         )
         # Here the reshape is free; outside, it would copy the kernel.

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import Array, Float
-from ntkdp._infinite_ntk import by_blocks, check_infinite_inputs, check_range, place_inputs
-from ntkdp._layerwise_kernel import LayerwiseKernel
+from ntkdp.ntk._infinite import by_blocks, check_infinite_inputs, check_range, place_inputs
+from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
 
 class TwoTimeKernel(NamedTuple):

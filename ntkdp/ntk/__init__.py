@@ -1,0 +1,28 @@
+r"""Neural tangent kernels, empirical and infinite-width, whole and by layer.
+
+The empirical kernel at parameters w is :math:`H(x, x') = J(x) J(x')^\top` with the Jacobian
+:math:`J = \partial f / \partial w`, a ``K x K`` block for each pair of samples, and is a sum of one
+positive semi-definite term a parameter group, :math:`H = \sum_r H_r`. At infinite width it becomes
+:math:`\Theta(x, x') \otimes I_K`.
+"""
+
+from ntkdp.ntk._empirical import empirical_ntk, layerwise_ntk, preconditioned_ntk
+from ntkdp.ntk._infinite import infinite_ntk, layerwise_infinite_ntk
+from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
+from ntkdp.ntk._norms import gradient_structure, per_sample_gradient_norms
+from ntkdp.ntk._two_time import TwoTimeKernel, between_times, check_two_time, two_time_kernel
+
+__all__ = [
+    "LayerwiseKernel",
+    "TwoTimeKernel",
+    "between_times",
+    "check_two_time",
+    "empirical_ntk",
+    "gradient_structure",
+    "infinite_ntk",
+    "layerwise_infinite_ntk",
+    "layerwise_ntk",
+    "per_sample_gradient_norms",
+    "preconditioned_ntk",
+    "two_time_kernel",
+]

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import _dp_run, _output_noise, _solve, dp_sgd
+from ntkdp import _output_noise, _solve, dp_sgd
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
 from ntkdp._ensemble import draw, noise_of_step
+from ntkdp.dp_sgd import _seeds
 from ntkdp.trajectory._stepping import Stepping
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
@@ -182,9 +183,7 @@ def network_memory(name, shape, devices, noise=False):
         start = algorithm.init(params).params
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
-        peak = compiled_bytes(
-            _dp_run.run.lower(algorithm, start, False, key, stepping, False, None)
-        )
+        peak = compiled_bytes(_seeds.run.lower(algorithm, start, False, key, stepping, False, None))
     elif name == "WeightFlow":
         flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
         peak = solved(flow, params)

@@ -13,8 +13,8 @@ import pytest
 from scipy import stats
 
 from ntkdp import dp_sgd, losses, privacy
-from ntkdp._dp_step import Algorithm
 from ntkdp.clipping import PSAC, Abadi, Automatic, ClippingRule, Custom, Global
+from ntkdp.dp_sgd._algorithm import Algorithm
 
 # ---------------------------------------------------------------------------- sensitivity
 # A step without noise at learning rate 1 and with the sum moves the parameters by the clipped sum:

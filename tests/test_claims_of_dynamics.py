@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntkdp import _dp_step, _kernel_flow, _weight_flow, claims, clipping, spectrum
+from ntkdp import _kernel_flow, _weight_flow, claims, clipping, spectrum
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
+from ntkdp.dp_sgd import _algorithm
 from ntkdp.ntk import _blocks
 
 
@@ -44,7 +45,7 @@ def noise_of_one_size(noise: Any, self: Any, *args: Any) -> Any:
 FACTORS = _kernel_flow.KernelFlow._factors
 AS_OPERATOR = _kernel_flow._as_operator
 Algorithm, KernelFlow, WeightFlow = (
-    _dp_step.Algorithm,
+    _algorithm.Algorithm,
     _kernel_flow.KernelFlow,
     _weight_flow.WeightFlow,
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntkdp import claims, clipping
-from ntkdp._dp_step import Algorithm
+from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
 
 

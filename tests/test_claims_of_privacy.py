@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ntkdp import claims, clipping, privacy
-from ntkdp._dp_step import Algorithm
+from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.privacy import _bounds, _report
 
 

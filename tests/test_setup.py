@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import ntkdp
-from ntkdp import _dp_run, _setup, clipping, compare, dp_sgd, experiment, losses, stochastic_flow
+from ntkdp import _setup, clipping, compare, dp_sgd, experiment, losses, stochastic_flow
+from ntkdp.dp_sgd import _seeds
 
 KEY_X, KEY_Y = jax.random.split(jax.random.key(3))
 X, Y = jax.random.normal(KEY_X, (6, 4)), jax.random.normal(KEY_Y, (6, 2))
@@ -223,10 +224,10 @@ def test_it_survives_transformations_and_costs_no_compilation() -> None:
     doubled = jax.tree.map(lambda leaf: 2 * leaf, path(0.1))
     assert doubled.setup[0].learning_rate == (0.1,)
     observed(learning_rate=0.15)
-    programs = _dp_run.run._cached._cache_size()
+    programs = _seeds.run._cached._cache_size()
     assert programs > 0
     assert observed(learning_rate=0.25, rule=clipping.Abadi(3.0)).setup[0].learning_rate == (0.25,)
-    assert _dp_run.run._cached._cache_size() == programs
+    assert _seeds.run._cached._cache_size() == programs
 
 
 def test_numbers_agree_to_single_precision() -> None:

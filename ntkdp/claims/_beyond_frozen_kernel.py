@@ -12,8 +12,8 @@ from jax.scipy.special import erf
 import ntkdp
 from ntkdp import clipping, dp_sgd, gradient_flow, high_dimensional_sgd, losses, models
 from ntkdp._backend.types import Array, Params, PRNGKeyArray
-from ntkdp._dp_step import State
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
+from ntkdp.dp_sgd import State
 
 
 def _difference_of_twins(params: Params, x: Array) -> Array:

@@ -1,16 +1,4 @@
-r"""Observation: discrete DP-SGD with per-sample clipping and the exact noise scale.
-
-One step: :math:`w^+ = w - \eta\,U\big[\tfrac1B(\sum_{i \in batch} C_i g_i + \sigma S z)\big]` with
-:math:`z \sim N(0, I)`, S the sensitivity of the clipping rule, B the expected batch size q n
-(``reduction="mean"``), and U the optimizer; with ``reduction="sum"`` the sum is divided by q.
-Noise of the *sum* has standard deviation ``noise_multiplier * sensitivity`` on every weight.
-
-A sample whose gradient norm or clipping factor is not finite contributes nothing, so that it cannot
-break the bound; without a bound (`NoClipping`, `Batch`) it is used as it is, so that divergence is
-seen. One sample adds at most S to the sum, up to rounding: 1e-9 S in float64, 1e-4 S in float32 and
-1e-2 S in half precision. Sums and noise are formed in float32 at least, and are cast once to the
-dtype of the parameters, when the noise is in them.
-"""
+"""Runs of DP-SGD, of one phase or several, for one seed or many."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -20,175 +8,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ntkdp import losses, privacy
+from ntkdp import privacy
 from ntkdp._backend import devices, validate
 from ntkdp._backend import progress as _progress
-from ntkdp._backend.types import ApplyFn, Array, Params, as_constant, is_traced
-from ntkdp._dp_run import trained
-from ntkdp._dp_step import Algorithm
+from ntkdp._backend.types import ApplyFn, Params
 from ntkdp.clipping import ClippingRule
-from ntkdp.losses import Loss
+from ntkdp.dp_sgd._algorithm import Algorithm
+from ntkdp.dp_sgd._build import build
+from ntkdp.dp_sgd._seeds import trained
 from ntkdp.trajectory import (
     Measurement,
     Phase,
     Stepping,
     Trajectory,
-    as_trainable,
     check_phases,
     from_measurements,
     steppings,
 )
-
-#: Chance per step that a Poisson batch outgrows the memory planned for it.
-_OVERFLOW_PROBABILITY = 1e-12
-
-
-def build(
-    apply_fn: ApplyFn,
-    x: Any,
-    targets: Any,
-    loss: Any,
-    clipping: ClippingRule,
-    *,
-    learning_rate: Any,
-    noise_multiplier: Any = 0.0,
-    sample_rate: float = 1.0,
-    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
-    groups: Any = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    test_x: Any = None,
-    test_targets: Any = None,
-    gradients: Literal["structured", "vmap"] = "structured",
-    noise_per_group: bool = False,
-    microbatch_size: int | None = None,
-    trainable: Iterable[str] | None = None,
-    mesh: Mesh | None = None,
-) -> Algorithm:
-    r"""DP-SGD on a problem, as ``init`` and ``step`` for a loop of your own.
-
-    Parameters
-    ----------
-    apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, optimizer, \
-    groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size, mesh
-        As for :func:`run`, but for a budget in place of ``noise_multiplier``: the number of steps
-        is not known here, so give ``budget.noise_multiplier(steps, sample_rate)``.
-    trainable : sequence of str, optional
-        Names of the groups that train, the others being frozen, as for :class:`ntkdp.Phase`.
-
-    Returns
-    -------
-    Algorithm
-        ``init(params) -> State``, ``step(key, state) -> (State, Info)``, and ``compile()``, the
-        step as a compiled function.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As for :func:`run`.
-
-    Examples
-    --------
-    >>> import jax, jax.numpy as jnp, ntkdp
-    >>> algorithm = ntkdp.dp_sgd.build(
-    ...     lambda w, x: x @ w, jnp.ones((1, 1)), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
-    ...     ntkdp.clipping.Abadi(1.0), learning_rate=0.5)
-    >>> state, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.array([[3.0]])))
-    >>> state.params.item(), info.clip_fraction.item()
-    (2.5, 1.0)
-    """
-    x, loss = validate.array(x=x), losses.as_loss(loss)
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape (n, ...) with n >= 1, got {x.shape}")
-    if not isinstance(clipping, ClippingRule):
-        raise TypeError(
-            f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
-        )
-    validate.choice(("mean", "sum"), reduction=reduction)
-    validate.choice(("structured", "vmap"), gradients=gradients)
-    sample_rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps=None)
-    noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
-    noise_multiplier = as_constant(validate.scalar(noise_multiplier=noise_multiplier))
-    noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
-    if noisy and not clipping.bounds_each_sample:
-        raise ValueError(
-            f"noise_multiplier must be 0 with {type(clipping).__name__}, whose sensitivity is "
-            f"unbounded, got {noise_multiplier}; clip each sample, e.g. with Abadi"
-        )
-    if optimizer is not None and not callable(optimizer):
-        raise TypeError(
-            "optimizer must be a function of the learning rate, e.g. optax.adam, "
-            f"got {type(optimizer).__name__}"
-        )
-    if noise_per_group and clipping.scope == "flat":
-        raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
-    if microbatch_size is not None:
-        microbatch_size = validate.count(microbatch_size=microbatch_size)
-        if clipping.needs_total_norm:
-            raise ValueError(
-                f"microbatch_size must be None with {type(clipping).__name__}, which needs the "
-                f"norm of the whole sum, got {microbatch_size}"
-            )
-    if not callable(learning_rate):
-        learning_rate = validate.positive(learning_rate=learning_rate)
-        learning_rate = as_constant(validate.scalar(learning_rate=learning_rate))
-    if test_x is None and test_targets is not None:
-        raise ValueError("test_targets need test_x, got test_x=None")
-    if test_x is not None:
-        test_x = validate.array(test_x=test_x)
-        if test_x.ndim < 2 or test_x.shape[0] == 0:
-            raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
-        if test_targets is not None:
-            test_targets = _as_targets(loss, test_targets, test_x.shape[0], "test_targets")
-    mesh = devices.as_mesh(mesh)
-    devices.check_divides(mesh, x=x.shape[0])
-    targets = _as_targets(loss, targets, x.shape[0], "targets")
-    n_devices = 1 if mesh is None else mesh.size
-    if mesh is not None:
-        apart = test_x is not None and test_x.shape[0] % n_devices == 0
-        place_test = devices.spread if apart else devices.everywhere
-        test_x, test_targets = (
-            None if test is None else place_test(mesh, test) for test in (test_x, test_targets)
-        )
-    return Algorithm(
-        apply_fn=apply_fn,
-        x=devices.spread(mesh, x),
-        targets=devices.spread(mesh, targets),
-        test_x=test_x,
-        test_targets=test_targets,
-        loss=loss,
-        clipping=clipping,
-        learning_rate=learning_rate,
-        noise_multiplier=noise_multiplier,
-        groups=groups,
-        optimizer=optax.sgd if optimizer is None else optimizer,
-        sample_rate=sample_rate,
-        capacity=_capacity(x.shape[0] // n_devices, sample_rate, n_devices),
-        reduction=reduction,
-        gradients=gradients,
-        noise_per_group=noise_per_group,
-        microbatch_size=microbatch_size,
-        noisy=noisy,
-        trainable=as_trainable(trainable),
-        mesh=mesh,
-    )
-
-
-def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
-    targets = validate.array(**{name: targets})
-    if targets.ndim == 0 or targets.shape[0] != n:
-        raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
-    known = loss.n_outputs(targets)
-    return targets if known is None else loss.check(targets, n, known, name)
-
-
-def _capacity(n: int, sample_rate: float, n_devices: int) -> int:
-    """Places for the batch of a device that has n samples."""
-    if sample_rate >= 1:
-        return n
-    from scipy.stats import binom
-
-    return max(1, min(n, int(binom.isf(_OVERFLOW_PROBABILITY / n_devices, n, sample_rate))))
 
 
 def run(

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _plain_gradients, losses
+from ntkdp import losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.norms import wide
@@ -20,6 +20,7 @@ from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp.clipping import ClippingRule
+from ntkdp.dp_sgd import _plain_gradients
 from ntkdp.losses import Loss, Reduction
 from ntkdp.trajectory import Measurement, Stepping
 

@@ -11,7 +11,7 @@ from ntkdp import clipping
 from ntkdp._backend import program_memory
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Key, Params, PRNGKeyArray
-from ntkdp._dp_step import Algorithm, State
+from ntkdp.dp_sgd._algorithm import Algorithm, State
 from ntkdp.trajectory import Measurement, Stepping
 
 

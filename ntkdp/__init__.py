@@ -26,13 +26,13 @@ if TYPE_CHECKING:
         ntk as ntk,
     )
     from ntkdp._plan import plan as plan
-    from ntkdp._solve import recursion as recursion
-    from ntkdp._solve import solve as solve
     from ntkdp.gradient_flow import HeavyBallFlow as HeavyBallFlow
     from ntkdp.gradient_flow import KernelFlow as KernelFlow
     from ntkdp.gradient_flow import LinearisedFlow as LinearisedFlow
     from ntkdp.gradient_flow import ModifiedFlow as ModifiedFlow
     from ntkdp.gradient_flow import WeightFlow as WeightFlow
+    from ntkdp.gradient_flow import recursion as recursion
+    from ntkdp.gradient_flow import solve as solve
     from ntkdp.ntk import LayerwiseKernel as LayerwiseKernel
     from ntkdp.ntk import empirical_ntk as empirical_ntk
     from ntkdp.ntk import infinite_ntk as infinite_ntk
@@ -84,8 +84,8 @@ _HOMES = {
     "layerwise_ntk": "ntk",
     "per_sample_gradient_norms": "ntk",
     "plan": "_plan",
-    "recursion": "_solve",
-    "solve": "_solve",
+    "recursion": "gradient_flow",
+    "solve": "gradient_flow",
     "two_time_kernel": "ntk",
 }
 

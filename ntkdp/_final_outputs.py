@@ -15,9 +15,9 @@ from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
-from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
 from ntkdp.clipping import NoClipping
+from ntkdp.gradient_flow import KernelFlow
 from ntkdp.trajectory import check_steps
 
 #: Eigenvalues of a covariance below this many roundings of the largest count as zero.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array
-from ntkdp._kernel_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow
 
 
 class FollowedPoints(NamedTuple):

@@ -12,7 +12,7 @@ from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._excess_variance import Links
 from ntkdp._followed_points import FollowedPoints
-from ntkdp._kernel_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow
 
 
 class Full(CovarianceForm):

@@ -30,7 +30,7 @@ from ntkdp._backend import devices
 from ntkdp._backend.norms import through_kernel
 from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
-from ntkdp._kernel_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow
 
 #: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
 _NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256

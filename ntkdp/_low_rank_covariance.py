@@ -25,8 +25,8 @@ from ntkdp._backend.types import Array, Float
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._excess_variance import Links
 from ntkdp._followed_points import FollowedPoints
-from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import eigh
+from ntkdp.gradient_flow import KernelFlow
 
 #: Part of the trace of the noise that the leading eigenvectors hold, and the most of them.
 _SHARE, _MOST = 0.99, 500

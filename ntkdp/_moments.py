@@ -14,9 +14,9 @@ from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, as_constant
 from ntkdp._covariance_form import CovarianceForm
 from ntkdp._gaussian_closure import Closure, State, Statistics
-from ntkdp._kernel_flow import KernelFlow
 from ntkdp._output_noise import noise_covariance, sampling
 from ntkdp.clipping import Batch, Global
+from ntkdp.gradient_flow import KernelFlow
 from ntkdp.trajectory import Stepping
 
 #: Outputs, of all points, up to which the whole covariance is followed.

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from ntkdp import _followed_points, privacy
 from ntkdp._backend import devices, distributed_eigh, memory, validate
 from ntkdp._backend.types import Array, Float
-from ntkdp._kernel_flow import KernelFlow
 from ntkdp._weight_noise import deviations
+from ntkdp.gradient_flow import KernelFlow
 from ntkdp.ntk import LayerwiseKernel
 
 #: Eigenvalues below this part of the largest, and below zero, are what rounding made of zero.

@@ -12,9 +12,8 @@ from ntkdp._backend.types import Array
 from ntkdp._config import ClippingConfig, Config
 from ntkdp._gradients import groups
 from ntkdp._problem import Problem
-from ntkdp._solve import recursion, solve
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow
+from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 

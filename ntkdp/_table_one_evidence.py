@@ -11,9 +11,8 @@ import numpy as np
 
 from ntkdp import clipping, losses, ntk, spectrum
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
-from ntkdp._solve import recursion
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow import KernelFlow, WeightFlow
+from ntkdp.gradient_flow import KernelFlow, WeightFlow, recursion
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
 

@@ -10,10 +10,10 @@ from ntkdp import _volterra, privacy
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Float
-from ntkdp._flow import with_steps
 from ntkdp._output_process import output_process
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._weight_noise import variance_of_budget, weight_noise_variance
+from ntkdp.gradient_flow import with_steps
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
 #: Numbers at nodes, over points, up to which every step is a node or all modes are kept together.

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from ntkdp import losses
 from ntkdp._backend import devices, memory, norms, validate
 from ntkdp._backend.types import Array, Float, common_dtype
-from ntkdp._flow import setup_of
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
+from ntkdp.gradient_flow import setup_of
 from ntkdp.losses import Loss, Reduction
 from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
 from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement

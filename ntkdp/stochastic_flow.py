@@ -31,9 +31,9 @@ with.
 """
 
 from ntkdp._ensemble import ensemble
+from ntkdp._ensemble_phases import ensemble_phases
 from ntkdp._final_outputs import FinalOutputs, final_outputs
 from ntkdp._moments import Moments, fixed_privacy_flow, moment_flow, moments
-from ntkdp._phased_flow import ensemble_phases
 from ntkdp._two_time_ensemble import two_time_ensemble, two_time_flow
 from ntkdp._two_time_flow import TwoTimeFlow
 from ntkdp._weight_noise import weight_noise_variance

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntkdp import _kernel_flow, _weight_flow, claims, clipping, spectrum
+from ntkdp import claims, clipping, spectrum
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
 from ntkdp.dp_sgd import _algorithm
+from ntkdp.gradient_flow import _kernel_flow, _weight_flow
 from ntkdp.ntk import _blocks
 
 

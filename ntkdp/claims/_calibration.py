@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _solve, calibration, clipping, datasets, dp_sgd, losses, models, ntk
+from ntkdp import calibration, clipping, datasets, dp_sgd, losses, models, ntk
 from ntkdp._backend.types import Array
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
-from ntkdp.gradient_flow import KernelFlow, WeightFlow
+from ntkdp.gradient_flow import KernelFlow, WeightFlow, recursion, solve
 from ntkdp.trajectory import Trajectory
 
 
@@ -48,11 +48,11 @@ def small_clipping_norms_make_over_confident() -> list[Finding]:
     def kernel_flow(q: float, tau: float) -> tuple[float, float, float]:
         y, loss, rule = problem(q, tau)
         flow = KernelFlow(inputs @ inputs.T, y, loss, rule)
-        return limit(_solve.solve(flow, jnp.zeros((10, 1)), times, outputs=True), y)
+        return limit(solve(flow, jnp.zeros((10, 1)), times, outputs=True), y)
 
     def weight_flow(q: float, tau: float) -> tuple[float, float, float]:
         flow = WeightFlow(_linear, inputs, *problem(q, tau))
-        return limit(_solve.solve(flow, start, times, outputs=True), flow.targets)
+        return limit(solve(flow, start, times, outputs=True), flow.targets)
 
     def run(q: float, tau: float, gradients: Any = "structured") -> tuple[float, float, float]:
         y, loss, rule = problem(q, tau)
@@ -109,7 +109,7 @@ def automatic_clipping_makes_logits_grow_linearly() -> list[Finding]:
 
     def flow(rule: clipping.ClippingRule, times: np.ndarray) -> Trajectory:
         predicted = KernelFlow(kernel, y, loss, rule)
-        return _solve.solve(predicted, jnp.zeros_like(y), times, outputs=True)
+        return solve(predicted, jnp.zeros_like(y), times, outputs=True)
 
     def run(rule: clipping.ClippingRule, **options: Any) -> Trajectory:
         return dp_sgd.run(
@@ -251,7 +251,7 @@ def the_grid_repeats_along_anti_diagonals() -> list[Finding]:
 
     def prediction(rate: float, rule: clipping.ClippingRule) -> Trajectory:
         flow = KernelFlow(kernel, y, loss, rule)
-        return _solve.recursion(flow, initial, learning_rate=rate, steps=steps, outputs=True)
+        return recursion(flow, initial, learning_rate=rate, steps=steps, outputs=True)
 
     def run(rate: float, rule: clipping.ClippingRule, **options: Any) -> Trajectory:
         return dp_sgd.run(

@@ -16,9 +16,8 @@ from ntkdp import clipping, losses
 from ntkdp._backend import validate
 from ntkdp._backend.files import replacing
 from ntkdp._backend.types import Array
-from ntkdp._solve import solve
 from ntkdp.counterexamples._measure import flow_of, measured_state
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow, solve
 
 KINDS = ("rise", "stuck", "divergence")
 _RULES = {cls: name for name, cls in clipping._BY_NAME.items()}

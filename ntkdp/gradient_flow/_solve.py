@@ -12,9 +12,9 @@ from ntkdp._backend import program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, PyTree, as_constant
-from ntkdp._flow import Flow, with_steps
-from ntkdp._kernel_flow import KernelFlow
-from ntkdp._linearised_flow import LinearisedFlow
+from ntkdp.gradient_flow._flow import Flow, with_steps
+from ntkdp.gradient_flow._kernel_flow import KernelFlow
+from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
 from ntkdp.trajectory import Measurement, Outcome, Stepping, Trajectory, from_measurements
 
 _DEFAULT_MAX_STEPS = 100_000

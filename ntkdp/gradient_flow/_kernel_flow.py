@@ -13,9 +13,9 @@ from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, common_dtype, is_traced
-from ntkdp._flow import Flow, setup_of
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
+from ntkdp.gradient_flow._flow import Flow, setup_of
 from ntkdp.losses import Loss, Reduction
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement

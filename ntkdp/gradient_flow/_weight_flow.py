@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 from ntkdp import losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import ApplyFn, Array, Params
-from ntkdp._flow import Flow, setup_of
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_preconditioner
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
+from ntkdp.gradient_flow._flow import Flow, setup_of
 from ntkdp.losses import Loss, Reduction
 from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
 

@@ -1,0 +1,106 @@
+"""Ensembles over phases of training."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from ntkdp._backend import progress as _progress
+from ntkdp._backend import validate
+from ntkdp._ensemble import draw_within_memory, noise_of_step
+from ntkdp.gradient_flow import flows_of_phases, one_a_phase, with_steps
+from ntkdp.losses import Reduction
+from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
+
+
+def ensemble_phases(
+    kernel: Any,
+    targets: Any,
+    loss: Any,
+    phases: Iterable[Phase],
+    initial: Any,
+    *,
+    sample_rate: float = 1.0,
+    reduction: Reduction = "mean",
+    test_kernel: Any = None,
+    test_targets: Any = None,
+    noise_kernel: Any = None,
+    noise_per_group: bool = False,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Any = False,
+    key: Any,
+) -> Trajectory:
+    r"""Draw noisy runs in phases from kernels: the law of DP-SGD on the model linear in each phase.
+
+    In a phase that trains the groups A the kernel is :math:`H_A = \sum_{r \in A} H_r`, for the
+    drift, for the norms and for the covariance of the noise.
+
+    Parameters
+    ----------
+    kernel, test_kernel, noise_kernel : LayerwiseKernel or array, or a list of them
+        As for :class:`ntkdp.KernelFlow` and :func:`ensemble`: one for all phases, or one for each,
+        taken anew where a phase begins. A phase that freezes groups needs a LayerwiseKernel.
+    targets, loss, reduction, test_targets
+        As for :class:`ntkdp.KernelFlow`.
+    phases : sequence of Phase
+        Clipping rule, learning rate, noise, steps and trainable groups of each.
+    initial : array or pair
+        Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
+    record_every : int
+        Record every so many steps of each phase, its first state and its last.
+    sample_rate, noise_per_group, outputs, progress, key
+        As for :func:`ensemble`. Every run goes on from its own state at the end of a phase.
+
+    Returns
+    -------
+    Trajectory
+        Of all phases, times and steps added up. The state between two phases is recorded once, with
+        the clip fraction that the later phase begins with.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for :func:`ensemble`; no phases, a group that the kernel does not have, a list of kernels
+        that is not one a phase.
+
+    Notes
+    -----
+    *Derived*. Exact in law for a model that is linear in its parameters, with one kernel
+    throughout; linear probing is such a model whatever the network is. A single phase is
+    :func:`ensemble`, draw by draw.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, ntkdp
+    >>> kernel = ntkdp.LayerwiseKernel(("body", "head"), jnp.ones((2, 1, 1)))
+    >>> rule = ntkdp.clipping.Abadi(1.0)
+    >>> phases = [ntkdp.Phase(2, rule, 0.5, noise_multiplier=0.1, trainable=["head"]),
+    ...           ntkdp.Phase(3, rule, 0.5, noise_multiplier=0.1)]
+    >>> runs = ntkdp.stochastic_flow.ensemble_phases(
+    ...     kernel, jnp.zeros((1, 1)), ntkdp.losses.SquaredError(), phases, jnp.array([[3.0]]),
+    ...     key=jax.random.split(jax.random.key(0), 50))
+    >>> runs.loss.shape, runs.times.tolist()
+    ((50, 6), [0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
+    """
+    phases = check_phases(phases)
+    flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
+    noise_kernels = one_a_phase(noise_kernel, phases, "noise_kernel")
+    keys = validate.keys(key=key)
+    state = flows[0].init(initial)
+    paths: list[Trajectory] = []
+    with _progress.listening(progress, "drawing runs") as listener:
+        for phase, flow, stepping, over_all in zip(
+            phases, flows, steppings(phases, record_every), noise_kernels, strict=True
+        ):
+            sigma, _, _ = phase.mechanism(sample_rate)
+            noise = noise_of_step(flow, sigma, sample_rate, over_all, noise_per_group)
+            per_seed = bool(paths) and keys.ndim > 0
+            state, measured = draw_within_memory(
+                flow, noise, state, per_seed, stepping, keys, outputs, listener
+            )
+            steps = jnp.asarray(stepping.recorded)
+            setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
+            paths.append(from_measurements(stepping.times, measured, steps=steps, setup=setup))
+        return functools.reduce(Trajectory.then, paths)

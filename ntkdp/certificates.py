@@ -22,12 +22,7 @@ from ntkdp._backend import validate
 from ntkdp._backend.types import Array, Float
 from ntkdp.clipping import ClippingRule, NoClipping, Scope
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.spectrum import (
-    as_matrices,
-    is_positive_definite,
-    symmetric_part,
-    to_unit_diagonal,
-)
+from ntkdp.spectrum import as_matrices, is_positive_definite, symmetric_part, to_unit_diagonal
 from ntkdp.trajectory import Trajectory
 
 __all__ = ["Certificates", "certify", "safe_clip_norm", "safe_clip_norm_bound"]

@@ -14,6 +14,7 @@ from ntkdp._gradients import per_sample
 from ntkdp.dp_sgd import _algorithm
 from ntkdp.gradient_flow import _kernel_flow, _weight_flow
 from ntkdp.ntk import _blocks
+from ntkdp.spectrum import _dense
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
@@ -62,7 +63,7 @@ MUTATIONS = {
     ),
     "factors on both sides": (
         replaced(
-            spectrum, "_operator", lambda terms, weights: spectrum._congruent(terms[0], weights[0])
+            spectrum, "_operator", lambda terms, weights: _dense._congruent(terms[0], weights[0])
         ),
         "C3",
     ),

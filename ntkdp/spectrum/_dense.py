@@ -1,13 +1,4 @@
-r"""Spectra of clipped kernels: dense, matrix-free, and the sharpness along a run.
-
-Clipping turns the kernel H into the operator :math:`HC` (flat) or :math:`\sum_r H_r C_r`
-(layerwise), which is not symmetric. Two spectra matter: its eigenvalues say whether the linearised
-outputs settle, and those of its symmetric part whether the loss can rise on the way,
-:math:`\dot L = -a^\top \mathrm{sym}(\sum_r H_r C_r)\, a`.
-
-Everything that takes a kernel works under ``jit``. General eigenvalues (layerwise) exist in JAX on
-the CPU and on GPUs only.
-"""
+"""Spectra of kernels that fit the memory."""
 
 from typing import Any
 
@@ -18,28 +9,7 @@ from jaxtyping import Bool, Inexact
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, is_traced
-from ntkdp._matrix_free_spectrum import (
-    ExtremeEigenvalues,
-    Sharpness,
-    extreme_eigenvalues,
-    sharpness,
-    sharpness_along,
-)
 from ntkdp.ntk import LayerwiseKernel
-
-__all__ = [
-    "ExtremeEigenvalues",
-    "Sharpness",
-    "clipped_operator",
-    "condition_number",
-    "eigenvalues",
-    "extreme_eigenvalues",
-    "has_positive_eigenvalues",
-    "has_positive_quadratic_form",
-    "sharpness",
-    "sharpness_along",
-    "symmetric_eigenvalues",
-]
 
 
 def clipped_operator(kernel: Any, factors: Any = None) -> Float[Array, "N N"]:

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import _output_noise, dp_sgd
+from ntkdp import dp_sgd
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
-from ntkdp._ensemble import draw, noise_of_step
 from ntkdp.dp_sgd import _seeds
 from ntkdp.gradient_flow import _solve
+from ntkdp.stochastic_flow import _output_noise
+from ntkdp.stochastic_flow._ensemble import draw, noise_of_step
 from ntkdp.trajectory._stepping import Stepping
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"

@@ -10,9 +10,8 @@ from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float
 from ntkdp._cell_metrics import CellMetrics, measure
-from ntkdp._output_noise import bytes_of_noise
 from ntkdp.gradient_flow import KernelFlow
-from ntkdp.stochastic_flow import final_outputs
+from ntkdp.stochastic_flow import bytes_of_noise, final_outputs
 
 #: Copies of a cell's outputs that a step and the metrics hold, for each term of the kernel.
 _COPIES = 8

@@ -26,9 +26,10 @@ from mesh_problem import (
 )
 
 import ntkdp
-from ntkdp import _moments, stochastic_flow
+from ntkdp import stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
-from ntkdp._output_noise import square_root
+from ntkdp.stochastic_flow._moments import moments
+from ntkdp.stochastic_flow._output_noise import square_root
 from ntkdp.trajectory._stepping import Stepping
 
 slow = pytest.mark.slow
@@ -227,9 +228,9 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
         noise_kernel = ntkdp.infinite_ntk(model, everything, mesh=mesh)
         settings = (0.5, 1.0, noise_kernel, False, rank)
         start = jnp.zeros((n, 1)), jnp.zeros((64, 1))
-        closure, mean = _moments._closure(of, start, *settings)
+        closure, mean = moments._closure(of, start, *settings)
         step = (
-            _moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, None)
+            moments._step_moments.lower(closure, mean, Stepping(0.5, 2, 1), False, None)
             .compile()
             .compiled.memory_analysis()
         )

@@ -20,9 +20,10 @@ from mesh_problem import (
 )
 
 import ntkdp
-from ntkdp import _output_process, _volterra, clipping, models
+from ntkdp import clipping, models
 from ntkdp._backend import devices, memory
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
+from ntkdp.stochastic_flow._two_time import gaussian_process, volterra
 
 MODEL = models.mlp([8], K, activation="erf", W_std=1.5, b_std=0.3)
 FLAT, LAYERWISE = clipping.Abadi(1.0), clipping.Abadi(0.8, scope="layerwise")
@@ -111,7 +112,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     n, m, rank = 192, 64, 4
     N = n + m
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 4)))
-    steps = _volterra.grid(np.arange(7.0), np.linspace(0.0, 0.2, 7), np.arange(7), 3)
+    steps = volterra.grid(np.arange(7.0), np.linspace(0.0, 0.2, 7), np.arange(7), 3)
 
     def needed(n_devices: int) -> dict[str, int]:
         flow = TwoTimeFlow(
@@ -132,13 +133,13 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
         small, variances, pairs, of_run = devices.everywhere(
             flow.mesh, (small, variances, np.tril_indices(3), (steps, KEYS[:1]))
         )
-        process = _output_process.OutputProcess(modes, *small)
+        process = gaussian_process.OutputProcess(modes, *small)
         options = (7, 1.0, True, False, None)
         programs = {
-            "covariance": _output_process._covariance.lower(flow, variances[-1]),
-            "modes": _output_process._signed.lower(modes, flow.mesh),
-            "blocks": _output_process._blocks.lower(flow, variances, pairs, modes, rank),
-            "run": _volterra.run.lower(flow, process, variances, *of_run, *options),
+            "covariance": gaussian_process._covariance.lower(flow, variances[-1]),
+            "modes": gaussian_process._signed.lower(modes, flow.mesh),
+            "blocks": gaussian_process._blocks.lower(flow, variances, pairs, modes, rank),
+            "run": volterra.run.lower(flow, process, variances, *of_run, *options),
         }
         taken = {"flow": bytes_on_first_device(flow)}
         for name, program in programs.items():

@@ -10,16 +10,9 @@ import pytest
 from scipy.stats import binomtest
 
 import ntkdp
-from ntkdp import (
-    _full_covariance,
-    _low_rank_covariance,
-    _moments,
-    clipping,
-    dp_sgd,
-    losses,
-    stochastic_flow,
-)
-from ntkdp._gaussian_closure import integration_points
+from ntkdp import clipping, dp_sgd, losses, stochastic_flow
+from ntkdp.stochastic_flow._moments import full_covariance, low_rank_covariance, moments
+from ntkdp.stochastic_flow._moments.gaussian_closure import integration_points
 
 N, P, M = 12, 20, 4
 GROUPS = {"first": "first", "second": "second"}
@@ -368,8 +361,8 @@ def test_all_modes_are_the_whole_covariance(shared: bool, monkeypatch: pytest.Mo
         return [stepped, stochastic_flow.moment_flow(flow, start, [0.0, 3.0], **tight, **options)]
 
     whole = found()
-    low_rank = _low_rank_covariance.low_rank
-    monkeypatch.setattr(_full_covariance, "full", lambda *of: low_rank(*of, options["rank"]))
+    low_rank = low_rank_covariance.low_rank
+    monkeypatch.setattr(full_covariance, "full", lambda *of: low_rank(*of, options["rank"]))
     for full, modes in zip(whole, found(), strict=True):
         for field in ("loss", "loss_std", "test_loss", "test_loss_std", "mean", "covariance"):
             ours, theirs = getattr(modes, field), getattr(full, field)
@@ -410,7 +403,7 @@ def test_few_modes_lose_less_than_the_truncation(shared: bool, noise: float) -> 
 def test_beyond_the_limit_most_of_the_trace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, start, options = layered_problem(True)
     options |= {"learning_rate": 1.0, "steps": 2}
-    monkeypatch.setattr(_moments, "_LARGEST_FULL", 10)
+    monkeypatch.setattr(moments, "_LARGEST_FULL", 10)
     found = stochastic_flow.moments(flow, start, **options)
     assert float(found.truncation[0]) == 0
     assert np.all((found.truncation[1:] > 0) & (found.truncation[1:] < 0.02))

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import _ensemble, clipping, losses
+from ntkdp import clipping, losses
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp.gradient_flow import _solve
+from ntkdp.stochastic_flow import _ensemble
 from ntkdp.trajectory._stepping import Stepping
 
 SQUARED = losses.SquaredError()

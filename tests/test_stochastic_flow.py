@@ -9,7 +9,8 @@ import pytest
 import scipy
 
 import ntkdp
-from ntkdp import _output_noise, clipping, dp_sgd, losses, stochastic_flow
+from ntkdp import clipping, dp_sgd, losses, stochastic_flow
+from ntkdp.stochastic_flow import _output_noise
 
 N, P, M = 6, 9, 3
 GROUPS = {"first": "first", "second": "second"}

@@ -11,9 +11,9 @@ from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
-from ntkdp._output_noise import noise_covariance, sampling, square_root
-from ntkdp._weight_noise import deviations
 from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, with_steps
+from ntkdp.stochastic_flow._output_noise import noise_covariance, sampling, square_root
+from ntkdp.stochastic_flow._weight_noise import deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
 
 

@@ -6,13 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp import _followed_points
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
-from ntkdp._covariance_form import CovarianceForm
-from ntkdp._excess_variance import Links
-from ntkdp._followed_points import FollowedPoints
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.excess_variance import Links
+from ntkdp.stochastic_flow._sharded_points import FollowedPoints
 
 
 class Full(CovarianceForm):
@@ -167,7 +167,7 @@ class Full(CovarianceForm):
 
 def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
     """The whole covariance; ``noise`` is that of the flow's shape, None without."""
-    points = _followed_points.of_flow(flow)
+    points = _sharded_points.of_flow(flow)
     shared = flow.diagonal.ndim == 2
     n_groups, n = flow.diagonal.shape[:2]
 
@@ -183,6 +183,6 @@ def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
         return noise, operator
 
     noise = None if noise is None else points.in_devices_order(noise)
-    operator = _followed_points.operator(flow)
+    operator = _sharded_points.operator(flow)
     noise, operator = points.on_devices(rows, (0, 0), (0, 0))(operator, noise)
     return Full(noise, operator, points)

@@ -7,16 +7,17 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _full_covariance, _gaussian_closure, _low_rank_covariance, privacy
+from ntkdp import privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, as_constant
-from ntkdp._covariance_form import CovarianceForm
-from ntkdp._gaussian_closure import Closure, State, Statistics
-from ntkdp._output_noise import noise_covariance, sampling
 from ntkdp.clipping import Batch, Global
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
+from ntkdp.stochastic_flow._output_noise import noise_covariance, sampling
 from ntkdp.trajectory import Stepping
 
 #: Outputs, of all points, up to which the whole covariance is followed.
@@ -319,10 +320,10 @@ def _closure(
     noise = None if covariance is None else covariance / divisor**2
     n_outputs = mean.shape[1]
     if mean.size <= (_LARGEST_FULL if rank is None else rank):
-        form: CovarianceForm = _full_covariance.full(flow, noise, n_outputs)
+        form: CovarianceForm = full_covariance.full(flow, noise, n_outputs)
     else:
-        form = _low_rank_covariance.low_rank(flow, noise, n_outputs, rank)
-    points, weights = _gaussian_closure.integration_points(n_outputs)
+        form = low_rank_covariance.low_rank(flow, noise, n_outputs, rank)
+    points, weights = gaussian_closure.integration_points(n_outputs)
     closure = Closure(
         flow=flow,
         form=form,

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float, Key
-from ntkdp._output_noise import eigh
-from ntkdp._two_time_flow import TwoTimeFlow
+from ntkdp.stochastic_flow._output_noise import eigh
+from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 
 
 class OutputProcess(NamedTuple):

@@ -21,8 +21,8 @@ from jax import lax
 from ntkdp._backend import devices, progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key
-from ntkdp._output_process import OutputProcess
-from ntkdp._two_time_flow import TwoTimeFlow
+from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
+from ntkdp.stochastic_flow._two_time.gaussian_process import OutputProcess
 from ntkdp.trajectory import Measurement
 
 

@@ -10,14 +10,20 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
-from ntkdp._output_noise import eigh, noise_covariance, sampling, square_root, symmetric
 from ntkdp.clipping import NoClipping
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._output_noise import (
+    eigh,
+    noise_covariance,
+    sampling,
+    square_root,
+    symmetric,
+)
 from ntkdp.trajectory import check_steps
 
 #: Eigenvalues of a covariance below this many roundings of the largest count as zero.
@@ -167,7 +173,7 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool) -> _Noise:
     assert whole is not None
     if flow.test_drive is None:
         return _Noise(square_root(whole, flow.mesh), None, None)
-    train, across, test = _blocks(_followed_points.of_flow(flow), whole)
+    train, across, test = _blocks(_sharded_points.of_flow(flow), whole)
     values, vectors = eigh(train, flow.mesh)
     usable = values > _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
     inverse = usable / (values * usable + ~usable) ** 0.5
@@ -178,7 +184,7 @@ def _unit_noise(flow: KernelFlow, noise_kernel: Any, per_group: bool) -> _Noise:
 
 
 @partial(jax.jit, static_argnums=0)
-def _blocks(points: _followed_points.FollowedPoints, covariance: Array) -> Any:
+def _blocks(points: _sharded_points.FollowedPoints, covariance: Array) -> Any:
     return points.blocks(covariance)
 
 

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _volterra, privacy
+from ntkdp import privacy
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Float
-from ntkdp._output_process import output_process
-from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._weight_noise import variance_of_budget, weight_noise_variance
 from ntkdp.gradient_flow import with_steps
+from ntkdp.stochastic_flow._two_time import volterra
+from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
+from ntkdp.stochastic_flow._two_time.gaussian_process import output_process
+from ntkdp.stochastic_flow._weight_noise import variance_of_budget, weight_noise_variance
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
 #: Numbers at nodes, over points, up to which every step is a node or all modes are kept together.
@@ -273,12 +274,12 @@ def draw(
     at_nodes = variances[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
     process = output_process(flow, at_nodes, start, rank)
     # In proportion to each other, the layers' variances mark the same places.
-    steps_of_cells = _volterra.grid(times, variances.sum(1), recorded, per_cell)
+    steps_of_cells = volterra.grid(times, variances.sum(1), recorded, per_cell)
     at_nodes, steps_of_cells, of_seeds = devices.everywhere(
         flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
     )
     with _progress.listening(progress, "drawing wide networks") as listener:
-        measured = _volterra.run(
+        measured = volterra.run(
             flow,
             process,
             at_nodes,

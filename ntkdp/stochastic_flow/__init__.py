@@ -30,13 +30,14 @@ infinitely wide network with the kernels between times of :func:`ntkdp.two_time_
 with.
 """
 
-from ntkdp._ensemble import ensemble
-from ntkdp._ensemble_phases import ensemble_phases
-from ntkdp._final_outputs import FinalOutputs, final_outputs
-from ntkdp._moments import Moments, fixed_privacy_flow, moment_flow, moments
-from ntkdp._two_time_ensemble import two_time_ensemble, two_time_flow
-from ntkdp._two_time_flow import TwoTimeFlow
-from ntkdp._weight_noise import weight_noise_variance
+from ntkdp.stochastic_flow._ensemble import ensemble
+from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
+from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
+from ntkdp.stochastic_flow._output_noise import bytes_of_noise as bytes_of_noise
+from ntkdp.stochastic_flow._phases import ensemble_phases
+from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
+from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
+from ntkdp.stochastic_flow._weight_noise import weight_noise_variance
 
 __all__ = [
     "FinalOutputs",

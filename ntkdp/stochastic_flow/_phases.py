@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
-from ntkdp._ensemble import draw_within_memory, noise_of_step
 from ntkdp.gradient_flow import flows_of_phases, one_a_phase, with_steps
 from ntkdp.losses import Reduction
+from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
 

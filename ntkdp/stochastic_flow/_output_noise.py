@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import _followed_points, privacy
+from ntkdp import privacy
 from ntkdp._backend import devices, distributed_eigh, memory, validate
 from ntkdp._backend.types import Array, Float
-from ntkdp._weight_noise import deviations
 from ntkdp.gradient_flow import KernelFlow
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._weight_noise import deviations
 
 #: Eigenvalues below this part of the largest, and below zero, are what rounding made of zero.
 _NEGATIVE = 1e-6
@@ -60,7 +61,7 @@ def noise_covariance(
 def bytes_of_noise(flow: KernelFlow) -> int:
     """Bytes on this host at the peak of finding the covariance and its square root."""
     per_point = 1 if flow.diagonal.ndim == 2 else flow.diagonal.shape[-1]
-    rows = per_point * _followed_points.of_flow(flow).n_points
+    rows = per_point * _sharded_points.of_flow(flow).n_points
     copies = _ROOT_COPIES if flow.mesh is None else _ROOT_COPIES_IN_PARTS
     return devices.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.dtype.itemsize)
 
@@ -72,7 +73,7 @@ def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
         terms = noise_kernel.values if layered else noise_kernel.total[None]
     else:
         terms = validate.array(noise_kernel=noise_kernel)[None]
-    followed = _followed_points.of_flow(flow).n_points
+    followed = _sharded_points.of_flow(flow).n_points
     expected = (flow.diagonal.shape[0], followed, followed, *flow.diagonal.shape[2:])
     if terms.shape != expected:
         raise ValueError(

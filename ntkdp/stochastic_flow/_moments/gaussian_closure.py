@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp import _excess_variance
 from ntkdp._backend import devices
 from ntkdp._backend.norms import through_kernel
 from ntkdp._backend.types import Array, Float
-from ntkdp._covariance_form import CovarianceForm
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.stochastic_flow._moments import excess_variance
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 
 #: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
 _NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256
@@ -202,9 +202,7 @@ class Closure(eqx.Module):
             mean, own, targets, diagonal, links = sample
             axes, deviations, points, drawn = self._draw(mean, own)
             clipped = jax.vmap(lambda outputs: self._clipped(outputs, targets, diagonal))(drawn)
-            return _excess_variance.of_sample(
-                links, axes, deviations, clipped, points, self.weights
-            )
+            return excess_variance.of_sample(links, axes, deviations, clipped, points, self.weights)
 
         found = []
         for test, rows, targets in self._parts():
@@ -214,7 +212,7 @@ class Closure(eqx.Module):
             samples = (state.mean[:n], own[:n], flow.targets, diagonal, links)
             variance = self.form.variance(state.covariance, test, g, W)
             parts = self._of_samples(of_sample, samples)
-            found.append(_excess_variance.rates(parts, variance, self.sample_rate, rate))
+            found.append(excess_variance.rates(parts, variance, self.sample_rate, rate))
         coefficients, sources = zip(*found, strict=True)
         return jnp.stack(coefficients), jnp.stack(sources)
 

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from ntkdp._backend.types import Array, Float
-from ntkdp._excess_variance import Links
+from ntkdp.stochastic_flow._moments.excess_variance import Links
 
 
 class CovarianceForm(eqx.Module):

@@ -19,14 +19,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _followed_points
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
-from ntkdp._covariance_form import CovarianceForm
-from ntkdp._excess_variance import Links
-from ntkdp._followed_points import FollowedPoints
-from ntkdp._output_noise import eigh
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.excess_variance import Links
+from ntkdp.stochastic_flow._output_noise import eigh
+from ntkdp.stochastic_flow._sharded_points import FollowedPoints
 
 #: Part of the trace of the noise that the leading eigenvectors hold, and the most of them.
 _SHARE, _MOST = 0.99, 500
@@ -279,8 +279,8 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
 
     Without noise the basis is that of the kernel's square, as sampling has it.
     """
-    points, mesh = _followed_points.of_flow(flow), flow.mesh
-    operator = _followed_points.operator(flow)
+    points, mesh = _sharded_points.of_flow(flow), flow.mesh
+    operator = _sharded_points.operator(flow)
     shared = flow.diagonal.ndim == 2
     n_groups, n = flow.diagonal.shape[:2]
     if noise is None:

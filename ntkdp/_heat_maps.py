@@ -11,10 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from ntkdp._agreement import check_cells, known, value_of
 from ntkdp._backend import figure_style, validate
-from ntkdp._cell_metrics import HIGHER_IS_BETTER, CellMetrics
-from ntkdp.advisor import pareto_front
+from ntkdp.comparison import (
+    HIGHER_IS_BETTER,
+    CellMetrics,
+    check_cells,
+    known,
+    pareto_front,
+    value_of,
+)
 
 _LABELS = {"loss": "loss", "accuracy": "accuracy (%)", "ece": "ECE (%)", "mce": "MCE (%)"}
 #: From worse to better, in lightness too: for print, and without colour vision.

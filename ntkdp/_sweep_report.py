@@ -12,13 +12,13 @@ from rich.table import Table
 
 from ntkdp import advisor, comparison, plotting
 from ntkdp._backend.figure_style import draw_into
-from ntkdp._cell_metrics import CellMetrics
 from ntkdp._results import page
 from ntkdp._results.console import add_row, literal, open_console, say
 from ntkdp._results.folder_lock import held
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.plain_json import text_of
 from ntkdp._results.provenance import provenance
+from ntkdp.comparison import CellMetrics
 from ntkdp.sweep import Results
 
 #: How metrics are called in tables and in the advice.

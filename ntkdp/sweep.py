@@ -18,7 +18,6 @@ import numpy as np
 
 from ntkdp import (
     __version__,
-    _cell_metrics,
     _cluster,
     _sweep_config,
     _whole_memory,
@@ -28,12 +27,12 @@ from ntkdp import (
     gradient_flow,
     losses,
 )
-from ntkdp._cell_metrics import CellMetrics
 from ntkdp._prediction import Kernel, compute_kernel
 from ntkdp._problem import Problem, problem_of
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.clipping import ClippingRule
+from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.losses import Reduction
 
 if TYPE_CHECKING:
@@ -255,7 +254,7 @@ def _of_cells(
 
 def _found_cell(initial: CellMetrics, content: Any) -> dict[str, Any]:
     """The cell of a folder, whose content may be anything: what is wrong is an error."""
-    _cell_metrics.check_cell(content["metrics"], initial.cell(0))
+    check_cell(content["metrics"], initial.cell(0))
     return {"metrics": content["metrics"], "seconds": float(content["seconds"])}
 
 
@@ -264,7 +263,7 @@ def _found_prediction(initial: CellMetrics, n_cells: int, content: Any) -> dict[
     if len(content["metrics"]) != n_cells:
         raise ValueError(f"it has {len(content['metrics'])} cells, not {n_cells}")
     for metrics in content["metrics"]:
-        _cell_metrics.check_cell(metrics, initial.cell(0))
+        check_cell(metrics, initial.cell(0))
     return {
         "metrics": content["metrics"],
         "kernel_seconds": float(content["kernel_seconds"]),
@@ -376,7 +375,7 @@ def _rule(plane: Plane, clip_norm: float) -> ClippingRule:
 
 def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
     """Metrics of the network before training, of one cell."""
-    return _cell_metrics.measure(
+    return measure(
         problem.loss,
         config.training.reduction,
         float("inf"),
@@ -477,7 +476,7 @@ def _observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) ->
     assert run.outputs is not None
     assert run.test_outputs is not None
     initial_loss = _reduced(problem, training.reduction)
-    metrics = _cell_metrics.measure(
+    metrics = measure(
         problem.loss,
         training.reduction,
         initial_loss,

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import ntkdp
 from ntkdp import _sweep_config, _sweep_report, cli, experiment, sweep
-from ntkdp._cell_metrics import CellMetrics
 from ntkdp._results.checkpoints import CellFolder
+from ntkdp.comparison._cells import CellMetrics
 
 RATES, NORMS = [0.3, 3.0, 30.0], [0.001, 0.01, 0.1]
 SMALL: dict[str, Any] = {

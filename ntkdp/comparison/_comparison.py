@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from ntkdp import _scores
-from ntkdp._scores import Coverage
+from ntkdp.comparison import _scores
+from ntkdp.comparison._scores import Coverage
 from ntkdp.trajectory import Band, Trajectory, band, last_value
 
 if TYPE_CHECKING:
@@ -292,9 +292,9 @@ class Comparison:
         >>> ntkdp.compare(run, run).table().row_count
         2
         """
-        from ntkdp import _comparison_table
+        from ntkdp.comparison import _table
 
-        return _comparison_table.table(self)
+        return _table.table(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted and observed training loss over time, by :func:`ntkdp.plotting.loss_curves`.

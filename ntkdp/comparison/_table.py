@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from ntkdp.comparison import SHARES, last_value
+from ntkdp.comparison._comparison import SHARES
+from ntkdp.trajectory import last_value
 
 if TYPE_CHECKING:
-    from ntkdp.comparison import Comparison
+    from ntkdp.comparison._compare import Comparison
 
 _TITLES = {
     "loss": "training loss",

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.stats
 
 from ntkdp._backend import validate
-from ntkdp._cell_metrics import HIGHER_IS_BETTER, CellMetrics
+from ntkdp.comparison._cells import HIGHER_IS_BETTER, CellMetrics
 
 #: Values closer than this part of their size are equal: more is not left of float32 after training.
 ROUNDING = 1e-5
@@ -219,3 +219,47 @@ def _ranks(badness: np.ndarray, kept: np.ndarray) -> np.ndarray:
     found = np.full(badness.shape, badness.size)
     found[kept] = levels(badness[kept])
     return found
+
+
+def pareto_front(metrics: CellMetrics, *, test: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Cells that no other beats in both accuracy and expected calibration error.
+
+    Parameters
+    ----------
+    metrics : CellMetrics
+        Of a classification.
+    test : bool
+        On the test set.
+
+    Returns
+    -------
+    indices, values : array
+        ``(F,)`` and ``(F, 2)``, accuracy and ECE, of cells that do not diverge, both increasing
+        along the front; of cells with the same two values the first. F may be 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Metrics without accuracy or ECE.
+
+    Examples
+    --------
+    >>> import numpy as np, ntkdp
+    >>> accuracy, ece = np.array([0.5, 0.9, 0.8, 0.95]), np.array([0.01, 0.05, 0.07, 0.2])
+    >>> metrics = ntkdp.advisor.CellMetrics(accuracy, accuracy, ece, *[None] * 5,
+    ...                                     diverged=np.zeros(4, bool))
+    >>> ntkdp.advisor.pareto_front(metrics, test=False)[0].tolist()
+    [0, 1, 3]
+    """
+    check_cells(metrics=metrics)
+    names = [f"{'test_' if test else ''}{name}" for name in ("accuracy", "ece")]
+    missing = [name for name in names if name not in known(metrics)]
+    if missing:
+        raise ValueError(f"metrics must have {' and '.join(names)}, got no {missing[0]}")
+    accuracy, ece = (value_of(metrics, name) for name in names)
+    usable = np.flatnonzero(~metrics.diverged & np.isfinite(accuracy) & np.isfinite(ece))
+    # From the most accurate down, a cell is on the front if it is better calibrated than all above.
+    ordered = usable[np.lexsort((usable, ece[usable], -accuracy[usable]))]
+    least = np.minimum.accumulate(np.concatenate([[np.inf], ece[ordered]]))
+    indices = ordered[ece[ordered] < least[:-1]][::-1]
+    return indices, np.stack([accuracy[indices], ece[indices]], axis=1)

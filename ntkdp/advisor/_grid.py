@@ -9,7 +9,7 @@ import numpy as np
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float
-from ntkdp._cell_metrics import CellMetrics, measure
+from ntkdp.comparison import CellMetrics, measure
 from ntkdp.gradient_flow import KernelFlow
 from ntkdp.stochastic_flow import bytes_of_noise, final_outputs
 

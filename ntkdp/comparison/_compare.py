@@ -1,10 +1,4 @@
-r"""How far a prediction is from a run: relative errors at the times that both recorded.
-
-The error of a prediction is :math:`\sup_t |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t)` over the
-recorded times after the start. Steps of a run meet the time of a flow at t = learning_rate * step.
-Where the prediction is an ensemble of runs, its distribution is compared too: its band, how often
-runs are inside, and its CRPS.
-"""
+"""A prediction against a run, at the times that both recorded."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,21 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import _setup
-from ntkdp._agreement import agreement as agreement
 from ntkdp._backend import validate
-from ntkdp._comparison import QUANTITIES as QUANTITIES
-from ntkdp._comparison import SHARES as SHARES
-from ntkdp._comparison import Comparison as Comparison
-from ntkdp._comparison import Errors as Errors
-from ntkdp._comparison import range_of
-from ntkdp._scores import Coverage as Coverage
-from ntkdp._scores import band_coverage as band_coverage
-from ntkdp._scores import crps as crps
-from ntkdp._scores import standardised_error as standardised_error
-from ntkdp.trajectory import Band as Band
+from ntkdp.comparison._comparison import QUANTITIES, SHARES, Comparison, Errors, range_of
 from ntkdp.trajectory import Trajectory, mean_over_seeds
-from ntkdp.trajectory import band as band
-from ntkdp.trajectory import last_value as last_value
 
 #: Two times are the same if they differ by less than this many roundings of the coarser dtype.
 _TIME_ROUNDINGS = 8

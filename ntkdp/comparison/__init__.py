@@ -1,0 +1,41 @@
+r"""How far a prediction is from a run: relative errors at the times that both recorded.
+
+The error of a prediction is :math:`\sup_t |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t)` over the
+recorded times after the start. Steps of a run meet the time of a flow at t = learning_rate * step.
+Where the prediction is an ensemble of runs, its distribution is compared too: its band, how often
+runs are inside, and its CRPS.
+"""
+
+from ntkdp.comparison._agreement import agreement
+from ntkdp.comparison._agreement import candidates as candidates
+from ntkdp.comparison._agreement import check_cells as check_cells
+from ntkdp.comparison._agreement import known as known
+from ntkdp.comparison._agreement import levels as levels
+from ntkdp.comparison._agreement import pareto_front as pareto_front
+from ntkdp.comparison._agreement import prefix_of as prefix_of
+from ntkdp.comparison._agreement import regret as regret
+from ntkdp.comparison._agreement import value_of as value_of
+from ntkdp.comparison._cells import HIGHER_IS_BETTER as HIGHER_IS_BETTER
+from ntkdp.comparison._cells import CellMetrics as CellMetrics
+from ntkdp.comparison._cells import check_cell as check_cell
+from ntkdp.comparison._cells import measure as measure
+from ntkdp.comparison._compare import compare
+from ntkdp.comparison._comparison import QUANTITIES, SHARES, Comparison, Errors
+from ntkdp.comparison._scores import Coverage, band_coverage, crps, standardised_error
+from ntkdp.trajectory import Band, band, last_value
+
+__all__ = [
+    "QUANTITIES",
+    "SHARES",
+    "Band",
+    "Comparison",
+    "Coverage",
+    "Errors",
+    "agreement",
+    "band",
+    "band_coverage",
+    "compare",
+    "crps",
+    "last_value",
+    "standardised_error",
+]

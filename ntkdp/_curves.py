@@ -1,7 +1,9 @@
 """Curves over time: the run with its band, and the predictions with theirs upon it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -66,3 +68,131 @@ def _over_seeds(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.nd
     spread = band(values, _BAND_LEVELS)
     low, high = spread.quantiles
     return spread.mean, (low, high)
+
+
+#: One prediction, or several under the names that the legend shows.
+Predictions = Trajectory | Mapping[str, Trajectory]
+
+
+def loss_curves(
+    predictions: Predictions,
+    run: Trajectory | None = None,
+    *,
+    test: bool = False,
+    log: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Predicted losses over time, against a run.
+
+    Parameters
+    ----------
+    predictions : Trajectory or mapping of str to Trajectory
+        One, or several with the names that the legend shows. With a seed axis: the mean, in a band
+        from the 5% to the 95% quantile.
+    run : Trajectory, optional
+        The same, in grey.
+    test : bool
+        The loss on the test set.
+    log : bool
+        Logarithmic axis for the loss. A prediction that leaves the run by more than a factor of ten
+        leaves the picture.
+    ax : Axes, optional
+        Where to draw; by default on a new figure, ``.figure`` of what is returned.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a Trajectory, or mapping of them.
+    ValueError
+        If a trajectory lacks what is to be drawn, or there is no prediction.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t = jnp.arange(3.0)
+    >>> run = ntkdp.Trajectory(t, loss=jnp.exp(-t), clip_fraction=jnp.zeros(3))
+    >>> ax = ntkdp.plotting.loss_curves({"flow": run, "recursion": run}, run)
+    >>> [line.get_label() for line in ax.lines]
+    ['observed', 'flow', 'recursion']
+    """
+    name = "test_loss" if test else "loss"
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
+        if log:
+            ax.set_yscale("log", nonpositive="mask")
+        draw(ax, name, named_predictions(predictions), run)
+        ax.set_ylabel("test loss" if test else "training loss")
+        if log:
+            figure_style.limit_log_loss(ax, has_run=run is not None)
+        ax.legend(loc="best")
+    return ax
+
+
+def accuracy(
+    predictions: Predictions,
+    run: Trajectory | None = None,
+    *,
+    test: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of samples classified correctly over time; arguments as for :func:`loss_curves`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> t, zero = jnp.arange(3.0), jnp.zeros(3)
+    >>> run = ntkdp.Trajectory(t, loss=zero, clip_fraction=zero, accuracy=t / 2)
+    >>> ntkdp.plotting.accuracy(run).lines[0].get_ydata().tolist()
+    [0.0, 0.5, 1.0]
+    """
+    name = "test_accuracy" if test else "accuracy"
+    return _share_curves(name, name.replace("_", " ") if test else "training accuracy",
+                         predictions, run, ax)  # fmt: skip
+
+
+def clip_fraction(
+    predictions: Predictions, run: Trajectory | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Share of clipped samples over time (layerwise: of samples and groups).
+
+    Arguments as for :func:`loss_curves`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> run = ntkdp.Trajectory(jnp.arange(2.0), jnp.ones(2), clip_fraction=jnp.array([1.0, 0.5]))
+    >>> ntkdp.plotting.clip_fraction(run).lines[0].get_ydata().tolist()
+    [1.0, 0.5]
+    """
+    return _share_curves("clip_fraction", "clip fraction", predictions, run, ax)
+
+
+def named_predictions(predictions: Any) -> dict[str, Trajectory]:
+    if isinstance(predictions, Trajectory):
+        return {"predicted": predictions}
+    if not isinstance(predictions, Mapping):
+        raise TypeError(
+            "predictions must be a Trajectory or a mapping of names to them, "
+            f"got {type(predictions).__name__}"
+        )
+    if not predictions:
+        raise ValueError("predictions must hold at least one Trajectory, got none")
+    for name, prediction in predictions.items():
+        check_trajectory(f"predictions[{name!r}]", prediction)
+    return dict(predictions)
+
+
+def _share_curves(
+    name: str, label: str, predictions: Predictions, run: Trajectory | None, ax: Axes | None
+) -> Axes:
+    with mpl.rc_context(figure_style.LOOK):
+        ax = figure_style.axes_or_new(ax)
+        draw(ax, name, named_predictions(predictions), run)
+        ax.set_ylabel(label)
+        ax.set_ylim(-0.03, 1.03)
+        ax.legend(loc="best")
+    return ax

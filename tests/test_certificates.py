@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import ntkdp
 from ntkdp import clipping, losses
-from ntkdp._certificate_plot import certificate
 from ntkdp.certificates import certify, safe_clip_norm, safe_clip_norm_bound
+from ntkdp.plotting._certificates import certificate
 
 H7, Y7 = np.ones((3, 3)) + 0.1 * np.eye(3), np.array([-3.0, 1.0, 1.0])
 SEEDS = st.integers(0, 2**32 - 1)

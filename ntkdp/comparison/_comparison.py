@@ -306,9 +306,9 @@ class Comparison:
         >>> len(ntkdp.compare(run, run).plot().lines)
         2
         """
-        from ntkdp import plotting
+        from ntkdp import _curves
 
-        return plotting.loss_curves(self.predicted, self.observed, ax=ax)
+        return _curves.loss_curves(self.predicted, self.observed, ax=ax)
 
 
 def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:

@@ -9,9 +9,10 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import ntkdp
-from ntkdp import _table_one_evidence as evidence
 from ntkdp import clipping, losses, table_one
 from ntkdp.counterexamples import Counterexample
+from ntkdp.table_one import _compute
+from ntkdp.table_one import _evidence as evidence
 
 #: Bu, Wang, Dai, Long (TMLR 2023), Table 1, in the order of the columns; the third version of the
 #: preprint adds the first three entries of the global rule.
@@ -145,7 +146,7 @@ def test_the_circling_network_goes_around_for_ever_by_scipy_too() -> None:
 def test_the_fewest_digits_of_the_indefinite_pair() -> None:
     """HC + CH of the pair has eigenvalues -.334 and 2.354 ."""
     pair = table_one.State(((1.0, 0.9), (0.9, 1.0)), (1.0, 100.0), 1.0)
-    kernel, factors = table_one._operator_at(pair)
+    kernel, factors = _compute._operator_at(pair)
     np.testing.assert_allclose(factors, [1.0, 0.01])
     values = 2 * np.asarray(ntkdp.spectrum.symmetric_eigenvalues(kernel, factors))
     np.testing.assert_allclose(values, [-0.334, 2.354], atol=5e-4)

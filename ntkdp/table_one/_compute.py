@@ -1,157 +1,24 @@
-r"""Table 1 of the paper, rebuilt from computed evidence.
+"""Every cell of Table 1 from computed evidence."""
 
-For each kind of clipping the paper says whether the matrix that drives the outputs is symmetric,
-has a positive quadratic form and positive eigenvalues, and whether the training loss converges,
-falls monotonically and reaches zero, given a kernel that stays positive definite (Bu, Wang, Dai,
-Long, TMLR 2023, Table 1; the rows of the global rule are from the third version of the preprint).
-Here every "yes" comes with the worst case over thousands of random instances and trajectories, and
-every "no" with an explicit small instance. Where more is known than the paper says, the cell says
-both; what it adds is *derived* for this library.
-
-Two of these additions carry proofs. **A frozen kernel and flat clipping always converge**: for
-convex losses whose minima :math:`f^*` are attained together,
-:math:`V = \tfrac12 (f - f^*)^\top H^{-1} (f - f^*)` falls,
-:math:`\dot V = -\sum_i C_i (f_i - f_i^*)^\top a_i \le -\sum_i C_i (\ell_i(f_i) - \ell_i(f_i^*))`,
-whatever the number of outputs. **A moving kernel need not**: a network of four weights, three
-samples and a kernel that stays positive definite goes around for ever.
-"""
-
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ntkdp import _table_one_evidence as evidence
 from ntkdp import clipping, counterexamples, spectrum
 from ntkdp._backend import validate
-from ntkdp._results.plain_json import as_json
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.table_one import _evidence as evidence
+from ntkdp.table_one._table import COLUMNS, Cell, Row, State, Table
 
-__all__ = ["COLUMNS", "Cell", "Row", "State", "Table", "compute"]
-
-COLUMNS = (
-    "symmetric",
-    "positive quadratic form",
-    "positive eigenvalues",
-    "loss converges",
-    "monotone",
-    "to zero loss",
-)
 #: What rounding may leave, relative to the size of what is measured.
 _ROUNDING = 1e-10
 #: Part of its initial value to which a loss has to fall to count as zero.
 _ZERO = 1e-8
-
-
-@dataclass(frozen=True)
-class State:
-    """A state of one output: squared loss, targets zero, flat abadi clipping.
-
-    Evidence in the table of :func:`compute`.
-    """
-
-    kernel: tuple[tuple[float, ...], ...]
-    outputs: tuple[float, ...]
-    clip_norm: float
-
-    def to_json(self) -> str:
-        """One JSON object."""
-        fields = {"kind": "state", "kernel": self.kernel, "outputs": self.outputs}
-        return json.dumps(fields | {"rule": "abadi", "R": self.clip_norm, "scope": "flat"})
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry: what the paper guarantees, and what was measured.
-
-    ``paper`` is None where the paper does not say. ``value`` is the number that ``evidence`` names;
-    ``holds`` whether it bears out ``guaranteed``, which is the paper's answer, or the computed one
-    where it has none. ``added`` says what is known beyond it, with ``added_holds`` measured too.
-
-    Part of the table of :func:`compute`.
-    """
-
-    column: str
-    paper: bool | None
-    guaranteed: bool
-    evidence: str
-    value: float
-    holds: bool
-    added: str = ""
-    added_holds: bool = True
-    example: Counterexample | State | None = None
-
-    @property
-    def answer(self) -> Literal["yes", "no"]:
-        """Whether it is guaranteed."""
-        return "yes" if self.guaranteed else "no"
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, the instance included."""
-        return {
-            "column": self.column,
-            "paper": {True: "yes", False: "no", None: "not stated"}[self.paper],
-            "computed": self.answer,
-            "evidence": self.evidence,
-            "value": as_json(self.value),
-            "holds": self.holds,
-            "added": self.added,
-            "added_holds": self.added_holds,
-            "example": None if self.example is None else json.loads(self.example.to_json()),
-        }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of clipping: its matrix and its cells, in the order of `COLUMNS`.
-
-    Part of the table of :func:`compute`.
-    """
-
-    clipping: str
-    matrix: str
-    cells: tuple[Cell, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether every cell is borne out."""
-        return all(cell.holds and cell.added_holds for cell in self.cells)
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows.
-
-    Made by :func:`compute`.
-    """
-
-    rows: tuple[Row, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether every cell is borne out."""
-        return all(row.holds for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {
-            "columns": list(COLUMNS),
-            "holds": self.holds,
-            "rows": [
-                {
-                    "clipping": row.clipping,
-                    "matrix": row.matrix,
-                    "cells": [cell.as_dict() for cell in row.cells],
-                }
-                for row in self.rows
-            ],
-        }
 
 
 def compute(

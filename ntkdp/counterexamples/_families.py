@@ -10,8 +10,8 @@ import numpy as np
 from ntkdp import clipping, losses
 from ntkdp._backend.types import Array, Float, Key, PyTree
 from ntkdp.clipping import ClippingRule
-from ntkdp.counterexamples._measure import State
 from ntkdp.counterexamples._search import Problem
+from ntkdp.counterexamples._state import State
 from ntkdp.losses import Loss
 
 #: Sizes to start from, before the hyperbolic sine spreads them over decades.

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp._backend.types import Array, Float
-from ntkdp.counterexamples._data import (
+from ntkdp.counterexamples._counterexample import (
     Counterexample,
     as_numbers,
     eigenvalue_ratio,
@@ -19,9 +19,9 @@ from ntkdp.counterexamples._data import (
     rest_margin,
     rounding_margin,
 )
-from ntkdp.counterexamples._measure import measured_state, settled
-from ntkdp.counterexamples._problems import Divergence, Equilibrium, masked
+from ntkdp.counterexamples._families import Divergence, Equilibrium, masked
 from ntkdp.counterexamples._search import Problem
+from ntkdp.counterexamples._state import measured_state, settled
 
 #: Reduction and rounding may each cost half of the strength that the search found.
 _KEPT = 0.5

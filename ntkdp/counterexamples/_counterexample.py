@@ -16,7 +16,7 @@ from ntkdp import clipping, losses
 from ntkdp._backend import validate
 from ntkdp._backend.files import replacing
 from ntkdp._backend.types import Array
-from ntkdp.counterexamples._measure import flow_of, measured_state
+from ntkdp.counterexamples._state import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow, solve
 
 KINDS = ("rise", "stuck", "divergence")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkdp._backend import figure_style
+from ntkdp._results import figure_style
 from ntkdp.trajectory import Trajectory, band
 
 TIME = r"time $t$ = learning rate × step"

@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("ntkdp")
 
 _PACKAGE = Path(__file__).parent.parent / "ntkdp"
 #: Typer reads the signatures of the command line itself, and neural-tangents must be imported late.
-_UNCHECKED = {_PACKAGE / "_backend" / "neural_tangents.py", _PACKAGE / "_app.py"}
+_UNCHECKED = {_PACKAGE / "_backend" / "neural_tangents.py", _PACKAGE / "cli" / "_app.py"}
 
 
 def _module_name(path: Path) -> str:

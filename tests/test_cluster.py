@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ntkdp import _cluster, cli, datasets, experiment, sweep
+from ntkdp import cli, datasets, experiment, sweep
+from ntkdp.sweep import _cluster, _run, _workers
 
 RATES, NORMS = [0.3, 3.0], [0.01, 0.1, 1.0]
 GRID = {"learning_rates": RATES, "clip_norms": NORMS, "noise_multipliers": [0.0]}
@@ -199,13 +200,13 @@ def test_finished_cells_are_not_sent(
     for number in lost:
         (tmp_path / "cells" / f"{number:05d}.json").unlink()
     sent: list[sweep.Cell] = []
-    observe = sweep._observe
+    observe = _workers.observe
 
     def counted(*arguments: Any) -> dict[str, Any]:
         sent.append(arguments[-1])
         return observe(*arguments)
 
-    monkeypatch.setattr(sweep, "_observe", counted)
+    monkeypatch.setattr(_run, "observe", counted)
     assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
     assert sorted(sent) == [alone.cells[number] for number in lost]
     sent.clear()
@@ -220,7 +221,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    observe = sweep._observe
+    observe = _workers.observe
 
     def fail_at_four(*arguments: Any) -> dict[str, Any]:
         if arguments[-1] == alone.cells[4]:
@@ -228,7 +229,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
         return observe(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "_observe", fail_at_four)
+        patched.setattr(_run, "observe", fail_at_four)
         named = (
             r"cell 4 \(flat abadi, no noise, learning rate 3, clipping norm 0.1\): MemoryError: too"
         )
@@ -246,13 +247,13 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
 def test_a_worker_must_have_what_the_sweep_has(
     config: sweep.SweepConfig, alone: sweep.Results
 ) -> None:
-    told = sweep._told(config, experiment.problem_of(config))
+    told = _workers.instructions(config, experiment.problem_of(config))
     there = (alone.planes[0], alone.cells[0])
     assert alone.observed is not None
-    content = sweep._observe_as_told(told, *there)
+    content = _workers.observe_as_told(told, *there)
     assert content["metrics"] == alone.observed[0].cell(0)
     with pytest.raises(RuntimeError, match=r"the worker has ntkdp .*, the sweep ntkdp 0\.0\.1"):
-        sweep._observe_as_told(told._replace(version="0.0.1"), *there)
+        _workers.observe_as_told(told._replace(version="0.0.1"), *there)
 
 
 def write_table(path: Path, row: int | None = None, factor: float = 1.0) -> Path:
@@ -317,15 +318,15 @@ def test_an_undefined_loss_at_the_start_is_no_other_data(tmp_path: Path) -> None
     write_table(path, row, 1e308)
     problem = experiment.problem_of(config)
     assert np.isnan(problem.test_outputs).any()
-    told = sweep._told(config, problem)
-    _, made = sweep._made_as_told(told)
+    told = _workers.instructions(config, problem)
+    _, made = _workers._made_as_told(told)
     # As if it came again, from elsewhere: the same is not made twice.
-    assert sweep._made_as_told(pickle.loads(pickle.dumps(told)))[1] is made
+    assert _workers._made_as_told(pickle.loads(pickle.dumps(told)))[1] is made
     write_table(path)
-    told = sweep._told(config, experiment.problem_of(config))
+    told = _workers.instructions(config, experiment.problem_of(config))
     write_table(path, row, 1e308)
     with pytest.raises(RuntimeError, match=r"other data: .*test part is nan"):
-        sweep._made_as_told(told)
+        _workers._made_as_told(told)
 
 
 @pytest.mark.slow
@@ -335,10 +336,10 @@ def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
     there = (alone.planes[0], alone.cells[0])
     with jax.enable_x64(False):
         problem = experiment.problem_of(single)
-        here = sweep._observe(single, problem, *there)
-        told = sweep._told(single, problem)
+        here = _workers.observe(single, problem, *there)
+        told = _workers.instructions(single, problem)
     assert jax.config.read("jax_enable_x64")
-    assert sweep._observe_as_told(told, *there)["metrics"] == here["metrics"]
+    assert _workers.observe_as_told(told, *there)["metrics"] == here["metrics"]
     assert np.float32(here["metrics"]["test_loss"]) == here["metrics"]["test_loss"]
 
 

@@ -9,35 +9,36 @@ import pydantic
 import pytest
 from typer.testing import CliRunner
 
-from ntkdp import _config, _sweep_config, cli, experiment
+from ntkdp import cli, experiment, sweep
+from ntkdp.experiment import _config
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_documented_configuration_is_the_default() -> None:
-    documented = _config.load(ROOT / "docs" / "configuration.toml")
-    assert documented == _config.Config()
+    documented = experiment.load_config(ROOT / "docs" / "configuration.toml")
+    assert documented == experiment.Config()
 
 
 @pytest.mark.parametrize("training", [{"learning_rate": 0.1}, {"learning_rate": 1.5}])
 def test_a_learning_rate_that_is_written_is_used_by_every_default_rule(training: dict) -> None:
-    written = _config.from_tree({"training": training})
-    built = _config.Config(training=_config.TrainingConfig(**training))
+    written = experiment.config(**{"training": training})
+    built = experiment.Config(training=_config.TrainingConfig(**training))
     for config in (written, built):
         rates = [rule.learning_rate_in(config.training) for rule in config.clipping]
         assert rates == [training["learning_rate"]] * 4
         assert [rule.label for rule in config.clipping] == [
-            rule.label for rule in _config.Config().clipping
+            rule.label for rule in experiment.Config().clipping
         ]
 
 
 def test_rules_keep_the_learning_rates_that_are_theirs() -> None:
     for tree in ({}, {"training": {"steps": 3}}, {"training": _config.TrainingConfig(steps=3)}):
-        config = _config.from_tree(tree)
+        config = experiment.config(**tree)
         rates = [rule.learning_rate_in(config.training) for rule in config.clipping]
         assert rates == [2.5, 1.5, 2.5, 1.5]
     rules = [{"clip_norm": 0.1, "learning_rate": 7.0}, {"clip_norm": 0.2}]
-    config = _config.from_tree({"training": {"learning_rate": 0.1}, "clipping": rules})
+    config = experiment.config(**{"training": {"learning_rate": 0.1}, "clipping": rules})
     assert [rule.learning_rate_in(config.training) for rule in config.clipping] == [7.0, 0.1]
 
 
@@ -50,17 +51,17 @@ def _default_of(config: pydantic.BaseModel, name: str) -> object:
     return found
 
 
-@pytest.mark.parametrize("kind", [_config.Config, _sweep_config.SweepConfig])
+@pytest.mark.parametrize("kind", [experiment.Config, sweep.SweepConfig])
 def test_the_defaults_that_are_shown_are_those_of_the_command(
     kind: type[pydantic.BaseModel],
 ) -> None:
-    for name, shown, _ in _config.describe(kind):
+    for name, shown, _ in describe(kind):
         value = _default_of(kind(), name)
         assert shown == ("" if value is None else str(value).replace("'", '"')), name
 
 
 def test_the_help_of_a_sweep_shows_its_own_defaults() -> None:
-    shown = {name: default for name, default, _ in _config.describe(_sweep_config.SweepConfig)}
+    shown = {name: default for name, default, _ in describe(sweep.SweepConfig)}
     assert (shown["data.n_train"], shown["data.n_test"]) == ("1000", "500")
     assert shown["model.widths"] == "[512]"
     help_page = CliRunner().invoke(cli.app, ["sweep", "--help"], env={"COLUMNS": "200"}).output
@@ -70,19 +71,19 @@ def test_the_help_of_a_sweep_shows_its_own_defaults() -> None:
 
 def test_the_documented_configuration_names_every_field() -> None:
     text = (ROOT / "docs" / "configuration.toml").read_text()
-    for name, _, _ in _config.describe():
+    for name, _, _ in describe(experiment.Config):
         assert name.rpartition(".")[2] in text, name
 
 
 def test_every_field_has_a_description() -> None:
-    described = _config.describe()
+    described = describe(experiment.Config)
     assert len(described) > 30
     assert [name for name, _, description in described if not description] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
-    experiment.rules_of(_config.load(path))
+    experiment.rules_of(experiment.load_config(path))
 
 
 @pytest.mark.parametrize(
@@ -115,17 +116,17 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
     ],
 )
 def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> None:
-    with pytest.raises(_config.ConfigError) as caught:
-        _config.from_tree(tree)
+    with pytest.raises(experiment.ConfigError) as caught:
+        experiment.config(**tree)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_default_predictions_follow_the_momentum() -> None:
-    assert _config.from_tree({}).predictions == ["frozen", "infinite", "recursion"]
-    with_momentum = _config.from_tree({"training": {"momentum": 0.9}})
+    assert experiment.config(**{}).predictions == ["frozen", "infinite", "recursion"]
+    with_momentum = experiment.config(**{"training": {"momentum": 0.9}})
     assert with_momentum.predictions == ["frozen", "infinite"]
-    assert _config.from_tree(with_momentum.model_dump()) == with_momentum
+    assert experiment.config(**with_momentum.model_dump()) == with_momentum
 
 
 @pytest.mark.parametrize(
@@ -141,39 +142,39 @@ def test_default_predictions_follow_the_momentum() -> None:
     ],
 )
 def test_rules_that_cannot_be_made_name_their_place(clipping: dict, words: list[str]) -> None:
-    with pytest.raises(_config.ConfigError) as caught:
-        experiment.rules_of(_config.from_tree({"clipping": [clipping]}))
+    with pytest.raises(experiment.ConfigError) as caught:
+        experiment.rules_of(experiment.config(**{"clipping": [clipping]}))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_noise_needs_a_rule_that_bounds_each_sample() -> None:
     tree = {"clipping": [{"rule": "batch"}], "training": {"noise_multiplier": 1.0}}
-    with pytest.raises(_config.ConfigError, match=r"noise_multiplier.*'batch'.*got 1.0"):
-        experiment.rules_of(_config.from_tree(tree))
+    with pytest.raises(experiment.ConfigError, match=r"noise_multiplier.*'batch'.*got 1.0"):
+        experiment.rules_of(experiment.config(**tree))
 
 
 def test_files_that_are_not_toml(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("name = 'unfinished\n")
-    with pytest.raises(_config.ConfigError, match=r"config.toml is not TOML: "):
-        _config.load(path)
+    with pytest.raises(experiment.ConfigError, match=r"config.toml is not TOML: "):
+        experiment.load_config(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(_config.ConfigError, match="is not TOML"):
-        _config.load(path)
+    with pytest.raises(experiment.ConfigError, match="is not TOML"):
+        experiment.load_config(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.toml"):
-        _config.load(tmp_path / "nowhere.toml")
+        experiment.load_config(tmp_path / "nowhere.toml")
     # Some editors begin a file with a byte order mark.
     path.write_text("seed = 1\n", encoding="utf-8-sig")
-    assert _config.load(path).seed == 1
+    assert experiment.load_config(path).seed == 1
     path.write_text("seeed = 1\n")
-    with pytest.raises(_config.ConfigError, match=r"config.toml: unknown field 'seeed'"):
-        _config.load(path)
+    with pytest.raises(experiment.ConfigError, match=r"config.toml: unknown field 'seeed'"):
+        experiment.load_config(path)
 
 
 def test_defaults_survive_a_round_trip_through_toml(tmp_path: Path) -> None:
     fields = tomllib.loads((ROOT / "docs" / "configuration.toml").read_text())
-    assert _config.from_tree(fields).model_dump() == _config.Config().model_dump()
+    assert experiment.config(**fields).model_dump() == experiment.Config().model_dump()
 
 
 def test_pins_are_the_same_for_pip_and_for_uv() -> None:
@@ -184,7 +185,7 @@ def test_pins_are_the_same_for_pip_and_for_uv() -> None:
     assert not [line for line in lines if "://" in line]
 
 
-@pytest.mark.parametrize("make", [_config.from_tree, _sweep_config.from_tree])
+@pytest.mark.parametrize("make", [experiment.config, sweep.config])
 @pytest.mark.parametrize(
     "name",
     ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".hidden", "", "  ", "a\nb", "\x1b[31m", "\ud800",
@@ -192,12 +193,12 @@ def test_pins_are_the_same_for_pip_and_for_uv() -> None:
 )  # fmt: skip
 def test_a_name_is_no_path(make: Callable[..., Any], name: str) -> None:
     with pytest.raises(
-        _config.ConfigError, match=r"field 'name': must be a name .* --out"
+        experiment.ConfigError, match=r"field 'name': must be a name .* --out"
     ) as caught:
-        make({"name": name})
+        make(name=name)
     caught.value.args[0].encode()
 
 
 def test_names_of_any_language_are_names() -> None:
     for name in ("digits", "R = 0.4, no noise", "Größe", "x" * 150, "-v"):
-        assert _config.from_tree({"name": name}).name == name
+        assert experiment.config(**{"name": name}).name == name

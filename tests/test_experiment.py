@@ -14,7 +14,9 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import ntkdp
-from ntkdp import _config, _report, cli, experiment, privacy
+from ntkdp import cli, experiment, privacy
+from ntkdp._backend.config_files import describe
+from ntkdp.experiment import _report, _run
 
 SMALL: dict[str, Any] = {
     "predictions": ["exact", "frozen", "infinite", "recursion"],
@@ -31,13 +33,13 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def results() -> experiment.Results:
-    return experiment.run(_config.from_tree(SMALL))
+    return experiment.run(experiment.config(**SMALL))
 
 
 @pytest.fixture(scope="module")
 def run_folder(results: experiment.Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    _report.write(results, path)
+    _report.write_report(results, path)
     return path
 
 
@@ -105,8 +107,8 @@ def test_metrics_have_the_promised_form(results: experiment.Results, run_folder:
 def test_the_learning_rate_of_every_case_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config.from_tree(
-        SMALL
+    config = experiment.config(
+        **SMALL
         | {
             "predictions": ["recursion"],
             "training": {"steps": 4, "learning_rate": 0.125},
@@ -119,13 +121,13 @@ def test_the_learning_rate_of_every_case_is_shown(
     assert [float(case.run.times[-1]) / 4 for case in found.cases] == [0.375, 0.125]
     titles = []
     monkeypatch.setattr(
-        "ntkdp._report.draw_into",
+        "ntkdp.experiment._report.draw_into",
         lambda path, figure, form, dpi: (
             titles.extend(ax.get_title() for ax in figure.get_figure(root=True).axes),
             Path(path).write_bytes(b""),
         ),
     )
-    _report.write(found, tmp_path)
+    _report.write_report(found, tmp_path)
     for rate in ("0.375", "0.125"):
         # loss, relative error, clip fraction, test loss, test accuracy
         assert sum(title.endswith(f"learning rate {rate}") for title in titles) == 5
@@ -165,8 +167,8 @@ def test_the_page_stands_alone_and_shows_every_picture(run_folder: Path) -> None
 
 
 def test_divergence_is_said_and_written(tmp_path: Path) -> None:
-    config = _config.from_tree(
-        SMALL
+    config = experiment.config(
+        **SMALL
         | {
             "predictions": ["recursion"],
             "loss": "squared_error",
@@ -175,7 +177,7 @@ def test_divergence_is_said_and_written(tmp_path: Path) -> None:
         }
     )
     results = experiment.run(config)
-    _report.write(results, tmp_path)
+    _report.write_report(results, tmp_path)
     entry = json.loads((tmp_path / "metrics.json").read_text())["results"][0]
     # Of a prediction and a run that both overflow, not even the sign of the error is known.
     assert entry["sup_relative_error"] in ("nan", "inf")
@@ -188,8 +190,8 @@ def test_divergence_is_said_and_written(tmp_path: Path) -> None:
 
 
 def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
-    config = _config.from_tree(
-        SMALL
+    config = experiment.config(
+        **SMALL
         | {
             "predictions": ["frozen"],
             "training": {
@@ -211,15 +213,15 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     prediction = case.predictions["frozen"]
     np.testing.assert_allclose(prediction.trajectory.times, case.run.times, rtol=1e-12)
     assert prediction.comparison.sup_relative_error < 0.05
-    _report.write(results, tmp_path)
+    _report.write_report(results, tmp_path)
     assert "Without the noise: frozen kernel" in (tmp_path / "report.html").read_text()
     assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()
 
 
 def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> None:
     # At a budget, n_seeds runs of one network; the noise moves the kernel, v(T) = (T S/(n mu))^2.
-    config = _config.from_tree(
-        SMALL
+    config = experiment.config(
+        **SMALL
         | {
             "predictions": ["frozen", "infinite", "recursion"],
             "data": {"name": "gaussian", "n_train": 16, "n_test": 8, "options": {"n_features": 8}},
@@ -259,7 +261,7 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
     own = np.mean(np.abs(runs[:, None] - runs)) / 2
     for name in ("infinite", "recursion"):
         assert bands[name]["mean_crps"] == pytest.approx(own, rel=0.1)
-    _report.write(results, tmp_path)
+    _report.write_report(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "0.694 (flat abadi R=0.5)" in page
     assert "Without the noise: frozen kernel" in page
@@ -274,9 +276,9 @@ def test_layerwise_noise_sampling_and_a_budget_are_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With so many outputs that the recursion leaves out the test points.
-    monkeypatch.setattr("ntkdp._prediction._MOST_WITH_TEST", 10)
-    config = _config.from_tree(
-        SMALL
+    monkeypatch.setattr("ntkdp.experiment._predictions._MOST_WITH_TEST", 10)
+    config = experiment.config(
+        **SMALL
         | {
             "predictions": ["infinite", "recursion"],
             "training": {
@@ -300,7 +302,7 @@ def test_layerwise_noise_sampling_and_a_budget_are_predicted(
         assert prediction.comparison.sup_relative_error < 0.3, name
     assert case.predictions["infinite"].trajectory.test_loss is not None
     assert case.predictions["recursion"].trajectory.test_loss is None
-    _report.write(results, tmp_path)
+    _report.write_report(results, tmp_path)
     assert (tmp_path / "test_loss.png").stat().st_size > 0
     assert "leaves out the test points" in (tmp_path / "report.html").read_text()
 
@@ -327,8 +329,8 @@ def test_layerwise_noise_sampling_and_a_budget_are_predicted(
 )
 def test_what_does_not_fit_together_names_its_field(changes: dict, words: list[str]) -> None:
     data = {"n_train": 24, "n_test": 8} | changes.pop("data", {})
-    with pytest.raises(_config.ConfigError) as caught:
-        experiment.run(_config.from_tree(SMALL | changes | {"data": data}))
+    with pytest.raises(experiment.ConfigError) as caught:
+        experiment.run(experiment.config(**SMALL | changes | {"data": data}))
     for word in words:
         assert word in str(caught.value)
 
@@ -347,7 +349,7 @@ def test_regression_and_images_run() -> None:
     }
     images = {"data": {"n_train": 8, "n_test": 4}, "model": {"kind": "cnn", "widths": [8]}}
     for tree in (shared | regression, shared | images):
-        case = experiment.run(_config.from_tree(tree)).cases[0]
+        case = experiment.run(experiment.config(**tree)).cases[0]
         assert case.predictions["frozen"].comparison.sup_relative_error < 0.05
     assert case.run.accuracy is not None
 
@@ -407,15 +409,15 @@ def test_the_command_explains_bad_input_and_writes_nothing(tmp_path: Path) -> No
 def test_help_documents_every_field() -> None:
     done = runner.invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
-    for name, _, _ in _config.describe():
+    for name, _, _ in describe(experiment.Config):
         assert name in done.output, name
     version = runner.invoke(cli.app, ["--version"])
     assert version.output.strip() == f"ntkdp {ntkdp.__version__}"
 
 
 def test_single_precision_follows_double(results: experiment.Results) -> None:
-    config = _config.from_tree(
-        SMALL
+    config = experiment.config(
+        **SMALL
         | {
             "dtype": "float32",
             "predictions": ["infinite", "recursion"],
@@ -434,7 +436,7 @@ def test_single_precision_follows_double(results: experiment.Results) -> None:
 
 def whole_case() -> dict[str, Any]:
     """A case as a folder holds it."""
-    path = experiment._arrays(
+    path = _run._arrays(
         ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
     )
     return {
@@ -446,7 +448,7 @@ def whole_case() -> dict[str, Any]:
     }
 
 
-OF_CASE = _config.from_tree({"predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]})
+OF_CASE = experiment.config(**{"predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]})
 OTHERS: list[Any] = [
     None, 7, "text", [], {}, ["abadi"], {"float": 1}, float("nan"), np.ones(2), np.ones((2, 3, 4)),
     np.array([2.0, 1.0, 0.0]), np.array([0.0, np.nan, 2.0]), np.array(["a", "b", "c"]),
@@ -471,7 +473,7 @@ OTHERS: list[Any] = [
 )
 def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any) -> None:
     content = whole_case()
-    assert experiment._found_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
+    assert _run._found_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
     part = content
     for name in where[:-1]:
         part = part[name]
@@ -484,4 +486,4 @@ def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any)
     if where[-1] in ("loss", "clip_fraction") and not judged:
         return
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
-        experiment._found_case(OF_CASE, OF_CASE.clipping[0], content)
+        _run._found_case(OF_CASE, OF_CASE.clipping[0], content)

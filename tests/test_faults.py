@@ -21,7 +21,7 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner, Result
 
-from ntkdp import __version__, _config, cli, experiment
+from ntkdp import cli, experiment
 from ntkdp._results.own_files import LIST, OwnFiles
 from ntkdp._results.run_folder import RunFolder
 
@@ -53,7 +53,7 @@ def _growing(verb: str, out: Path) -> Path:
 def _finished(out: Path, settings: dict[str, Any]) -> None:
     """A run folder with so much as it is known by."""
     with RunFolder(out).replacing() as path, OwnFiles(path).replacing("metrics.json") as temporary:
-        temporary.write_text(json.dumps({"ntkdp": __version__, "config": settings}))
+        temporary.write_text(json.dumps({"ntkdp": VERSION, "config": settings}))
 
 
 def _invoke(*arguments: str) -> Result:
@@ -218,14 +218,14 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
 
     damaged = partial / "cells" / "00002.json"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    measure = experiment._measured
+    measure = _run._measured
     made: list[float] = []
 
     def counted(*arguments: Any) -> dict[str, Any]:
         made.append(arguments[3].clip_norm)
         return measure(*arguments)
 
-    monkeypatch.setattr(experiment, "_measured", counted)
+    monkeypatch.setattr(_run, "_measured", counted)
     shown = _invoke(*command, "--resume")
     assert shown.exit_code == 0, shown.output
     assert f"{damaged} is damaged" in shown.output
@@ -246,8 +246,8 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
     config = tmp_path / "other.toml"
     config.write_text("seed = 1\n" + CONFIGS["compare"])
-    _finished(out, _config.load(config).model_dump(mode="json"))
-    measure, done = experiment._measured, []
+    _finished(out, experiment.load_config(config).model_dump(mode="json"))
+    measure, done = _run._measured, []
 
     def stopped(*arguments: Any) -> dict[str, Any]:
         if done:
@@ -255,7 +255,7 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
         done.append(measure(*arguments))
         return done[0]
 
-    monkeypatch.setattr(experiment, "_measured", stopped)
+    monkeypatch.setattr(_run, "_measured", stopped)
     shown = _invoke(*command, "--overwrite")
     assert shown.exit_code == 130
     assert shown.output == f"ntkdp: stopped; --out {out} --resume --overwrite continues\n"

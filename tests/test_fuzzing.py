@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ntkdp import datasets, experiment, sweep
-from ntkdp._config import Config
-from ntkdp._sweep_config import SweepConfig
 from ntkdp.experiment import ConfigError
+from ntkdp.experiment._config import Config
+from ntkdp.sweep._config import SweepConfig
 from ntkdp.trajectory import Trajectory
 
 LOADERS: dict[str, tuple[Callable[..., Any], Any]] = {

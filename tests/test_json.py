@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkdp import _verification, claims, table_one
+from ntkdp import claims, table_one
 from ntkdp._results import plain_json
+from ntkdp._verification import run
 from ntkdp.claims import _claim
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
@@ -49,7 +50,7 @@ def test_claims_and_table_one_spell_as_all_do(value: Any, text: Any) -> None:
         return
     finding = _claim.equal("q", value, 1.0, within=0.1)
     verdict = claims.Verdict("C1", "s", "a", "derived", (finding,), 0.1)
-    (read,) = _strictly(_verification.as_json([verdict]))
+    (read,) = _strictly(run.as_json([verdict]))
     assert read["measured"] == read["findings"][0]["measured"] == text
     cell = table_one.Cell("symmetric", False, False, "evidence", value, True)
     assert _strictly(json.dumps(cell.as_dict()))["value"] == text

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 from typer.testing import CliRunner
 
-from ntkdp import _privacy_command, cli, privacy
+from ntkdp import cli, privacy
+from ntkdp.cli import _privacy
 from ntkdp.privacy import _sampled_gaussian
 from ntkdp.privacy._arguments import ACCOUNTANTS
 
@@ -313,7 +314,7 @@ def test_numbers_of_numpy_and_jax_are_numbers() -> None:
 
 
 app = typer.Typer()
-app.command("privacy")(_privacy_command.privacy)
+app.command("privacy")(_privacy.privacy)
 app.callback()(lambda: None)
 runner = CliRunner()
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ntkdp import __version__, cli
+from ntkdp import cli
 from ntkdp._results.own_files import LIST, OwnFiles
 from ntkdp._results.run_folder import MARKER, RunFolder
 
@@ -24,7 +24,7 @@ def put(folder: RunFolder, number: int, names: tuple[str, ...] = ("report.html",
     with folder.replacing() as path:
         for name in (*names, MARKER):
             with OwnFiles(path).replacing(name) as temporary:
-                temporary.write_text(json.dumps({"ntkdp": __version__, "config": number}))
+                temporary.write_text(json.dumps({"ntkdp": VERSION, "config": number}))
 
 
 def number_in(path: Path) -> int:
@@ -73,7 +73,7 @@ def test_folders_that_are_not_runs_are_never_replaced(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_has_no_list_and_stays(tmp_path: Path) -> None:
-    (tmp_path / MARKER).write_text(json.dumps({"ntkdp": __version__, "config": {"seed": 1}}))
+    (tmp_path / MARKER).write_text(json.dumps({"ntkdp": VERSION, "config": {"seed": 1}}))
     with pytest.raises(FileExistsError, match=rf"holds a run, and .*: {MARKER}; nothing is remov"):
         RunFolder(tmp_path, overwrite=True)
     assert RunFolder(tmp_path, finished={"seed": 1}).is_finished
@@ -180,7 +180,7 @@ def test_one_process_at_a_time_puts_a_run_in_place(tmp_path: Path, there: bool) 
         with pytest.raises(BlockingIOError, match="another ntkdp is at work"):
             put(second, 2)
         with OwnFiles(path).replacing(MARKER) as temporary:
-            temporary.write_text(json.dumps({"ntkdp": __version__, "config": 1}))
+            temporary.write_text(json.dumps({"ntkdp": VERSION, "config": 1}))
     assert number_in(run) == 1
     with pytest.raises(FileExistsError, match="holds another run"):
         put(second, 2)

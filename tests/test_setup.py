@@ -13,6 +13,7 @@ import pytest
 import ntkdp
 from ntkdp import _setup, clipping, compare, dp_sgd, experiment, losses, stochastic_flow
 from ntkdp.dp_sgd import _seeds
+from ntkdp.experiment import _run
 
 KEY_X, KEY_Y = jax.random.split(jax.random.key(3))
 X, Y = jax.random.normal(KEY_X, (6, 4)), jax.random.normal(KEY_Y, (6, 2))
@@ -201,9 +202,9 @@ def test_files_and_cells_keep_it(tmp_path: Path) -> None:
     assert dict(_setup.described(rule))["R"] == (1.0, 2.0)
     path.save(tmp_path / "path.nc")
     assert ntkdp.Trajectory.load(tmp_path / "path.nc").setup == path.setup
-    assert experiment._trajectory(experiment._arrays(path)).setup == path.setup
-    old = {name: part for name, part in experiment._arrays(path).items() if name != "setup"}
-    assert experiment._trajectory(old).setup == ()
+    assert _run._trajectory(experiment._arrays(path)).setup == path.setup
+    old = {name: part for name, part in _run._arrays(path).items() if name != "setup"}
+    assert _run._trajectory(old).setup == ()
     for damaged in ("[{}]", "not JSON", "[" * 10000, 3.0):
         dataset = path.to_xarray().assign_attrs(setup=damaged)
         with pytest.raises(ValueError, match="not a trajectory: "):

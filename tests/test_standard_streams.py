@@ -11,16 +11,18 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ntkdp import _progress_bar, _terminal, _verification, claims, cli
+from ntkdp import claims, cli
 from ntkdp._results import console as _console
 from ntkdp._results import standard_streams
+from ntkdp._verification import run
 from ntkdp.claims import _claim
+from ntkdp.cli import _progress_bar, _terminal
 
 ENTRY = "from ntkdp.cli import main; main()"
 #: The command with a light application, for what is not its own.
 LIGHT = (
-    "import sys, types; sys.modules['ntkdp._app'] = types.ModuleType('ntkdp._app'); "
-    "sys.modules['ntkdp._app'].app = lambda: print('done')\n" + ENTRY
+    "import sys, types; sys.modules['ntkdp.cli._app'] = types.ModuleType('ntkdp.cli._app'); "
+    "sys.modules['ntkdp.cli._app'].app = lambda: print('done')\n" + ENTRY
 )
 #: Markup of rich, control characters, a lone surrogate as in the name of a file, and letters.
 ODD = "[/x] [red]a\x1b[31mb\nc\u202ed\udcffé±"
@@ -110,7 +112,7 @@ def test_verdicts_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     monkeypatch.setattr(sys, "stdout", plain)
-    _verification.print_verdicts(_verification.Verification(verdicts, None, 1.0))
+    run.print_verdicts(run.Verification(verdicts, None, 1.0))
     plain.seek(0)
     lines = plain.read().splitlines()
     assert "it [/x] holds" in lines[1]

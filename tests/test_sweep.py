@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 import ntkdp
-from ntkdp import _sweep_config, _sweep_report, cli, experiment, sweep
+from ntkdp import cli, experiment, sweep
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp.comparison._cells import CellMetrics
+from ntkdp.sweep import _config, _report, _run
 
 RATES, NORMS = [0.3, 3.0, 30.0], [0.001, 0.01, 0.1]
 SMALL: dict[str, Any] = {
@@ -32,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> sweep.Results:
-    found = sweep.run(_sweep_config.from_tree(SMALL), folder)
-    _sweep_report.write(found, folder)
+    found = sweep.run(sweep.config(**SMALL), folder)
+    _report.write_report(found, folder)
     return found
 
 
@@ -98,10 +99,10 @@ def test_a_cell_is_the_run_of_its_own(results: sweep.Results) -> None:
 
 
 def test_noise_by_budget_and_by_multiplier_is_accounted() -> None:
-    config = _sweep_config.from_tree(
-        SMALL | {"grid": {"epsilons": [2.0], "noise_multipliers": [0.0, 3.0], "scopes": ["flat"]}}
+    config = sweep.config(
+        **SMALL | {"grid": {"epsilons": [2.0], "noise_multipliers": [0.0, 3.0], "scopes": ["flat"]}}
     )
-    by_budget, without, by_sigma = _sweep_config.planes(config)
+    by_budget, without, by_sigma = _config.planes(config)
     assert ntkdp.privacy.epsilon(by_budget.noise_multiplier, 1.0, 12, 1e-2) <= 2.0
     assert ntkdp.privacy.epsilon(by_budget.noise_multiplier * 0.99, 1.0, 12, 1e-2) > 2.0
     assert (without.noise_multiplier, without.epsilon) == (0.0, float("inf"))
@@ -114,7 +115,7 @@ def test_noise_by_budget_and_by_multiplier_is_accounted() -> None:
 
 def test_planes_of_rules_scopes_and_noise(tmp_path: Path) -> None:
     """Layerwise and noisy planes too; Poisson sampling; the noise of prediction and run agree."""
-    config = _sweep_config.from_tree(
+    config = sweep.config(**
         SMALL
         | {
             "training": {
@@ -132,13 +133,13 @@ def test_planes_of_rules_scopes_and_noise(tmp_path: Path) -> None:
     for predicted, observed in zip(found.predicted, found.observed, strict=True):
         np.testing.assert_allclose(predicted.loss, observed.loss, rtol=0.1)
         np.testing.assert_allclose(predicted.test_loss, observed.test_loss, rtol=0.1)
-    _sweep_report.write(found, tmp_path)
+    _report.write_report(found, tmp_path)
     assert {f"map_{number}.png" for number in range(2)} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_divergence_is_predicted_and_written(tmp_path: Path) -> None:
-    config = _sweep_config.from_tree(
-        SMALL
+    config = sweep.config(
+        **SMALL
         | {
             "loss": "squared_error",
             "training": {"steps": 60},
@@ -153,7 +154,7 @@ def test_divergence_is_predicted_and_written(tmp_path: Path) -> None:
     assert found.observed is not None
     assert found.predicted[0].diverged.tolist() == [False, True]
     assert found.observed[0].diverged.tolist() == [False, True]
-    _sweep_report.write(found, tmp_path)
+    _report.write_report(found, tmp_path)
     plane = json.loads((tmp_path / "metrics.json").read_text())["planes"][0]
     assert plane["cells"][1]["observed"]["diverged"] is True
     # Squared errors have no probabilities, and what has diverged no finite loss.
@@ -186,7 +187,7 @@ def test_what_is_printed_is_literal(
     odd = results.config.data.model_copy(update={"name": "[/x]/d[red].csv"})
     config = results.config.model_copy(update={"data": odd})
     shown = results._replace(config=config, notes=["[/x] is damaged"])
-    _sweep_report.print_results(shown, _sweep_report.metrics(results))
+    _report.print_table(shown, _report.metrics(results))
     printed = capsys.readouterr().out
     assert printed.startswith("[/x]/d[red].csv, 32 training")
     assert printed.endswith("[/x] is damaged\n")
@@ -219,7 +220,7 @@ def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: P
         "00005.json",
         "00006.json",
     ]
-    _sweep_report.write(again, folder)
+    _report.write_report(again, folder)
     found = without_seconds(folder)
     assert found.pop("notes") != expected.pop("notes") == []
     assert found == expected
@@ -268,13 +269,13 @@ INITIAL = CellMetrics.of_cells([CELL])
 )
 def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
     good = {"metrics": CELL, "seconds": 1.0}
-    assert sweep._found_cell(INITIAL, good | {"cell": {}}) == good
+    assert _run._found_cell(INITIAL, good | {"cell": {}}) == good
     of_all = {"metrics": [CELL, CELL], "kernel_seconds": 1.0, "prediction_seconds": 2.0}
-    assert sweep._found_prediction(INITIAL, 2, of_all) == of_all
+    assert _run._found_prediction(INITIAL, 2, of_all) == of_all
     errors = (LookupError, TypeError, ValueError, AttributeError)
     for content in (good | {"metrics": metrics}, {}, good | {"seconds": None}):
         with pytest.raises(errors):
-            sweep._found_cell(INITIAL, content)
+            _run._found_cell(INITIAL, content)
     for content in (
         of_all | {"metrics": metrics},
         of_all | {"metrics": [CELL, metrics]},
@@ -282,13 +283,13 @@ def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
         of_all | {"kernel_seconds": []},
     ):
         with pytest.raises(errors):
-            sweep._found_prediction(INITIAL, 2, content)
+            _run._found_prediction(INITIAL, 2, content)
 
 
 @pytest.mark.slow
 def test_regression_has_losses_alone(tmp_path: Path) -> None:
-    config = _sweep_config.from_tree(
-        {
+    config = sweep.config(
+        **{
             "loss": "squared_error",
             "objective": "loss",
             "data": {"name": "diabetes", "n_train": 32, "n_test": 16, "standardise": "feature"},
@@ -304,7 +305,7 @@ def test_regression_has_losses_alone(tmp_path: Path) -> None:
     found = sweep.run(config)
     assert found.predicted[0].test_accuracy is None
     assert found.predicted[0].test_ece is None
-    _sweep_report.write(found, tmp_path)
+    _report.write_report(found, tmp_path)
     plane = json.loads((tmp_path / "metrics.json").read_text())["planes"][0]
     assert list(plane["advice"]) == ["test_loss"]
     assert [path.name for path in tmp_path.glob("*.png")] == ["map.png"]
@@ -349,8 +350,8 @@ def test_wrong_commands_say_why(tmp_path: Path, options: list[str], message: str
 
 
 def test_the_documented_configuration_is_the_default() -> None:
-    documented = _sweep_config.load(Path(__file__).parent.parent / "docs" / "sweep.toml")
-    assert documented == _sweep_config.SweepConfig()
+    documented = sweep.load_config(Path(__file__).parent.parent / "docs" / "sweep.toml")
+    assert documented == sweep.SweepConfig()
     assert "grid.learning_rates" in CliRunner().invoke(cli.app, ["sweep", "--help"]).output
 
 
@@ -362,6 +363,6 @@ def test_float32_without_x64(tmp_path: Path) -> None:
         "training = {steps = 2}\ngrid = {learning_rates = [0.1], clip_norms = [1.0]}\n"
     )
     with jax.enable_x64(False):
-        found = sweep.run(_sweep_config.load(config))
+        found = sweep.run(sweep.load_config(config))
     assert found.observed is not None
     assert jnp.isfinite(jnp.asarray(found.observed[0].loss)).all()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ntkdp import _verification, claims, cli, table_one
+from ntkdp import claims, cli, table_one
+from ntkdp._verification import run
 from ntkdp.claims import _claim
 
 QUICK = ("C3", "C6")
@@ -121,7 +122,7 @@ def test_a_finding_holds_where_its_relation_does(finding: claims.Finding, holds:
 def test_a_number_that_is_not_finite_is_text_in_json() -> None:
     finding = _claim.equal("q", math.nan, 1.0, within=0.1)
     verdict = claims.Verdict("C1", "s", "a", "derived", (finding,), 0.1)
-    (read,) = json.loads(_verification.as_json([verdict]))
+    (read,) = json.loads(run.as_json([verdict]))
     assert read["measured"] == "nan"
     assert read["holds"] is False
 

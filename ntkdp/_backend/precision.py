@@ -63,3 +63,14 @@ def in_double(function: Callable[..., Result], *arrays: PyTree) -> Result:
 
 def _cast(tree: PyTree, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree)
+
+
+def enable_x64() -> None:
+    """Make float64 JAX's default, for the whole process; call it before making arrays.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.enable_x64()
+    """
+    jax.config.update("jax_enable_x64", True)

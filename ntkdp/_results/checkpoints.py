@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ntkdp import __version__
 from ntkdp._backend.files import make_folder, read_json
 from ntkdp._backend.stopping import undone_by
 from ntkdp._results.folder_lock import held
 from ntkdp._results.out_path import check_path, check_writable
 from ntkdp._results.own_files import OwnFiles, changed, shown
+from ntkdp._results.provenance import VERSION
 
 #: What is made of the content of a cell.
 Cell = TypeVar("Cell")
@@ -72,7 +72,7 @@ class CellFolder:
         self._files = OwnFiles(path)
         self._overwrite = overwrite and not resume
         # As it reads from the file: tuples are lists there.
-        self.settings = json.loads(json.dumps({"ntkdp": __version__, **settings}))
+        self.settings = json.loads(json.dumps({"ntkdp": VERSION, **settings}))
         #: Whether what is there goes on, as is asked for or because this is what began it.
         self._continues = resume
         self._check_options()

@@ -4,15 +4,16 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-import jax
-
-from ntkdp import __version__
+#: The version of ntkdp that is installed; pyproject.toml is the one place that states it.
+VERSION = version("ntkdp")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
     """Versions of ntkdp and of packages, and the machine, as a tree that JSON can hold."""
+    import jax
+
     return {
-        "ntkdp": __version__,
+        "ntkdp": VERSION,
         "versions": {name: version(name) for name in packages},
         "machine": {
             "platform": platform.platform(),

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ntkdp import __version__
 from ntkdp._backend.files import make_folder, read_json
 from ntkdp._backend.stopping import as_a_whole, undone_by
 from ntkdp._results.folder_lock import held
 from ntkdp._results.out_path import check_path, check_writable
 from ntkdp._results.own_files import OwnFiles, changed, shown
+from ntkdp._results.provenance import VERSION
 
 #: The file by which a folder is known to hold a run.
 MARKER = "metrics.json"
@@ -80,7 +80,7 @@ class RunFolder:
 
     def _holds(self, config: dict[str, Any]) -> bool:
         run = self._run()
-        same_version = run.get("ntkdp") == __version__
+        same_version = run.get("ntkdp") == VERSION
         return same_version and bool(run.get("config") == json.loads(json.dumps(config)))
 
     def _check(self) -> None:

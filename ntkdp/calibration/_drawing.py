@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from ntkdp._backend import figure_style
+from ntkdp._results import figure_style
 
 if TYPE_CHECKING:
     from ntkdp.calibration._bins import Bins

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ntkdp._backend import figure_style
+from ntkdp._results import figure_style
 from ntkdp.certificates import Certificates
 
 _SIZE = (5.2, 5.0)

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from ntkdp._backend import figure_style, validate
+from ntkdp._backend import validate
+from ntkdp._results import figure_style
 from ntkdp.trajectory import band
 
 #: Standard errors to either side of an observed mean.

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from ntkdp._backend import figure_style, validate
+from ntkdp._backend import validate
+from ntkdp._results import figure_style
 from ntkdp.comparison import (
     HIGHER_IS_BETTER,
     CellMetrics,

@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ntkdp._backend import figure_style
 from ntkdp._backend.files import replacing
 from ntkdp._backend.validate import positive
+from ntkdp._results import figure_style
 
 _FORMATS = ("png", "pdf", "svg")
 

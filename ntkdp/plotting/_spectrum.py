@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from ntkdp._backend import figure_style
+from ntkdp._results import figure_style
 from ntkdp.ntk import LayerwiseKernel
 
 

@@ -1,4 +1,4 @@
-"""An experiment: a configuration in, predictions, runs and their comparison out."""
+"""Predictions and runs of every case, and their comparison."""
 
 import dataclasses
 import os
@@ -14,46 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import _config, _setup, _whole_memory, comparison, dp_sgd, ntk
+from ntkdp import _setup, comparison, dp_sgd, ntk
+from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array
-from ntkdp._config import ClippingConfig, Config, ConfigError
 from ntkdp._gradients import groups
-from ntkdp._prediction import (
-    KERNEL_OF,
+from ntkdp._results.checkpoints import CellFolder
+from ntkdp.clipping import ClippingRule
+from ntkdp.comparison import Comparison
+from ntkdp.experiment._config import ClippingConfig, Config
+from ntkdp.experiment._memory import require_memory
+from ntkdp.experiment._predictions import (
     LABELS,
     Kernel,
     Mechanism,
     kernel_of,
     needed_kernels,
     needs_whole_kernel,
-    noise_free,
     predict,
     weight_noise,
 )
-from ntkdp._problem import Problem, problem_of, rules_of
-from ntkdp._results.checkpoints import CellFolder
-from ntkdp.clipping import ClippingRule
-from ntkdp.comparison import Comparison
+from ntkdp.experiment._problem import Problem, problem_of, rules_of
 from ntkdp.trajectory import Trajectory
-
-__all__ = [
-    "KERNEL_OF",
-    "LABELS",
-    "Case",
-    "Config",
-    "ConfigError",
-    "Kernel",
-    "Prediction",
-    "Problem",
-    "Results",
-    "config",
-    "kernel_of",
-    "load_config",
-    "noise_free",
-    "problem_of",
-    "rules_of",
-    "run",
-]
 
 #: Called with what is being done and the fraction of it that is done.
 Report = Callable[[str, float], None]
@@ -107,44 +88,6 @@ class Results(NamedTuple):
     kernels: dict[str, Kernel]
     initial_norms: Array
     notes: list[str]
-
-
-def config(**fields: Any) -> Config:
-    """A checked configuration from ``fields``, sections as dictionaries.
-
-    Raises
-    ------
-    ConfigError
-        Naming each wrong field, its value, and for an unknown one the nearest.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.experiment.config(data={"n_train": 64}).data.n_train
-    64
-    """
-    return _config.from_tree(fields)
-
-
-def load_config(path: str | os.PathLike[str]) -> Config:
-    """A checked configuration from the TOML file at ``path``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ConfigError
-        If it is not TOML, or a field is unknown or has a wrong value.
-
-    Examples
-    --------
-    >>> import ntkdp, pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.toml"
-    >>> _ = path.write_text("data = {n_train = 64}")
-    >>> ntkdp.experiment.load_config(path).data.n_train
-    64
-    """
-    return _config.load(path)
 
 
 def run(
@@ -225,7 +168,7 @@ def run(
 def _require_room(config: Config, problem: Problem) -> None:
     training = config.training
     random = training.noisy or training.sample_rate < 1
-    _whole_memory.require(
+    require_memory(
         problem,
         needed_kernels(config),
         by_layer=any(case.scope == "layerwise" for case in config.clipping),

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, datasets, losses, models
+from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Params
-from ntkdp._config import Config, ConfigError, ProblemConfig
 from ntkdp.clipping import ClippingRule
+from ntkdp.experiment._config import Config, ProblemConfig
 from ntkdp.losses import Loss
 from ntkdp.models import Model
 

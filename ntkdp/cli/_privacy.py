@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ntkdp._results.plain_json import text_of
-from ntkdp._terminal import fail
+from ntkdp.cli._terminal import fail
 
 if TYPE_CHECKING:
     from ntkdp.privacy import PrivacyReport

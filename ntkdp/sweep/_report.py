@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ntkdp import advisor, comparison, plotting
-from ntkdp._backend.figure_style import draw_into
 from ntkdp._results import page
 from ntkdp._results.console import add_row, literal, open_console, say
+from ntkdp._results.figure_style import draw_into
 from ntkdp._results.folder_lock import held
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.plain_json import text_of
 from ntkdp._results.provenance import provenance
 from ntkdp.comparison import CellMetrics
-from ntkdp.sweep import Results
+from ntkdp.sweep._run import Results
 
 #: How metrics are called in tables and in the advice.
 _LABELS = {
@@ -142,7 +142,7 @@ def _grid(results: Results, number: int) -> advisor.Grid:
     )
 
 
-def write(results: Results, folder: Path) -> dict[str, Any]:
+def write_report(results: Results, folder: Path) -> dict[str, Any]:
     """Write pictures, the page and, last, the metrics, which are returned, into the folder."""
     measured = metrics(results)
     files = OwnFiles(folder)
@@ -315,7 +315,7 @@ def _document(
     return page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
 
 
-def print_results(results: Results, measured: dict[str, Any]) -> None:
+def print_table(results: Results, measured: dict[str, Any]) -> None:
     """Advice and agreement of every plane, as :func:`write` returned them, on standard output."""
     console = open_console()
     for line in _summary(results):

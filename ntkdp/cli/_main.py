@@ -1,9 +1,6 @@
-"""The command ``ntkdp`` from its first moment: what can stop it is seen to before anything heavy is
-imported.
-"""
+"""The command from its first moment, before anything heavy is imported."""
 
 import sys
-from typing import Any
 
 from ntkdp._backend import stopping
 from ntkdp._results import standard_streams
@@ -18,7 +15,7 @@ def main() -> None:
     lost = standard_streams.replace()
     stopping.begin()
     try:
-        from ntkdp._app import app
+        from ntkdp.cli._app import app
 
         app()
     finally:
@@ -28,11 +25,3 @@ def main() -> None:
             reason = lost.error.strerror
             print(f"ntkdp: error: standard output cannot be written to: {reason}", file=sys.stderr)
             sys.exit(2)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "app":
-        from ntkdp._app import app
-
-        return app
-    raise AttributeError(f"module 'ntkdp.cli' has no attribute {name!r}")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ntkdp import _config
-from ntkdp._terminal import announce, explained, fields_help, folder_of, progress
+from ntkdp import experiment
+from ntkdp.cli._terminal import announce, explained, fields_help, folder_of, progress
 
 
 def compare(
@@ -41,9 +41,9 @@ def compare(
     from ntkdp._results.run_folder import RunFolder
 
     with explained():
-        settings = _config.Config() if config is None else _config.load(config)
+        settings = experiment.Config() if config is None else experiment.load_config(config)
         if resume and out is None:
-            raise _config.ConfigError("--resume needs --out, the folder of the run")
+            raise experiment.ConfigError("--resume needs --out, the folder of the run")
         of_cells = settings.model_dump(mode="json")
         folder = RunFolder(
             folder_of(settings.name, out),
@@ -58,8 +58,6 @@ def compare(
             return
 
         import jax
-
-        from ntkdp import _report, experiment
 
     def continues() -> str | None:
         if not resumable(folder.partial, "run"):
@@ -79,9 +77,9 @@ def compare(
             )
             report("writing the report", 0.0)
             with folder.replacing() as path:
-                _report.write(results, path)
+                experiment.write_report(results, path)
         CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
-    _report.print_table(results)
+    experiment.print_table(results)
     for note in results.notes:
         announce(note, on_error=True)
     announce(f"written to {folder.path}: open {folder.path / 'report.html'}")
@@ -89,4 +87,4 @@ def compare(
 
 def epilog() -> str:
     """Fields of the configuration, for the help page."""
-    return fields_help(_config.Config)
+    return fields_help(experiment.Config)

@@ -1,44 +1,26 @@
-"""A sweep: the map of learning rate against clipping norm, predicted at once, run cell by cell.
+"""All cells of a sweep, predicted at once and observed one by one."""
 
-Every cell starts from the same network and draws the same random numbers. What is measured are the
-losses, accuracies and calibration errors after the last step.
-"""
-
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 
-from ntkdp import (
-    __version__,
-    _cluster,
-    _sweep_config,
-    _whole_memory,
-    advisor,
-    clipping,
-    dp_sgd,
-    gradient_flow,
-    losses,
-)
-from ntkdp._prediction import Kernel, compute_kernel
-from ntkdp._problem import Problem, problem_of
+from ntkdp import advisor, gradient_flow
 from ntkdp._results.checkpoints import CellFolder
-from ntkdp._sweep_config import Cell, Plane, SweepConfig, cells, planes
-from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import CellMetrics, check_cell, measure
-from ntkdp.losses import Reduction
+from ntkdp.experiment import Kernel, Problem, compute_kernel, problem_of, require_memory
+from ntkdp.sweep import _cluster
+from ntkdp.sweep._config import Cell, Plane, SweepConfig, cells, planes
+from ntkdp.sweep._workers import instructions, observe, observe_as_told, rule_of
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Cell", "Plane", "Results", "SweepConfig", "config", "load_config", "run"]
 
 #: Called with what is being done and the fraction of it that is done.
 Report = Callable[[str, float], None]
@@ -63,44 +45,6 @@ class Results(NamedTuple):
     gradient_norms: advisor.GradientNorms
     seconds: dict[str, float]
     notes: list[str]
-
-
-def config(**fields: Any) -> SweepConfig:
-    """A checked configuration from ``fields``, sections as dictionaries.
-
-    Raises
-    ------
-    ntkdp.experiment.ConfigError
-        Naming each wrong field, its value, and for an unknown one the nearest.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.sweep.config(grid={"clip_norms": [0.1, 1.0]}).grid.clip_norms
-    [0.1, 1.0]
-    """
-    return _sweep_config.from_tree(fields)
-
-
-def load_config(path: str | os.PathLike[str]) -> SweepConfig:
-    """A checked configuration from the TOML file at ``path``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ntkdp.experiment.ConfigError
-        If it is not TOML, or a field is unknown or has a wrong value.
-
-    Examples
-    --------
-    >>> import ntkdp, pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.toml"
-    >>> _ = path.write_text("data = {n_train = 64}")
-    >>> ntkdp.sweep.load_config(path).data.n_train
-    64
-    """
-    return _sweep_config.load(path)
 
 
 def run(
@@ -178,11 +122,11 @@ def run(
         disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
-    observe = None
+    observe_missing = None
     if config.observe:
-        observe = partial(_observe_here, config, problem, found_planes)
+        observe_missing = partial(_observe_here, config, problem, found_planes)
         if client is not None:
-            observe = partial(_observe_there, config, problem, found_planes, client)
+            observe_missing = partial(_observe_there, config, problem, found_planes, client)
     initial = _initial(config, problem)
     of_cells: list[dict[str, Any]] = []
     _require_room(config, problem, found_planes)
@@ -195,8 +139,8 @@ def run(
             predicted = _predict(config, problem, found_planes, report)
             if disk is not None:
                 disk.write("predicted", predicted)
-        if observe is not None:
-            of_cells = _of_cells(found_cells, initial, disk, observe, report)
+        if observe_missing is not None:
+            of_cells = _of_cells(found_cells, initial, disk, observe_missing, report)
     seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
     observed = None
     if of_cells:
@@ -225,7 +169,7 @@ def _of_cells(
     found_cells: list[Cell],
     initial: CellMetrics,
     disk: CellFolder | None,
-    observe: Observe,
+    observe_missing: Observe,
     report: Report,
 ) -> list[dict[str, Any]]:
     """Every cell's content: what is on disk is read, and what is made is put there at once."""
@@ -243,7 +187,7 @@ def _of_cells(
     missing = {number: cell for number, cell in enumerate(found_cells) if number not in done}
     if missing:
         say()
-    for number, content in observe(missing):
+    for number, content in observe_missing(missing):
         if disk is not None:
             disk.write(f"{number:05d}", content)
         done[number] = content
@@ -275,7 +219,7 @@ def _observe_here(
     config: SweepConfig, problem: Problem, found_planes: list[Plane], missing: dict[int, Cell]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, cell in missing.items():
-        yield number, _observe(config, problem, found_planes[cell.plane], cell)
+        yield number, observe(config, problem, found_planes[cell.plane], cell)
 
 
 def _observe_there(
@@ -285,7 +229,7 @@ def _observe_there(
     client: "Client",
     missing: dict[int, Cell],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    told = _told(config, problem)
+    told = instructions(config, problem)
     numbers, tasks = {}, {}
     for number, cell in missing.items():
         plane = found_planes[cell.plane]
@@ -295,70 +239,8 @@ def _observe_there(
         )
         numbers[name] = number
         tasks[name] = (told, plane, cell)
-    for name, content in _cluster.results(client, _observe_as_told, tasks):
+    for name, content in _cluster.results(client, observe_as_told, tasks):
         yield numbers[name], content
-
-
-#: Rounding, of single precision too, changes a mean loss by less.
-_SAME_DATA = 1e-5
-
-
-class _Told(NamedTuple):
-    """What a worker needs to know of a sweep, and to see that it has the same."""
-
-    version: str
-    settings: str
-    x64: bool
-    #: At the start, as text: what is not a number equals itself there.
-    losses: str
-
-
-def _told(config: SweepConfig, problem: Problem) -> _Told:
-    return _Told(
-        __version__,
-        json.dumps(config.model_dump(mode="json")),
-        jax.config.read("jax_enable_x64"),
-        json.dumps(_losses_at_start(problem)),
-    )
-
-
-def _losses_at_start(problem: Problem) -> dict[str, float]:
-    """Mean losses of both parts of the data, as alike on all devices as they can be had."""
-    found = {}
-    for name, x, targets in (
-        ("training", problem.x, problem.targets),
-        ("test", problem.test_x, problem.test_targets),
-    ):
-        # Some devices shorten the factors of products, and some add up one by one.
-        with jax.default_matmul_precision("highest"):
-            outputs = problem.model.apply(problem.params, x)
-        of_samples = np.asarray(problem.loss(outputs, targets), np.float64)
-        found[name] = of_samples.mean().item()
-    return found
-
-
-def _observe_as_told(told: _Told, plane: Plane, cell: Cell) -> dict[str, Any]:
-    if told.version != __version__:
-        raise RuntimeError(f"the worker has ntkdp {__version__}, the sweep ntkdp {told.version}")
-    with jax.enable_x64(told.x64):
-        config, problem = _made_as_told(told)
-        return _observe(config, problem, plane, cell)
-
-
-# A worker makes the problem once, not for every cell; one that it refuses it makes again.
-@lru_cache(maxsize=1)
-def _made_as_told(told: _Told) -> tuple[SweepConfig, Problem]:
-    config = _sweep_config.from_tree(json.loads(told.settings))
-    problem = problem_of(config)
-    found = _losses_at_start(problem)
-    for part, loss in json.loads(told.losses).items():
-        if not np.isclose(found[part], loss, rtol=_SAME_DATA, atol=0, equal_nan=True):
-            raise RuntimeError(
-                f"the worker has other data: at the start the loss of the {part} part is "
-                f"{found[part]:.9g}, not {loss:.9g}; data.name = {config.data.name!r} must be the "
-                "same there"
-            )
-    return config, problem
 
 
 def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]:
@@ -367,10 +249,6 @@ def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]
         CellMetrics.of_cells(metrics[plane * size : (plane + 1) * size])
         for plane in range(n_planes)
     ]
-
-
-def _rule(plane: Plane, clip_norm: float) -> ClippingRule:
-    return clipping.from_name(plane.rule, R=clip_norm, scope=plane.scope)
 
 
 def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
@@ -387,7 +265,7 @@ def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
 def _require_room(config: SweepConfig, problem: Problem, found_planes: list[Plane]) -> None:
     training = config.training
     noisy = any(plane.noise_multiplier > 0 for plane in found_planes)
-    _whole_memory.require(
+    require_memory(
         problem,
         {config.prediction},
         by_layer="layerwise" in config.grid.scopes,
@@ -445,50 +323,8 @@ def _flow(
         kernel.train,
         problem.targets,
         problem.loss,
-        _rule(plane, 1.0),
+        rule_of(plane, 1.0),
         reduction=config.training.reduction,
         test_kernel=kernel.test,
         test_targets=problem.test_targets,
     )
-
-
-def _observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> dict[str, Any]:
-    training = config.training
-    start = time.perf_counter()
-    run = dp_sgd.run(
-        problem.model.apply,
-        problem.params,
-        problem.x,
-        problem.targets,
-        problem.loss,
-        _rule(plane, cell.clip_norm),
-        learning_rate=cell.learning_rate,
-        steps=training.steps,
-        noise_multiplier=plane.noise_multiplier,
-        sample_rate=training.sample_rate,
-        reduction=training.reduction,
-        test_x=problem.test_x,
-        test_targets=problem.test_targets,
-        record_every=training.steps,
-        outputs=True,
-        key=jax.random.split(jax.random.key(config.seed + 1), training.n_seeds),
-    )
-    assert run.outputs is not None
-    assert run.test_outputs is not None
-    initial_loss = _reduced(problem, training.reduction)
-    metrics = measure(
-        problem.loss,
-        training.reduction,
-        initial_loss,
-        (run.outputs[None, :, -1], problem.targets),
-        (run.test_outputs[None, :, -1], problem.test_targets),
-    )
-    return {
-        "cell": {**plane._asdict(), **cell._asdict()},
-        "metrics": metrics.cell(0),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _reduced(problem: Problem, reduction: Reduction) -> float:
-    return float(losses.mean_or_sum(problem.loss, problem.outputs, problem.targets, reduction)[0])

@@ -4,8 +4,9 @@ import html
 import json
 from collections.abc import Sequence
 
-from ntkdp import __version__, table_one
+from ntkdp import table_one
 from ntkdp._results import page as _page
+from ntkdp._results.provenance import VERSION
 from ntkdp.claims import Finding, Verdict
 from ntkdp.table_one import Cell, Table
 
@@ -18,7 +19,7 @@ def page(verdicts: Sequence[Verdict], table: Table | None, seconds: float) -> st
         borne_out = "every cell" if table.holds else "not every cell"
         summary += f"; {borne_out} of Table 1 is borne out"
     body = [
-        _page.paragraph(f"{summary}. ntkdp {__version__}."),
+        _page.paragraph(f"{summary}. ntkdp {VERSION}."),
         "<h2>Claims</h2>",
         *(_claim(verdict) for verdict in verdicts),
         "" if table is None else _table(table),

@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from ntkdp import _config, privacy
-from ntkdp._config import DataConfig, ModelConfig, ProblemConfig, Section
+from ntkdp import privacy
+from ntkdp._backend.config_files import Section, check_as, load_as
+from ntkdp.experiment import DataConfig, ModelConfig, ProblemConfig
 from ntkdp.trajectory import MOST_STEPS
 
 _DEFAULT_EPSILON = 8.0
@@ -168,11 +169,39 @@ def cells(config: SweepConfig, n_planes: int) -> list[Cell]:
     ]
 
 
-def load(path: str | os.PathLike[str]) -> SweepConfig:
-    """Read and check a TOML file; as :func:`ntkdp.experiment.load_config`."""
-    return _config.load_as(SweepConfig, path)
+def config(**fields: Any) -> SweepConfig:
+    """A checked configuration from ``fields``, sections as dictionaries.
+
+    Raises
+    ------
+    ntkdp.experiment.ConfigError
+        Naming each wrong field, its value, and for an unknown one the nearest.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.sweep.config(grid={"clip_norms": [0.1, 1.0]}).grid.clip_norms
+    [0.1, 1.0]
+    """
+    return check_as(SweepConfig, fields)
 
 
-def from_tree(tree: dict[str, Any]) -> SweepConfig:
-    """A checked configuration from nested dictionaries."""
-    return _config.check_as(SweepConfig, tree)
+def load_config(path: str | os.PathLike[str]) -> SweepConfig:
+    """A checked configuration from the TOML file at ``path``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ntkdp.experiment.ConfigError
+        If it is not TOML, or a field is unknown or has a wrong value.
+
+    Examples
+    --------
+    >>> import ntkdp, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.toml"
+    >>> _ = path.write_text("data = {n_train = 64}")
+    >>> ntkdp.sweep.load_config(path).data.n_train
+    64
+    """
+    return load_as(SweepConfig, path)

@@ -7,11 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ntkdp import _verification_page, claims, table_one
+from ntkdp import claims, table_one
 from ntkdp._results.console import add_row, literal, open_console, say
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.plain_json import text_of
 from ntkdp._results.provenance import provenance
+from ntkdp._verification import page as verification_page
 from ntkdp.claims import Verdict
 from ntkdp.table_one import Table
 
@@ -76,7 +77,7 @@ def write(verification: Verification, folder: Path) -> None:
         "claims": [verdict.as_dict() for verdict in verification.verdicts],
         "table_one": None if table is None else table.as_dict(),
     }
-    page = _verification_page.page(verification.verdicts, table, verification.seconds)
+    page = verification_page.page(verification.verdicts, table, verification.seconds)
     files = OwnFiles(folder)
     with files.replacing("report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -14,15 +14,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ntkdp import __version__, plotting
-from ntkdp._backend.figure_style import LOOK, draw_into
+from ntkdp import plotting
 from ntkdp._results import page as _html
 from ntkdp._results.console import add_row, open_console, say
+from ntkdp._results.figure_style import LOOK, draw_into
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.plain_json import text_of
-from ntkdp._results.provenance import provenance
+from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
-from ntkdp.experiment import KERNEL_OF, LABELS, Results
+from ntkdp.experiment._predictions import KERNEL_OF, LABELS
+from ntkdp.experiment._run import Results
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
@@ -233,7 +234,7 @@ def _warnings(results: Results) -> list[str]:
     return warnings
 
 
-def write(results: Results, folder: Path) -> None:
+def write_report(results: Results, folder: Path) -> None:
     """Write metrics, trajectories, pictures and the page into a folder."""
     measured = metrics(results)
     files = OwnFiles(folder)
@@ -344,7 +345,7 @@ def _page(
     summary = (
         f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
         f"widths {model.widths}, {model.activation}; {results.config.loss}. "
-        f"Kernels: {seconds or 'none'}. ntkdp {__version__}, {measured['machine']['platform']}."
+        f"Kernels: {seconds or 'none'}. ntkdp {VERSION}, {measured['machine']['platform']}."
     )
     name = results.config.name
     parts = [

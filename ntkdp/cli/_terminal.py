@@ -12,10 +12,10 @@ from typing import NoReturn
 import typer
 from pydantic import BaseModel
 
-from ntkdp import _config
 from ntkdp._backend import stopping
-from ntkdp._cluster import TaskFailed
+from ntkdp._backend.config_files import describe
 from ntkdp._results.standard_streams import printable
+from ntkdp.sweep import TaskFailed
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
         return
     from rich.console import Console
 
-    from ntkdp._progress_bar import progress_bar
+    from ntkdp.cli._progress_bar import progress_bar
 
     with progress_bar(Console(stderr=True)) as report:
         yield report
@@ -74,7 +74,7 @@ def fail(error: BaseException) -> NoReturn:
 def fields_help(kind: type[BaseModel]) -> str:
     """Every field of a configuration, a paragraph each: the help page keeps those apart."""
     lines = ["[bold]Fields of CONFIG.toml[/bold] (default): what they mean"]
-    for name, default, description in _config.describe(kind):
+    for name, default, description in describe(kind):
         shown = f" ({default})" if default else ""
         field = f"{name}{shown}".replace("[", r"\[")
         text = description.replace("[", r"\[")

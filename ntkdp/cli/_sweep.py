@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ntkdp import _cluster, _config, _sweep_config
-from ntkdp._terminal import announce, explained, fields_help, folder_of, progress
+from ntkdp import sweep as sweeping
+from ntkdp.cli._terminal import announce, explained, fields_help, folder_of, progress
+from ntkdp.experiment import ConfigError
 
 
 def sweep(
@@ -54,7 +55,7 @@ def sweep(
     Cells land in the folder as they finish. Writes metrics.json, pictures and report.html.
     """
     with explained():
-        settings = _sweep_config.SweepConfig() if config is None else _sweep_config.load(config)
+        settings = sweeping.SweepConfig() if config is None else sweeping.load_config(config)
         changes: dict[str, Any] = {}
         if predict_only:
             changes["observe"] = False
@@ -62,16 +63,14 @@ def sweep(
             changes["data"] = settings.data.model_copy(update={"name": data})
         settings = settings.model_copy(update=changes)
         if resume and out is None:
-            raise _config.ConfigError("--resume needs --out, the folder of the sweep")
+            raise ConfigError("--resume needs --out, the folder of the sweep")
         if resume and overwrite:
-            raise _config.ConfigError("--resume and --overwrite exclude each other")
-        if workers is not None and scheduler != _cluster.LOCAL:
-            raise _config.ConfigError("--workers needs --scheduler local: others have their own")
+            raise ConfigError("--resume and --overwrite exclude each other")
+        if workers is not None and scheduler != sweeping.LOCAL:
+            raise ConfigError("--workers needs --scheduler local: others have their own")
 
         import jax
 
-        from ntkdp import _sweep_report
-        from ntkdp import sweep as sweeping
         from ntkdp._results.checkpoints import resumable
 
     folder = folder_of(settings.name, out)
@@ -79,17 +78,17 @@ def sweep(
     alone = scheduler is None or not settings.observe
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
     with explained(lambda: f"--out {folder} --resume" if resumable(folder) else None):
-        cluster = nullcontext() if alone else _cluster.connected(str(scheduler), workers)
+        cluster = nullcontext() if alone else sweeping.connected(str(scheduler), workers)
         with cluster as client, progress() as report:
             results = sweeping.run(
                 settings, folder, resume=resume, overwrite=overwrite, client=client, report=report
             )
             report("writing the report", 0.0)
-            measured = _sweep_report.write(results, folder)
-    _sweep_report.print_results(results, measured)
+            measured = sweeping.write_report(results, folder)
+    sweeping.print_table(results, measured)
     announce(f"written to {folder}: open {folder / 'report.html'}")
 
 
 def epilog() -> str:
     """Fields of the configuration, for the help page."""
-    return fields_help(_sweep_config.SweepConfig)
+    return fields_help(sweeping.SweepConfig)

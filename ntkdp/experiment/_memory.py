@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ntkdp._backend import memory, program_memory
 from ntkdp._gradients import groups
-from ntkdp._problem import Problem
+from ntkdp.experiment._problem import Problem
 
 #: Copies of its parameters that a run holds, those of the exact flow, and copies of its outputs
 #: that a drawn run holds.
@@ -21,7 +21,7 @@ _WAYS_OUT = (
 )
 
 
-def require(
+def require_memory(
     problem: Problem,
     kinds: Iterable[str],
     *,

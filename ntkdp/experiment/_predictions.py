@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from ntkdp import gradient_flow, ntk, stochastic_flow
 from ntkdp._backend.types import Array
-from ntkdp._config import ClippingConfig, Config
 from ntkdp._gradients import groups
-from ntkdp._problem import Problem
 from ntkdp.clipping import ClippingRule
+from ntkdp.experiment._config import ClippingConfig, Config
+from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory

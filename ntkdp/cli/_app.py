@@ -1,0 +1,38 @@
+"""The command line: one verb a job, each writing a run folder."""
+
+from typing import Annotated
+
+import typer
+
+from ntkdp._results.provenance import VERSION
+from ntkdp.cli import _compare, _privacy, _sweep, _verify
+
+app = typer.Typer(
+    name="ntkdp",
+    help="Predict how a neural network trains under differential privacy, and check it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ntkdp {VERSION}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+app.command("compare", epilog=_compare.epilog())(_compare.compare)
+app.command("sweep", epilog=_sweep.epilog())(_sweep.sweep)
+app.command("privacy")(_privacy.privacy)
+app.command("verify")(_verify.verify)

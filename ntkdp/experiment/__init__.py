@@ -1,0 +1,6 @@
+"""An experiment: a configuration in, predictions, runs and their comparison out."""
+
+import lazy_loader as _lazy_loader
+
+# Settings are read and checked before JAX and matplotlib are imported, which takes seconds.
+__getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)

@@ -263,7 +263,7 @@ ROWS = [
     Row("unknown accountant", lambda t: ntkdp.privacy.epsilon(1.0, 1.0, 1, 1e-5, "pdl"), V, "unknown accountant 'pdl'; did you mean 'pld'"),
     Row("unknown quantity", lambda t: ntkdp.comparison.last_value(trajectory(), "los"), V, "unknown name 'los'; did you mean 'loss'"),
     Row("unknown group", lambda t: ntkdp.dp_sgd.run_phases(linear, W, X, Y, squared(), [ntkdp.Phase(1, abadi(), learning_rate=0.1, trainable=["head"])], key=key()), V, "unknown group 'head'; known: params"),
-    Row("unknown attribute", lambda t: ntkdp.empirical_kernel, "AttributeError", "'empirical_kernel'"),
+    Row("unknown attribute", lambda t: ntkdp.empirical_kernel, "AttributeError", "No ntkdp attribute empirical_kernel"),
     # -------------------------------------------------------------------- wrong configs
     Row("unknown field", lambda t: toml(t, b"sead = 1"), "ConfigError", "given.toml: unknown field 'sead'; did you mean 'seed'"),
     Row("a date for a section", lambda t: toml(t, b"data = 2020-01-01"), "ConfigError", "field 'data'.*dictionary"),

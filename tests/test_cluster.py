@@ -20,7 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ntkdp import cli, datasets, experiment, sweep
-from ntkdp.sweep import _cluster, _run, _workers
+from ntkdp.sweep import _cluster, _workers
 
 RATES, NORMS = [0.3, 3.0], [0.01, 0.1, 1.0]
 GRID = {"learning_rates": RATES, "clip_norms": NORMS, "noise_multipliers": [0.0]}
@@ -206,7 +206,7 @@ def test_finished_cells_are_not_sent(
         sent.append(arguments[-1])
         return observe(*arguments)
 
-    monkeypatch.setattr(_run, "observe", counted)
+    monkeypatch.setattr(_workers, "observe", counted)
     assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
     assert sorted(sent) == [alone.cells[number] for number in lost]
     sent.clear()
@@ -229,7 +229,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
         return observe(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_run, "observe", fail_at_four)
+        patched.setattr(_workers, "observe", fail_at_four)
         named = (
             r"cell 4 \(flat abadi, no noise, learning rate 3, clipping norm 0.1\): MemoryError: too"
         )

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ntkdp import cli, experiment, sweep
+from ntkdp._backend.config_files import describe
 from ntkdp.experiment import _config
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,9 @@ from typer.testing import CliRunner, Result
 
 from ntkdp import cli, experiment
 from ntkdp._results.own_files import LIST, OwnFiles
+from ntkdp._results.provenance import VERSION
 from ntkdp._results.run_folder import RunFolder
+from ntkdp.experiment import _run
 
 KILLS = int(os.environ.get("NTKDP_KILLS", "5"))
 PROBLEM = "loss = 'squared_error'\ndata = {n_train = 16, n_test = 8}\nmodel = {widths = [32]}\n"

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from ntkdp import cli
 from ntkdp._results.own_files import LIST, OwnFiles
+from ntkdp._results.provenance import VERSION
 from ntkdp._results.run_folder import MARKER, RunFolder
 
 

@@ -279,6 +279,24 @@ def test_no_sample_adds_more_than_the_sensitivity(case: tuple[Any, ...]) -> None
     assert largest > 1 - 10 * TOLERANCES[case[1]]
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_cotangents_that_leave_the_range_once_they_are_weighted(dtype: str) -> None:
+    """Of positions that cancel, some would be lost and others not."""
+    case = problem("difference", dtype, "flat", "structured", 64, None)
+    high = float(np.log10(float(jnp.finfo(dtype).max)))
+    rng = np.random.default_rng(3)
+    largest = 0.0
+    for _ in range(4):
+        candidates = drawn(case, rng)._replace(
+            scale=rng.uniform(high - 6, high - 1.5, TRIED),
+            cotangent=rng.uniform(-high + 1, -high + 9, TRIED),
+            gap=rng.uniform(-2, -1, TRIED),
+        )
+        found = contributions(case, *candidates.samples(case))
+        largest = max(largest, float(np.max(found)))
+    assert 1 - 10 * TOLERANCES[dtype] < largest <= 1 + TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_more_of_thousands_moves_the_sum_by_no_more(dtype: str, gradients: Any) -> None:

@@ -14,8 +14,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from ntkdp._backend.norms import wide
-from ntkdp._backend.types import Array, common_dtype
+from ntkdp._backend.types import Array
 from ntkdp._gradients.leaf_layout import Layout
 
 #: An operation in many small products takes about as long as this many in one large product.
@@ -138,52 +137,6 @@ def keep(factor: Factor, usable: Array) -> Factor:
         return Outer(zeroed(part.inputs), zeroed(part.cotangents), part.layout)
 
     return tuple(without(part) for part in factor)
-
-
-def weighted_sum(factor: Factor, weights: Array, like: Array) -> Array:
-    """``sum_i weights[i] g_i`` (b = 1), as the leaf ``like``, but in single precision at least."""
-    total = jnp.zeros(like.shape, common_dtype(like.dtype, jnp.float32))
-    for part in factor:
-        if isinstance(part, Dense):
-            gradients = wide(part.gradients[:, 0])
-            one = jnp.tensordot(weights, gradients, axes=1, precision="highest")
-            if part.layout is None:
-                one = one.reshape(like.shape)
-            else:
-                one = part.layout.restore(jnp.swapaxes(one, 1, 2))
-        else:
-            delta = _weighted(wide(part.cotangents[:, 0]), weights)
-            if isinstance(part, Lookup):
-                table = jnp.zeros((part.n_rows, delta.shape[-1]), delta.dtype)
-                summed = table.at[part.rows].add(delta)
-            else:
-                summed = _summed(wide(part.inputs), delta)
-            one = part.layout.restore(summed)
-        total = total + one.astype(total.dtype)
-    return total
-
-
-def _weighted(delta: Array, weights: Array) -> Array:
-    """Cotangents times the weight of their sample, within the range of the dtype.
-
-    A gradient of bounded length may have cotangents beyond it, if its inputs are tiny.
-    """
-    largest = jnp.finfo(delta.dtype).max
-    weighted = delta * weights.reshape(-1, *[1] * (delta.ndim - 1))
-    return jnp.clip(weighted, -largest, largest)
-
-
-def _summed(x: Array, delta: Array) -> Array:
-    """Over samples and positions, ``(g, p, q)``."""
-    if x.shape[1:3] == (1, 1):
-        # As matrices, whose product needs no copy of its transposed side.
-        x, delta = (v.reshape(v.shape[0], v.shape[-1]) for v in (x, delta))
-        return lax.dot_general(x, delta, (((0,), (0,)), ((), ())), precision="highest")[None]
-    if x.shape[2] == 1:
-        return jnp.einsum("ngtp,ngtq->gpq", x, delta, precision="highest")
-    # Many positions are summed faster this way around.
-    summed = jnp.einsum("ngtq,ngtp->gqp", delta, x, precision="highest")
-    return jnp.swapaxes(summed, 1, 2)
 
 
 def kernel(rows: Factor, columns: Factor | None = None) -> Array | float:

@@ -21,11 +21,11 @@ from ntkdp._gradients.factors import (
     is_formed_for_norms,
     keep,
     kernel,
-    weighted_sum,
 )
 from ntkdp._gradients.norms_from_factors import grouped_norms
 from ntkdp._gradients.primitive_rules import Meeting
 from ntkdp._gradients.tracing import Path, Site, Structure, Value, View, Visitor, interpret, trace
+from ntkdp._gradients.weighted_sum import weighted_sum
 
 #: Samples whose windows of a convolution are held at once.
 _SAMPLES_AT_A_TIME = 32

@@ -59,10 +59,10 @@ class Dataset:
     """
 
     name: str
-    x_train: Real[Array, "n *features"] = field(repr=False)
-    y_train: Num[Array, "n *K"] = field(repr=False)
-    x_test: Real[Array, "m *features"] = field(repr=False)
-    y_test: Num[Array, "m *K"] = field(repr=False)
+    x_train: Real[Array, " n *features"] = field(repr=False)
+    y_train: Num[Array, " n *K"] = field(repr=False)
+    x_test: Real[Array, " m *features"] = field(repr=False)
+    y_test: Num[Array, " m *K"] = field(repr=False)
     task: Task
     n_outputs: int
     class_names: tuple[str, ...] | None = None

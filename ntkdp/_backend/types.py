@@ -1,7 +1,7 @@
 """Array aliases and the protocols that the layers above agree on."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,25 @@ ApplyFn: TypeAlias = Callable[[Any, Array], Array]
 ProgressCallback: TypeAlias = Callable[[float], None]
 
 Outputs: TypeAlias = Float[Array, "n K"]
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """What NumPy can turn into an array: arrays of JAX and NumPy, and columns of pandas."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+#: A number as an argument: of Python, NumPy or JAX, or traced.
+ScalarLike: TypeAlias = float | np.number | np.bool_ | np.ndarray | Array
+#: Numbers as an argument, before they are checked and made an array of JAX.
+ArrayLike: TypeAlias = (
+    ScalarLike | SupportsArray | Sequence[float] | Sequence[Sequence[float]] | Sequence[Array]
+)
+#: A learning rate: a number, or a schedule of optax, from the number of a step to one.
+LearningRate: TypeAlias = ScalarLike | Callable[[Array], ScalarLike]
+#: Whether to show a bar, or what is called with the fraction of the work done.
+Progress: TypeAlias = bool | ProgressCallback
 
 
 def is_traced(value: Any) -> bool:
@@ -38,14 +57,19 @@ def as_constant(value: Any) -> Any:
 __all__ = [
     "ApplyFn",
     "Array",
+    "ArrayLike",
     "Float",
     "Key",
+    "LearningRate",
     "Outputs",
     "PRNGKeyArray",
     "Params",
+    "Progress",
     "ProgressCallback",
     "PyTree",
     "Real",
+    "ScalarLike",
+    "SupportsArray",
     "as_constant",
     "common_dtype",
     "is_traced",

@@ -12,6 +12,7 @@ import pytest
 
 import ntkdp
 from ntkdp._backend import memory, memory_limits, program_memory
+from ntkdp.experiment import _run
 from ntkdp.trajectory._stepping import Stepping
 
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
@@ -331,7 +332,7 @@ def test_a_whole_comparison_asks_for_more_than_its_kernel(monkeypatch: pytest.Mo
     )  # fmt: skip
     problem = ntkdp.experiment.problem_of(config)
     asked.clear()
-    ntkdp._run._require_room(config, problem)
+    _run._require_room(config, problem)
     parts, whole = k * k * n * (n + m) * 4, k * k * (n + m) ** 2 * 4
     matrices = parts + whole + parts + 4 * whole
     assert matrices <= asked[0] < matrices * 1.1

@@ -31,9 +31,7 @@ STATES = {
         "lock.acquire()"
     ),
 }
-PREPARED = (
-    "import signal, sys, time\nfrom pathlib import Path\nfrom ntkdp import _files, _stopping\n"
-)
+PREPARED = "import signal, sys, time\nfrom pathlib import Path\nfrom ntkdp._backend import files, stopping\n"
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +62,7 @@ def _stopped(code: str, number: int, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_signal_ends_the_process_whatever_it_is_at(state: str) -> None:
-    code = f"{PREPARED}_stopping.begin()\n{STATES[state]}"
+    code = f"{PREPARED}stopping.begin()\n{STATES[state]}"
     assert _stopped(code, signal.SIGINT) == (130, "", "ntkdp: stopped\n")
 
 
@@ -72,8 +70,8 @@ def test_a_signal_ends_the_process_whatever_it_is_at(state: str) -> None:
 def test_nothing_half_written_stays_and_what_continues_is_said(name: str, tmp_path: Path) -> None:
     number = getattr(signal, name)
     code = (
-        f"{PREPARED}_stopping.begin()\n_stopping.continued_by(lambda: '--resume')\n"
-        "with _files.replacing(sys.argv[1]) as temporary:\n"
+        f"{PREPARED}stopping.begin()\nstopping.continued_by(lambda: '--resume')\n"
+        "with files.replacing(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half')\n    print(flush=True)\n    time.sleep(60)\n"
     )
     expected = (128 + number, "", "ntkdp: stopped; --resume continues\n")
@@ -83,7 +81,7 @@ def test_nothing_half_written_stays_and_what_continues_is_said(name: str, tmp_pa
 
 def test_what_must_happen_as_a_whole_does(tmp_path: Path) -> None:
     code = (
-        f"{PREPARED}_stopping.begin()\nwith _stopping.as_a_whole():\n    print(flush=True)\n"
+        f"{PREPARED}stopping.begin()\nwith stopping.as_a_whole():\n    print(flush=True)\n"
         "    time.sleep(0.5)\n    Path(sys.argv[1]).touch()\ntime.sleep(60)\n"
     )
     assert _stopped(code, signal.SIGTERM, str(tmp_path / "file"))[0] == 143
@@ -93,23 +91,23 @@ def test_what_must_happen_as_a_whole_does(tmp_path: Path) -> None:
 def test_a_signal_that_the_process_was_told_to_ignore_is_ignored() -> None:
     """As nohup does."""
     code = (
-        f"{PREPARED}signal.signal(signal.SIGHUP, signal.SIG_IGN)\n_stopping.begin()\n"
-        "print(flush=True)\ntime.sleep(0.3)\nprint('done')\n_stopping.end()\n"
+        f"{PREPARED}signal.signal(signal.SIGHUP, signal.SIG_IGN)\nstopping.begin()\n"
+        "print(flush=True)\ntime.sleep(0.3)\nprint('done')\nstopping.end()\n"
     )
     assert _stopped(code, signal.SIGHUP) == (0, "done\n", "")
 
 
 def test_at_the_end_signals_are_the_systems_again() -> None:
-    code = f"{PREPARED}_stopping.begin()\n_stopping.end()\nprint(flush=True)\ntime.sleep(60)\n"
+    code = f"{PREPARED}stopping.begin()\nstopping.end()\nprint(flush=True)\ntime.sleep(60)\n"
     assert _stopped(code, signal.SIGINT) == (-signal.SIGINT, "", "")
 
 
 def test_a_signal_at_the_very_end_does_not_hang() -> None:
     """Nobody would hear it between the two steps of leaving signals to the system again."""
     code = (
-        f"{PREPARED}import os\n_stopping.begin()\nset_it = signal.set_wakeup_fd\n"
+        f"{PREPARED}import os\nstopping.begin()\nset_it = signal.set_wakeup_fd\n"
         "def late(descriptor):\n    set_it(descriptor)\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "signal.set_wakeup_fd = late\nprint(flush=True)\n_stopping.end()\n"
+        "signal.set_wakeup_fd = late\nprint(flush=True)\nstopping.end()\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ntkdp import claims, cli, table_one
 from ntkdp._verification import run
-from ntkdp.claims import _claim
+from ntkdp.claims import _claim, _registry
 
 QUICK = ("C3", "C6")
 
@@ -60,7 +60,7 @@ def test_a_line_a_claim_and_nothing_written_unless_asked(
 def test_a_claim_that_fails_is_shown_and_sets_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(claims._CLAIMS, "C6", a_failing_claim())
+    monkeypatch.setitem(_registry._CLAIMS, "C6", a_failing_claim())
     monkeypatch.chdir(tmp_path)
     done = verify(*QUICK, "--out", "found")
     assert done.exit_code == 1

@@ -13,7 +13,7 @@ import scipy.linalg
 
 from ntkdp._backend import neural_tangents as _neural_tangents
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def run(program: str) -> str:

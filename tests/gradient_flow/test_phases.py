@@ -570,7 +570,7 @@ def test_bad_mechanisms_are_refused(mechanisms: Any, delta: float, error: Any) -
 # The page.
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "phases.md"
+PAGE = Path(__file__).parents[2] / "docs" / "phases.md"
 
 
 @pytest.mark.slow

@@ -317,7 +317,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
                     [sys.executable, str(script), f"localhost:{port}", str(number)],
                     stdout=said,
                     stderr=subprocess.STDOUT,
-                    cwd=script.parent.parent,
+                    cwd=script.parents[2],
                 )
             )
     for process in processes:

@@ -903,7 +903,7 @@ def test_messages_where_no_type_checker_runs() -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "all seen"

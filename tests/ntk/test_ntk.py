@@ -14,7 +14,7 @@ import pytest
 import ntkdp
 from ntkdp._backend import memory
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -13,7 +13,7 @@ from ntkdp import cli, experiment, sweep
 from ntkdp._backend.config_files import describe
 from ntkdp.experiment import _config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_documented_configuration_is_the_default() -> None:

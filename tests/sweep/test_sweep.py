@@ -350,7 +350,7 @@ def test_wrong_commands_say_why(tmp_path: Path, options: list[str], message: str
 
 
 def test_the_documented_configuration_is_the_default() -> None:
-    documented = sweep.load_config(Path(__file__).parent.parent / "docs" / "sweep.toml")
+    documented = sweep.load_config(Path(__file__).parents[2] / "docs" / "sweep.toml")
     assert documented == sweep.SweepConfig()
     assert "grid.learning_rates" in CliRunner().invoke(cli.app, ["sweep", "--help"]).output
 

@@ -16,7 +16,7 @@ import scipy.special
 import ntkdp
 from ntkdp import clipping, losses
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SQUARED = losses.SquaredError()
 
 # A linear model with two parameter groups: outputs (n, K), Jacobians (n, K, P_r).

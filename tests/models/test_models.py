@@ -18,7 +18,7 @@ from ntkdp._backend import neural_tangents
 from ntkdp.models import _networks
 
 stax = neural_tangents.stax
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 KEY = jax.random.key(0)
 
 

@@ -1,9 +1,10 @@
-"""Every public name is documented, and what the pages print and link to is there."""
+"""Every public name is documented and tested, and what the pages print and link to is there."""
 
+import ast
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,37 @@ def test_public_names_follow_the_source() -> None:
     assert {name for name in ntkdp.__all__ if name not in public_names.MODULES} <= {
         name.name for name in NAMES
     }
+
+
+def _names_in_tests() -> Iterator[str]:
+    """Names that the code of the tests uses."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name):
+                yield node.id
+            elif isinstance(node, ast.Attribute):
+                yield node.attr
+
+
+def _annotations_of(value: Any) -> list[str]:
+    """Types of the fields of a class, and of what a function returns."""
+    if inspect.isclass(value):
+        return [str(kind) for kind in inspect.get_annotations(value).values()]
+    return [str(inspect.signature(value).return_annotation)]
+
+
+def test_public_names_are_tested() -> None:
+    """The tests use each one, or get it from another that they use."""
+    named = set(_names_in_tests())
+    functions_and_classes = [name for name in NAMES if name.kind != "data"]
+    received = {
+        word
+        for name in functions_and_classes
+        for annotation in _annotations_of(name.value)
+        for word in re.findall(r"\w+", annotation)
+    }
+    untested = [n.qualified for n in functions_and_classes if n.name not in named | received]
+    assert untested == []
 
 
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "tutorials"} & {*path.parts})

@@ -79,15 +79,17 @@ def make_folder(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a file says, for a file that may be anybody's.
+    """The content of a JSON file that any program may have written.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If it cannot be read, or is not a plain file: a pipe or a device may never end.
     ValueError
         If it is not JSON, or nested deeper than 100 levels.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no plain file; move it away")
     try:
         tree = json.loads(path.read_bytes())
     except RecursionError:

@@ -54,6 +54,24 @@ def explained(continues: Callable[[], str | None] = lambda: None) -> Iterator[No
         raise typer.Exit(128 + signal.SIGINT) from error
     except (ValueError, MemoryError, OSError, ImportError, TaskFailed) as error:
         fail(error)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        allocation = str(error).splitlines()[0]
+        fail(
+            f"a device is out of memory ({allocation}); use fewer samples (data.n_train, "
+            "data.n_test), a smaller batch_size, or dtype = 'float32'"
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether JAX raised the error because an array did not fit into a device's memory."""
+    # Without JAX there is no such error, and importing it takes seconds.
+    if "jax" not in sys.modules:
+        return False
+    from jax.errors import JaxRuntimeError
+
+    return isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _check_backend() -> None:
@@ -65,7 +83,7 @@ def _check_backend() -> None:
             raise ValueError(f"environment variable MPLBACKEND: {error}; unset it") from error
 
 
-def fail(error: BaseException) -> NoReturn:
+def fail(error: BaseException | str) -> NoReturn:
     """Print the error in one line and end with exit status 2."""
     announce(f"ntkdp: error: {error}", on_error=True)
     raise typer.Exit(2)

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ntkdp import cli
+from ntkdp._results.checkpoints import CellFolder
 from ntkdp._results.own_files import LIST, OwnFiles
 from ntkdp._results.provenance import VERSION
 from ntkdp._results.run_folder import MARKER, RunFolder
@@ -71,6 +72,27 @@ def test_folders_that_are_not_runs_are_never_replaced(tmp_path: Path) -> None:
         RunFolder(tmp_path / "thesis.tex")
     with pytest.raises(NotADirectoryError, match="is not a folder"):
         RunFolder(tmp_path / "thesis.tex" / "run")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", [MARKER, "sweep.json"])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_not_read(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    """Reading it would wait for ever, or never end."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(FileExistsError, match=rf"files that are not a run: {name}; choose"):
+        RunFolder(tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError, match=rf"files that are not a run: {name}; choose"):
+        RunFolder(tmp_path, finished={"seed": 1})
+    options: list[dict[str, bool]] = [{}, {"overwrite": True}, {"resume": True}]
+    for option in options:
+        with pytest.raises(FileExistsError, match=rf"files that are not a sweep: {name}; choose"):
+            CellFolder(tmp_path, {"seed": 1}, **option)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_run_of_an_earlier_version_has_no_list_and_stays(tmp_path: Path) -> None:
@@ -218,6 +240,7 @@ def test_copies_by_hard_links_keep_their_content(tmp_path: Path) -> None:
 MOUNTS = """
 import json, subprocess, sys
 from pathlib import Path
+from ntkdp._results.checkpoints import CellFolder
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.run_folder import RunFolder

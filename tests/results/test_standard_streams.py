@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ntkdp import claims, cli
+from ntkdp import claims, cli, experiment
 from ntkdp._results import console as _console
 from ntkdp._results import standard_streams
 from ntkdp._verification import run
@@ -155,3 +157,28 @@ def test_a_backend_that_matplotlib_does_not_know(tmp_path: Path) -> None:
     assert done.stderr.startswith("ntkdp: error: environment variable MPLBACKEND: ")
     assert "'nonsense'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_device_without_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*arguments: object, **options: object) -> None:
+        jnp.zeros(2**50).block_until_ready()
+
+    monkeypatch.setattr(experiment, "run", allocate)
+    shown = CliRunner().invoke(cli.app, ["compare", "--out", str(tmp_path / "out")])
+    assert shown.exit_code == 2, shown.output
+    assert shown.output.startswith("ntkdp: error: a device is out of memory (RESOURCE_EXHAUSTED")
+    assert "batch_size" in shown.output
+    assert len(shown.output.splitlines()) == 1
+
+
+def test_other_errors_of_a_device_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(experiment, "run", fail)
+    shown = CliRunner().invoke(cli.app, ["compare", "--out", str(tmp_path / "out")])
+    assert isinstance(shown.exception, jax.errors.JaxRuntimeError)

@@ -31,7 +31,10 @@ STATES = {
         "lock.acquire()"
     ),
 }
-PREPARED = "import signal, sys, time\nfrom pathlib import Path\nfrom ntkdp._backend import files, stopping\n"
+PREPARED = (
+    "import signal, sys, time\nfrom pathlib import Path\n"
+    "from ntkdp._backend import files, stopping\n"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import ntkdp
-from ntkdp import _setup, clipping, compare, dp_sgd, experiment, losses, stochastic_flow
+from ntkdp import _setup, clipping, compare, dp_sgd, losses, stochastic_flow
 from ntkdp.dp_sgd import _seeds
 from ntkdp.experiment import _run
 
@@ -202,7 +202,7 @@ def test_files_and_cells_keep_it(tmp_path: Path) -> None:
     assert dict(_setup.described(rule))["R"] == (1.0, 2.0)
     path.save(tmp_path / "path.nc")
     assert ntkdp.Trajectory.load(tmp_path / "path.nc").setup == path.setup
-    assert _run._trajectory(experiment._arrays(path)).setup == path.setup
+    assert _run._trajectory(_run._arrays(path)).setup == path.setup
     old = {name: part for name, part in _run._arrays(path).items() if name != "setup"}
     assert _run._trajectory(old).setup == ()
     for damaged in ("[{}]", "not JSON", "[" * 10000, 3.0):

@@ -1,8 +1,4 @@
-"""Write the versions of this environment to constraints.txt and to pyproject.toml's [tool.uv].
-
-The first serves pip (`pip install -c constraints.txt .`), the second `uv run`; neither holds an
-address.
-"""
+"""Write the versions of this environment to pyproject.toml, where uv obeys them in a clone."""
 
 import re
 from importlib.metadata import distributions
@@ -10,29 +6,27 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 OLDEST_PYTHON = "3.11.0"
 
 
 def main() -> None:
-    """Rewrite both files."""
-    names = {
-        d.metadata["Name"].lower().replace("_", "-"): d.version
-        for d in distributions()
+    """Rewrite the list of pins."""
+    versions = {
+        package.metadata["Name"].lower().replace("_", "-"): package.version
+        for package in distributions()
         # A pin that the oldest Python of the project cannot have leaves nothing to resolve.
-        if SpecifierSet(d.metadata["Requires-Python"] or "").contains(OLDEST_PYTHON)
+        if SpecifierSet(package.metadata["Requires-Python"] or "").contains(OLDEST_PYTHON)
     }
-    names.pop("ntkdp", None)
-    pins = [f"{name}=={version}" for name, version in sorted(names.items())]
-    header = "# Versions that the test suite was run with; written by `make pins`.\n"
-    (ROOT / "constraints.txt").write_text(header + "\n".join(pins) + "\n")
-
-    project = ROOT / "pyproject.toml"
-    listed = "constraint-dependencies = [\n" + "".join(f'  "{pin}",\n' for pin in pins) + "]\n"
-    text = re.sub(
-        r"constraint-dependencies = \[\n.*?\]\n", lambda _: listed, project.read_text(), flags=re.S
+    versions.pop("ntkdp", None)
+    pins = "".join(f'  "{name}=={version}",\n' for name, version in sorted(versions.items()))
+    pinned = re.sub(
+        r"constraint-dependencies = \[\n.*?\]\n",
+        lambda _: f"constraint-dependencies = [\n{pins}]\n",
+        PROJECT.read_text(),
+        flags=re.S,
     )
-    project.write_text(text)
+    PROJECT.write_text(pinned)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Configurations: what is documented is what there is, and every error names its field."""
 
+import itertools
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pydantic
 import pytest
 from typer.testing import CliRunner
 
+import ntkdp
 from ntkdp import cli, experiment, sweep
 from ntkdp._backend.config_files import describe
 from ntkdp.experiment import _config
@@ -178,12 +181,29 @@ def test_defaults_survive_a_round_trip_through_toml(tmp_path: Path) -> None:
     assert experiment.config(**fields).model_dump() == experiment.Config().model_dump()
 
 
-def test_pins_are_the_same_for_pip_and_for_uv() -> None:
+def _name_of(requirement: str) -> str:
+    """The package that a requirement such as ``jax>=0.10`` asks for."""
+    return re.split(r"[^\w-]", requirement)[0]
+
+
+def test_every_dependency_is_pinned_once_and_without_an_address() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert pins == project["tool"]["uv"]["constraint-dependencies"]
-    assert not [line for line in lines if "://" in line]
+    pins = project["tool"]["uv"]["constraint-dependencies"]
+    pinned = [_name_of(pin) for pin in pins]
+    assert len(set(pinned)) == len(pinned)
+    assert all("==" in pin and "://" not in pin for pin in pins)
+    required = itertools.chain(
+        project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"].values(),
+        *project["dependency-groups"].values(),
+    )
+    assert {_name_of(requirement) for requirement in required} <= set(pinned)
+
+
+def test_the_version_is_written_in_pyproject_alone() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert ntkdp.__version__ == project["project"]["version"]
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("make", [experiment.config, sweep.config])

@@ -1,22 +1,24 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs pins clean
+.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs package pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
 
-lint:  ## Linter and formatting, nothing changed
+lint:  ## Linter, formatting and spelling, nothing changed
 	uv run ruff check .
 	uv run ruff format --check .
+	uv run codespell
 
-format:  ## Mend what the linter and the formatter can
+format:  ## Fix what the linter and the formatter can
 	uv run ruff check --fix .
 	uv run ruff format .
 
 types:  ## Type check
 	uv run mypy
 
-architecture:  ## Imports point to lower layers only
+architecture:  ## Imports point to lower floors only
+	uv run lint-imports
 	uv run pytest -n 0 -q tests/test_architecture.py
 
 test:  ## The test suite
@@ -50,7 +52,7 @@ kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.m
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
 	uv run python benchmarks/cost.py
 
-bench:  ## Times beside the peers, on this machine, into docs/benchmarks.md (about ten minutes)
+bench:  ## Times next to other libraries, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py
 
 figures:  ## Draw the figures of the pages in docs/ and print their tables (about an hour)
@@ -68,7 +70,10 @@ experiments:  ## The sweeps and figures of docs/choosing.md (two hours); DATA is
 docs:  ## Build the documentation into docs/_build/html, warnings being errors (two minutes)
 	uv run --group docs sphinx-build -W -E -q --keep-going -b html docs docs/_build/html
 
-pins:  ## Write the versions of this environment to constraints.txt and pyproject.toml
+package:  ## Build the wheel and the source archive into dist/
+	uv build
+
+pins:  ## Write the versions of this environment to pyproject.toml
 	uv run python benchmarks/pin_versions.py
 
 clean:  ## Remove caches and the environment

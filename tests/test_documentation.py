@@ -4,13 +4,15 @@ import ast
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
 import claims_page  # noqa: E402
@@ -255,3 +257,26 @@ def test_the_page_of_claims_has_the_numbers(name: str) -> None:
 
 def test_every_claim_has_a_sketch() -> None:
     assert {name.lower() for name in claims.names()} <= _anchors(DOCS / "theory.md")
+
+
+def _floors() -> dict[int, set[str]]:
+    """Rooms by floor, as the contract of the imports has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    return {floor: set(layer.split(" | ")) for floor, layer in enumerate(reversed(layers), start=1)}
+
+
+def test_the_pages_of_the_architecture_show_the_floors_of_the_contract() -> None:
+    rooms: dict[int, set[str]] = {}
+    page = (DOCS / "architecture.md").read_text()
+    for floor, room in re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE):
+        rooms.setdefault(int(floor), set()).add(room)
+    assert rooms == _floors()
+    tree = re.findall(r"^ ?(\d+)  (.*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {int(floor): set(names.split()) for floor, names in tree} == _floors()
+
+
+@pytest.mark.parametrize("page", [DOCS / "architecture.md", ROOT / "CONTRIBUTING.md"])
+def test_files_that_the_architecture_names_are_there(page: Path) -> None:
+    for path in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text()):
+        assert (ROOT / path).exists() or (ROOT / "ntkdp" / path).exists(), path

@@ -206,9 +206,9 @@ def plan(
     if memory is None:
         memory = _memory.available_bytes()
     else:
-        memory = int(validate.scalar(memory=validate.positive(memory=memory)))
+        memory = int(validate.positive_number(memory=memory))
     if flops is not None:
-        flops = float(validate.scalar(flops=validate.positive(flops=flops)))
+        flops = float(validate.positive_number(flops=flops))
     at_least = activations is None
     if activations is None:
         activations = max(math.ceil(2 * math.sqrt(p)), inputs + k)

@@ -423,7 +423,7 @@ class Custom(ClippingRule):
         return jnp.where(jnp.isinf(s), 0.0, jnp.where(jnp.isnan(s), s, factor))
 
 
-_BY_NAME: dict[str, type[ClippingRule]] = {
+_CLASSES: dict[str, type[ClippingRule]] = {
     "none": NoClipping,
     "abadi": Abadi,
     "global": Global,
@@ -431,6 +431,58 @@ _BY_NAME: dict[str, type[ClippingRule]] = {
     "psac": PSAC,
     "batch": Batch,
 }
+
+
+def names() -> tuple[str, ...]:
+    """The names of all rules, as :func:`from_name` takes them.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.clipping.names()
+    ('none', 'abadi', 'global', 'automatic', 'psac', 'batch')
+    """
+    return tuple(_CLASSES)
+
+
+def class_of(rule: str) -> type[ClippingRule]:
+    """The class of the rule called ``rule``.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known; the message gives the nearest one.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.clipping.class_of("abadi") is ntkdp.clipping.Abadi
+    True
+    """
+    return validate.lookup(_CLASSES, rule=rule)
+
+
+def name_of(rule: ClippingRule) -> str:
+    """The name under which :func:`from_name` makes a rule like ``rule``.
+
+    Raises
+    ------
+    TypeError
+        If the rule has no name, as :class:`Custom` has none.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.clipping.name_of(ntkdp.clipping.Abadi(1.0))
+    'abadi'
+    """
+    for name, known in _CLASSES.items():
+        if type(rule) is known:
+            return name
+    raise TypeError(
+        f"rule must be one of {', '.join(sorted(_CLASSES))}, got {type(rule).__name__}: "
+        "a function cannot be written down as data"
+    )
 
 
 def from_name(rule: str, **options: Any) -> ClippingRule:
@@ -441,7 +493,7 @@ def from_name(rule: str, **options: Any) -> ClippingRule:
     Raises
     ------
     ValueError
-        For a name that is not known; the message gives the nearest one.
+        If the name is not known; the message gives the nearest one.
 
     Examples
     --------
@@ -449,4 +501,4 @@ def from_name(rule: str, **options: Any) -> ClippingRule:
     >>> type(ntkdp.clipping.from_name("abadi", R=1.0)).__name__
     'Abadi'
     """
-    return _BY_NAME[validate.choice(_BY_NAME, rule=rule)](**options)
+    return class_of(rule)(**options)

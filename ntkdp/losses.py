@@ -123,7 +123,7 @@ class Huber(Loss):
 
     delta: Any = eqx.field(
         default=1.0,
-        converter=lambda d: as_constant(validate.scalar(delta=validate.positive(delta=d))),
+        converter=lambda d: as_constant(validate.positive_number(delta=d)),
     )
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
@@ -328,6 +328,66 @@ def mean_or_sum(
     return reduced, None if correct is None else jnp.mean(correct)
 
 
+_CLASSES: dict[str, type[Loss]] = {
+    "squared_error": SquaredError,
+    "softmax_cross_entropy": SoftmaxCrossEntropy,
+    "logistic": Logistic,
+    "huber": Huber,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all losses, as :func:`from_name` takes them.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.losses.names()
+    ('squared_error', 'softmax_cross_entropy', 'logistic', 'huber')
+    """
+    return tuple(_CLASSES)
+
+
+def class_of(name: str) -> type[Loss]:
+    """The class of the loss called ``name``.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known; the message gives the nearest one.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.losses.class_of("huber") is ntkdp.losses.Huber
+    True
+    """
+    return validate.lookup(_CLASSES, loss=name)
+
+
+def name_of(loss: Loss) -> str:
+    """The name under which :func:`from_name` makes a loss like ``loss``.
+
+    Raises
+    ------
+    TypeError
+        If the loss has no name, as :class:`Custom` has none.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.losses.name_of(ntkdp.losses.SquaredError())
+    'squared_error'
+    """
+    for name, known in _CLASSES.items():
+        if type(loss) is known:
+            return name
+    raise TypeError(
+        f"loss must be one of {', '.join(sorted(_CLASSES))}, got {loss!r}: "
+        "a function cannot be written down as data"
+    )
+
+
 def from_name(name: str, **options: Any) -> Loss:
     """The loss called ``name``: squared_error, softmax_cross_entropy, logistic or huber.
 
@@ -336,7 +396,7 @@ def from_name(name: str, **options: Any) -> Loss:
     Raises
     ------
     ValueError
-        For a name that is not known; the message gives the nearest one.
+        If the name is not known; the message gives the nearest one.
 
     Examples
     --------
@@ -344,7 +404,7 @@ def from_name(name: str, **options: Any) -> Loss:
     >>> type(ntkdp.losses.from_name("huber", delta=2.0)).__name__
     'Huber'
     """
-    return _BY_NAME[validate.choice(_BY_NAME, loss=name)](**options)
+    return class_of(name)(**options)
 
 
 def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:
@@ -364,11 +424,3 @@ def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:
         f"loss must be one of ntkdp.losses, e.g. SquaredError(), or a function (f, y) -> scalar, "
         f"got {loss!r}"
     )
-
-
-_BY_NAME: dict[str, type[Loss]] = {
-    "squared_error": SquaredError,
-    "softmax_cross_entropy": SoftmaxCrossEntropy,
-    "logistic": Logistic,
-    "huber": Huber,
-}

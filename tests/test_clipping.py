@@ -394,6 +394,11 @@ def test_names() -> None:
     for name, kind in kinds.items():
         rule = clipping.from_name(name, **({} if name == "none" else {"R": 2.0}))
         assert type(rule) is kind
+        assert clipping.class_of(name) is kind
+        assert clipping.name_of(rule) == name
+    assert clipping.names() == tuple(kinds)
+    with pytest.raises(TypeError, match=r"rule must be one of abadi, .* got Custom"):
+        clipping.name_of(Custom(lambda s: 1 / (1 + s), 1.0))
     assert clipping.from_name("automatic", R=1.0, gamma=0.5, scope="layerwise").gamma == 0.5
     with pytest.raises(ValueError, match="unknown rule 'abbadi'; did you mean 'abadi'"):
         clipping.from_name("abbadi", R=1.0)

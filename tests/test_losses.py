@@ -298,6 +298,11 @@ def test_names() -> None:
     assert isinstance(losses.from_name("softmax_cross_entropy"), losses.SoftmaxCrossEntropy)
     assert isinstance(losses.from_name("logistic"), losses.Logistic)
     assert losses.from_name("huber", delta=2.0).delta == 2.0
+    for name in losses.names():
+        assert losses.name_of(losses.from_name(name)) == name
+        assert isinstance(losses.from_name(name), losses.class_of(name))
+    with pytest.raises(TypeError, match="loss must be one of huber, "):
+        losses.name_of(losses.Custom(lambda f, y: f[0]))
     with pytest.raises(ValueError, match="unknown loss 'hubber'; did you mean 'huber'"):
         losses.from_name("hubber")
 

@@ -7,8 +7,8 @@ inside a JAX transformation is wrapped in :func:`equinox.error_if`, so use what 
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp._backend.types import Array, is_traced
+
+Entry = TypeVar("Entry")
 
 #: Entries from which on an array is looked at where it is, without a copy on the host.
 _LARGE = 2**20
@@ -57,6 +59,12 @@ def positive(**named: Any) -> Any:
     """A finite number above zero, or an array of them."""
     name, value = _single(named)
     return _require(name, value, lambda v: (v > 0) & (v < np.inf), "positive and finite")
+
+
+def positive_number(**named: Any) -> Any:
+    """A single finite number above zero."""
+    name, _ = _single(named)
+    return scalar(**{name: positive(**named)})
 
 
 def non_negative(**named: Any) -> Any:
@@ -237,6 +245,11 @@ def choice(options: Iterable[str], /, **named: Any) -> Any:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
     return value
+
+
+def lookup(table: Mapping[str, Entry], /, **named: Any) -> Entry:
+    """The entry of a table under a name; the error names the nearest."""
+    return table[choice(table, **named)]
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

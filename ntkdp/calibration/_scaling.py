@@ -75,7 +75,7 @@ class Platt(eqx.Module):
 
 
 def _checked_temperature(T: Any) -> Any:
-    return as_constant(validate.scalar(temperature=validate.positive(temperature=T)))
+    return as_constant(validate.positive_number(temperature=T))
 
 
 def _checked_column(**named: Any) -> Any:
@@ -372,7 +372,7 @@ def _descend(
     key: Any,
 ) -> Array:
     noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
-    clip_norm = validate.scalar(clip_norm=validate.positive(clip_norm=clip_norm))
+    clip_norm = validate.positive_number(clip_norm=clip_norm)
     learning_rate = validate.positive(learning_rate=learning_rate)
     numbers = (
         as_constant(validate.scalar(noise_multiplier=noise_multiplier)),

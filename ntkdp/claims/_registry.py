@@ -31,12 +31,11 @@ _MODULES = (
     _beyond_frozen_kernel,
     _two_times,
 )
-_CLAIMS = {
-    value.name: value
-    for module in _MODULES
-    for value in vars(module).values()
-    if isinstance(value, Claim)
-}
+_FOUND = [
+    value for module in _MODULES for value in vars(module).values() if isinstance(value, Claim)
+]
+#: By name, in the order of their numbers.
+_CLAIMS = {claim.name: claim for claim in sorted(_FOUND, key=lambda claim: int(claim.name[1:]))}
 
 
 def names() -> tuple[str, ...]:
@@ -48,7 +47,7 @@ def names() -> tuple[str, ...]:
     >>> ntkdp.claims.names()[:3]
     ('C1', 'C2', 'C3')
     """
-    return tuple(sorted(_CLAIMS, key=lambda name: int(name[1:])))
+    return tuple(_CLAIMS)
 
 
 def get(name: str) -> Claim:
@@ -65,7 +64,7 @@ def get(name: str) -> Claim:
     >>> ntkdp.claims.get("C2").source
     'paper'
     """
-    return _CLAIMS[validate.choice(names(), claim=name)]
+    return validate.lookup(_CLAIMS, claim=name)
 
 
 def verify(name: str) -> Verdict:

@@ -20,8 +20,6 @@ from ntkdp.counterexamples._state import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow, solve
 
 KINDS = ("rise", "stuck", "divergence")
-_RULES = {cls: name for name, cls in clipping._BY_NAME.items()}
-_LOSSES = {cls: name for name, cls in losses._BY_NAME.items()}
 _VERSION = 1
 
 #: How far outputs are moved off an equilibrium, how far they may go, both relative to their size,
@@ -204,8 +202,8 @@ class Counterexample:
         for name in ("kernel", "targets", "outputs"):
             _check_numbers(name, data[name])
         validate.choice(clipping.SCOPES, scope=data["scope"])
-        _check_options("loss", losses._BY_NAME, data)
-        _check_options("rule", clipping._BY_NAME, data)
+        _check_options("loss", losses.class_of(data["loss"]), data)
+        _check_options("rule", clipping.class_of(data["rule"]), data)
         for quantity, value in data["measured"].items():
             if isinstance(value, list):
                 raise ValueError(f"field 'measured.{quantity}' must be a number, got a list")
@@ -273,22 +271,12 @@ def rest_margin() -> float:
 
 def named(rule: clipping.ClippingRule) -> tuple[str, dict[str, Any]]:
     """Name and numbers of a rule."""
-    if type(rule) not in _RULES:
-        raise TypeError(
-            f"rule must be one of {', '.join(sorted(_RULES.values()))}, got {type(rule).__name__}: "
-            "a function cannot be written down as data"
-        )
-    return _RULES[type(rule)], _options(rule)
+    return clipping.name_of(rule), _options(rule)
 
 
 def named_loss(loss: Any) -> tuple[str, dict[str, Any]]:
     """Name and numbers of a loss."""
-    if type(loss) not in _LOSSES:
-        raise TypeError(
-            f"loss must be one of {', '.join(sorted(_LOSSES.values()))}, got {loss!r}: "
-            "a function cannot be written down as data"
-        )
-    return _LOSSES[type(loss)], _options(loss)
+    return losses.name_of(loss), _options(loss)
 
 
 def eigenvalue_ratio(terms: np.ndarray) -> float:
@@ -399,17 +387,16 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"text must hold finite numbers, got {name}")
 
 
-def _check_options(what: str, known: dict[str, Any], data: dict[str, Any]) -> None:
-    """Raise unless a loss or rule is known and takes the numbers that it is given."""
-    cls = known[validate.choice(known, **{what: data[what]})]
-    given, name = data[f"{what}_options"], f"{what}_options"
+def _check_options(kind: str, cls: type[eqx.Module], data: dict[str, Any]) -> None:
+    """Raise unless a loss or rule takes the numbers that it is given."""
+    given, name = data[f"{kind}_options"], f"{kind}_options"
     fields = [entry for entry in dataclasses.fields(cls) if entry.name != "scope"]
     for option in given:
         validate.choice([entry.name for entry in fields], **{name: option})
         _check_numbers(f"{name}.{option}", given[option])
     for entry in fields:
         if entry.default is dataclasses.MISSING and entry.name not in given:
-            raise ValueError(f"missing {name}.{entry.name} of {what} {data[what]!r}")
+            raise ValueError(f"missing {name}.{entry.name} of {kind} {data[kind]!r}")
 
 
 def _check_numbers(name: str, value: Any) -> None:

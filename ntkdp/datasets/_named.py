@@ -11,7 +11,7 @@ from urllib.error import URLError
 
 import numpy as np
 
-from ntkdp._backend.validate import choice, count, did_you_mean, positive, scalar
+from ntkdp._backend.validate import choice, count, did_you_mean, positive_number
 from ntkdp.datasets._dataset import TASKS, Dataset, Split, data_generator, from_arrays
 from ntkdp.datasets._files import from_csv, from_idx, from_npz, image_inputs
 from ntkdp.datasets._tables import MISSING_POLICIES, from_table, select_columns
@@ -222,7 +222,7 @@ def separable(
     >>> separable(margin=1.0).n_outputs
     2
     """
-    scalar(margin=positive(margin=margin))
+    positive_number(margin=margin)
     n, d = count(n_train=n_train) + count(n_test=n_test), count(n_features=n_features)
     generator = data_generator(seed)
     direction = generator.standard_normal(d)

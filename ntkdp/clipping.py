@@ -1,9 +1,9 @@
 r"""Per-sample clipping: rules that map gradient norms to factors.
 
-The **rule** is the factor :math:`C = w(s)` as a function of a norm :math:`s`; the **scope** says of
-what: ``"flat"``, one norm over all parameters, or ``"layerwise"``, one a parameter group (a layer,
-or the user's groups). A rule never sees a gradient, so one object serves the kernel flow and the
-discrete run.
+The **rule** is the factor :math:`C = w(s)` as a function of a norm :math:`s`; the **scope** says
+which norm: with ``"flat"`` one over all parameters, with ``"layerwise"`` one for each parameter
+group (a layer, or a group that the user names). A rule never sees a gradient, so one object serves
+the kernel flow and the discrete run.
 
 ===============  ==============================  ===========  ====================================
 rule             factor w(s)                     sensitivity  source
@@ -19,17 +19,17 @@ rule             factor w(s)                     sensitivity  source
 
 Layerwise, the sensitivity is :math:`\sqrt{\sum_r R_r^2}`.
 
-Edge cases, the same for every rule: a norm of **zero** gives the limit of w at zero (1 for
+Edge cases are treated alike by every rule. A norm of **zero** gives the limit of w at zero (1 for
 `NoClipping`, `Abadi` and `Batch`, R/Z or 1 for `Global`, R/gamma for `Automatic`, or 0 if gamma is
-0, R for `PSAC`); an **infinite** norm gives 0, except for `NoClipping`; a **NaN** norm gives NaN,
+0, R for `PSAC`). An **infinite** norm gives 0, except for `NoClipping`. A **NaN** norm gives NaN,
 so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
-A factor beyond the dtype of the norms is its largest number.
+A factor beyond the range of the norms' dtype becomes the largest number of that dtype.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -39,36 +39,47 @@ from jax import lax
 
 from ntkdp._backend import norms as _norms
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Float, as_constant, is_traced
+from ntkdp._backend.types import Array, Float, ScalarLike, as_constant, is_traced
 
 Scope = Literal["flat", "layerwise"]
 SCOPES = ("flat", "layerwise")
 
-
-def _checked(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    return lambda value: as_constant(check(**{name: value}))
-
-
-def _checked_number(check: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    return lambda value: as_constant(validate.scalar(**{name: check(**{name: value})}))
+#: One number, or one for each parameter group.
+ByGroup: TypeAlias = ScalarLike | Sequence[float]
+#: A checked number, or one for each parameter group.
+_Numbers: TypeAlias = np.ndarray | Array
 
 
-def _checked_R(R: Any) -> Any:
-    R = _checked(validate.positive, "R")(R)
-    if np.size(R) == 0:
-        raise ValueError("R must be one number, or one a group, got an empty array")
-    return R
+def _checked_R(R: ByGroup) -> _Numbers:
+    numbers: _Numbers = as_constant(validate.positive(R=R))
+    if np.size(numbers) == 0:
+        raise ValueError("R must be one number, or one for each group, got an empty array")
+    return numbers
 
 
-def _in_range(value: Any, dtype: Any) -> Array:
-    """``value`` in ``dtype``; the largest number of that if it is beyond."""
+def _checked_Z(Z: ByGroup | None) -> _Numbers | None:
+    return None if Z is None else as_constant(validate.positive(Z=Z))
+
+
+def _checked_gamma(gamma: ScalarLike) -> _Numbers:
+    number: _Numbers = as_constant(validate.scalar(gamma=validate.non_negative(gamma=gamma)))
+    return number
+
+
+def _checked_r(r: ScalarLike) -> _Numbers:
+    number: _Numbers = as_constant(validate.positive_number(r=r))
+    return number
+
+
+def _in_range(value: ByGroup, dtype: np.dtype) -> Array:
+    """``value`` in ``dtype``, or the largest number of that dtype if it is beyond its range."""
     with np.errstate(over="ignore"):
-        found = jnp.asarray(value, dtype=dtype)
-    return jnp.minimum(found, jnp.finfo(dtype).max)
+        converted = jnp.asarray(value, dtype=dtype)
+    return jnp.minimum(converted, jnp.finfo(dtype).max)
 
 
 def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Square roots, zero for ``squares`` that rounding left below zero; derivative zero at zero.
+    """Square roots; ``squares`` that rounding left below zero give zero, with derivative zero.
 
     Examples
     --------
@@ -80,7 +91,7 @@ def norms_from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"
 
 
 def clip_fraction(factors: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Share of ``factors`` below one: of samples, or layerwise of samples and groups.
+    """Share of ``factors`` below one, counted over samples, and over groups if layerwise.
 
     Examples
     --------
@@ -98,13 +109,14 @@ class ClippingRule(eqx.Module):
     ----------
     R : float or array
         Clipping norm, positive, in units of a per-sample gradient's norm. With
-        ``scope="layerwise"`` one number (R in every group) or one a group.
+        ``scope="layerwise"`` one number (R in every group) or one for each group.
     scope : {"flat", "layerwise"}
 
     Raises
     ------
     ValueError
-        R not positive and finite, an unknown scope, or several R with flat scope.
+        If R is not positive and finite, if the scope is unknown, or if there are several R with
+        flat scope.
 
     Examples
     --------
@@ -115,9 +127,9 @@ class ClippingRule(eqx.Module):
     2.0
     """
 
-    R: eqx.AbstractVar[Any]  # a field, or a property where it means nothing
-    scope: eqx.AbstractVar[Any]
-    #: Whether the factors bound each sample's part, i.e. whether noise can make the sum private.
+    R: eqx.AbstractVar[ByGroup]  # a field, or a property where it means nothing
+    scope: eqx.AbstractVar[Scope]
+    #: Whether the factors bound each sample's part, so that noise can make the sum private.
     bounds_each_sample: eqx.AbstractClassVar[bool]
     #: Whether ``factors`` needs ``total_norm``.
     needs_total_norm: eqx.AbstractClassVar[bool]
@@ -144,9 +156,10 @@ class ClippingRule(eqx.Module):
         Parameters
         ----------
         norms : array
-            Per-sample gradient norms, ``(n,)`` flat or ``(R, n)`` layerwise.
+            Per-sample gradient norms, ``(n,)`` if flat or ``(R, n)`` if layerwise.
         total_norm : array, optional
-            :math:`\|\sum_i g_i\|`, a scalar flat or ``(R,)`` layerwise; needed by `Batch` only.
+            :math:`\|\sum_i g_i\|`, a scalar if flat or ``(R,)`` if layerwise. Only `Batch` needs
+            it.
         """
         expected = 1 if self.scope == "flat" else 2
         if norms.ndim != expected:
@@ -169,33 +182,33 @@ class ClippingRule(eqx.Module):
     def by_group(
         self, norms: Float[Array, "R n"], total_norms: Float[Array, " R"] | None = None
     ) -> Float[Array, "R n"]:
-        """The same for either scope, with a row for each group: a single one with flat scope."""
+        """Factors as a row for each group, whatever the scope: flat has a single row."""
         if self.scope == "layerwise":
             return self.factors(norms, total_norms)
         return self.factors(norms[0], None if total_norms is None else total_norms[0])[None]
 
-    def sensitivity(self, n_groups: int = 1) -> Any:
+    def sensitivity(self, n_groups: int = 1) -> float | Array:
         r"""Largest norm of a clipped gradient: R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise.
 
-        It is how far the clipped sum moves when one sample is added or removed; replacing one
-        moves it by at most twice that. Infinite for rules that bound no single sample.
+        The clipped sum moves this far at most when one sample is added or removed; replacing one
+        moves it by at most twice that. It is infinite for rules that bound no single sample.
         """
         if not self.bounds_each_sample:
             return float("inf")
         if self.scope == "flat":
-            return self.R if is_traced(self.R) else float(self.R)
+            return cast(Array, self.R) if is_traced(self.R) else float(np.asarray(self.R))
         R = self.group_norms(n_groups)
-        if not is_traced(R):
+        if isinstance(R, np.ndarray):
             return math.hypot(*R)
-        # Scaled, as hypot does it: squares may leave the range of the dtype.
+        # As hypot does, scale first: squares may leave the range of the dtype.
         largest = lax.stop_gradient(jnp.max(R))
         return largest * jnp.sqrt(jnp.sum((R / largest) ** 2))
 
-    def group_norms(self, n_groups: int) -> Any:
+    def group_norms(self, n_groups: int) -> np.ndarray | Array:
         """R of each group, shape ``(n_groups,)``."""
         self.check_groups(n_groups)
         if is_traced(self.R):
-            return jnp.broadcast_to(self.R, (n_groups,))
+            return jnp.broadcast_to(cast(Array, self.R), (n_groups,))
         return np.broadcast_to(np.asarray(self.R), (n_groups,))
 
     def check_groups(self, n_groups: int) -> None:
@@ -204,18 +217,18 @@ class ClippingRule(eqx.Module):
         if np.ndim(self.R) == 1 and np.shape(self.R)[0] != n_groups:
             raise ValueError(
                 f"R has {np.shape(self.R)[0]} entries for {n_groups} parameter groups; "
-                "give one number, or one a group"
+                "give one number, or one for each group"
             )
 
 
-def _over_samples(value: Any, s: Array) -> Array:
-    """One number, or one a group, for each norm in ``s``."""
-    found = _in_range(value, s.dtype)
-    return jnp.broadcast_to(found[:, None] if found.ndim == 1 else found, s.shape)
+def _over_samples(value: ByGroup, s: Array) -> Array:
+    """One number, or one for each group, repeated for each norm in ``s``."""
+    numbers = _in_range(value, s.dtype)
+    return jnp.broadcast_to(numbers[:, None] if numbers.ndim == 1 else numbers, s.shape)
 
 
 def _shortening(s: Array, R: Array) -> Array:
-    """min(1, R/s), also where R is below the range of the dtype, and so zero."""
+    """min(1, R/s), also where R is zero because it is below the range of the dtype."""
     within = s <= R
     return jnp.where(within, 1.0, R / jnp.where(within, 1.0, s))
 
@@ -238,8 +251,8 @@ class NoClipping(ClippingRule):
         self.scope = scope
 
     @property  # type: ignore[misc]
-    def R(self) -> Any:
-        """Not used; one, so that every rule has a clipping norm."""
+    def R(self) -> np.ndarray:  # type: ignore[override]
+        """One, so that every rule has a clipping norm; it is not used."""
         return np.asarray(1.0)
 
     def _weight(self, s: Array, R: Array) -> Array:
@@ -249,7 +262,7 @@ class NoClipping(ClippingRule):
 class Abadi(ClippingRule):
     """min(1, R/s): gradients longer than R are shortened to R (Abadi et al. 2016)."""
 
-    R: Any = eqx.field(converter=_checked_R)
+    R: ByGroup = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -259,9 +272,9 @@ class Abadi(ClippingRule):
 
 
 class Global(ClippingRule):
-    """The 0/1 rule of Bu et al. (2023): samples with s > Z are dropped, the others scaled by R/Z.
+    """The 0/1 rule of Bu et al. (2023): it drops samples with s > Z and scales the others by R/Z.
 
-    Without ``Z`` the cut is at R and nothing is scaled.
+    Without ``Z`` it drops samples with s > R and scales nothing.
 
     Examples
     --------
@@ -270,17 +283,14 @@ class Global(ClippingRule):
     [0.25, 0.25, 0.0]
     """
 
-    R: Any = eqx.field(converter=_checked_R)
-    Z: Any = eqx.field(
-        default=None,
-        converter=lambda Z: None if Z is None else _checked(validate.positive, "Z")(Z),
-    )
+    R: ByGroup = eqx.field(converter=_checked_R)
+    Z: ByGroup | None = eqx.field(default=None, converter=_checked_Z)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
-        if np.ndim(self.Z) > 0 and np.shape(self.Z) != np.shape(self.R):
+        if self.Z is not None and np.ndim(self.Z) > 0 and np.shape(self.Z) != np.shape(self.R):
             raise ValueError(
                 f"Z must be one number or have the shape of R, got {np.shape(self.Z)} "
                 f"for R of shape {np.shape(self.R)}"
@@ -290,8 +300,9 @@ class Global(ClippingRule):
         if self.Z is None:
             factor = (s <= R).astype(s.dtype)
         else:
-            with np.errstate(over="ignore"):  # Of the numbers as given: both may be out of range.
-                ratio = self.R / self.Z
+            # In the precision that R and Z were given in: either may be beyond that of the norms.
+            with np.errstate(over="ignore"):
+                ratio = cast(_Numbers, self.R) / cast(_Numbers, self.Z)
             factor = jnp.where(s <= _over_samples(self.Z, s), _over_samples(ratio, s), 0.0)
         return jnp.where(jnp.isnan(s), s, factor)
 
@@ -308,8 +319,8 @@ class Automatic(ClippingRule):
     [2.0, 0.5]
     """
 
-    R: Any = eqx.field(converter=_checked_R)
-    gamma: Any = eqx.field(default=0.01, converter=_checked_number(validate.non_negative, "gamma"))
+    R: ByGroup = eqx.field(converter=_checked_R)
+    gamma: ScalarLike = eqx.field(default=0.01, converter=_checked_gamma)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -318,12 +329,12 @@ class Automatic(ClippingRule):
         denominator = s + _in_range(self.gamma, s.dtype)
         is_zero = denominator == 0
         factor = jnp.where(is_zero, 0.0, R / jnp.where(is_zero, 1.0, denominator))
-        # Where the quotient overflows, s w(s) is below R with the largest number too.
+        # Where the quotient overflows, the largest number still keeps s w(s) below R.
         return jnp.minimum(factor, jnp.finfo(s.dtype).max)
 
 
 class PSAC(ClippingRule):
-    """R / (s + r/(s + r)): small gradients are not blown up as `Automatic` does (2212.00328).
+    """R / (s + r/(s + r)): unlike `Automatic` it does not blow up small gradients (2212.00328).
 
     Examples
     --------
@@ -332,20 +343,20 @@ class PSAC(ClippingRule):
     [3.0, 2.0]
     """
 
-    R: Any = eqx.field(converter=_checked_R)
-    r: Any = eqx.field(default=0.1, converter=_checked_number(validate.positive, "r"))
+    R: ByGroup = eqx.field(converter=_checked_R)
+    r: ScalarLike = eqx.field(default=0.1, converter=_checked_r)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
 
     def _weight(self, s: Array, R: Array) -> Array:
-        # Below the smallest normal number r would be taken for zero, and zero over zero is NaN.
+        # Processors may take an r below the smallest normal number for zero, and 0 / 0 is NaN.
         r = jnp.maximum(_in_range(self.r, s.dtype), jnp.finfo(s.dtype).tiny)
         return jnp.minimum(R / (s + r / (s + r)), jnp.finfo(s.dtype).max)
 
 
 class Batch(ClippingRule):
-    """One factor for all samples, min(1, R/||sum_i g_i||): no privacy; Table 1's comparison.
+    """One factor for all samples, min(1, R/||sum_i g_i||): not private, but compared in Table 1.
 
     Examples
     --------
@@ -354,7 +365,7 @@ class Batch(ClippingRule):
     [0.25, 0.25]
     """
 
-    R: Any = eqx.field(converter=_checked_R)
+    R: ByGroup = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = False
     needs_total_norm: ClassVar[bool] = True
@@ -366,14 +377,14 @@ class Batch(ClippingRule):
 class Custom(ClippingRule):
     r"""Any factor ``function(s)`` with :math:`|s\,w(s)| \le R`.
 
-    The bound is checked on norms from 1e-6 R to 1e6 R, within the dtype, when the rule is made, and
-    enforced at every norm afterwards by capping the factor at R/s, so the sensitivity holds
-    whatever the function does between.
+    When the rule is made, the bound is checked on norms from 1e-6 R to 1e6 R within the dtype.
+    Afterwards it is enforced at every norm by capping the factor at R/s, so the sensitivity holds
+    whatever the function does in between.
 
     Parameters
     ----------
     function : callable
-        Norms to factors, elementwise, in JAX.
+        A function in JAX that maps norms to factors, element by element.
 
     Examples
     --------
@@ -384,7 +395,7 @@ class Custom(ClippingRule):
     """
 
     function: Callable[[Array], Array] = eqx.field(static=True)  # type: ignore[misc]
-    R: Any = eqx.field(converter=_checked_R)
+    R: ByGroup = eqx.field(converter=_checked_R)
     scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
@@ -397,7 +408,8 @@ class Custom(ClippingRule):
         smallest = float(np.min(self.R))
         with np.errstate(over="ignore"):
             norms = smallest * np.logspace(-6, 6, 1201)
-        with jax.ensure_compile_time_eval():  # The rule may be made while a program is traced.
+        # The rule may be made while a program is traced.
+        with jax.ensure_compile_time_eval():
             s = _in_range(norms, jnp.result_type(float))
             factors = self.function(s)
         if getattr(factors, "shape", None) != s.shape:
@@ -488,7 +500,7 @@ def name_of(rule: ClippingRule) -> str:
 def from_name(rule: str, **options: Any) -> ClippingRule:
     """The rule called ``rule``: none, abadi, global, automatic, psac or batch.
 
-    ``options`` are the fields of the rule: R, scope and its own.
+    ``options`` are the fields of the rule: R, scope and those of its own.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 r"""Per-sample losses :math:`\ell_i(f_i, y_i)` and their output gradients :math:`a_i`.
 
-A loss maps outputs ``(n, K)`` and targets to one value a sample, ``(n,)``; it never averages. The
-reduction over samples belongs to the flow and to the run (``reduction="mean"`` or ``"sum"``).
+A loss maps outputs ``(n, K)`` and targets to one value for each sample, ``(n,)``; it never
+averages. The flow and the run reduce over samples (``reduction="mean"`` or ``"sum"``).
 """
 
 from abc import abstractmethod
@@ -16,17 +16,18 @@ import optax
 
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, Float, as_constant, is_traced
+from ntkdp._backend.types import Array, ArrayLike, Float, ScalarLike, as_constant, is_traced
 
 #: How the losses of the samples become one number.
 Reduction: TypeAlias = Literal["mean", "sum"]
+#: ``function(f, y) -> scalar``, with one sample's outputs ``(K,)`` and its row of the targets.
+SampleLoss: TypeAlias = Callable[[Array, Array], Array]
 
 
 class Loss(eqx.Module):
     r"""A per-sample loss with its gradient in the outputs.
 
-    Subclasses are final and give ``__call__``, ``check`` and, where it means something,
-    ``accuracy``.
+    Subclasses are final and define ``__call__``, ``check``, ``n_outputs`` and ``correct``.
 
     Examples
     --------
@@ -43,39 +44,43 @@ class Loss(eqx.Module):
         r"""Loss of each sample, :math:`\ell_i`, shape ``(n,)``."""
 
     @abstractmethod
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
         """Return ``targets`` as an array that fits ``(n_samples, n_outputs)`` outputs, or raise."""
 
     @abstractmethod
     def n_outputs(self, targets: Array) -> int | None:
-        """K if the targets alone tell it, else ``None``."""
+        """K if it follows from the targets alone, else ``None``."""
 
     @abstractmethod
     def correct(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"] | None:
-        """One where the prediction is right, zero where not, ``None`` for regression."""
+        """One where the prediction is right and zero where it is not; ``None`` for regression."""
 
     def output_gradient(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, "n K"]:
         r""":math:`a_i = \partial \ell_i / \partial f_i`, shape ``(n, K)``, by autodiff."""
-        return jax.grad(lambda f: jnp.sum(self(f, targets)))(outputs)
+        gradient: Array = jax.grad(lambda f: jnp.sum(self(f, targets)))(outputs)
+        return gradient
 
 
-def _vector_targets(targets: Any, n_samples: int, n_outputs: int, name: str) -> Array:
+def _vector_targets(targets: ArrayLike, n_samples: int, n_outputs: int, name: str) -> Array:
     """Real targets of shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)`` when K is 1."""
-    targets = validate.array(**{name: targets})
-    if targets.shape == (n_samples,) and n_outputs == 1:
-        targets = targets[:, None]
-    if targets.shape != (n_samples, n_outputs):
+    rows = validate.array(**{name: targets})
+    if rows.shape == (n_samples,) and n_outputs == 1:
+        rows = rows[:, None]
+    if rows.shape != (n_samples, n_outputs):
         raise ValueError(
             f"{name} must have the shape of the outputs, ({n_samples}, {n_outputs}), "
-            f"got {targets.shape}"
+            f"got {rows.shape}"
         )
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
-        targets = targets.astype(jnp.result_type(float))
-    return validate.finite(**{name: targets})
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        rows = rows.astype(jnp.result_type(float))
+    finite: Array = validate.finite(**{name: rows})
+    return finite
 
 
 def _as_rows(targets: Array) -> Array:
-    """Targets ``(n,)`` as ``(n, 1)``, which do not spread to ``(n, n)`` against the outputs."""
+    """Targets ``(n,)`` as ``(n, 1)``, so that outputs minus targets is not ``(n, n)``."""
     return targets[:, None] if targets.ndim == 1 else targets
 
 
@@ -92,7 +97,9 @@ class SquaredError(Loss):
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
         return 0.5 * jnp.sum((outputs - _as_rows(targets)) ** 2, axis=-1)
 
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
         return _vector_targets(targets, n_samples, n_outputs, name)
 
     def n_outputs(self, targets: Array) -> int:
@@ -100,6 +107,11 @@ class SquaredError(Loss):
 
     def correct(self, outputs: Float[Array, "n K"], targets: Array) -> None:
         return None
+
+
+def _checked_delta(delta: ScalarLike) -> np.ndarray | Array:
+    number: np.ndarray | Array = as_constant(validate.positive_number(delta=delta))
+    return number
 
 
 class Huber(Loss):
@@ -121,20 +133,19 @@ class Huber(Loss):
     [0.125, 2.5]
     """
 
-    delta: Any = eqx.field(
-        default=1.0,
-        converter=lambda d: as_constant(validate.positive_number(delta=d)),
-    )
+    delta: ScalarLike = eqx.field(default=1.0, converter=_checked_delta)
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
         squared = jnp.sum((outputs - _as_rows(targets)) ** 2, axis=-1)
-        # The root is taken of a safe value: its derivative at zero is infinite.
+        # The derivative of the root at zero is infinite, so the root is taken of a safe value.
         delta = jnp.asarray(self.delta, squared.dtype)
         outside = squared > delta**2
         distance = jnp.sqrt(jnp.where(outside, squared, 1.0))
         return jnp.where(outside, delta * (distance - 0.5 * delta), 0.5 * squared)
 
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
         return _vector_targets(targets, n_samples, n_outputs, name)
 
     def n_outputs(self, targets: Array) -> int:
@@ -159,9 +170,12 @@ class SoftmaxCrossEntropy(Loss):
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
+        by_sample: Array
         if targets.ndim == 1:
-            return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-        return optax.softmax_cross_entropy(outputs, targets)
+            by_sample = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        else:
+            by_sample = optax.softmax_cross_entropy(outputs, targets)
+        return by_sample
 
     def output_gradient(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, "n K"]:
         if targets.ndim == 1:
@@ -169,38 +183,40 @@ class SoftmaxCrossEntropy(Loss):
         total = jnp.sum(targets, axis=-1, keepdims=True)
         return (jax.nn.softmax(outputs) * total - targets).astype(outputs.dtype)
 
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
         if n_outputs < 2:
             raise ValueError(
                 f"softmax cross-entropy needs at least 2 outputs, got {n_outputs}; "
                 "for one output use Logistic"
             )
-        targets = validate.array(**{name: targets})
-        if targets.shape == (n_samples, 1):
+        labels = validate.array(**{name: targets})
+        if labels.shape == (n_samples, 1):
             raise ValueError(
-                f"{name} must be labels of shape ({n_samples},), got {targets.shape}; "
+                f"{name} must be labels of shape ({n_samples},), got {labels.shape}; "
                 f"pass {name}[:, 0]"
             )
-        if targets.ndim == 2:
-            return self._check_soft(targets, n_samples, n_outputs, name)
-        if targets.shape != (n_samples,):
+        if labels.ndim == 2:
+            return self._check_soft(labels, n_samples, n_outputs, name)
+        if labels.shape != (n_samples,):
             raise ValueError(
                 f"{name} must be labels of shape ({n_samples},) or ({n_samples}, {n_outputs}), "
-                f"got {targets.shape}"
+                f"got {labels.shape}"
             )
-        if not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise TypeError(f"{name} must be integer labels, got dtype {targets.dtype}")
-        if not is_traced(targets):
-            labels = np.asarray(targets)
-            if labels.min() < 0 or labels.max() >= n_outputs:
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integer labels, got dtype {labels.dtype}")
+        if not is_traced(labels):
+            known = np.asarray(labels)
+            if known.min() < 0 or known.max() >= n_outputs:
                 raise ValueError(
                     f"{name} must be labels in 0..{n_outputs - 1} for {n_outputs} outputs, "
-                    f"got values from {labels.min()} to {labels.max()}"
+                    f"got values from {known.min()} to {known.max()}"
                 )
-        return targets
+        return labels
 
     def n_outputs(self, targets: Array) -> int | None:
-        # One column is no distribution but labels that lie wrongly, which `check` says.
+        # One column is not a distribution but labels of the wrong shape; `check` says so.
         return None if _columns(targets) == 1 else _columns(targets)
 
     @staticmethod
@@ -236,22 +252,25 @@ class Logistic(Loss):
     """
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        return optax.sigmoid_binary_cross_entropy(outputs, _as_rows(targets))[:, 0]
+        by_sample: Array = optax.sigmoid_binary_cross_entropy(outputs, _as_rows(targets))[:, 0]
+        return by_sample
 
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
         if n_outputs != 1:
             raise ValueError(
                 f"the logistic loss needs one output, got {n_outputs}; use SoftmaxCrossEntropy"
             )
-        targets = _vector_targets(targets, n_samples, n_outputs, name)
-        if not is_traced(targets):
-            labels = np.asarray(targets)
+        rows = _vector_targets(targets, n_samples, n_outputs, name)
+        if not is_traced(rows):
+            labels = np.asarray(rows)
             if labels.min() < 0 or labels.max() > 1:
                 raise ValueError(
                     f"{name} must lie in [0, 1], got values from {labels.min()} to {labels.max()}; "
                     "map labels -1, 1 to 0, 1"
                 )
-        return targets
+        return rows
 
     def n_outputs(self, targets: Array) -> int:
         return _columns(targets)
@@ -261,7 +280,7 @@ class Logistic(Loss):
 
 
 class Custom(Loss):
-    """A loss from any function of one sample; its output gradient comes by autodiff.
+    """A loss from any function of one sample; its output gradient comes from autodiff.
 
     Parameters
     ----------
@@ -276,28 +295,31 @@ class Custom(Loss):
     0.0
     """
 
-    function: Callable[[Any, Any], Any] = eqx.field(static=True)
+    function: SampleLoss = eqx.field(static=True)
 
     def __call__(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, " n"]:
-        return jax.vmap(self.function)(outputs, targets)
+        by_sample: Array = jax.vmap(self.function)(outputs, targets)
+        return by_sample
 
-    def check(self, targets: Any, n_samples: int, n_outputs: int, name: str = "targets") -> Array:
-        targets = validate.array(**{name: targets})
-        if targets.ndim == 0 or targets.shape[0] != n_samples:
+    def check(
+        self, targets: ArrayLike, n_samples: int, n_outputs: int, name: str = "targets"
+    ) -> Array:
+        rows = validate.array(**{name: targets})
+        if rows.ndim == 0 or rows.shape[0] != n_samples:
             raise ValueError(
-                f"{name} must have {n_samples} rows, one a sample, got shape {targets.shape}"
+                f"{name} must have {n_samples} rows, one for each sample, got shape {rows.shape}"
             )
-        targets = validate.finite(**{name: targets})
-        row = jax.eval_shape(
+        finite: Array = validate.finite(**{name: rows})
+        value = jax.eval_shape(
             self.function,
             jax.ShapeDtypeStruct((n_outputs,), jnp.result_type(float)),
-            jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype),
+            jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype),
         )
-        if getattr(row, "shape", None) != ():
+        if getattr(value, "shape", None) != ():
             raise ValueError(
-                f"a custom loss must map one sample's outputs and target to a scalar, got {row}"
+                f"a custom loss must map one sample's outputs and target to a scalar, got {value}"
             )
-        return targets
+        return finite
 
     def n_outputs(self, targets: Array) -> None:
         return None
@@ -311,8 +333,8 @@ def mean_or_sum(
 ) -> tuple[Array, Array | None]:
     """The reduced ``loss`` of ``outputs`` against ``targets``, and the accuracy.
 
-    ``reduction`` is "mean" or "sum" over samples; the accuracy is ``None`` for regression. Of
-    outputs in half precision both are computed in float32.
+    ``reduction`` is "mean" or "sum" over samples; the accuracy is ``None`` for regression. If the
+    outputs are in half precision, both are computed in float32.
 
     Examples
     --------
@@ -407,7 +429,7 @@ def from_name(name: str, **options: Any) -> Loss:
     return class_of(name)(**options)
 
 
-def as_loss(loss: Loss | Callable[[Any, Any], Any]) -> Loss:
+def as_loss(loss: Loss | SampleLoss) -> Loss:
     """``loss`` itself, or a :class:`Custom` loss around a function of one sample.
 
     Examples

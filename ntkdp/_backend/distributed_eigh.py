@@ -1,34 +1,36 @@
 r"""Eigenvalues and vectors of a symmetric matrix whose rows are spread over the devices of a mesh.
 
-Block Jacobi: the coordinates lie in two blocks a device. A device diagonalises the part of the
-matrix within its two blocks, all apply each other's rotations, and blocks move on as players of a
-tournament do until every two have met. The part off the diagonal falls quadratically in the end, so
-that such sweeps are few: six to eight, and up to twenty where values are equal, between which it
-falls by a factor. A device holds its columns of the matrix and of the rotations so far.
+This is block Jacobi: the coordinates lie in two blocks a device. Each device diagonalises the part
+of the matrix within its two blocks, all devices apply each other's rotations, and the blocks move
+on, as players of a tournament do, until every two have met. Such a sweep reduces the part off the
+diagonal, quadratically in the end, so few are needed: six to eight, and up to twenty if eigenvalues
+are equal, when the part falls only by a factor each sweep. A device holds its columns of the matrix
+and of the rotations so far.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp._backend import devices
+from ntkdp._backend import compiled, devices
 from ntkdp._backend.types import Array, Float
 
-#: Off the diagonal less than so many roundings of the whole norm counts as none; and less than so
-#: many, if it does not fall any more.
-_ROUNDINGS, _AT_MOST = 8, 1000
+#: Sweeps end when the norm off the diagonal is this many roundings of the whole norm,
+_CONVERGED_ROUNDINGS = 8
+#: or this many, if a sweep no longer halves it.
+_STALLED_ROUNDINGS = 1000
+#: Sweeps end after this many in any case.
 _MOST_SWEEPS = 40
 
 
 class _Columns(NamedTuple):
-    """A device's columns, ``(N, 2 w)``, of the matrix and of the rotations; numbers of its blocks.
+    """A device's columns ``(N, 2 w)`` of the matrix and of the rotations, and its blocks' numbers.
 
-    The matrix's rows are in the order of the blocks over the devices, the rotations' never move.
+    The matrix's rows are in the order of the blocks over the devices; the rotations' rows stay.
     """
 
     matrix: Array
@@ -37,17 +39,15 @@ class _Columns(NamedTuple):
     right: Array
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled.jit(static_argnums=0)
 def eigh(mesh: Mesh, matrix: Float[Array, "N N"]) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
     """Eigenvalues, ascending and whole, and columns of vectors whose rows are spread."""
-    over_devices = devices.over_samples(partial(_of_device, mesh), mesh, (0,), (None, 0))
-    found: tuple[Array, Array] = over_devices(matrix)
-    return found
+    return devices.over_samples(partial(_eigh_of_rows, mesh), mesh, (0,), (None, 0))(matrix)
 
 
-def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
+def _eigh_of_rows(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
     n = rows.shape[1]
-    # Squares must not overflow or vanish.
+    # Scaled, so that squares neither overflow nor vanish.
     scale = devices.largest(mesh, jnp.max(jnp.abs(rows)))
     scale = jnp.where(scale == 0, 1.0, scale)
     not_finite = devices.total(mesh, jnp.sum(~jnp.isfinite(rows)))
@@ -57,7 +57,7 @@ def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
     width = rows.shape[0]
     place = devices.own_part(mesh, rows.shape[1])
     own = jnp.arange(width)
-    # As the matrix is symmetric, its own rows are its own columns.
+    # The matrix is symmetric: a device's rows are also its columns.
     start = _Columns(
         rows.T,
         jnp.zeros_like(rows.T).at[place + own, own].set(1.0),
@@ -71,11 +71,13 @@ def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
 
     def more(carry: tuple[_Columns, Array, Array, Array]) -> Array:
         _, sweeps, left, before = carry
-        # At the end rounding keeps it from falling.
-        falls = (left < before / 2) | (left > _AT_MOST * eps * norm)
-        return (left > _ROUNDINGS * eps * norm) & falls & (sweeps < _MOST_SWEEPS)
+        # In the end rounding keeps the norm from falling.
+        falls = (left < before / 2) | (left > _STALLED_ROUNDINGS * eps * norm)
+        return (left > _CONVERGED_ROUNDINGS * eps * norm) & falls & (sweeps < _MOST_SWEEPS)
 
-    def sweep(carry: tuple[_Columns, Array, Array, Array]) -> Any:
+    def sweep(
+        carry: tuple[_Columns, Array, Array, Array],
+    ) -> tuple[_Columns, Array, Array, Array]:
         columns, sweeps, left, _ = carry
         rounds = 2 * mesh.size - 1
         columns = lax.fori_loop(0, rounds, lambda _, now: _move(mesh, _rotate(mesh, now)), columns)
@@ -85,7 +87,7 @@ def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
     none = jnp.zeros((), int)
     columns, *_ = lax.while_loop(more, sweep, (start, none, off_diagonal(start), jnp.inf * norm))
     values = lax.all_gather(columns.matrix[place + own, own], devices.AXIS, tiled=True)
-    # The coordinates that were added have the largest values.
+    # The coordinates that were padded have the largest values, which are cut off.
     order = jnp.argsort(values)[:n]
     vectors = devices.transposed(mesh, columns.vectors.T)
     scale = jnp.where(not_finite == 0, scale, jnp.nan)
@@ -93,9 +95,9 @@ def _of_device(mesh: Mesh, rows: Array) -> tuple[Array, Array]:
 
 
 def _even(mesh: Mesh, rows: Array, norm: Array) -> Array:
-    """Rows of a matrix with an even number of coordinates a device.
+    """Rows of the matrix, padded to an even number of coordinates a device.
 
-    One that is added is its own eigenvector, of a value above all others.
+    A padded coordinate is an eigenvector by itself, with an eigenvalue above all others.
     """
     width, n = rows.shape
     if width % 2 == 0:
@@ -107,7 +109,7 @@ def _even(mesh: Mesh, rows: Array, norm: Array) -> Array:
 
 
 def _rotate(mesh: Mesh, columns: _Columns) -> _Columns:
-    """Diagonalise within each device's blocks: the lower block takes the larger values."""
+    """Diagonalise within each device's two blocks: the lower block takes the larger values."""
     matrix, vectors, left, right = columns
     width = matrix.shape[1]
     within = lax.dynamic_slice_in_dim(matrix, devices.own_part(mesh, len(matrix)), width)
@@ -120,7 +122,7 @@ def _rotate(mesh: Mesh, columns: _Columns) -> _Columns:
 
 
 def _move(mesh: Mesh, columns: _Columns) -> _Columns:
-    """The blocks' next places: the first stays, all others go round."""
+    """Move the blocks to their next places: the first stays, all others rotate."""
     if mesh.size == 1:
         return columns
     matrix, vectors, left, right = columns
@@ -137,14 +139,14 @@ def _move(mesh: Mesh, columns: _Columns) -> _Columns:
         from_above = lax.ppermute(right, devices.AXIS, down)
         return jnp.where(own == 0, left, from_below), jnp.where(own == last, left, from_above)
 
-    moved = [places(one, other) for one, other in zip(lefts, rights, strict=True)]
+    moved = [places(left, right) for left, right in zip(lefts, rights, strict=True)]
     matrix, vectors = (jnp.concatenate(pair, axis=1) for pair in moved[:2])
     blocks = matrix.reshape(2 * mesh.size, half, 2 * half)
-    return _Columns(blocks[_order(mesh.size)].reshape(matrix.shape), vectors, *moved[2])
+    return _Columns(blocks[_next_places(mesh.size)].reshape(matrix.shape), vectors, *moved[2])
 
 
-def _order(size: int) -> np.ndarray:
-    """Which place each place's next block is at now; a device has an even and an odd one."""
+def _next_places(size: int) -> np.ndarray:
+    """Where the next block of each place is now; a device has an even and an odd place."""
     lefts, rights = 2 * np.arange(size), 2 * np.arange(size) + 1
     next_lefts = np.concatenate([lefts[:1], rights[:1], lefts[1:-1]])
     next_rights = np.concatenate([rights[1:], lefts[-1:]])

@@ -275,16 +275,16 @@ def draw(
     process = output_process(flow, at_nodes, start, rank)
     # In proportion to each other, the layers' variances mark the same places.
     steps_of_cells = volterra.grid(times, variances.sum(1), recorded, per_cell)
-    at_nodes, steps_of_cells, of_seeds = devices.everywhere(
+    variances_of_nodes, steps_of_cells, keys_of_seeds = devices.everywhere(
         flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
     )
     with _progress.listening(progress, "drawing wide networks") as listener:
         measured = volterra.run(
             flow,
             process,
-            at_nodes,
+            variances_of_nodes,
             steps_of_cells,
-            of_seeds,
+            keys_of_seeds,
             len(recorded),
             sample_rate,
             trapezoidal,

@@ -108,12 +108,13 @@ def output_process(
     place = place.reshape(-1)
     count = len(distinct)
     later, earlier = np.tril_indices(count)
-    nodes, *pairs = devices.everywhere(flow.mesh, [*map(jnp.asarray, (distinct, later, earlier))])
+    nodes = devices.everywhere(flow.mesh, jnp.asarray(distinct))
+    pairs = devices.everywhere(flow.mesh, (jnp.asarray(later), jnp.asarray(earlier)))
     modes = None
     if rank < n_points:
         _, vectors = eigh(_covariance(flow, nodes[-1]), flow.mesh)
         modes = _signed(devices.spread(flow.mesh, vectors[:, ::-1]), flow.mesh)
-    found = _blocks(flow, nodes, tuple(pairs), modes, rank)
+    found = _blocks(flow, nodes, pairs, modes, rank)
     start = initial if initial is None or modes is None else _in_modes(modes, initial, flow.mesh)
     if flow.mesh is not None:
         # What follows is small, and done once rather than by every device.

@@ -10,7 +10,6 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.norms import wide
@@ -19,10 +18,8 @@ from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
-from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd import _plain_gradients
-from ntkdp.losses import Loss, Reduction
-from ntkdp.trajectory import Measurement, Stepping
+from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping, TrainingSet
 
 
 class State(NamedTuple):
@@ -54,7 +51,7 @@ class Info(NamedTuple):
     noise_norm: Array
 
 
-class Algorithm(eqx.Module):
+class Algorithm(HasTrainingSet):
     """DP-SGD on a problem, for those who write their own loop; made by :func:`build`.
 
     ``init(params) -> State`` and ``step(key, state) -> (State, Info)``, both pure;
@@ -63,18 +60,14 @@ class Algorithm(eqx.Module):
 
     apply_fn: ApplyFn
     x: Array
-    targets: Array
     test_x: Array | None
-    test_targets: Array | None
-    loss: Loss
-    clipping: ClippingRule
+    data: TrainingSet
     learning_rate: Any
     noise_multiplier: Any
     groups: Any
     optimizer: Callable[[Any], optax.GradientTransformation]
     sample_rate: float = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
-    reduction: Reduction = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
     microbatch_size: int | None = eqx.field(static=True)
@@ -129,13 +122,9 @@ class Algorithm(eqx.Module):
     def _check(self, params: Params) -> None:
         self.clipping.check_groups(self._resolve(params).size)
         x = check_inputs(self.apply_fn, params, self.x)
-        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
-        self.loss.check(self.targets, x.shape[0], n_outputs)
         if self.test_x is not None:
             check_inputs(self.apply_fn, params, self.test_x, "test_x")
-            if self.test_targets is not None:
-                m = self.test_x.shape[0]
-                self.loss.check(self.test_targets, m, n_outputs, "test_targets")
+        self.data.check_outputs(jax.eval_shape(self.apply_fn, params, x).shape[1])
 
     def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         """One step of clipped, noised gradient descent."""
@@ -309,22 +298,9 @@ class Algorithm(eqx.Module):
             norms, factors = norms[0], factors[0]
         return jax.tree.unflatten(jax.tree.structure(trained), leaves), outputs, norms, factors
 
-    def measure(self, params: Params, train: Array, clip_fraction: Array, outputs: bool) -> Any:
+    def measure(
+        self, params: Params, train: Array, clip_fraction: Array, outputs: bool
+    ) -> Measurement:
         """What a run records at parameters whose training outputs are known."""
-        loss, accuracy = losses.mean_or_sum(self.loss, train, self.targets, self.reduction)
-        test = test_loss = test_accuracy = None
-        if self.test_x is not None:
-            test = self.apply_fn(params, self.test_x)
-            if self.test_targets is not None:
-                test_loss, test_accuracy = losses.mean_or_sum(
-                    self.loss, test, self.test_targets, self.reduction
-                )
-        return Measurement(
-            loss=loss,
-            clip_fraction=clip_fraction,
-            accuracy=accuracy,
-            outputs=train if outputs else None,
-            test_loss=test_loss,
-            test_accuracy=test_accuracy,
-            test_outputs=test if outputs else None,
-        )
+        test = None if self.test_x is None else self.apply_fn(params, self.test_x)
+        return self.data.measure(train, test, clip_fraction, outputs)

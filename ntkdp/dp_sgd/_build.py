@@ -6,15 +6,12 @@ from typing import Any, Literal
 import optax
 from jax.sharding import Mesh
 
-from ntkdp import losses, privacy
+from ntkdp import privacy
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import ApplyFn, Array, as_constant, is_traced
+from ntkdp._backend.types import ApplyFn, as_constant, is_traced
 from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd._algorithm import Algorithm
-from ntkdp.losses import Loss
-from ntkdp.trajectory import (
-    as_trainable,
-)
+from ntkdp.trajectory import TrainingSet, as_samples, as_trainable
 
 
 def build(
@@ -70,14 +67,10 @@ def build(
     >>> state.params.item(), info.clip_fraction.item()
     (2.5, 1.0)
     """
-    x, loss = validate.array(x=x), losses.as_loss(loss)
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape (n, ...) with n >= 1, got {x.shape}")
-    if not isinstance(clipping, ClippingRule):
-        raise TypeError(
-            f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
-        )
-    validate.choice(("mean", "sum"), reduction=reduction)
+    x = as_samples(x=x)
+    test_x = None if test_x is None else as_samples(test_x=test_x)
+    data = TrainingSet(targets, loss, clipping, reduction, test_targets)
+    data = data.fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
     validate.choice(("structured", "vmap"), gradients=gradients)
     sample_rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps=None)
@@ -106,39 +99,22 @@ def build(
     if not callable(learning_rate):
         learning_rate = validate.positive(learning_rate=learning_rate)
         learning_rate = as_constant(validate.scalar(learning_rate=learning_rate))
-    if test_x is None and test_targets is not None:
-        raise ValueError("test_targets need test_x, got test_x=None")
-    if test_x is not None:
-        test_x = validate.array(test_x=test_x)
-        if test_x.ndim < 2 or test_x.shape[0] == 0:
-            raise ValueError(f"test_x must have shape (n, ...) with n >= 1, got {test_x.shape}")
-        if test_targets is not None:
-            test_targets = _as_targets(loss, test_targets, test_x.shape[0], "test_targets")
     mesh = devices.as_mesh(mesh)
     devices.check_divides(mesh, x=x.shape[0])
-    targets = _as_targets(loss, targets, x.shape[0], "targets")
     n_devices = 1 if mesh is None else mesh.size
-    if mesh is not None:
-        apart = test_x is not None and test_x.shape[0] % n_devices == 0
-        place_test = devices.spread if apart else devices.everywhere
-        test_x, test_targets = (
-            None if test is None else place_test(mesh, test) for test in (test_x, test_targets)
-        )
+    spread_test = test_x is not None and test_x.shape[0] % n_devices == 0
+    place_test = devices.spread if spread_test else devices.everywhere
     return Algorithm(
         apply_fn=apply_fn,
         x=devices.spread(mesh, x),
-        targets=devices.spread(mesh, targets),
-        test_x=test_x,
-        test_targets=test_targets,
-        loss=loss,
-        clipping=clipping,
+        test_x=place_test(mesh, test_x),
+        data=data.place(mesh, spread=True, spread_test=spread_test),
         learning_rate=learning_rate,
         noise_multiplier=noise_multiplier,
         groups=groups,
         optimizer=optax.sgd if optimizer is None else optimizer,
         sample_rate=sample_rate,
         capacity=_capacity(x.shape[0] // n_devices, sample_rate, n_devices),
-        reduction=reduction,
         gradients=gradients,
         noise_per_group=noise_per_group,
         microbatch_size=microbatch_size,
@@ -146,14 +122,6 @@ def build(
         trainable=as_trainable(trainable),
         mesh=mesh,
     )
-
-
-def _as_targets(loss: Loss, targets: Any, n: int, name: str) -> Array:
-    targets = validate.array(**{name: targets})
-    if targets.ndim == 0 or targets.shape[0] != n:
-        raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
-    known = loss.n_outputs(targets)
-    return targets if known is None else loss.check(targets, n, known, name)
 
 
 def _capacity(n: int, sample_rate: float, n_devices: int) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 
 import equinox as eqx
 
-from ntkdp._backend.types import PyTree
+from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp._setup import Setup, described, number, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
-from ntkdp.trajectory import Measurement, Stepping
+from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping
 
 
 class Flow(eqx.Module):
@@ -34,6 +34,18 @@ class Flow(eqx.Module):
     def setup(self) -> Setup | None:
         """What training it predicts, for comparisons; None if that is not known."""
         return None
+
+
+class TrainingFlow(HasTrainingSet, Flow):
+    """The flow of a model that is trained on a `TrainingSet`."""
+
+
+class LinearModelFlow(TrainingFlow):
+    """The flow of a model that is linear in its parameters, which also takes steps and noise."""
+
+    @abstractmethod
+    def velocity(self, state: PyTree, weights: Float[Array, " n"] | None = None) -> PyTree:
+        """Time derivative of the state, for a batch if the samples have ``weights``."""
 
 
 def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: str = "sgd") -> Setup:

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import clipping, losses
+from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, common_dtype, is_traced
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow._flow import Flow, setup_of
-from ntkdp.losses import Loss, Reduction
+from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
+from ntkdp.losses import Reduction
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
+from ntkdp.trajectory import Measurement, TrainingSet
 
 
-class KernelFlow(Flow):
+class KernelFlow(LinearModelFlow):
     r"""Flow of the outputs under a frozen kernel, :math:`\dot f = -\tfrac1n \sum_r H_r C_r a`.
 
     Exact for a model that is linear in its parameters, for a network the limit of infinite width.
@@ -73,11 +73,7 @@ class KernelFlow(Flow):
     operator: Array
     drive: Array
     test_drive: Array | None
-    targets: Array
-    test_targets: Array | None
-    loss: Loss
-    clipping: ClippingRule
-    reduction: Reduction = eqx.field(static=True)
+    data: TrainingSet
     n_outputs: int | None = eqx.field(static=True)
     preconditioned: bool = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
@@ -96,19 +92,13 @@ class KernelFlow(Flow):
         mesh: Mesh | None = None,
     ) -> None:
         self.mesh = mesh = devices.as_mesh(mesh)
-        self.loss = losses.as_loss(loss)
-        self.clipping = check_clipping(clipping)
-        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
+        data = TrainingSet(targets, loss, clipping, reduction, test_targets)
         terms = _terms(kernel, clipping, "kernel", mesh)
         n_groups, n, columns, *blocks = _shape(terms, clipping)
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
         clipping.check_groups(n_groups)
-        targets = validate.array(targets=targets)
-        n_outputs = blocks[0] if blocks else self.loss.n_outputs(targets)
-        self.n_outputs = n_outputs
-        targets = check_targets(self.loss, targets, n, n_outputs, "targets")
-        self.targets = devices.everywhere(mesh, targets)
+        self.n_outputs = blocks[0] if blocks else data.loss.n_outputs(data.targets)
         layered = clipping.scope == "layerwise"
         _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel)
         self.diagonal = _diagonal(terms, layered, mesh)
@@ -123,28 +113,19 @@ class KernelFlow(Flow):
                     f"{(n, columns, *blocks)}, got {_shape(driving, clipping)[1:]}"
                 )
             self.drive = _as_operator(driving, layered, mesh)
-        self.test_drive = self.test_targets = None
-        if test_kernel is None and test_targets is not None:
-            raise ValueError("test_targets need a test_kernel, got test_kernel=None")
+        self.test_drive = n_test = None
         if test_kernel is not None:
             _check_names(kernel, test_kernel, "test_kernel")
             test_terms = _terms(test_kernel, clipping, "test_kernel", mesh)
-            test_groups, m, *rest = _shape(test_terms, clipping)
+            test_groups, n_test, *rest = _shape(test_terms, clipping)
             if (test_groups, *rest) != (n_groups, columns, *blocks):
                 raise ValueError(
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
-                    f"{(n_groups, n, columns, *blocks)}, got {(test_groups, m, *rest)}"
+                    f"{(n_groups, n, columns, *blocks)}, got {(test_groups, n_test, *rest)}"
                 )
             self.test_drive = _as_operator(test_terms, layered, mesh)
-            if test_targets is not None:
-                test_targets = check_targets(
-                    self.loss,
-                    test_targets,
-                    m,
-                    n_outputs,
-                    "test_targets",
-                )
-                self.test_targets = devices.everywhere(mesh, test_targets)
+        data = data.fit(n, n_test, self.n_outputs, test_from="a test_kernel")
+        self.data = data.place(mesh, spread=False)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -164,10 +145,7 @@ class KernelFlow(Flow):
         train = _check_outputs(train, n, n_outputs, "initial" if test is None else "initial[0]")
         train = train.astype(common_dtype(train, self.drive))
         if n_outputs is None:
-            self.loss.check(self.targets, n, train.shape[1])
-            if self.test_targets is not None:
-                m = self.test_targets.shape[0]
-                self.loss.check(self.test_targets, m, train.shape[1], "test_targets")
+            self.data.check_outputs(train.shape[1])
         if test is not None:
             assert self.test_drive is not None
             per_row = 1 if self.diagonal.ndim == 2 else train.shape[1]
@@ -184,7 +162,7 @@ class KernelFlow(Flow):
             split = self.operator.reshape(self.operator.shape[0], len(norms), -1)
             vector = a if self.diagonal.ndim == 2 else a.reshape(-1, 1)
             images = jnp.einsum("arb,bk->rak", split, vector)
-            total = clipping.norms_from_squares(jnp.einsum("rak,ak->r", images, vector))
+            total = _clipping.norms_from_squares(jnp.einsum("rak,ak->r", images, vector))
         factors = self.clipping.by_group(norms, total)
         return factors[0] if self.clipping.scope == "flat" else factors
 
@@ -213,7 +191,7 @@ class KernelFlow(Flow):
         weighted = factors[:, :, None] * a[None]
         if weights is not None:
             weighted = weighted * weights[None, :, None]
-        return weighted / train.shape[0] if self.reduction == "mean" else weighted
+        return weighted / self.data.divisor if self.reduction == "mean" else weighted
 
     def velocity(
         self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
@@ -240,14 +218,7 @@ class KernelFlow(Flow):
         """Losses, accuracies and clip fraction at a state."""
         train, test = state
         factors = self._factors(self.loss.output_gradient(train, self.targets))
-        return measurement(
-            self.loss,
-            self.reduction,
-            factors,
-            (train, self.targets),
-            None if test is None else (test, self.test_targets),
-            outputs,
-        )
+        return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 
 
 def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:

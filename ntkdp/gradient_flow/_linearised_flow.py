@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp import losses
+from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import ApplyFn, Array, Params
@@ -20,12 +20,12 @@ from ntkdp._gradients import per_sample as per_sample
 from ntkdp._gradients.check_model import check_inputs, check_model
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow._flow import Flow, setup_of
-from ntkdp.losses import Loss, Reduction
-from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
+from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
+from ntkdp.losses import Reduction
+from ntkdp.trajectory import Measurement, TrainingSet
 
 
-class LinearisedFlow(Flow):
+class LinearisedFlow(LinearModelFlow):
     r"""Flow of a network linearised at given parameters, without its kernel.
 
     The model is :math:`f_{\mathrm{lin}}(w) = f(w_0) + J(w_0)(w - w_0)`, its clipped gradients are
@@ -86,13 +86,9 @@ class LinearisedFlow(Flow):
     apply_fn: ApplyFn
     params: Params
     x: Array
-    targets: Array
-    loss: Loss
-    clipping: ClippingRule
+    data: TrainingSet
     groups: Any
-    reduction: Reduction = eqx.field(static=True)
     test_x: Array | None
-    test_targets: Array | None
     batch_size: int = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
 
@@ -116,11 +112,9 @@ class LinearisedFlow(Flow):
         self.mesh = mesh = devices.as_mesh(mesh)
         params = jax.tree.map(jnp.asarray, validate.parameters(params=params))
         self.params = devices.everywhere(mesh, params)
-        self.loss = losses.as_loss(loss)
-        self.clipping = check_clipping(clipping)
+        self.data = data = TrainingSet(targets, loss, clipping, reduction, test_targets)
         self.groups = groups
-        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
-        self.clipping.check_groups(self.weight_groups().size)
+        clipping.check_groups(self.weight_groups().size)
         x, outputs = check_model(apply_fn, params, x)
         n, n_outputs = outputs.shape
         devices.check_divides(mesh, x=n)
@@ -128,18 +122,11 @@ class LinearisedFlow(Flow):
             batch_size = _samples_within_budget(apply_fn, params, x, n_outputs)
         self.batch_size = validate.count(batch_size=batch_size)
         self.x = devices.spread(mesh, x)
-        targets = check_targets(self.loss, targets, n, n_outputs, "targets")
-        self.targets = devices.spread(mesh, targets)
-        self.test_x = self.test_targets = None
-        if test_x is None and test_targets is not None:
-            raise ValueError("test_targets need test_x, got test_x=None")
         if test_x is not None:
             test_x = check_inputs(apply_fn, params, test_x, "test_x")
-            self.test_x = devices.everywhere(mesh, test_x)
-            if test_targets is not None:
-                m = test_x.shape[0]
-                test_targets = check_targets(self.loss, test_targets, m, n_outputs, "test_targets")
-                self.test_targets = devices.everywhere(mesh, test_targets)
+        self.test_x = devices.everywhere(mesh, test_x)
+        data = data.fit(n, None if test_x is None else test_x.shape[0], n_outputs)
+        self.data = data.place(mesh, spread=True)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -279,14 +266,7 @@ class LinearisedFlow(Flow):
         """Losses, accuracies and clip fraction of the linearised model at a displacement."""
         _, train, factors = self._clip(state)
         test = None if self.test_x is None else self._outputs(self.test_x, state)
-        return measurement(
-            self.loss,
-            self.reduction,
-            factors,
-            (train, self.targets),
-            None if test is None else (test, self.test_targets),
-            outputs,
-        )
+        return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 
     def _outputs(self, x: Array, displacement: Params) -> Array:
         def batch(index: Array) -> Array:

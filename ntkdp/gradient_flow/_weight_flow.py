@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp import losses
+from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._gradients import clipped_sum
@@ -15,12 +15,12 @@ from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_preconditioner
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow._flow import Flow, setup_of
-from ntkdp.losses import Loss, Reduction
-from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
+from ntkdp.gradient_flow._flow import TrainingFlow, setup_of
+from ntkdp.losses import Reduction
+from ntkdp.trajectory import Measurement, TrainingSet, as_samples
 
 
-class WeightFlow(Flow):
+class WeightFlow(TrainingFlow):
     r"""Exact clipped gradient flow in weight space, :math:`\dot w = -\tfrac1n \sum_i C_i g_i`.
 
     With a preconditioner M (its diagonal), :math:`\dot w = -\tfrac1n M^{-1} \sum_i C_i g_i`.
@@ -62,13 +62,9 @@ class WeightFlow(Flow):
 
     apply_fn: ApplyFn
     x: Array
-    targets: Array
-    loss: Loss
-    clipping: ClippingRule
+    data: TrainingSet
     groups: Any
-    reduction: Reduction = eqx.field(static=True)
     test_x: Array | None
-    test_targets: Array | None
     preconditioner: Params | None
     mesh: Mesh | None = eqx.field(static=True)
 
@@ -88,31 +84,17 @@ class WeightFlow(Flow):
         mesh: Mesh | None = None,
     ) -> None:
         self.apply_fn = apply_fn
-        x = validate.array(x=x)
-        if x.ndim < 2:
-            raise ValueError(f"x must have shape (n, ...), got {x.shape}")
+        x = as_samples(x=x)
         self.mesh = mesh = devices.as_mesh(mesh)
         devices.check_divides(mesh, x=x.shape[0])
         self.x = devices.spread(mesh, x)
-        self.loss = losses.as_loss(loss)
-        targets = check_targets(self.loss, targets, x.shape[0], None, "targets")
-        self.targets = devices.spread(mesh, targets)
-        self.clipping = check_clipping(clipping)
+        test_x = None if test_x is None else as_samples(test_x=test_x)
+        self.test_x = devices.everywhere(mesh, test_x)
+        data = TrainingSet(targets, loss, clipping, reduction, test_targets)
+        data = data.fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
+        self.data = data.place(mesh, spread=True)
         self.groups = groups
-        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
         self.preconditioner = devices.everywhere(mesh, preconditioner)
-        self.test_x = self.test_targets = None
-        if test_x is None and test_targets is not None:
-            raise ValueError("test_targets need test_x, got test_x=None")
-        if test_x is not None:
-            test_x = validate.array(test_x=test_x)
-            if test_x.ndim < 2:
-                raise ValueError(f"test_x must have shape (n, ...), got {test_x.shape}")
-            self.test_x = devices.everywhere(mesh, test_x)
-            if test_targets is not None:
-                m = test_x.shape[0]
-                test_targets = check_targets(self.loss, test_targets, m, None, "test_targets")
-                self.test_targets = devices.everywhere(mesh, test_targets)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons."""
@@ -125,12 +107,9 @@ class WeightFlow(Flow):
         params = devices.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
         self.clipping.check_groups(self._resolve(params).size)
         x = check_inputs(self.apply_fn, params, self.x)
-        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
-        self.loss.check(self.targets, x.shape[0], n_outputs)
         if self.test_x is not None:
-            test_x = check_inputs(self.apply_fn, params, self.test_x, "test_x")
-            if self.test_targets is not None:
-                self.loss.check(self.test_targets, test_x.shape[0], n_outputs, "test_targets")
+            check_inputs(self.apply_fn, params, self.test_x, "test_x")
+        self.data.check_outputs(jax.eval_shape(self.apply_fn, params, x).shape[1])
         if self.preconditioner is not None:
             check_preconditioner(params, self.preconditioner)
         return params
@@ -176,11 +155,4 @@ class WeightFlow(Flow):
         """Losses, accuracies and clip fraction at parameters."""
         _, train, factors = self._clipped_sum(state)
         test = None if self.test_x is None else self.apply_fn(state, self.test_x)
-        return measurement(
-            self.loss,
-            self.reduction,
-            factors,
-            (train, self.targets),
-            None if test is None else (test, self.test_targets),
-            outputs,
-        )
+        return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)

@@ -13,10 +13,10 @@ from ntkdp.trajectory._stepping import MOST_STEPS as MOST_STEPS
 from ntkdp.trajectory._stepping import Stepping as Stepping
 from ntkdp.trajectory._stepping import check_learning_rate, recorded_steps, times_of_steps
 from ntkdp.trajectory._stepping import check_steps as check_steps
+from ntkdp.trajectory._training_set import HasTrainingSet as HasTrainingSet
 from ntkdp.trajectory._training_set import Measurement
-from ntkdp.trajectory._training_set import check_clipping as check_clipping
-from ntkdp.trajectory._training_set import check_targets as check_targets
-from ntkdp.trajectory._training_set import measurement as measurement
+from ntkdp.trajectory._training_set import TrainingSet as TrainingSet
+from ntkdp.trajectory._training_set import as_samples as as_samples
 from ntkdp.trajectory._trajectory import Trajectory, from_measurements
 
 __all__ = [

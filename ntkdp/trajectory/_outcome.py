@@ -1,10 +1,6 @@
 """How the work behind a trajectory ended, and what to do about it."""
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 class Outcome(IntEnum):

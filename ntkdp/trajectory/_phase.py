@@ -10,6 +10,7 @@ from ntkdp import privacy
 from ntkdp._backend import validate
 from ntkdp.clipping import ClippingRule
 from ntkdp.trajectory._stepping import Stepping, check_learning_rate
+from ntkdp.trajectory._training_set import check_clipping
 
 
 def as_trainable(names: Any) -> tuple[str, ...] | None:
@@ -90,11 +91,7 @@ class Phase(eqx.Module):
         trainable: Iterable[str] | None = None,
     ) -> None:
         self.steps = validate.count(steps=steps)
-        if not isinstance(clipping, ClippingRule):
-            raise TypeError(
-                f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
-            )
-        self.clipping = clipping
+        self.clipping = check_clipping(clipping)
         self.learning_rate = check_learning_rate(learning_rate, self.steps)
         self.noise_multiplier = noise_multiplier
         if not isinstance(noise_multiplier, privacy.Budget):

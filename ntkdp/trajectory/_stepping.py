@@ -1,7 +1,7 @@
 """Discrete steps, of which every so many are recorded."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,9 +12,6 @@ from jax import lax
 from ntkdp._backend import memory, program_memory, progress, validate
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, PyTree, is_traced
-
-if TYPE_CHECKING:
-    pass
 
 #: Steps are counted in 32 bits, by optimizers and where a step draws its own noise.
 MOST_STEPS = 2**31 - 1

@@ -1,16 +1,22 @@
-"""What is trained on: targets that are checked, and the losses and accuracies at a state."""
+"""Training data that check themselves once, and the losses and accuracies at a state."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from ntkdp import clipping, losses
-from ntkdp._backend import validate
-from ntkdp._backend.types import Array
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ntkdp import losses
+from ntkdp._backend import devices, validate
+from ntkdp._backend.types import Array, ArrayLike
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
 
 
 class Measurement(NamedTuple):
-    """One state, or a leading time axis of them: what a `Trajectory` records of it.
+    """What a `Trajectory` records of one state, or of several along a leading time axis.
 
     Stacked, they make a trajectory: :func:`from_measurements`.
     """
@@ -24,41 +30,157 @@ class Measurement(NamedTuple):
     test_outputs: Array | None = None
 
 
-def measurement(
-    loss: Loss,
-    reduction: Reduction,
-    factors: Array,
-    train: tuple[Array, Array],
-    test: tuple[Array, Array | None] | None,
-    outputs: bool,
-) -> Measurement:
-    reduced, accuracy = losses.mean_or_sum(loss, *train, reduction)
-    test_loss = test_accuracy = None
-    if test is not None and test[1] is not None:
-        test_loss, test_accuracy = losses.mean_or_sum(loss, test[0], test[1], reduction)
-    return Measurement(
-        loss=reduced,
-        clip_fraction=clipping.clip_fraction(factors),
-        accuracy=accuracy,
-        outputs=train[0] if outputs else None,
-        test_loss=test_loss,
-        test_accuracy=test_accuracy,
-        test_outputs=test[0] if test is not None and outputs else None,
-    )
+class TrainingSet(eqx.Module):
+    """Targets, and the loss and clipping rule that they are trained with; a pytree.
+
+    What the arguments tell is checked when it is made, and what depends on the samples by
+    :meth:`fit`, which every owner calls once it knows them.
+    """
+
+    targets: Array
+    test_targets: Array | None
+    loss: Loss
+    clipping: ClippingRule
+    reduction: Reduction = eqx.field(static=True)
+
+    def __init__(
+        self,
+        targets: ArrayLike,
+        loss: Loss | Callable[[Array, Array], Array],
+        clipping: ClippingRule,
+        reduction: Reduction,
+        test_targets: ArrayLike | None = None,
+    ) -> None:
+        self.loss = losses.as_loss(loss)
+        self.clipping = check_clipping(clipping)
+        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
+        self.targets = validate.array(targets=targets)
+        self.test_targets = None
+        if test_targets is not None:
+            self.test_targets = validate.array(test_targets=test_targets)
+
+    def fit(
+        self, n: int, n_test: int | None, n_outputs: int | None, *, test_from: str = "test_x"
+    ) -> "TrainingSet":
+        """The same for n training and ``n_test`` test samples, or an error that names the misfit.
+
+        ``test_from`` is the argument that test samples come from.
+        """
+        if n_test is None and self.test_targets is not None:
+            raise ValueError(f"test_targets need {test_from}, got {test_from}=None")
+        test_targets = None
+        if n_test is not None and self.test_targets is not None:
+            test_targets = self._fitted(self.test_targets, n_test, n_outputs, "test_targets")
+        return self._with(self._fitted(self.targets, n, n_outputs, "targets"), test_targets)
+
+    def check_outputs(self, n_outputs: int) -> None:
+        """Raise unless the targets fit outputs of ``n_outputs`` columns."""
+        self.loss.check(self.targets, self.n_samples, n_outputs)
+        if self.test_targets is not None:
+            self.loss.check(self.test_targets, len(self.test_targets), n_outputs, "test_targets")
+
+    def in_precision(self, dtype: np.dtype) -> "TrainingSet":
+        """Targets of ``dtype``; labels, which are whole numbers, as they are."""
+
+        def cast(targets: Array) -> Array:
+            floating = jnp.issubdtype(targets.dtype, jnp.floating)
+            return targets.astype(dtype) if floating else targets
+
+        test = None if self.test_targets is None else cast(self.test_targets)
+        return self._with(cast(self.targets), test)
+
+    def place(self, mesh: Mesh | None, *, spread: bool, spread_test: bool = False) -> "TrainingSet":
+        """The targets on the devices of ``mesh``, in equal parts or whole on each."""
+
+        def put(targets: Array, spread: bool) -> Array:
+            placed: Array = (devices.spread if spread else devices.everywhere)(mesh, targets)
+            return placed
+
+        test = None if self.test_targets is None else put(self.test_targets, spread_test)
+        return self._with(put(self.targets, spread), test)
+
+    @property
+    def n_samples(self) -> int:
+        """Training samples n."""
+        return self.targets.shape[0]
+
+    @property
+    def divisor(self) -> int:
+        """What the reduction divides a sum over the samples by: n, or 1."""
+        return self.n_samples if self.reduction == "mean" else 1
+
+    def measure(
+        self, train: Array, test: Array | None, clip_fraction: Array, outputs: bool
+    ) -> Measurement:
+        """Losses and accuracies at outputs ``(n, K)``, with the outputs themselves on request."""
+        loss, accuracy = losses.mean_or_sum(self.loss, train, self.targets, self.reduction)
+        test_loss = test_accuracy = None
+        if test is not None and self.test_targets is not None:
+            test_loss, test_accuracy = losses.mean_or_sum(
+                self.loss, test, self.test_targets, self.reduction
+            )
+        return Measurement(
+            loss=loss,
+            clip_fraction=clip_fraction,
+            accuracy=accuracy,
+            outputs=train if outputs else None,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            test_outputs=test if outputs else None,
+        )
+
+    def _fitted(self, targets: Array, n: int, n_outputs: int | None, name: str) -> Array:
+        if targets.ndim == 0 or targets.shape[0] != n:
+            raise ValueError(f"{name} must have one row a sample, {n}, got shape {targets.shape}")
+        known = self.loss.n_outputs(targets) if n_outputs is None else n_outputs
+        return targets if known is None else self.loss.check(targets, n, known, name)
+
+    def _with(self, targets: Array, test_targets: Array | None) -> "TrainingSet":
+        return TrainingSet(targets, self.loss, self.clipping, self.reduction, test_targets)
 
 
-def check_clipping(rule: Any) -> ClippingRule:
+class HasTrainingSet(eqx.Module):
+    """A module around a `TrainingSet`, whose fields can be read from it directly."""
+
+    data: eqx.AbstractVar[TrainingSet]
+
+    @property
+    def targets(self) -> Array:
+        """Targets of the training samples."""
+        return self.data.targets
+
+    @property
+    def test_targets(self) -> Array | None:
+        """Targets of the test samples, if there are any."""
+        return self.data.test_targets
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of one sample's outputs and target."""
+        return self.data.loss
+
+    @property
+    def clipping(self) -> ClippingRule:
+        """The rule that clips each sample's gradient."""
+        return self.data.clipping
+
+    @property
+    def reduction(self) -> Reduction:
+        """Whether loss and drift are averaged over samples, "mean", or summed, "sum"."""
+        return self.data.reduction
+
+
+def as_samples(**named: ArrayLike) -> Array:
+    """Inputs ``(n, ...)`` of at least one sample."""
+    ((name, x),) = named.items()
+    samples = validate.array(**{name: x})
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {samples.shape}")
+    return samples
+
+
+def check_clipping(rule: object) -> ClippingRule:
+    """``rule`` if it is a clipping rule."""
     if not isinstance(rule, ClippingRule):
         raise TypeError(f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {rule!r}")
     return rule
-
-
-def check_targets(loss: Loss, targets: Any, n: int, n_outputs: int | None, name: str) -> Array:
-    targets = validate.array(**{name: targets})
-    if n == 0 or targets.ndim == 0 or targets.shape[0] != n:
-        raise ValueError(
-            f"{name} must have one row a sample, {n}, and a sample or more, "
-            f"got shape {targets.shape}"
-        )
-    known = loss.n_outputs(targets) if n_outputs is None else n_outputs
-    return targets if known is None else loss.check(targets, n, known, name)

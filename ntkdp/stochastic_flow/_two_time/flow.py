@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp import losses
+from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, norms, validate
 from ntkdp._backend.types import Array, Float, common_dtype
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import setup_of
-from ntkdp.losses import Loss, Reduction
+from ntkdp.losses import Reduction
 from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
-from ntkdp.trajectory import Measurement, check_clipping, check_targets, measurement
+from ntkdp.trajectory import HasTrainingSet, Measurement, TrainingSet
 
 
-class TwoTimeFlow(eqx.Module):
+class TwoTimeFlow(HasTrainingSet):
     r"""Clipped training of an infinitely wide network under noise.
 
     .. math::
@@ -81,15 +81,11 @@ class TwoTimeFlow(eqx.Module):
     """
 
     points: Array
-    targets: Array
-    test_targets: Array | None
-    loss: Loss
-    clipping: ClippingRule
+    data: TrainingSet
     #: The kernels of the start between all points, where they are kept.
     start: TwoTimeKernel | None
     model: Any = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
-    reduction: Reduction = eqx.field(static=True)
     n_outputs: int = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
@@ -109,14 +105,12 @@ class TwoTimeFlow(eqx.Module):
         mesh: Mesh | None = None,
     ) -> None:
         self.mesh = mesh = devices.as_mesh(mesh)
-        self.loss = losses.as_loss(loss)
-        self.clipping = check_clipping(clipping)
+        data = TrainingSet(targets, loss, clipping, reduction, test_targets)
         if clipping.needs_total_norm:
             raise ValueError(
                 f"clipping must treat each sample by itself, got {clipping!r}; without noise, "
                 "recursion on a KernelFlow of infinite_ntk follows it"
             )
-        self.reduction = validate.choice(("mean", "sum"), reduction=reduction)
         x = _inputs(x, None, "x")
         devices.check_divides(mesh, x=x.shape[0])
         self.model, self.frozen = model, bool(frozen)
@@ -124,19 +118,14 @@ class TwoTimeFlow(eqx.Module):
         clipping.check_groups(len(self.names))
         params = jax.eval_shape(model.init, jax.random.key(0), x)
         self.n_outputs = jax.eval_shape(model.apply, params, x).shape[1]
-        points, self.test_targets = x, None
-        if test_x is None and test_targets is not None:
-            raise ValueError("test_targets need test_x, got test_x=None")
+        points, n_test = x, None
         if test_x is not None:
             test_x = _inputs(test_x, x, "test_x")
             devices.check_divides(mesh, test_x=test_x.shape[0])
-            points = jnp.concatenate([x, test_x])
+            points, n_test = jnp.concatenate([x, test_x]), test_x.shape[0]
         self.points = devices.everywhere(mesh, points)
-        n = x.shape[0]
-        self.targets = self._checked(targets, n, "targets")
-        if test_targets is not None:
-            m = self.points.shape[0] - n
-            self.test_targets = self._checked(test_targets, m, "test_targets")
+        data = data.fit(x.shape[0], n_test, self.n_outputs).in_precision(points.dtype)
+        self.data = data.place(mesh, spread=False)
         self.start = None
         if self.frozen:
             shape = (len(self.names) + 1, *2 * self.points.shape[:1])
@@ -149,14 +138,6 @@ class TwoTimeFlow(eqx.Module):
             kernel, points = model.two_time.kernel, self.points
             self.start = _compiled(kernel, self.names, points, points, none, none, mesh)
 
-    def _checked(self, targets: Any, n: int, name: str) -> Array:
-        """Targets in the precision of the points; labels, whole numbers, as they are."""
-        targets = check_targets(self.loss, targets, n, self.n_outputs, name)
-        floating = jnp.issubdtype(targets.dtype, jnp.floating)
-        targets = targets.astype(self.points.dtype) if floating else targets
-        placed: Array = devices.everywhere(self.mesh, targets)
-        return placed
-
     def setup(self) -> Setup:
         """What training it predicts, for comparisons; noise and sampling are those of its runs."""
         return replace(setup_of(self.clipping, self.loss, self.reduction), neglects=())
@@ -164,7 +145,7 @@ class TwoTimeFlow(eqx.Module):
     @property
     def n_samples(self) -> int:
         """Training samples n."""
-        return self.targets.shape[0]
+        return self.data.n_samples
 
     @property
     def n_terms(self) -> int:
@@ -220,18 +201,16 @@ class TwoTimeFlow(eqx.Module):
         a = self.loss.output_gradient(outputs, self.targets)
         factors = self.clipping.by_group(norms.through_kernel(diagonal, a))
         weighted = factors[:, :, None] * a[None]
-        return weighted / (self.n_samples if self.reduction == "mean" else 1), factors
+        return weighted / self.data.divisor, factors
 
     def measure(
         self, outputs: Float[Array, "N K"], factors: Array, keep_outputs: bool
     ) -> Measurement:
         """Losses, accuracies and clip fraction at outputs of all points."""
         n = self.n_samples
-        test = None
-        if self.points.shape[0] > n:
-            test = (outputs[n:], self.test_targets)
-        train = (outputs[:n], self.targets)
-        return measurement(self.loss, self.reduction, factors, train, test, keep_outputs)
+        test = outputs[n:] if self.points.shape[0] > n else None
+        clip_fraction = _clipping.clip_fraction(factors)
+        return self.data.measure(outputs[:n], test, clip_fraction, keep_outputs)
 
 
 def _in_precision(

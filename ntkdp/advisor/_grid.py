@@ -155,7 +155,7 @@ def _cells_at_once(
 ) -> int:
     followed = train.size + (0 if test is None else test.size)
     item = train.dtype.itemsize
-    of_cell = _COPIES * (flow.diagonal.shape[0] + 1) * followed * n_seeds * item
+    of_cell = _COPIES * (flow.n_terms + 1) * followed * n_seeds * item
     of_noise = bytes_of_noise(flow) if noisy else 0
     memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
     return max(1, int(_SHARE * (memory.available_bytes() - of_noise) / of_cell))

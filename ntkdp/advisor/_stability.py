@@ -93,7 +93,7 @@ def largest_stable_learning_rate(
             raise ValueError(
                 f"clip_norm must be None with a flow that does not clip, got {clip_norm!r}"
             )
-        clip_norm = float(jnp.finfo(flow.drive.dtype).max)
+        clip_norm = float(jnp.finfo(flow.drive.matrix.dtype).max)
         flow = eqx.tree_at(
             lambda flow: flow.clipping, flow, Abadi(clip_norm, scope=flow.clipping.scope)
         )
@@ -108,7 +108,7 @@ def largest_stable_learning_rate(
         "key": key,
     }
     # Small tolerances cannot be met below the rounding of the rates themselves.
-    tolerance = max(tolerance, 4 * float(jnp.finfo(flow.drive.dtype).eps))
+    tolerance = max(tolerance, 4 * float(jnp.finfo(flow.drive.matrix.dtype).eps))
     stable, unstable = low, high
     first_round = True
     while first_round or unstable / stable > 1 + tolerance:

@@ -18,6 +18,7 @@ from ntkdp._backend.files import replacing
 from ntkdp._backend.types import Array
 from ntkdp.counterexamples._state import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow, solve
+from ntkdp.ntk import as_matrices
 
 KINDS = ("rise", "stuck", "divergence")
 _VERSION = 1
@@ -281,13 +282,13 @@ def named_loss(loss: Any) -> tuple[str, dict[str, Any]]:
 
 def eigenvalue_ratio(terms: np.ndarray) -> float:
     """The smallest eigenvalue over the largest, the least over all terms."""
-    eigenvalues = np.linalg.eigvalsh(_as_matrices(terms))
+    eigenvalues = np.linalg.eigvalsh(np.asarray(as_matrices(terms), np.float64))
     return float(np.min(eigenvalues[:, 0] / np.maximum(eigenvalues[:, -1], np.finfo(float).tiny)))
 
 
 def check_kernel(terms: Array) -> None:
     """Raise unless every term is symmetric and positive semi-definite."""
-    matrices = _as_matrices(np.asarray(terms))
+    matrices = np.asarray(as_matrices(np.asarray(terms)), np.float64)
     tolerance = 100 * matrices.shape[1] * float(jnp.finfo(terms.dtype).eps)
     size = np.max(np.abs(matrices))
     asymmetry = np.max(np.abs(matrices - matrices.swapaxes(1, 2)))
@@ -304,13 +305,6 @@ def check_kernel(terms: Array) -> None:
 def as_numbers(values: Any) -> Any:
     """Nested tuples of Python's numbers."""
     return _tuples(np.asarray(values).tolist())
-
-
-def _as_matrices(terms: np.ndarray) -> np.ndarray:
-    if terms.ndim == 5:
-        rows = terms.shape[1] * terms.shape[3]
-        terms = terms.transpose(0, 1, 3, 2, 4).reshape(len(terms), rows, -1)
-    return np.asarray(terms, np.float64)
 
 
 def _departure(flow: KernelFlow, outputs: Array, pace: Array) -> float:
@@ -433,7 +427,7 @@ def _shown(value: Any) -> str:
 
 
 def _rows(term: np.ndarray) -> list[str]:
-    matrix = _as_matrices(term[None])[0]
+    matrix = np.asarray(as_matrices(term[None])[0], np.float64)
     cells = [[f"{entry:.6g}" for entry in row] for row in matrix]
     width = max(len(cell) for row in cells for cell in row)
     return ["    " + "  ".join(cell.rjust(width) for cell in row) for row in cells]

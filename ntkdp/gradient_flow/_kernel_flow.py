@@ -16,6 +16,7 @@ from ntkdp._backend.types import Array, Float, common_dtype, is_traced
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
+from ntkdp.gradient_flow._kernel_matrix import KernelMatrix, kernel_matrix
 from ntkdp.losses import Reduction
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Measurement, TrainingSet
@@ -70,9 +71,9 @@ class KernelFlow(LinearModelFlow):
     """
 
     diagonal: Array
-    operator: Array
-    drive: Array
-    test_drive: Array | None
+    operator: KernelMatrix
+    drive: KernelMatrix
+    test_drive: KernelMatrix | None
     data: TrainingSet
     n_outputs: int | None = eqx.field(static=True)
     preconditioned: bool = eqx.field(static=True)
@@ -102,7 +103,7 @@ class KernelFlow(LinearModelFlow):
         layered = clipping.scope == "layerwise"
         _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel)
         self.diagonal = _diagonal(terms, layered, mesh)
-        self.operator = self.drive = _as_operator(terms, layered, mesh)
+        self.operator = self.drive = kernel_matrix(terms, layered, mesh)
         self.preconditioned = preconditioned_kernel is not None
         if preconditioned_kernel is not None:
             _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
@@ -112,7 +113,7 @@ class KernelFlow(LinearModelFlow):
                     "preconditioned_kernel must have the shape of kernel, "
                     f"{(n, columns, *blocks)}, got {_shape(driving, clipping)[1:]}"
                 )
-            self.drive = _as_operator(driving, layered, mesh)
+            self.drive = kernel_matrix(driving, layered, mesh)
         self.test_drive = n_test = None
         if test_kernel is not None:
             _check_names(kernel, test_kernel, "test_kernel")
@@ -123,7 +124,7 @@ class KernelFlow(LinearModelFlow):
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
                     f"{(n_groups, n, columns, *blocks)}, got {(test_groups, n_test, *rest)}"
                 )
-            self.test_drive = _as_operator(test_terms, layered, mesh)
+            self.test_drive = kernel_matrix(test_terms, layered, mesh)
         data = data.fit(n, n_test, self.n_outputs, test_from="a test_kernel")
         self.data = data.place(mesh, spread=False)
 
@@ -143,13 +144,12 @@ class KernelFlow(LinearModelFlow):
         train, test = initial if pair else (initial, None)
         n, n_outputs = self.targets.shape[0], self.n_outputs
         train = _check_outputs(train, n, n_outputs, "initial" if test is None else "initial[0]")
-        train = train.astype(common_dtype(train, self.drive))
+        train = train.astype(common_dtype(train, self.drive.matrix))
         if n_outputs is None:
             self.data.check_outputs(train.shape[1])
         if test is not None:
             assert self.test_drive is not None
-            per_row = 1 if self.diagonal.ndim == 2 else train.shape[1]
-            m = self.test_drive.shape[0] // per_row
+            m = self.test_drive.n_points
             test = _check_outputs(test, m, train.shape[1], "initial[1]").astype(train.dtype)
         placed: tuple[Array, Array | None] = devices.everywhere(self.mesh, (train, test))
         return placed
@@ -157,25 +157,13 @@ class KernelFlow(LinearModelFlow):
     def _factors(self, a: Float[Array, "n K"]) -> Array:
         """Clipping factors ``(n,)`` or ``(R, n)`` for output gradients."""
         norms = _norms.through_kernel(self.diagonal, a)
-        total = None
-        if self.clipping.needs_total_norm:
-            split = self.operator.reshape(self.operator.shape[0], len(norms), -1)
-            vector = a if self.diagonal.ndim == 2 else a.reshape(-1, 1)
-            images = jnp.einsum("arb,bk->rak", split, vector)
-            total = _clipping.norms_from_squares(jnp.einsum("rak,ak->r", images, vector))
+        total = self.operator.norms_of_sum(a) if self.clipping.needs_total_norm else None
         factors = self.clipping.by_group(norms, total)
         return factors[0] if self.clipping.scope == "flat" else factors
 
-    def through(
-        self, operator: Float[Array, "rows columns"], weighted: Float[Array, "R n K"]
-    ) -> Float[Array, "m K"]:
+    def through(self, kernel: KernelMatrix, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
         """What clipped gradients of the training samples do to outputs, by ``drive`` or another."""
-        n_outputs = weighted.shape[-1]
-        if self.diagonal.ndim == 2:
-            moved = operator @ weighted.reshape(-1, n_outputs)
-        else:
-            moved = (operator @ weighted.reshape(-1)).reshape(-1, n_outputs)
-        whole: Array = devices.everywhere(self.mesh, moved)
+        whole: Array = devices.everywhere(self.mesh, kernel.push(weighted))
         return whole
 
     def clipped_gradients(
@@ -205,14 +193,14 @@ class KernelFlow(LinearModelFlow):
             d_test = -self.through(self.test_drive, weighted)
         return d_train, d_test
 
+    @property
+    def n_terms(self) -> int:
+        """Terms of the kernel that clipping tells apart: 1 flat, R layerwise."""
+        return self.diagonal.shape[0]
+
     def terms(self) -> Array:
         """Terms of the kernel, ``(R, n, n, K, K)`` or ``(R, n, n)``; with flat scope, one."""
-        n_groups, n = self.diagonal.shape[:2]
-        if self.diagonal.ndim == 2:
-            return jnp.moveaxis(self.operator.reshape(n, n_groups, n), 1, 0)
-        n_outputs = self.diagonal.shape[-1]
-        split = self.operator.reshape(n, n_outputs, n_groups, n, n_outputs)
-        return jnp.transpose(split, (2, 0, 3, 1, 4))
+        return self.operator.terms()
 
     def measure(self, state: tuple[Array, Array | None], outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at a state."""
@@ -284,21 +272,6 @@ def _require_room(layered: bool, mesh: Mesh | None, *kernels: Any) -> None:
 def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
     return devices.diagonal(mesh, terms if layered else terms[None])
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _as_operator(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
-    """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``, for a single product a step."""
-
-    def of_rows(terms: Array) -> Array:
-        by_group = terms if layered else terms[None]
-        if by_group.ndim == 3:
-            return jnp.moveaxis(by_group, 0, 1).reshape(by_group.shape[1], -1)
-        rows = by_group.shape[1] * by_group.shape[3]
-        return jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
-
-    operator: Array = devices.over_samples(of_rows, mesh, (int(layered),), 0)(terms)
-    return operator
 
 
 def _check_names(kernel: Any, other: Any, name: str) -> None:

@@ -9,6 +9,7 @@ positive semi-definite term a parameter group, :math:`H = \sum_r H_r`. At infini
 from ntkdp.ntk._empirical import empirical_ntk, layerwise_ntk, preconditioned_ntk
 from ntkdp.ntk._infinite import infinite_ntk, layerwise_infinite_ntk
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
+from ntkdp.ntk._matrices import as_matrices as as_matrices
 from ntkdp.ntk._norms import gradient_structure, per_sample_gradient_norms
 from ntkdp.ntk._two_time import TwoTimeKernel, between_times, check_two_time, two_time_kernel
 

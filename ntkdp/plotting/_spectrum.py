@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp._results import figure_style
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import LayerwiseKernel, as_matrices
 
 
 def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = None) -> Axes:
@@ -86,10 +86,8 @@ def _eigenvalues(kernel: Any) -> tuple[np.ndarray, float]:
             "kernel must have shape (n, n) or (n, n, K, K), or be eigenvalues (N,), not empty, "
             f"got {shape}"
         )
-    if values.ndim == 4:
-        size = shape[0] * shape[2]
-        values = values.transpose(0, 2, 1, 3).reshape(size, size)
-    if values.ndim == 2:
+    if values.ndim > 1:
+        values = as_matrices(values[None])[0]
         asymmetry = np.max(np.abs(values - values.T))
         if asymmetry > np.sqrt(rounding) * np.max(np.abs(values)):
             raise ValueError(f"kernel must be symmetric, got entries that differ by {asymmetry:g}")

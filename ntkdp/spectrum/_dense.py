@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Inexact
 
+from ntkdp import ntk
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, Float, is_traced
@@ -246,9 +247,7 @@ def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
     values = at_least_single(values)
     values = values if layerwise else jnp.sum(values, axis=0, keepdims=True)
     values = validate.finite(kernel=values)
-    if len(shape) == 5:
-        size = shape[1] * shape[3]
-        values = values.transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
+    values = ntk.as_matrices(values)
     if not is_traced(values):
         asymmetry = float(jnp.max(jnp.abs(values - values.mT)))
         if asymmetry > resolution**0.5 * float(jnp.max(jnp.abs(values))):

@@ -22,13 +22,12 @@ class _OutputNoise(eqx.Module):
 
     factor: Float[Array, "N N"]
     divisor: Any
-    per_output: bool = eqx.field(static=True)
 
     def draw(self, flow: KernelFlow, drift: Any, key: PRNGKeyArray) -> Any:
         """What a step adds to the velocity of train and test outputs."""
         train, test = drift
         n, n_outputs = train.shape
-        columns = n_outputs if self.per_output else 1
+        columns = flow.drive.columns(n_outputs)
         z = jax.random.normal(key, (self.factor.shape[0], columns), train.dtype)
         moved: Array = devices.everywhere(flow.mesh, self.factor @ z)
         noise = moved.reshape(-1, n_outputs) / self.divisor
@@ -197,7 +196,7 @@ def noise_of_step(
         covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
         if covariance is not None:
             factor = square_root(covariance, flow.mesh)
-            added = _OutputNoise(factor, divisor, flow.diagonal.ndim == 2)
+            added = _OutputNoise(factor, divisor)
     return _Noise(added, sample_rate)
 
 

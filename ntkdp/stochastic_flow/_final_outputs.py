@@ -218,7 +218,7 @@ def _final(
 ) -> tuple[Array, Array | None]:
     start, test = initial
     n, n_outputs = start.shape
-    columns = n_outputs if flow.diagonal.ndim == 2 else 1
+    columns = flow.drive.columns(n_outputs)
 
     def white(key: PRNGKeyArray, rows: int) -> Array:
         return jax.random.normal(key, (rows, columns), start.dtype)
@@ -243,7 +243,7 @@ def _final(
                 gathered = gathered + z
             return f, charges + clipped, gathered
 
-        charges = jnp.zeros((flow.diagonal.shape[0], n, n_outputs), start.dtype)
+        charges = jnp.zeros((flow.n_terms, n, n_outputs), start.dtype)
         gathered = None if noise is None else jnp.zeros((noise.root.shape[1], columns), start.dtype)
 
         def tell_and_step(k: Any, carry: Any) -> Any:

@@ -12,7 +12,7 @@ from ntkdp import privacy
 from ntkdp._backend import devices, distributed_eigh, memory, validate
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import LayerwiseKernel, as_matrices
 from ntkdp.stochastic_flow import _sharded_points
 from ntkdp.stochastic_flow._weight_noise import deviations
 
@@ -35,7 +35,7 @@ def noise_covariance(
 ) -> Array | None:
     """Covariance of the noise in the outputs of the summed gradient, None if there is none."""
     sigma = privacy.as_noise_multiplier(sigma, steps=None)
-    stds = deviations(flow.clipping, sigma, flow.diagonal.shape[0], per_group)
+    stds = deviations(flow.clipping, sigma, flow.n_terms, per_group)
     if not bool(jnp.any(stds > 0)):
         return None
     if flow.preconditioned:
@@ -60,10 +60,9 @@ def noise_covariance(
 
 def bytes_of_noise(flow: KernelFlow) -> int:
     """Bytes on this host at the peak of finding the covariance and its square root."""
-    per_point = 1 if flow.diagonal.ndim == 2 else flow.diagonal.shape[-1]
-    rows = per_point * _sharded_points.of_flow(flow).n_points
+    rows = flow.drive.per_point * _sharded_points.of_flow(flow).n_points
     copies = _ROOT_COPIES if flow.mesh is None else _ROOT_COPIES_IN_PARTS
-    return devices.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.dtype.itemsize)
+    return devices.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.matrix.dtype.itemsize)
 
 
 def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
@@ -74,14 +73,14 @@ def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
     else:
         terms = validate.array(noise_kernel=noise_kernel)[None]
     followed = _sharded_points.of_flow(flow).n_points
-    expected = (flow.diagonal.shape[0], followed, followed, *flow.diagonal.shape[2:])
+    expected = (flow.n_terms, followed, followed, *flow.diagonal.shape[2:])
     if terms.shape != expected:
         raise ValueError(
             f"noise_kernel must have terms of shape {expected}, train before test, "
             f"got {terms.shape}"
         )
     finite: Array = validate.finite(noise_kernel=terms)
-    return finite.astype(flow.operator.dtype)
+    return finite.astype(flow.operator.matrix.dtype)
 
 
 # Compiled, so that no copy is made but the result.
@@ -89,10 +88,7 @@ def _given_terms(flow: KernelFlow, noise_kernel: Any) -> Array:
 def _weighted(terms: Array, weights: Float[Array, " R"]) -> Float[Array, "N N"]:
     """Weighted sum of the terms of a kernel, as a matrix."""
     kernel = jnp.tensordot(weights.astype(terms.dtype), terms, axes=1)
-    if kernel.ndim == 2:
-        return kernel
-    rows = kernel.shape[0] * kernel.shape[2]
-    return jnp.transpose(kernel, (0, 2, 1, 3)).reshape(rows, rows)
+    return as_matrices(kernel[None])[0]
 
 
 @eqx.filter_jit

@@ -98,8 +98,8 @@ class FollowedPoints(NamedTuple):
 def of_flow(flow: KernelFlow) -> FollowedPoints:
     """The points of a flow."""
     n = flow.targets.shape[0]
-    of_test = 0 if flow.test_drive is None else flow.test_drive.shape[0]
-    return FollowedPoints(n, n + of_test * n // flow.drive.shape[0], flow.mesh)
+    n_test = 0 if flow.test_drive is None else flow.test_drive.n_points
+    return FollowedPoints(n, n + n_test, flow.mesh)
 
 
 def operator(flow: KernelFlow) -> Array:
@@ -112,8 +112,9 @@ def operator(flow: KernelFlow) -> Array:
         both = train if test is None else jnp.concatenate([train, test])
         return both / flow.targets.shape[0] if flow.reduction == "mean" else both
 
-    found: Array = devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive, flow.test_drive)
-    return found
+    test = None if flow.test_drive is None else flow.test_drive.matrix
+    matrix: Array = devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.matrix, test)
+    return matrix
 
 
 def _by_output(order: np.ndarray, n_outputs: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from ntkdp import claims, clipping
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
 from ntkdp.dp_sgd import _algorithm
-from ntkdp.gradient_flow import _kernel_flow, _weight_flow
+from ntkdp.gradient_flow import _kernel_flow, _kernel_matrix, _weight_flow
 from ntkdp.ntk import _blocks
 from ntkdp.spectrum import _dense
 
@@ -45,7 +45,7 @@ def noise_of_one_size(noise: Any, self: Any, *args: Any) -> Any:
 
 
 FACTORS = _kernel_flow.KernelFlow._factors
-AS_OPERATOR = _kernel_flow._as_operator
+SIDE_BY_SIDE = _kernel_matrix._side_by_side
 Algorithm, KernelFlow, WeightFlow = (
     _algorithm.Algorithm,
     _kernel_flow.KernelFlow,
@@ -98,9 +98,9 @@ MUTATIONS = {
     "noise that does not scale with R": (changed(Algorithm, "_noise", noise_of_one_size), "C11"),
     "layers in reverse order": (
         changed(
-            _kernel_flow,
-            "_as_operator",
-            lambda operator, terms, *rest: AS_OPERATOR(terms[::-1], *rest),
+            _kernel_matrix,
+            "_side_by_side",
+            lambda matrix, terms, *rest: SIDE_BY_SIDE(terms[::-1], *rest),
         ),
         "C12",
     ),

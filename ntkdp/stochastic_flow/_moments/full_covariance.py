@@ -168,12 +168,12 @@ class Full(CovarianceForm):
 def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
     """The whole covariance; ``noise`` is that of the flow's shape, None without."""
     points = _sharded_points.of_flow(flow)
-    shared = flow.diagonal.ndim == 2
+    shared_by = flow.drive.columns(n_outputs)
     n_groups, n = flow.diagonal.shape[:2]
 
     def rows(operator: Array, noise: Array | None) -> tuple[Array, Array]:
-        if shared:
-            eye = jnp.eye(n_outputs, dtype=operator.dtype)
+        if shared_by > 1:
+            eye = jnp.eye(shared_by, dtype=operator.dtype)
             operator = jnp.einsum("arn,kl->akrnl", operator.reshape(-1, n_groups, n), eye)
             noise = None if noise is None else jnp.kron(noise, eye)
         operator = operator.reshape(-1, n_groups, n, n_outputs)

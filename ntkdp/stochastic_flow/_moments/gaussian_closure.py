@@ -138,7 +138,7 @@ class Closure(eqx.Module):
 
     def _of_samples(self, function: Any, samples: Any) -> Any:
         """Of each sample, as many at a time as fit in little memory."""
-        n_groups, n_outputs = self.flow.diagonal.shape[0], self.points.shape[1]
+        n_groups, n_outputs = self.flow.n_terms, self.points.shape[1]
         numbers = self.weights.size * n_groups * n_outputs * (n_outputs + 1)
         at_a_time = max(1, _NUMBERS // numbers)
 

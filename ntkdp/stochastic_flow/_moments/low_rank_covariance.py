@@ -13,6 +13,7 @@ diagonal in this basis, by about the square root of it. If the kernel means
 With a mesh, rows of the modes are over the devices, what is followed of them is whole on each.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import equinox as eqx
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow, SharedKernel
 from ntkdp.stochastic_flow import _sharded_points
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
@@ -33,59 +34,115 @@ _SHARE, _MOST = 0.99, 500
 
 
 class Modes(eqx.Module):
-    """Eigenvectors over points and outputs, ``(N, K, a)``, or ``(N, a)`` meaning ``(x) I_K``.
+    """Eigenvectors over points and outputs, and the operator's coordinates in them, ``drive``.
 
-    ``drive`` holds the operator's coordinates in them, ``(n, R, ...)``. A mode has i coordinates:
-    one, or K. The methods are for a device's points, and sum over them.
+    A mode has i coordinates: one, or K. The methods are for a device's points, and sum over them.
     """
 
-    vectors: Array
-    drive: Array
+    vectors: eqx.AbstractVar[Array]
+    drive: eqx.AbstractVar[Array]
 
+    @abstractmethod
     def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
-        vectors = self.vectors[part]
-        if vectors.ndim == 2:
-            return jnp.einsum("na,nk->ak", vectors, g)
-        return jnp.einsum("nka,nk->a", vectors, g)[:, None]
+        """Coordinates of a gradient over the points of ``part``."""
 
-    def _pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
+    @abstractmethod
+    def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
         """Coordinates of block-diagonal matrices, ``(a, i, b, i)``; ``each``: of a mode alone."""
-        if left.ndim == 2:
-            return jnp.einsum("na,nkl,na->akl" if each else "na,nkl,nb->akbl", left, blocks, right)
-        if each:
-            return jnp.einsum("nka,nkl,nla->a", left, blocks, right)[:, None, None]
-        return jnp.einsum("nka,nkl,nlb->ab", left, blocks, right)[:, None, :, None]
 
-    def hessian(self, part: slice, W: Array, *, each: bool) -> Array:
-        return self._pairs(self.vectors[part], W, self.vectors[part], each)
+    @abstractmethod
+    def between(self, left: Array, matrix: Float[Array, "ai ai"], right: Array) -> Array:
+        """A matrix over the modes at each point, ``(n, K, K)``."""
+
+    @abstractmethod
+    def at(self, left: Array, vector: Float[Array, " ai"]) -> Array:
+        """A vector over the modes at each point, ``(n, K)``."""
+
+    @abstractmethod
+    def own_blocks(self, s: Float[Array, "a i i"]) -> Float[Array, "n K K"]:
+        """Blocks of the points of modes that are followed each by itself."""
+
+    @abstractmethod
+    def coordinates(self, n_outputs: int) -> Float[Array, "points_K modes"]:
+        """Coordinates of every point's outputs in the modes."""
 
     @property
     def drives(self) -> list[Array]:
-        """By group."""
+        """The coordinates of the operator by group."""
         return [self.drive[:, r] for r in range(self.drive.shape[1])]
+
+    def hessian(self, part: slice, W: Array, *, each: bool) -> Array:
+        return self.pairs(self.vectors[part], W, self.vectors[part], each)
 
     def linear_map(self, slope: Array, *, each: bool) -> Array:
         vectors = self.vectors[: slope.shape[0]]
         groups = enumerate(self.drives)
         return -sum(
-            (self._pairs(drive, slope[:, r], vectors, each) for r, drive in groups),
+            (self.pairs(drive, slope[:, r], vectors, each) for r, drive in groups),
             start=jnp.zeros((), slope.dtype),
         )
 
     def spread(self, spread: Array, *, each: bool) -> Array:
         drives = list(enumerate(self.drives))
         return sum(
-            (self._pairs(d, spread[:, r, :, s], e, each) for r, d in drives for s, e in drives),
+            (self.pairs(d, spread[:, r, :, s], e, each) for r, d in drives for s, e in drives),
             start=jnp.zeros((), spread.dtype),
         )
 
+
+class SharedModes(Modes):
+    """Modes ``(N, a)`` that mean ``(x) I_K``, with a drive ``(n, R, a)``."""
+
+    vectors: Float[Array, "N a"]
+    drive: Float[Array, "n R a"]
+
+    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
+        return jnp.einsum("na,nk->ak", self.vectors[part], g)
+
+    def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
+        return jnp.einsum("na,nkl,na->akl" if each else "na,nkl,nb->akbl", left, blocks, right)
+
+    def between(self, left: Array, matrix: Float[Array, "ai ai"], right: Array) -> Array:
+        n_modes = left.shape[1]
+        split = matrix.reshape(n_modes, -1, n_modes, len(matrix) // n_modes)
+        return jnp.einsum("na,akbl,nb->nkl", left, split, right)
+
+    def at(self, left: Array, vector: Float[Array, " ai"]) -> Array:
+        return left @ vector.reshape(left.shape[1], -1)
+
+    def own_blocks(self, s: Float[Array, "a i i"]) -> Float[Array, "n K K"]:
+        return jnp.einsum("na,akl->nkl", self.vectors**2, s)
+
     def coordinates(self, n_outputs: int) -> Float[Array, "points_K modes"]:
-        """Of every point's outputs in the modes."""
-        if self.vectors.ndim == 3:
-            n_points, _, n_modes = self.vectors.shape
-            return self.vectors.reshape(n_points * n_outputs, n_modes)
-        eye = jnp.eye(n_outputs, dtype=self.vectors.dtype)
-        return jnp.kron(self.vectors, eye)
+        return jnp.kron(self.vectors, jnp.eye(n_outputs, dtype=self.vectors.dtype))
+
+
+class BlockModes(Modes):
+    """Modes ``(N, K, a)`` over points and outputs, with a drive ``(n, R, K, a)``."""
+
+    vectors: Float[Array, "N K a"]
+    drive: Float[Array, "n R K a"]
+
+    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
+        return jnp.einsum("nka,nk->a", self.vectors[part], g)[:, None]
+
+    def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
+        if each:
+            return jnp.einsum("nka,nkl,nla->a", left, blocks, right)[:, None, None]
+        return jnp.einsum("nka,nkl,nlb->ab", left, blocks, right)[:, None, :, None]
+
+    def between(self, left: Array, matrix: Float[Array, "ai ai"], right: Array) -> Array:
+        return jnp.einsum("nka,ab,nlb->nkl", left, matrix, right)
+
+    def at(self, left: Array, vector: Float[Array, " ai"]) -> Array:
+        return left @ vector
+
+    def own_blocks(self, s: Float[Array, "a i i"]) -> Float[Array, "n K K"]:
+        return jnp.einsum("nka,a,nla->nkl", self.vectors, s[:, 0, 0], self.vectors)
+
+    def coordinates(self, n_outputs: int) -> Float[Array, "points_K modes"]:
+        n_points, _, n_modes = self.vectors.shape
+        return self.vectors.reshape(n_points * n_outputs, n_modes)
 
 
 class LowRank(CovarianceForm):
@@ -100,46 +157,26 @@ class LowRank(CovarianceForm):
     leading_noise: Float[Array, " a"]
     others_noise: Float[Array, " b"]
     n_outputs: int = eqx.field(static=True)
+    #: Coordinates of a mode, i.
+    inner: int = eqx.field(static=True)
     points: FollowedPoints = eqx.field(static=True)
 
-    @property
-    def _inner(self) -> int:
-        return self.n_outputs if self.leading.vectors.ndim == 2 else 1
-
     def zero(self) -> tuple[Array, Array]:
-        a, b, i = self.leading_noise.size, self.others_noise.size, self._inner
+        a, b, i = self.leading_noise.size, self.others_noise.size, self.inner
         dtype = self.operator.dtype
         return jnp.zeros((a * i, a * i), dtype), jnp.zeros((b, i, i), dtype)
 
-    def _split(self, S: Array) -> Array:
-        return S.reshape(-1, self._inner, len(S) // self._inner, self._inner)
-
-    def _between(self, left: Array, matrix: Array, right: Array) -> Array:
-        """A matrix over the leading modes at each point, ``(n, K, K)``."""
-        if left.ndim == 2:
-            return jnp.einsum("na,akbl,nb->nkl", left, self._split(matrix), right)
-        return jnp.einsum("nka,ab,nlb->nkl", left, matrix, right)
-
-    def _at(self, left: Array, vector: Array) -> Array:
-        """A vector over the leading modes at each point, ``(n, K)``."""
-        if left.ndim == 2:
-            return left @ vector.reshape(-1, self._inner)
-        return left @ vector
-
     def own_blocks(self, covariance: tuple[Array, Array]) -> Array:
-        def blocks(leading: Array, others: Array, S: Array, s: Array) -> Array:
-            if leading.ndim == 2:
-                own = jnp.einsum("na,akl->nkl", others**2, s)
-            else:
-                own = jnp.einsum("nka,a,nla->nkl", others, s[:, 0, 0], others)
-            return self._between(leading, S, leading) + own
+        def blocks(leading: Modes, others: Modes, S: Array, s: Array) -> Array:
+            of_leading = leading.between(leading.vectors, S, leading.vectors)
+            return of_leading + others.own_blocks(s)
 
-        vectors = self.leading.vectors, self.others.vectors
-        return self.points.by_point(blocks, (0, 0, None, None), *vectors, *covariance)
+        modes = self.leading, self.others
+        return self.points.by_point(blocks, (0, 0, None, None), *modes, *covariance)
 
     def drift(self, clipped: Array) -> Array:
         def velocity(operator: Array, clipped: Array) -> Array:
-            weighted = jnp.moveaxis(clipped, 1, 0).reshape(-1, self._inner)
+            weighted = jnp.moveaxis(clipped, 1, 0).reshape(-1, self.inner)
             return -(operator @ weighted).reshape(-1, self.n_outputs)
 
         return self.points.by_point(velocity, (0, None), self.operator, clipped)
@@ -160,9 +197,9 @@ class LowRank(CovarianceForm):
         maps, moved, own_maps, own = self.points.on_devices(of_device, (0, 0, 0, 0), None)(
             self.leading, self.others, slope, spread
         )
-        size = self.leading_noise.size * self._inner
-        noise = jnp.diag(jnp.repeat(self.leading_noise, self._inner))
-        eye = jnp.eye(self._inner, dtype=slope.dtype)
+        size = self.leading_noise.size * self.inner
+        noise = jnp.diag(jnp.repeat(self.leading_noise, self.inner))
+        eye = jnp.eye(self.inner, dtype=slope.dtype)
         own = own + self.others_noise[:, None, None] * eye[None]
         return maps.reshape(size, size), moved.reshape(size, size) + noise, own_maps, own
 
@@ -231,17 +268,17 @@ class LowRank(CovarianceForm):
             vectors = leading.vectors[: self.points.own_samples]
 
             def against(matrix: Array) -> Array:
-                blocks = [self._between(drive, matrix, vectors) for drive in leading.drives]
+                blocks = [leading.between(drive, matrix, vectors) for drive in leading.drives]
                 return jnp.stack(blocks, axis=1)
 
             def along(vector: Array) -> Array:
-                return jnp.stack([self._at(drive, vector) for drive in leading.drives], axis=1)
+                return jnp.stack([leading.at(drive, vector) for drive in leading.drives], axis=1)
 
             own = Links(
                 pull=along(gradient),
                 turn=against(turned),
-                slope=self._at(vectors, S @ gradient),
-                bend=self._between(vectors, S @ turned, vectors),
+                slope=leading.at(vectors, S @ gradient),
+                bend=leading.between(vectors, S @ turned, vectors),
                 far_pull=along(turned @ gradient),
                 far_turn=against(turned @ turned),
             )
@@ -281,7 +318,6 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     """
     points, mesh = _sharded_points.of_flow(flow), flow.mesh
     operator = _sharded_points.operator(flow)
-    shared = flow.diagonal.ndim == 2
     n_groups, n = flow.diagonal.shape[:2]
     if noise is None:
         square = points.on_devices(lambda rows: devices.outer(mesh, rows, rows), (0,), 0)
@@ -289,11 +325,14 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     else:
         values, vectors = eigh(points.in_devices_order(noise), mesh)
     values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
-    per_mode = n_outputs if shared else 1
+    per_mode = flow.drive.columns(n_outputs)
     if rank is None:
         held = jnp.cumsum(values) < _SHARE * jnp.sum(values)
         rank = min(_MOST, per_mode * (1 + int(jnp.sum(held))))
     kept = min(-(-rank // per_mode), values.size)
+
+    shared = isinstance(flow.drive, SharedKernel)
+    per_point = () if shared else (n_outputs,)
 
     def coordinates(operator: Array, vectors: Array) -> tuple[Array, Array]:
         """A device's rows of the vectors, and its samples' columns of the operator in them."""
@@ -301,13 +340,13 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
         columns = devices.columns(mesh, columns, axis=2)
         turned = jnp.moveaxis(columns, 0, 3).reshape(-1, len(columns))
         drive = devices.product(mesh, turned, vectors)
-        inner = () if shared else (n_outputs,)
-        drive = jnp.moveaxis(drive.reshape(n_groups, -1, *inner, values.size), 0, 1)
-        return vectors.reshape(-1, *inner, values.size), drive
+        drive = jnp.moveaxis(drive.reshape(n_groups, -1, *per_point, values.size), 0, 1)
+        return vectors.reshape(-1, *per_point, values.size), drive
 
     vectors, drive = points.on_devices(coordinates, (0, 0), (0, 0))(operator, vectors)
     noise_of_modes = jnp.zeros_like(values) if noise is None else values
     first, rest = slice(0, kept), slice(kept, None)
-    leading, others = (Modes(vectors[..., part], drive[..., part]) for part in (first, rest))
+    kind = SharedModes if shared else BlockModes
+    leading, others = (kind(vectors[..., part], drive[..., part]) for part in (first, rest))
     noises = noise_of_modes[first], noise_of_modes[rest]
-    return LowRank(operator, leading, others, *noises, n_outputs, points)
+    return LowRank(operator, leading, others, *noises, n_outputs, per_mode, points)

@@ -2,21 +2,21 @@ r"""Choosing learning rate and clipping norm from a prediction, before a budget 
 
 :func:`gradient_norms` says where clipping sets in, :func:`largest_stable_learning_rate` how far
 the learning rate may go, :func:`predict` what every cell of a grid of learning rates and clipping
-norms ends with, and :func:`advise` picks one. What runs of the same cells do is held against it by
-:func:`ntkdp.comparison.agreement` and :func:`regret`.
+norms ends with, and :func:`advise` picks one. :func:`ntkdp.comparison.agreement` and :func:`regret`
+compare that with runs of the same cells.
 
 .. warning::
-   To look at private data in order to choose costs privacy, and nothing here adds noise for it.
+   Looking at private data in order to choose costs privacy, and nothing here adds noise for it.
    The prediction looks too: the kernel, the outputs at the start, the targets and the gradient
-   norms are functions of the data, at initialisation already, and so are the advice and the
-   rates that are found stable. Either
+   norms are functions of the data, even at initialisation, and so are the advice and the
+   stable rates. There are three ways out:
 
    - predict from public data that are like the private ones, and train on the private ones at the
-     cell chosen; the advice is then a constant, and free; or
+     chosen cell; the advice is then a constant, and free;
    - choose among private runs by private selection: a random number of runs, of which only the
      best is shown, costs a few times the epsilon of one (Liu and Talwar 2019, 1811.07971), and
-     less by Rényi DP (Papernot and Steinke 2022, 2110.03620); or
-   - compose: k runs that are all looked at cost k runs. Count them.
+     less by Rényi DP (Papernot and Steinke 2022, 2110.03620);
+   - compose: if k runs are looked at, k runs are paid for.
 """
 
 from ntkdp.advisor._advise import Advice, advise

@@ -1,13 +1,14 @@
-"""One cell of a grid, chosen by what it is predicted to end with."""
+"""One cell of a grid, chosen by its predicted end."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
 from ntkdp.advisor._grid import Grid
 from ntkdp.comparison import (
     HIGHER_IS_BETTER,
+    Number,
     candidates,
     check_cells,
     known,
@@ -23,23 +24,23 @@ from ntkdp.comparison import (
 class Advice:
     """A cell of a :class:`Grid`: see :func:`advise`.
 
-    ``index`` is the cell's, ``predicted`` its metrics by name. ``curve``: the cells of
-    :func:`pareto_front` and their accuracies and calibration errors, or None.
+    ``index`` is the index of the cell and ``predicted`` holds its metrics by name. ``curve`` holds
+    the cells of :func:`pareto_front` with their accuracies and calibration errors, or is None.
     """
 
     learning_rate: float
     clip_norm: float
     index: int
-    predicted: dict[str, Any]
+    predicted: dict[str, Number | None]
     curve: tuple[np.ndarray, np.ndarray] | None
 
 
 def advise(grid: Grid, *, objective: str = "test_accuracy", slack: float = 0.02) -> Advice:
     r"""The cell of a predicted grid to train at.
 
-    The cell with the best predicted objective among those that do not diverge. For a calibration
-    error only the cells whose predicted accuracy is within ``slack`` of the best are asked: a
-    network that has hardly been trained is calibrated, and useless.
+    It is the cell with the best predicted objective among those that do not diverge. For a
+    calibration error, only cells whose predicted accuracy is within ``slack`` of the best are
+    considered: a network that has hardly been trained is calibrated, and useless.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ def advise(grid: Grid, *, objective: str = "test_accuracy", slack: float = 0.02)
         From :func:`predict`.
     objective : str
         A metric of the grid: ``loss``, ``accuracy``, ``ece``, ``mce`` or one of their ``test_``
-        twins; for a regression the two losses alone.
+        twins; for a regression, one of the two losses.
     slack : float
         A difference of accuracies, as shares of the samples.
 
@@ -58,13 +59,13 @@ def advise(grid: Grid, *, objective: str = "test_accuracy", slack: float = 0.02)
     Raises
     ------
     TypeError, ValueError
-        An unknown objective or one that the grid does not have, a grid of diverged cells alone.
+        If the objective is unknown or not in the grid, or if every cell diverges.
 
     Notes
     -----
-    *Derived.* Of cells that are equal to 1 part in :math:`10^5` the one with the smaller learning
-    rate is taken, then that with the smaller clipping norm. Cells with the same product
-    :math:`\eta R` have the same noise, and with the rule of Abadi et al. a sample's step,
+    *Derived.* Among cells that are equal to 1 part in :math:`10^5`, the smaller learning rate wins,
+    then the smaller clipping norm. Cells with the same product :math:`\eta R` have the same noise,
+    and with the rule of Abadi et al. a sample's step,
     :math:`\eta \min(1, R/s) = \min(\eta, \eta R/s)`, is never longer for the smaller
     :math:`\eta`; at the same :math:`\eta` the smaller R has less noise.
 

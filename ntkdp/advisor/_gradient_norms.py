@@ -1,15 +1,16 @@
 """Where clipping sets in: the distribution of gradient norms."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import losses
 from ntkdp._backend import validate
-from ntkdp._backend.types import ApplyFn, Array, Params, Real
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, Real
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
+from ntkdp.losses import Loss, as_loss
 from ntkdp.ntk import per_sample_gradient_norms
 
 
@@ -29,11 +30,11 @@ def gradient_norms(
     apply_fn: ApplyFn,
     params: Params,
     x: Real[Array, "n ..."],
-    targets: Any,
-    loss: Any,
+    targets: ArrayLike,
+    loss: Loss | Callable[[Array, Array], Array],
     *,
-    groups: Any = None,
-    quantiles: Any = (0.05, 0.25, 0.5, 0.75, 0.95),
+    groups: _groups.GroupSpec = None,
+    quantiles: ArrayLike = (0.05, 0.25, 0.5, 0.75, 0.95),
 ) -> GradientNorms:
     r"""Quantiles over samples of the gradient norms :math:`\|g_i\|` at given parameters.
 
@@ -45,9 +46,9 @@ def gradient_norms(
     apply_fn, params, x
         As for :func:`ntkdp.per_sample_gradient_norms`.
     targets : array
-        As the loss wants them.
+        As the loss takes them.
     loss : Loss or callable
-        As for :class:`ntkdp.KernelFlow`; each sample's own, so norms are never divided by n.
+        As for :class:`ntkdp.KernelFlow`. It is each sample's own, so norms are never divided by n.
     groups : pytree prefix of labels, or callable from key path to label, optional
         With it, norms by group, for layerwise clipping.
     quantiles : array
@@ -60,32 +61,33 @@ def gradient_norms(
     Raises
     ------
     TypeError, ValueError
-        Quantiles out of range, targets that do not fit, and what
-        :func:`ntkdp.per_sample_gradient_norms` raises.
+        If quantiles are out of range or targets do not fit, and where
+        :func:`ntkdp.per_sample_gradient_norms` raises them.
 
     Notes
     -----
-    Between samples, quantiles are interpolated linearly. Norms are those of the private data if x
-    is: see the warning of this module.
+    Between samples, quantiles are interpolated linearly. If x is private, so are the norms: see the
+    warning of this module.
 
     Examples
     --------
     >>> import jax.numpy as jnp, ntkdp
     >>> x, w = jnp.array([[3.0, 4.0], [6.0, 8.0]]), jnp.zeros((2, 1))
-    >>> found = ntkdp.advisor.gradient_norms(
+    >>> quartiles = ntkdp.advisor.gradient_norms(
     ...     lambda w, x: x @ w, w, x, jnp.ones(2), ntkdp.losses.SquaredError(), quantiles=[0, 0.5])
-    >>> found.norms.tolist()
+    >>> quartiles.norms.tolist()
     [5.0, 7.5]
     """
     shares = np.asarray(validate.non_negative(quantiles=quantiles), np.float64)
     if shares.ndim != 1 or not shares.size or np.any(shares > 1):
         raise ValueError(f"quantiles must be an array (Q,) of numbers in [0, 1], got {quantiles!r}")
-    loss = losses.as_loss(loss)
+    loss = as_loss(loss)
     x = check_inputs(apply_fn, params, x)
     outputs = apply_fn(params, x)
-    targets = loss.check(targets, *outputs.shape)
+    n_samples, n_outputs = outputs.shape
+    targets = loss.check(targets, n_samples, n_outputs)
     gradient = loss.output_gradient(outputs, targets)
     norms = per_sample_gradient_norms(apply_fn, params, x, gradient, groups=groups)
-    found = jnp.moveaxis(jnp.quantile(norms, jnp.asarray(shares, norms.dtype), axis=-1), 0, -1)
+    by_share = jnp.quantile(norms, jnp.asarray(shares, norms.dtype), axis=-1)
     names = None if groups is None else _groups.resolve(params, groups).names
-    return GradientNorms(shares, found, names)
+    return GradientNorms(shares, jnp.moveaxis(by_share, 0, -1), names)

@@ -1,6 +1,6 @@
 """Predicted ends of training over a grid of learning rates and clipping norms."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ import numpy as np
 
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
 from ntkdp.comparison import CellMetrics, measure
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow import bytes_of_noise, final_outputs
 
 #: Copies of a cell's outputs that a step and the metrics hold, for each term of the kernel.
@@ -18,13 +19,16 @@ _COPIES = 8
 #: Part of the free memory that the cells predicted at once may take.
 _SHARE = 0.25
 
+#: Outputs at the start, or those of the training and of the test set.
+Initial: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike]
+
 
 class Grid(NamedTuple):
     """Predicted ends of training over learning rates x clipping norms; a pytree.
 
     ``learning_rates`` ``(L,)`` and ``clip_norms`` ``(R,)``; ``metrics`` of the ``L R`` cells, all
     norms of the first learning rate first. All cells have the same ``initial_loss`` and the same
-    ``noise_multiplier``, and so cost the same privacy, whatever their learning rate and norm are.
+    ``noise_multiplier``, so they cost the same privacy, whatever their learning rate and norm are.
 
     Made by :func:`predict`, with an example.
     """
@@ -42,18 +46,18 @@ class Grid(NamedTuple):
 
 
 def predict(
-    flow: Any,
-    initial: Any,
+    flow: KernelFlow,
+    initial: Initial,
     *,
-    learning_rates: Any,
-    clip_norms: Any,
+    learning_rates: ArrayLike,
+    clip_norms: ArrayLike,
     steps: int,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: Any = None,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
-    progress: Any = False,
-    key: Any = None,
+    progress: Progress = False,
+    key: Array | None = None,
 ) -> Grid:
     r"""What training ends with, predicted for every learning rate with every clipping norm.
 
@@ -72,20 +76,20 @@ def predict(
     Returns
     -------
     Grid
-        With the metrics of ``L R`` cells; their noise differs by its size alone.
+        With the metrics of ``L R`` cells, whose noise differs in size alone.
 
     Raises
     ------
     TypeError, ValueError
-        Arrays that are not of one dimension, and what
-        :func:`ntkdp.stochastic_flow.final_outputs` raises.
+        If an array is not of one dimension, and where
+        :func:`ntkdp.stochastic_flow.final_outputs` raises them.
     MemoryError
-        If not even one cell fits. Else as many are computed at once as take a quarter of the free
-        memory.
+        If not even one cell fits. Otherwise, as many are computed at once as fit into a quarter of
+        the free memory.
 
     Notes
     -----
-    A cell diverged if its final training loss, of any key, is not finite or above the initial one
+    A cell diverged if its final training loss, for any key, is not finite or above the initial one
     by more than rounding.
 
     Examples
@@ -110,7 +114,7 @@ def predict(
     by_rate, by_norm = (part.ravel() for part in np.meshgrid(rates, norms, indexing="ij"))
     at_once = _cells_at_once(flow, train, test, 1 if keys is None else keys.size, sigma > 0)
     parts = np.array_split(np.arange(by_rate.size), -(-by_rate.size // at_once))
-    found = []
+    measured = []
     for number, part in enumerate(parts):
         final = final_outputs(
             flow,
@@ -127,22 +131,22 @@ def predict(
         )
         if keys is None:
             final = jax.tree.map(lambda outputs: outputs[:, None], final)
-        of_test = None
+        test_pair = None
         if final.test is not None and flow.test_targets is not None:
-            of_test = (final.test, flow.test_targets)
-        found.append(
-            measure(flow.loss, flow.reduction, initial_loss, (final.train, flow.targets), of_test)
-        )
-    metrics = jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
+            test_pair = (final.test, flow.test_targets)
+        train_pair = (final.train, flow.targets)
+        measured.append(measure(flow.loss, flow.reduction, initial_loss, train_pair, test_pair))
+    metrics = jax.tree.map(lambda *pieces: np.concatenate(pieces), *measured)
     return Grid(rates, norms, metrics, initial_loss, sigma)
 
 
-def check_flow(flow: Any) -> None:
+def check_flow(flow: object) -> None:
+    """Raise unless it is a flow of outputs under a kernel."""
     if not isinstance(flow, KernelFlow):
         raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
 
 
-def _axis(**named: Any) -> Float[np.ndarray, " N"]:
+def _axis(**named: ArrayLike) -> Float[np.ndarray, " N"]:
     ((name, _),) = named.items()
     array = np.asarray(validate.positive(**named), np.float64)
     if array.ndim != 1 or not array.size:
@@ -155,14 +159,15 @@ def _cells_at_once(
 ) -> int:
     followed = train.size + (0 if test is None else test.size)
     item = train.dtype.itemsize
-    of_cell = _COPIES * (flow.n_terms + 1) * followed * n_seeds * item
-    of_noise = bytes_of_noise(flow) if noisy else 0
-    memory.require(of_noise + of_cell, "predicting a cell", "use fewer keys, samples or float32")
-    return max(1, int(_SHARE * (memory.available_bytes() - of_noise) / of_cell))
+    cell_bytes = _COPIES * (flow.n_terms + 1) * followed * n_seeds * item
+    noise_bytes = bytes_of_noise(flow) if noisy else 0
+    way_out = "use fewer keys, samples or float32"
+    memory.require(noise_bytes + cell_bytes, "predicting a cell", way_out)
+    return max(1, int(_SHARE * (memory.available_bytes() - noise_bytes) / cell_bytes))
 
 
-def _part_of(progress: Any, number: int, parts: int) -> Any:
-    """Progress of one part of the work, told as that of the whole."""
+def _part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """Progress of one part of the work, reported as progress of the whole."""
     if not callable(progress):
         return progress
     return lambda done: progress((number + done) / parts)

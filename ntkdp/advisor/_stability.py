@@ -1,51 +1,55 @@
 """How far the learning rate may go."""
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from ntkdp import privacy
 from ntkdp._backend import validate
-from ntkdp.advisor._grid import check_flow, predict
+from ntkdp._backend.types import Array, ArrayLike, ScalarLike
+from ntkdp.advisor._grid import Grid, Initial, check_flow, predict
 from ntkdp.clipping import Abadi, NoClipping
+from ntkdp.gradient_flow import KernelFlow
+from ntkdp.ntk import LayerwiseKernel
 
 #: Rates tried at once, in each round of the search for the largest stable one.
 _TRIED = 33
 
 
 def largest_stable_learning_rate(
-    flow: Any,
-    initial: Any,
+    flow: KernelFlow,
+    initial: Initial,
     *,
     steps: int,
     clip_norm: float | None = None,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: Any = None,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     low: float = 1e-4,
     high: float = 1e6,
     tolerance: float = 1e-2,
-    key: Any = None,
+    key: Array | None = None,
 ) -> float:
     r"""The learning rate up to which training ends no higher than it starts.
 
     A rate is stable if the final training loss is finite and at most the initial one, for every
     key. Rates on a logarithmic grid are tried from ``low`` to ``high``, then between the first that
-    is not stable and the one before, again and again; so all tried rates below the result are
+    is not stable and the one before, and so on. All tried rates below the result are therefore
     stable, and stable rates above an unstable one are not seen.
 
     Parameters
     ----------
     flow, initial, steps, sample_rate, noise_kernel, noise_per_group, key
-        As for :func:`ntkdp.stochastic_flow.final_outputs`; the flow may be one without clipping.
+        As for :func:`ntkdp.stochastic_flow.final_outputs`. The flow may be one without clipping.
     clip_norm : float, optional
         By default the flow's own.
     noise_multiplier : float or Budget
         As for :func:`ntkdp.stochastic_flow.ensemble`.
     low, high : float
-        Where to seek.
+        Where to search.
     tolerance : float
         Relative distance of the result, which is stable, to the next rate tried, which is not.
 
@@ -58,14 +62,14 @@ def largest_stable_learning_rate(
     Raises
     ------
     TypeError, ValueError
-        ``low`` not stable (with noise no rate may be), an order of ``low`` and ``high``, and what
-        :func:`ntkdp.stochastic_flow.final_outputs` raises.
+        If ``low`` is not stable (with noise, no rate may be) or not below ``high``, and where
+        :func:`ntkdp.stochastic_flow.final_outputs` raises them.
 
     Notes
     -----
-    *Derived.* For the squared loss without clipping, outputs in the kernel's range and steps to
-    infinity, :math:`2n / \lambda_{max}(H)` with the mean loss, :math:`2/\lambda_{max}(H)` with the
-    sum; for few steps the result is larger, since what grows has to outweigh what has decayed.
+    *Derived.* For the squared loss without clipping, outputs in the kernel's range and infinitely
+    many steps it is :math:`2n / \lambda_{max}(H)` with the mean loss, :math:`2/\lambda_{max}(H)`
+    with the sum. For few steps it is larger, since growth has to outweigh decay.
 
     Examples
     --------
@@ -83,37 +87,58 @@ def largest_stable_learning_rate(
     )
     if low >= high:
         raise ValueError(f"low must be below high, got low={low:g} and high={high:g}")
-    if clip_norm is None and np.ndim(flow.clipping.R):
-        raise ValueError(
-            "clip_norm must be given where the flow has one a group, since here all groups share "
-            "one, got None"
+    flow, clip_norm = _with_one_norm(flow, clip_norm)
+
+    def try_rates(rates: np.ndarray) -> Grid:
+        return predict(
+            flow,
+            initial,
+            learning_rates=rates,
+            clip_norms=[clip_norm],
+            steps=steps,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            noise_kernel=noise_kernel,
+            noise_per_group=noise_per_group,
+            key=key,
         )
-    if isinstance(flow.clipping, NoClipping):
-        if clip_norm is not None:
-            raise ValueError(
-                f"clip_norm must be None with a flow that does not clip, got {clip_norm!r}"
-            )
-        clip_norm = float(jnp.finfo(flow.drive.matrix.dtype).max)
-        flow = eqx.tree_at(
-            lambda flow: flow.clipping, flow, Abadi(clip_norm, scope=flow.clipping.scope)
-        )
-    elif clip_norm is None:
-        clip_norm = float(flow.clipping.R)
-    options = {
-        "steps": steps,
-        "noise_multiplier": noise_multiplier,
-        "sample_rate": sample_rate,
-        "noise_kernel": noise_kernel,
-        "noise_per_group": noise_per_group,
-        "key": key,
-    }
+
     # Small tolerances cannot be met below the rounding of the rates themselves.
-    tolerance = max(tolerance, 4 * float(jnp.finfo(flow.drive.matrix.dtype).eps))
+    return _search(try_rates, low, high, max(tolerance, 4 * _machine_epsilon(flow)))
+
+
+def _machine_epsilon(flow: KernelFlow) -> float:
+    return float(jnp.finfo(flow.drive.matrix.dtype).eps)
+
+
+def _with_one_norm(flow: KernelFlow, clip_norm: float | None) -> tuple[KernelFlow, float]:
+    """A flow that clips, if only far above all norms, and its one clipping norm."""
+    rule = flow.clipping
+    if clip_norm is None and np.ndim(rule.R):
+        raise ValueError(
+            "clip_norm must be given if the flow has one for each group, since all groups share "
+            "one here, got None"
+        )
+    if not isinstance(rule, NoClipping):
+        return flow, float(np.asarray(rule.R)) if clip_norm is None else clip_norm
+    if clip_norm is not None:
+        raise ValueError(
+            f"clip_norm must be None with a flow that does not clip, got {clip_norm!r}"
+        )
+    largest = float(jnp.finfo(flow.drive.matrix.dtype).max)
+    clipping_flow = eqx.tree_at(lambda flow: flow.clipping, flow, Abadi(largest, scope=rule.scope))
+    return clipping_flow, largest
+
+
+def _search(
+    try_rates: Callable[[np.ndarray], Grid], low: float, high: float, tolerance: float
+) -> float:
+    """The last stable rate before the first that is not, bracketed again and again."""
     stable, unstable = low, high
     first_round = True
     while first_round or unstable / stable > 1 + tolerance:
         rates = np.geomspace(stable, unstable, _TRIED)
-        grid = predict(flow, initial, learning_rates=rates, clip_norms=[clip_norm], **options)
+        grid = try_rates(rates)
         failed = np.flatnonzero(grid.metrics.diverged)
         if first_round and not failed.size:
             return float("inf")
@@ -124,7 +149,7 @@ def largest_stable_learning_rate(
                 "or less noise"
             )
         # The ends of the bracket are known; a second look could differ by rounding.
-        at = int(np.clip(failed[0] if failed.size else _TRIED - 1, 1, _TRIED - 1))
-        stable, unstable = float(rates[at - 1]), float(rates[at])
+        first_failed = int(np.clip(failed[0] if failed.size else _TRIED - 1, 1, _TRIED - 1))
+        stable, unstable = float(rates[first_failed - 1]), float(rates[first_failed])
         first_round = False
     return stable

@@ -1,8 +1,8 @@
 r"""How far a prediction is from a run: relative errors at the times that both recorded.
 
 The error of a prediction is :math:`\sup_t |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t)` over the
-recorded times after the start. Steps of a run meet the time of a flow at t = learning_rate * step.
-Where the prediction is an ensemble of runs, its distribution is compared too: its band, how often
+recorded times after the start. Step k of a run is at the time t = learning_rate * k of a flow.
+If the prediction is an ensemble of runs, its distribution is compared too: its band, how often
 runs are inside, and its CRPS.
 """
 
@@ -17,6 +17,7 @@ from ntkdp.comparison._agreement import regret as regret
 from ntkdp.comparison._agreement import value_of as value_of
 from ntkdp.comparison._cells import HIGHER_IS_BETTER as HIGHER_IS_BETTER
 from ntkdp.comparison._cells import CellMetrics as CellMetrics
+from ntkdp.comparison._cells import Number as Number
 from ntkdp.comparison._cells import check_cell as check_cell
 from ntkdp.comparison._cells import measure as measure
 from ntkdp.comparison._compare import compare

@@ -1,14 +1,16 @@
 """How far the predicted cells of a sweep are from the observed ones, and what a choice costs."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ScalarLike
 from ntkdp.comparison._cells import HIGHER_IS_BETTER, CellMetrics
 
-#: Values closer than this part of their size are equal: more is not left of float32 after training.
+#: Values are equal if they differ by less than this share of their size: training in float32 leaves
+#: no more digits.
 ROUNDING = 1e-5
 
 
@@ -23,8 +25,9 @@ class MetricAgreement(NamedTuple):
 class Agreement(NamedTuple):
     """Agreement of predicted and observed cells: see :func:`agreement`.
 
-    ``metrics`` by name, ``divergence_called_right`` the share of the cells on whose divergence the
-    two agree, ``n_cells`` and ``n_converged``, the number of cells that converge on both sides.
+    ``metrics`` holds the agreement in each metric by name, ``divergence_called_right`` the share of
+    the cells on whose divergence the two agree, ``n_cells`` the number of cells, and
+    ``n_converged`` the number of those that converge on both sides.
     """
 
     metrics: dict[str, MetricAgreement]
@@ -39,21 +42,21 @@ def agreement(predicted: CellMetrics, observed: CellMetrics) -> Agreement:
     Parameters
     ----------
     predicted, observed : CellMetrics
-        Of the same C cells in the same order.
+        The same C cells in the same order.
 
     Returns
     -------
     Agreement
-        For every metric that both have: Spearman's rank correlation over all cells, from best to
-        worst, ranks averaged over ties (equal to 1 part in :math:`10^5`), with the diverged cells
-        behind all others and tied with each other; NaN if either side ranks no cell before another.
-        And median and largest absolute difference, in the metric's units, over the cells that
+        For every metric that both have, three numbers. Spearman's rank correlation over all cells,
+        from best to worst: ranks are averaged over ties (equal to 1 part in :math:`10^5`), and the
+        diverged cells come last, tied with each other; NaN if either side ranks no cell before
+        another. Median and largest absolute difference, in the metric's units, over the cells that
         converge on both sides; NaN if there is none.
 
     Raises
     ------
     TypeError, ValueError
-        What is not CellMetrics, or differs in the number of cells, or has none.
+        If an argument is not CellMetrics or has no cells, or the numbers of cells differ.
 
     Notes
     -----
@@ -66,13 +69,13 @@ def agreement(predicted: CellMetrics, observed: CellMetrics) -> Agreement:
     >>> def cells(losses, diverged):
     ...     loss = np.array(losses)
     ...     return ntkdp.advisor.CellMetrics(loss, *[None] * 7, diverged=np.array(diverged))
-    >>> found = ntkdp.comparison.agreement(
+    >>> agreed = ntkdp.comparison.agreement(
     ...     cells([1.0, 2.0, 3.0, 9.0], [False, False, False, True]),
     ...     cells([1.5, 1.0, 4.0, 7.0], [False, False, False, True]))
-    >>> loss = found.metrics["loss"]
+    >>> loss = agreed.metrics["loss"]
     >>> round(loss.spearman, 3), loss.median_difference, loss.largest_difference
     (0.8, 1.0, 1.0)
-    >>> found.divergence_called_right, found.n_cells, found.n_converged
+    >>> agreed.divergence_called_right, agreed.n_cells, agreed.n_converged
     (1.0, 4, 3)
     """
     size = check_cells(predicted=predicted)
@@ -83,7 +86,7 @@ def agreement(predicted: CellMetrics, observed: CellMetrics) -> Agreement:
     converged = ~(predicted.diverged | observed.diverged)
     shared = [name for name in known(predicted) if name in known(observed)]
     return Agreement(
-        metrics={name: _of_metric(name, predicted, observed) for name in shared},
+        metrics={name: _metric_agreement(name, predicted, observed) for name in shared},
         divergence_called_right=float(np.mean(predicted.diverged == observed.diverged)),
         n_cells=size,
         n_converged=int(np.sum(converged)),
@@ -98,27 +101,27 @@ def regret(
     Parameters
     ----------
     observed : CellMetrics
-        Of C cells.
+        C cells.
     chosen : int
         Index of the cell, as in ``Advice.index``.
     objective : str
-        A metric that ``observed`` has.
+        The name of a metric that ``observed`` has.
     slack : float
-        The best calibration error is sought among the cells with an accuracy of the best less this,
-        as in :func:`ntkdp.advisor.advise`.
+        The best calibration error is taken among the cells whose accuracy is within this of the
+        best, as in :func:`ntkdp.advisor.advise`.
 
     Returns
     -------
     float
         At least 0; infinite if the chosen cell's value is not finite; NaN if no cell converged, so
-        that there is no best. Where the chosen cell is itself not among those that the best is
-        sought in (it diverged, or is calibrated and inaccurate), but better than it, 0: so read the
-        regret of a calibration error beside that of the accuracy.
+        that there is no best. It is 0 if the chosen cell is better than the best but not allowed to
+        be it, because it diverged or is calibrated and inaccurate: read the regret of a calibration
+        error together with the regret of the accuracy.
 
     Raises
     ------
     TypeError, ValueError
-        An unknown objective or one that was not measured, an index out of range.
+        If the objective is unknown or was not measured, or the index is out of range.
 
     Examples
     --------
@@ -142,8 +145,8 @@ def regret(
     return float(max(0.0, badness[chosen] - np.min(badness[allowed])))
 
 
-def candidates(metrics: CellMetrics, objective: str, slack: Any, name: str) -> np.ndarray:
-    """Which cells ``(C,)`` may be chosen: those that converge and, to calibrate, are accurate."""
+def candidates(metrics: CellMetrics, objective: str, slack: ScalarLike, name: str) -> np.ndarray:
+    """Which cells ``(C,)`` may be chosen: they converge, and are accurate if calibration counts."""
     validate.choice(HIGHER_IS_BETTER, objective=objective)
     slack = float(validate.scalar(slack=validate.non_negative(slack=slack)))
     if objective not in known(metrics):
@@ -164,42 +167,43 @@ def known(metrics: CellMetrics) -> list[str]:
 
 
 def value_of(metrics: CellMetrics, name: str) -> np.ndarray:
-    """A metric in float64, ``(C,)``."""
+    """The values of a metric in float64, ``(C,)``."""
     return np.asarray(getattr(metrics, name), np.float64)
 
 
 def prefix_of(name: str) -> str:
-    """``"test_"`` for a metric of the test set."""
+    """``"test_"`` for a metric of the test set, else nothing."""
     return "test_" if name.startswith("test_") else ""
 
 
 def levels(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0 of finite values, the same for those that differ by rounding alone."""
+    """Ranks of finite values, from 0; values that differ by rounding alone share one."""
     order = np.argsort(values, kind="stable")
     ascending = values[order]
     rises = np.diff(ascending) > ROUNDING * np.abs(ascending[1:])
-    found = np.empty(values.shape, int)
-    found[order] = np.concatenate([[0], np.cumsum(rises)])[: len(values)]
-    return found
+    ranks = np.empty(values.shape, int)
+    ranks[order] = np.concatenate([[0], np.cumsum(rises)])[: len(values)]
+    return ranks
 
 
-def check_cells(**named: Any) -> int:
-    """The number of cells of CellMetrics, at least one."""
+def check_cells(**named: object) -> int:
+    """The number of cells of CellMetrics, checked to be at least one."""
     ((name, metrics),) = named.items()
     if not isinstance(metrics, CellMetrics):
         raise TypeError(f"{name} must be CellMetrics, got {type(metrics).__name__}")
     sizes = {part: np.shape(array) for part, array in metrics.items() if array is not None}
-    expected = sizes["diverged"]
-    if len(expected) != 1 or expected == (0,) or set(sizes.values()) != {expected}:
+    shape = np.shape(metrics.diverged)
+    if len(shape) != 1 or shape == (0,) or set(sizes.values()) != {shape}:
         raise ValueError(f"{name} must have arrays of one shape (C,), C >= 1, got {sizes}")
-    return expected[0]
+    return int(shape[0])
 
 
 def _badness(name: str, values: np.ndarray) -> np.ndarray:
+    """Values with the sign that makes the smallest the best."""
     return -values if HIGHER_IS_BETTER[name] else values
 
 
-def _of_metric(name: str, predicted: CellMetrics, observed: CellMetrics) -> MetricAgreement:
+def _metric_agreement(name: str, predicted: CellMetrics, observed: CellMetrics) -> MetricAgreement:
     sides = (predicted, observed)
     values = [value_of(side, name) for side in sides]
     kept = [~side.diverged & np.isfinite(value) for side, value in zip(sides, values, strict=True)]
@@ -215,10 +219,10 @@ def _of_metric(name: str, predicted: CellMetrics, observed: CellMetrics) -> Metr
 
 
 def _ranks(badness: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Ranks from the best cell on, not yet averaged over ties; what diverged is last."""
-    found = np.full(badness.shape, badness.size)
-    found[kept] = levels(badness[kept])
-    return found
+    """Ranks from the best cell on, not yet averaged over ties; diverged cells come last."""
+    ranks = np.full(badness.shape, badness.size)
+    ranks[kept] = levels(badness[kept])
+    return ranks
 
 
 def pareto_front(metrics: CellMetrics, *, test: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -227,20 +231,20 @@ def pareto_front(metrics: CellMetrics, *, test: bool = True) -> tuple[np.ndarray
     Parameters
     ----------
     metrics : CellMetrics
-        Of a classification.
+        Metrics of a classification.
     test : bool
-        On the test set.
+        Whether to use the metrics of the test set.
 
     Returns
     -------
     indices, values : array
-        ``(F,)`` and ``(F, 2)``, accuracy and ECE, of cells that do not diverge, both increasing
-        along the front; of cells with the same two values the first. F may be 0.
+        ``(F,)`` and ``(F, 2)``: cells that do not diverge, with accuracy and ECE, both increasing
+        along the front. Among cells with the same two values, the first is taken. F may be 0.
 
     Raises
     ------
     TypeError, ValueError
-        Metrics without accuracy or ECE.
+        If the metrics have no accuracy or no ECE.
 
     Examples
     --------

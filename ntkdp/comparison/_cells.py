@@ -1,6 +1,7 @@
-"""What the cells of a sweep end with: losses, accuracies and calibration, a cell an entry."""
+"""Losses, accuracies and calibration at the end of training, one entry for each cell of a sweep."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 from ntkdp import calibration, losses
 from ntkdp._backend.types import Array
 from ntkdp.losses import Logistic, Loss, Reduction, SoftmaxCrossEntropy
+
+#: A number of one cell, whether it diverged included.
+Number: TypeAlias = float | bool
 
 #: Names of what is measured, and whether more of it is better.
 HIGHER_IS_BETTER = {
@@ -22,21 +26,20 @@ HIGHER_IS_BETTER = {
     "test_ece": False,
     "test_mce": False,
 }
-
-
-#: A loss is above the initial one if it is so by more than this many roundings.
+_NAMES = ("loss", "accuracy", "ece", "mce")
+#: A loss is above the initial one if the difference is more than this many roundings.
 _ROUNDINGS = 16
 
 
 class CellMetrics(NamedTuple):
     """Means over seeds at the end of training, arrays ``(C,)``; a pytree.
 
-    ``ece`` and ``mce`` are of 15 bins of one width, for losses whose outputs mean probabilities;
+    ``ece`` and ``mce`` use 15 bins of equal width, for losses whose outputs mean probabilities.
     ``None`` stands for what does not apply, NaN for outputs that are not finite. ``diverged`` says
-    whether the training loss, of any seed, is not finite or above the initial one by more than
+    whether the training loss, for any seed, is not finite or above the initial one by more than
     rounding.
 
-    An example is that of :func:`predict`, whose grid holds them.
+    :func:`ntkdp.advisor.predict` has an example: its grid holds them.
     """
 
     loss: np.ndarray
@@ -49,7 +52,7 @@ class CellMetrics(NamedTuple):
     test_mce: np.ndarray | None
     diverged: np.ndarray
 
-    def cell(self, index: int) -> dict[str, Any]:
+    def cell(self, index: int) -> dict[str, Number | None]:
         """One cell's numbers by name."""
         values = {name: None if part is None else part[index] for name, part in self.items()}
         return {name: None if value is None else value.item() for name, value in values.items()}
@@ -59,22 +62,19 @@ class CellMetrics(NamedTuple):
         return list(self._asdict().items())
 
     @classmethod
-    def of_cells(cls, cells: list[dict[str, Any]]) -> "CellMetrics":
-        """From the numbers of each cell, as :meth:`cell` gives them."""
-        columns: dict[str, Any] = {}
-        for name in cls._fields:
-            values = [cell[name] for cell in cells]
-            columns[name] = None if None in values else np.asarray(values)
-        return cls(**columns)
+    def of_cells(cls, cells: Sequence[Mapping[str, Number | None]]) -> "CellMetrics":
+        """Metrics from the numbers of each cell, as :meth:`cell` gives them."""
+        columns = ([cell[name] for cell in cells] for name in cls._fields)
+        return cls._make(None if None in column else np.asarray(column) for column in columns)
 
 
-def check_cell(metrics: Any, like: dict[str, Any]) -> None:
+def check_cell(metrics: object, like: Mapping[str, Number | None]) -> None:
     """Raise unless these are the numbers of a cell, as :meth:`CellMetrics.cell` gives them.
 
     Raises
     ------
     ValueError
-        If a name is missing or new, or what is a number in one of them is none in the other.
+        If a name is missing or new, or a value has another type than in ``like``.
     """
     if not isinstance(metrics, dict) or set(metrics) != set(like):
         raise ValueError("the metrics of a cell have other names")
@@ -91,42 +91,43 @@ def measure(
     test: tuple[Array, Array] | None,
 ) -> CellMetrics:
     """Metrics of final outputs ``(C, S, n, K)``, with their targets, averaged over seeds."""
-    of_train = _measure(loss, reduction, *train)
-    of_test = None if test is None else _measure(loss, reduction, *test)
-    found: dict[str, Any] = {}
-    for prefix, parts in (("", of_train), ("test_", of_test)):
-        for name in ("loss", "accuracy", "ece", "mce"):
-            part = None if parts is None else parts[name]
-            found[prefix + name] = None if part is None else np.asarray(jnp.mean(part, axis=1))
-    final = np.asarray(of_train["loss"])
+    on_train = _measure(loss, reduction, *train)
+    on_test = dict.fromkeys(_NAMES) if test is None else _measure(loss, reduction, *test)
+    means: dict[str, Any] = {name: _mean_over_seeds(on_train[name]) for name in _NAMES}
+    means |= {f"test_{name}": _mean_over_seeds(on_test[name]) for name in _NAMES}
+    final = np.asarray(on_train["loss"])
     rounding = _ROUNDINGS * np.finfo(final.dtype).eps * abs(initial_loss)
-    found["diverged"] = ~np.all(np.isfinite(final) & (final <= initial_loss + rounding), axis=1)
-    return CellMetrics(**found)
+    converged = np.isfinite(final) & (final <= initial_loss + rounding)
+    return CellMetrics(**means, diverged=~np.all(converged, axis=1))
+
+
+def _mean_over_seeds(values: Array | None) -> np.ndarray | None:
+    return None if values is None else np.asarray(jnp.mean(values, axis=1))
 
 
 @eqx.filter_jit
 def _measure(
     loss: Loss, reduction: Reduction, outputs: Array, targets: Array
 ) -> dict[str, Array | None]:
-    def one(f: Array) -> dict[str, Array | None]:
+    def one_run(f: Array) -> dict[str, Array | None]:
         finite = jnp.all(jnp.isfinite(f))
         reduced, accuracy = losses.mean_or_sum(loss, f, targets, reduction)
-        found = {"loss": reduced, "accuracy": accuracy, "ece": None, "mce": None}
+        measured = {"loss": reduced, "accuracy": accuracy, "ece": None, "mce": None}
         probs = probabilities(loss, f)
         labels = labels_of(targets, f.shape[1])
         if probs is not None and labels is not None:
-            found["ece"] = calibration.expected_calibration_error(probs, labels)
-            found["mce"] = calibration.maximum_calibration_error(probs, labels)
+            measured["ece"] = calibration.expected_calibration_error(probs, labels)
+            measured["mce"] = calibration.maximum_calibration_error(probs, labels)
         return {
             name: None if value is None else jnp.where(finite, value, jnp.nan)
-            for name, value in found.items()
+            for name, value in measured.items()
         }
 
-    return jax.vmap(jax.vmap(one))(outputs)
+    return jax.vmap(jax.vmap(one_run))(outputs)
 
 
 def probabilities(loss: Loss, outputs: Array) -> Array | None:
-    """Probabilities ``(n, K)`` or ``(n,)`` that outputs mean, None if they mean none."""
+    """Probabilities ``(n, K)`` or ``(n,)`` that outputs stand for; None if they stand for none."""
     if isinstance(loss, SoftmaxCrossEntropy):
         return jax.nn.softmax(outputs)
     if isinstance(loss, Logistic):
@@ -135,7 +136,7 @@ def probabilities(loss: Loss, outputs: Array) -> Array | None:
 
 
 def labels_of(targets: Array, n_outputs: int) -> Array | None:
-    """Classes ``(n,)`` of targets that are labels, one-hot rows or zeros and ones."""
+    """Classes ``(n,)`` of targets: labels, one-hot rows, or zeros and ones."""
     if targets.ndim == 2 and targets.shape[1] == n_outputs > 1:
         return jnp.argmax(targets, axis=1)
     return targets.reshape(targets.shape[0]).astype(int)

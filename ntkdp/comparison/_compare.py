@@ -9,6 +9,7 @@ import numpy as np
 
 from ntkdp import _setup
 from ntkdp._backend import validate
+from ntkdp._backend.types import Array
 from ntkdp.comparison._comparison import QUANTITIES, SHARES, Comparison, Errors, range_of
 from ntkdp.trajectory import Trajectory, mean_over_seeds
 
@@ -27,8 +28,8 @@ def compare(
     .. math::
         \sup_{t > 0} |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t),
 
-    and its like for outputs, accuracies, clip fractions and the test set where both have them. With
-    it comes the error as a share of the fall, which a short run cannot flatter,
+    and likewise for outputs, accuracies, clip fractions and the test set if both recorded them. The
+    error is also given as a share of the fall of the loss, which a short run cannot flatter,
 
     .. math::
         \sup_{t > 0} |L_{pred}(t) - L_{obs}(t)| \,/\, \sup_{t > 0} |L_{obs}(t) - L_{obs}(0)|.
@@ -36,21 +37,22 @@ def compare(
     Parameters
     ----------
     prediction : Trajectory
-        Of :func:`ntkdp.solve` or :func:`ntkdp.recursion`, or a whole ensemble, of
+        From :func:`ntkdp.solve` or :func:`ntkdp.recursion`, or a whole ensemble from
         :func:`ntkdp.stochastic_flow.ensemble`.
     run : Trajectory
-        Of :func:`ntkdp.dp_sgd.run`. Of a leading seed axis, on either side, the mean is compared;
-        of an ensemble also the distribution, see ``band_coverage``, ``crps`` and ``skill``.
+        From :func:`ntkdp.dp_sgd.run`. If either side has a leading seed axis, its mean is compared;
+        the distribution of an ensemble is compared too, see ``band_coverage``, ``crps`` and
+        ``skill``.
     allow : str or sequence of str
-        What the two may differ in on purpose: ``"clipping"``, ``"loss"``, ``"reduction"``,
-        ``"learning_rate"``, ``"noise_multiplier"``, ``"sample_rate"``, ``"optimizer"``, ``"time"``
-        or ``"phases"``. It is named in ``differences`` and in the table.
+        Settings in which the two may differ on purpose: ``"clipping"``, ``"loss"``,
+        ``"reduction"``, ``"learning_rate"``, ``"noise_multiplier"``, ``"sample_rate"``,
+        ``"optimizer"``, ``"time"`` or ``"phases"``. ``differences`` and the table name them.
 
     Returns
     -------
     Comparison
         Times are t = learning_rate * step (the running sum of the learning rate). A time is shared
-        if the two agree to rounding; nothing is interpolated. The start, the earlier of the times
+        if the two agree to rounding; nothing is interpolated. The start, which is the earlier time
         of the two initial states, is given and not predicted, so it has no error.
 
     Raises
@@ -58,19 +60,20 @@ def compare(
     TypeError
         If an argument is not a Trajectory.
     ValueError
-        If the two share no time after the start, or their outputs differ in shape; if they are
-        known to be of different training, naming what differs, unless ``allow`` holds it.
+        If the two share no time after the start, if their outputs differ in shape, or if their
+        trainings are known to differ in a setting that ``allow`` does not name.
 
     Notes
     -----
-    Trajectories know what training they are of (``setup``). A flow is of every small learning rate;
-    flows and recursions may be compared with noisy runs and with sampling, which they leave out by
-    their nature: ``neglected`` and the table say so. A flow with a preconditioned kernel may be
-    compared with any optimizer, one with inertia with momentum. An optimizer of your own is known
-    by its name alone. Of what was made elsewhere nothing is known, and it is taken as it is.
+    Trajectories know the settings of their training (``setup``). A flow stands for every small
+    learning rate. Flows and recursions may be compared with noisy runs and with sampling, which
+    they leave out by nature: ``neglected`` and the table say so. A flow with a preconditioned
+    kernel may be compared with any optimizer, a flow with inertia with momentum. An optimizer of
+    your own is known by its name alone. A trajectory made elsewhere has no known settings, and is
+    compared without this check.
 
-    Where either side is not finite the error is infinite: a prediction that failed or a run that
-    diverged never looks close. Where the run's value is zero the error is zero if the prediction's
+    Where either side is not finite, the error is infinite: a prediction that failed or a run that
+    diverged never looks close. Where the run's value is zero, the error is zero if the prediction's
     is too, and infinite otherwise.
 
     Examples
@@ -89,24 +92,24 @@ def compare(
     for name, given in (("prediction", prediction), ("run", run)):
         if not isinstance(given, Trajectory):
             raise TypeError(
-                f"{name} must be a Trajectory, of solve, recursion or dp_sgd.run, "
+                f"{name} must be a Trajectory, as solve, recursion or dp_sgd.run give, "
                 f"got {type(given).__name__}"
             )
         _check_shape(name, given)
     differences = _setup.differences(prediction.setup, run.setup)
     _check_allowed(differences, allow)
-    of_prediction, of_run = _shared_times(prediction.times, run.times)
+    predicted_at, observed_at = _shared_times(prediction.times, run.times)
     run_times = np.asarray(run.times, np.float64)
     start = min(_start(prediction), _start(run))
-    after_start = run_times[of_run] > start
+    after_start = run_times[observed_at] > start
     if not np.any(after_start):
         raise ValueError(
             f"prediction and run share no time after the start: prediction has "
             f"{range_of(prediction.times)}, run has {range_of(run.times)}; predict at the times of "
             "the run, solve(flow, initial, run.times)"
         )
-    predicted, observed = _at(prediction, of_prediction), _at(run, of_run)
-    times = run_times[of_run][after_start]
+    predicted, observed = _at(prediction, predicted_at), _at(run, observed_at)
+    times = run_times[observed_at][after_start]
 
     errors: dict[str, Errors] = {}
     per_output: dict[str, np.ndarray | None] = dict.fromkeys(_OUTPUTS)
@@ -152,12 +155,12 @@ def _check_allowed(differences: dict[str, str], allow: str | Iterable[str]) -> N
     allowed = [allow] if isinstance(allow, str) else list(allow)
     for name in allowed:
         validate.choice(_setup.DIFFERENCES, allow=name)
-    unmeant = [name for name in differences if name not in allowed]
-    if unmeant:
-        shown = "; ".join(f"{name}: {differences[name]}" for name in unmeant)
+    refused = [name for name in differences if name not in allowed]
+    if refused:
+        shown = "; ".join(f"{name}: {differences[name]}" for name in refused)
         raise ValueError(
-            f"prediction and run are not of the same training: {shown}. If this is meant, pass "
-            f"allow={tuple({*allowed, *unmeant})!r}"
+            f"prediction and run are not of the same training: {shown}. If this is intended, pass "
+            f"allow={tuple({*allowed, *refused})!r}"
         )
 
 
@@ -167,7 +170,7 @@ def _start(trajectory: Trajectory) -> float:
 
 
 def _at_start(name: str, sides: tuple[Trajectory, ...], start: float) -> float | None:
-    """A loss at the start, of the first side that recorded it."""
+    """A loss at the start, from the first side that recorded it."""
     for side in sides:
         if float(side.times[0]) == start:
             values = mean_over_seeds(side, name)
@@ -177,7 +180,7 @@ def _at_start(name: str, sides: tuple[Trajectory, ...], start: float) -> float |
 
 
 def _of_fall(p: np.ndarray, o: np.ndarray, initial: float | None) -> float | None:
-    """Largest difference over the most that ``o`` has moved from ``initial``."""
+    """Largest difference, divided by the most that ``o`` has moved from ``initial``."""
     if initial is None:
         return None
     difference = float(np.max(_distance(p, o)))
@@ -197,18 +200,19 @@ def _check_shape(name: str, trajectory: Trajectory) -> None:
         )
 
 
-def _shared_times(times1: Any, times2: Any) -> tuple[np.ndarray, np.ndarray]:
+def _shared_times(times1: Array, times2: Array) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the times that are each other's nearest and the same to rounding."""
     rounding = max(_rounding(times1), _rounding(times2))
     t1, t2 = np.asarray(times1, np.float64), np.asarray(times2, np.float64)
-    of_2 = _nearest(t1, t2)
-    mutual = _nearest(t2, t1)[of_2] == np.arange(len(t1))
-    scale = np.maximum(np.abs(t1), np.abs(t2[of_2]))
-    shared = mutual & (np.abs(t1 - t2[of_2]) <= _TIME_ROUNDINGS * rounding * scale)
-    return np.flatnonzero(shared), of_2[shared]
+    nearest = _nearest(t1, t2)
+    mutual = _nearest(t2, t1)[nearest] == np.arange(len(t1))
+    scale = np.maximum(np.abs(t1), np.abs(t2[nearest]))
+    shared = mutual & (np.abs(t1 - t2[nearest]) <= _TIME_ROUNDINGS * rounding * scale)
+    return np.flatnonzero(shared), nearest[shared]
 
 
-def _rounding(times: Any) -> float:
+def _rounding(times: Array) -> float:
+    """Relative rounding error of times; those of whole numbers have none."""
     dtype = jnp.asarray(times).dtype
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
 

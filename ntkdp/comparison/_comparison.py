@@ -1,10 +1,11 @@
-"""A prediction next to a run: what the two are at shared times, and how far apart."""
+"""A prediction next to a run, at the times that both recorded, and how far apart they are."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 
+from ntkdp._backend.types import Array
 from ntkdp.comparison import _scores
 from ntkdp.comparison._scores import Coverage
 from ntkdp.trajectory import Band, Trajectory, band, last_value
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-#: What is compared, in this order.
+#: The quantities that are compared, in this order.
 QUANTITIES = (
     "loss",
     "accuracy",
@@ -23,7 +24,8 @@ QUANTITIES = (
     "test_accuracy",
     "test_outputs",
 )
-#: Compared by the difference, for these are shares already; everything else relative to the run.
+#: Quantities compared by their difference, for they are shares already; all others are compared
+#: relative to the run.
 SHARES = ("accuracy", "clip_fraction", "test_accuracy")
 
 
@@ -31,9 +33,9 @@ class Errors(NamedTuple):
     """Errors of one quantity, see :func:`compare`; infinite where a value is not finite.
 
     ``over_time`` is ``(T,)``, ``sup`` its largest entry, first reached at ``time_of_sup``, and
-    ``mean`` its mean. ``of_fall`` is for losses alone: the largest difference as a share of the
-    fall, which is the most that the run's loss has moved from its start; None where neither side
-    recorded the start.
+    ``mean`` its mean. ``of_fall`` exists for losses alone: it is the largest difference as a share
+    of the fall, which is the most that the run's loss has moved from its start; None if neither
+    side recorded the start.
     """
 
     over_time: np.ndarray
@@ -64,9 +66,9 @@ class Comparison:
     coverage : float
         Share of the run's recorded times after the start that were compared.
     differences : dict
-        What the two are known to differ in, as allowed, in words.
+        The settings in which the two are known to differ, as allowed, with the difference in words.
     neglected : tuple
-        What the run has and the prediction leaves out by its nature: ``"noise"``, ``"sampling"``.
+        Parts of the run that the prediction leaves out by nature: ``"noise"``, ``"sampling"``.
 
     Examples
     --------
@@ -103,11 +105,11 @@ class Comparison:
 
     @property
     def error_of_fall(self) -> float | None:
-        """Largest difference of the training losses, as a share of the fall of the run's.
+        """Largest difference of the training losses, as a share of the fall of the run's loss.
 
         Over a short run the loss hardly moves, so that any prediction has a small relative error;
-        one that does not move at all has a share of 1. The fall is the most that the run's loss
-        has moved from its start, at ``times``. None where neither side recorded the start.
+        but a prediction that does not move at all has a share of 1. The fall is the most that the
+        run's loss has moved from its start, at ``times``. None if neither side recorded the start.
         """
         return self.errors["loss"].of_fall
 
@@ -118,7 +120,7 @@ class Comparison:
 
     @property
     def time_of_sup(self) -> float:
-        """When the relative error of the training loss first is at its largest."""
+        """The first time at which the relative error of the training loss is largest."""
         return self.errors["loss"].time_of_sup
 
     @property
@@ -143,7 +145,7 @@ class Comparison:
 
     @property
     def test_error_of_fall(self) -> float | None:
-        """Largest difference of the test losses, as a share of the fall of the run's."""
+        """Largest difference of the test losses, as a share of the fall of the run's test loss."""
         return self.errors["test_loss"].of_fall if "test_loss" in self.errors else None
 
     @property
@@ -177,8 +179,8 @@ class Comparison:
     def band_coverage(self) -> Coverage | None:
         """How often runs are inside the predicted 90% band, at each of ``times``.
 
-        By :func:`ntkdp.comparison.band_coverage`, which takes other levels. Not ``coverage``, which
-        counts times. None if the prediction is no ensemble.
+        By :func:`ntkdp.comparison.band_coverage`, which takes other levels. It is not ``coverage``,
+        which counts times. None if the prediction is no ensemble.
         """
         return _scores.band_coverage(*self._losses) if self._is_ensemble else None
 
@@ -199,8 +201,8 @@ class Comparison:
     def standardised_error(self) -> np.ndarray | None:
         """Error of the predicted mean in standard errors, ``(T,)``.
 
-        By :func:`ntkdp.comparison.standardised_error`. None for one run, or an ensemble of one,
-        whose mean has an unknown error.
+        By :func:`ntkdp.comparison.standardised_error`. None for one run, or an ensemble of one: the
+        error of its mean is not known.
         """
         predicted, observed = self._losses
         if np.shape(observed)[:-1] in ((), (1,)) or np.shape(predicted)[:-1] == (1,):
@@ -208,13 +210,13 @@ class Comparison:
         return _scores.standardised_error(predicted, observed)
 
     def skill(self, reference: "Comparison | None" = None) -> float:
-        """Share by which ``mean_crps`` is below that of a reference.
+        """Share by which ``mean_crps`` is below the ``mean_crps`` of a reference.
 
         Parameters
         ----------
         reference : Comparison, optional
-            Of another prediction with the same run at the same times. By default the prediction's
-            own mean, as a forecast without spread.
+            The comparison of another prediction with the same run at the same times. By default
+            the prediction's own mean, as a forecast without spread.
 
         Returns
         -------
@@ -227,7 +229,7 @@ class Comparison:
         TypeError
             If the reference is no Comparison.
         ValueError
-            If it is of another run, or other times.
+            If the reference is about another run, or other times.
 
         Examples
         --------
@@ -244,7 +246,7 @@ class Comparison:
             mean = np.mean(predicted, axis=0) if predicted.ndim == 2 else predicted
             other = float(np.mean(_scores.crps(mean, observed)))
         else:
-            other = _mean_crps_beside(self, reference)
+            other = _mean_crps_of(reference, self)
         own = self.mean_crps
         if not np.isfinite(own):
             return -np.inf
@@ -258,7 +260,7 @@ class Comparison:
 
     @property
     def _losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training losses of either side at ``times``, which leave a shared start out."""
+        """Training losses of either side at ``times``, without a shared start."""
         n_times = len(self.times)
         sides = (self.predicted, self.observed)
         predicted, observed = (np.asarray(side.loss, np.float64)[..., -n_times:] for side in sides)
@@ -311,8 +313,8 @@ class Comparison:
         return _curves.loss_curves(self.predicted, self.observed, ax=ax)
 
 
-def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
-    """That of the reference, if it can be compared."""
+def _mean_crps_of(reference: object, comparison: Comparison) -> float:
+    """The mean CRPS of a reference, which must be about the same run at the same times."""
     if not isinstance(reference, Comparison):
         raise TypeError(f"reference must be a Comparison, got {type(reference).__name__}")
     times, run = comparison.times, comparison._losses[1]
@@ -327,6 +329,6 @@ def _mean_crps_beside(comparison: Comparison, reference: Any) -> float:
     return reference.mean_crps
 
 
-def range_of(times: Any) -> str:
+def range_of(times: Array | np.ndarray) -> str:
     """How many times there are, and between which."""
     return f"{len(times)} in [{float(times[0]):g}, {float(times[-1]):g}]"

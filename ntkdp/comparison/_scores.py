@@ -1,10 +1,11 @@
 """Runs against an ensemble of predicted runs: bands, coverage, CRPS and standardised errors."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ArrayLike
 from ntkdp.trajectory import band
 
 #: Probabilities that agree to this are the same, as in ``scipy.stats.binomtest``.
@@ -12,11 +13,11 @@ _SAME_PROBABILITY = 1 + 1e-7
 
 
 class Coverage(NamedTuple):
-    """How often runs are inside a band, beside how often they would be if it were right.
+    """How often runs are inside a band, and how often they would be if it were right.
 
-    ``level`` is the share expected, exact for the number of predicted runs; ``share`` ``(T,)`` is
-    that of the ``n_runs`` observed; ``p_value`` ``(T,)`` is two-sided, NaN where the predicted runs
-    coincide.
+    ``level`` is the expected share, exact for the number of predicted runs; ``share`` ``(T,)`` is
+    the share of the ``n_runs`` observed runs; ``p_value`` ``(T,)`` is two-sided, NaN where the
+    predicted runs coincide.
 
     Made by :func:`ntkdp.comparison.band_coverage`.
     """
@@ -27,7 +28,7 @@ class Coverage(NamedTuple):
     p_value: np.ndarray
 
 
-def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage:
+def band_coverage(predicted: ArrayLike, observed: ArrayLike, level: float = 0.9) -> Coverage:
     r"""Share of observed runs inside the band of a predicted ensemble, and whether it is right.
 
     The band at each time is between the j-th smallest and the j-th largest of the S predicted
@@ -37,7 +38,7 @@ def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage
     .. math:: \frac{S + 1 - 2j}{S + 1}, \qquad
         \text{the number inside, of } n \text{ runs, is}\quad \mathrm{BetaBinomial}(n, S+1-2j, 2j),
 
-    whatever that law is: wider than a binomial, as the band itself is random.
+    whatever that law is. It is wider than a binomial because the band itself is random.
 
     Parameters
     ----------
@@ -52,13 +53,14 @@ def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage
     Returns
     -------
     Coverage
-        The exact level, shares and p-values: of every time alone, the times of a run being
-        dependent. A value on the edge is inside; one that is not finite is outside.
+        The exact level, shares and p-values. Each p-value is about one time alone, since the times
+        of a run depend on each other. A value on the edge is inside; one that is not finite is
+        outside.
 
     Raises
     ------
     ValueError
-        Shapes that do not fit, a level outside (0, 1).
+        If shapes do not fit, or the level is outside (0, 1).
 
     Notes
     -----
@@ -71,8 +73,8 @@ def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage
     >>> import numpy as np
     >>> from ntkdp.comparison import band_coverage
     >>> predicted = np.arange(1.0, 20.0)[:, None]  # 1 to 19
-    >>> found = band_coverage(predicted, np.array([[0.0], [5.0], [10.0], [30.0]]))
-    >>> found.level, found.share.tolist(), found.n_runs
+    >>> covered = band_coverage(predicted, np.array([[0.0], [5.0], [10.0], [30.0]]))
+    >>> covered.level, covered.share.tolist(), covered.n_runs
     (0.9, [0.5], 4)
     """
     from scipy.stats import betabinom
@@ -99,15 +101,15 @@ def band_coverage(predicted: Any, observed: Any, level: float = 0.9) -> Coverage
     )
 
 
-def crps(predicted: Any, observed: Any) -> np.ndarray:
-    r"""Continuous ranked probability score of a predicted ensemble, mean over observed runs.
+def crps(predicted: ArrayLike, observed: ArrayLike) -> np.ndarray:
+    r"""Continuous ranked probability score of a predicted ensemble, averaged over observed runs.
 
     For S predicted values x and an observed one y, the unbiased ("fair") form
 
     .. math:: \frac{1}{S} \sum_i |x_i - y| - \frac{1}{2 S (S - 1)} \sum_{i, j} |x_i - x_j|,
 
-    whose mean over ensembles is :math:`\int (F(x) - 1\{x \ge y\})^2 dx`, F the law that they are
-    drawn from, whatever S is. For a single prediction it is the absolute error.
+    whose mean over ensembles is :math:`\int (F(x) - 1\{x \ge y\})^2 dx`, where F is the law that
+    they are drawn from, whatever S is. For a single prediction it is the absolute error.
 
     Parameters
     ----------
@@ -120,7 +122,7 @@ def crps(predicted: Any, observed: Any) -> np.ndarray:
     -------
     array
         ``(T,)``, in the unit of the values; smaller is better. Infinite where a value is not
-        finite. A good ensemble of few runs can be below zero by chance.
+        finite. The score of a good ensemble of few runs can be below zero by chance.
 
     Raises
     ------
@@ -145,19 +147,19 @@ def crps(predicted: Any, observed: Any) -> np.ndarray:
     finite = np.all(np.isfinite(predicted), axis=0) & np.all(np.isfinite(observed), axis=0)
     ordered = np.sort(np.where(finite, predicted, 0.0), axis=0)
     observed = np.where(finite, observed, 0.0)
-    with np.errstate(over="ignore", invalid="ignore"):  # of runs about to diverge
-        # A run at a time: all pairs of runs at once could fill the memory.
+    with np.errstate(over="ignore", invalid="ignore"):  # runs about to diverge
+        # One run at a time: all pairs of runs at once could fill the memory.
         distance = np.mean([np.mean(np.abs(ordered - run), axis=0) for run in observed], axis=0)
         if n_predicted > 1:
-            # Each gap between neighbours lies between so many pairs.
+            # The number of pairs between which each gap lies.
             pairs = np.arange(1, n_predicted) * np.arange(n_predicted - 1, 0, -1)
             gaps = np.diff(ordered, axis=0)
             distance = distance - pairs @ gaps / (n_predicted * (n_predicted - 1))
     return np.where(finite & np.isfinite(distance), distance, np.inf)
 
 
-def standardised_error(predicted: Any, observed: Any) -> np.ndarray:
-    r"""Difference of the means over its standard error.
+def standardised_error(predicted: ArrayLike, observed: ArrayLike) -> np.ndarray:
+    r"""Difference of the means, divided by its standard error.
 
     .. math:: z = \frac{\bar x_{pred} - \bar x_{obs}}{\sqrt{se_{pred}^2 + se_{obs}^2}},
 
@@ -166,15 +168,15 @@ def standardised_error(predicted: Any, observed: Any) -> np.ndarray:
     Parameters
     ----------
     predicted : array
-        ``(S, T)``, S at least 2, or ``(T,)``: a prediction of the mean, taken as exact.
+        ``(S, T)``, S at least 2, or ``(T,)`` for a prediction of the mean, taken as exact.
     observed : array
         ``(n, T)``, n at least 2.
 
     Returns
     -------
     array
-        ``(T,)``; zero where the means agree, infinite where they differ but nothing spreads, or
-        where a value is not finite.
+        ``(T,)``; zero where the means agree, infinite where they differ without any spread or where
+        a value is not finite.
 
     Raises
     ------
@@ -193,16 +195,16 @@ def standardised_error(predicted: Any, observed: Any) -> np.ndarray:
     for name, values in (("predicted", predicted), ("observed", observed)):
         if len(values) < 2 and not (is_given and name == "predicted"):
             raise ValueError(f"{name} must hold at least 2 runs, got shape {values.shape}")
-    of_prediction, of_run = band(predicted), band(observed)
-    own_error = np.zeros_like(of_run.mean) if is_given else of_prediction.standard_error
+    prediction, run = band(predicted), band(observed)
+    own_error = np.zeros_like(run.mean) if is_given else prediction.standard_error
     with np.errstate(invalid="ignore", divide="ignore"):
-        difference = of_prediction.mean - of_run.mean
-        ratio = difference / np.hypot(own_error, of_run.standard_error)
+        difference = prediction.mean - run.mean
+        ratio = difference / np.hypot(own_error, run.standard_error)
     return np.where(difference == 0, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
 
 
-def _matched(predicted: Any, observed: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as ``(runs, T)``, in float64."""
+def _matched(predicted: ArrayLike, observed: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides as ``(runs, T)``, in float64."""
     pair = [
         np.asarray(values, np.float64)
         for values in (validate.real(predicted=predicted), validate.real(observed=observed))

@@ -9,7 +9,7 @@ from ntkdp.comparison._comparison import SHARES
 from ntkdp.trajectory import last_value
 
 if TYPE_CHECKING:
-    from ntkdp.comparison._compare import Comparison
+    from ntkdp.comparison._comparison import Comparison
 
 _TITLES = {
     "loss": "training loss",
@@ -23,7 +23,7 @@ _TITLES = {
 
 
 def table(comparison: "Comparison") -> Table:
-    """A row for each quantity, then those of a predicted distribution."""
+    """A row for each quantity, then rows about the predicted distribution."""
     times = comparison.times
     shown = f"{len(times)} times, t = {times[0]:.4g} to {times[-1]:.4g}"
     caption = [] if comparison.message == "success" else [comparison.message]

@@ -1,7 +1,6 @@
-"""Curves over time: the run with its band, and the predictions with theirs upon it."""
+"""Curves over time: the run with its band, and on top of it the predictions with theirs."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,19 +10,21 @@ from matplotlib.lines import Line2D
 from ntkdp._results import figure_style
 from ntkdp.trajectory import Trajectory, band
 
+#: Label of the time axis.
 TIME = r"time $t$ = learning rate × step"
+#: Quantiles over seeds between which a band is shaded.
 _BAND_LEVELS = (0.05, 0.95)
 _BAND_TITLE = "{:g} to {:g}%".format(*(100 * level for level in _BAND_LEVELS))
 
 
-def check_trajectory(name: str, value: Any) -> None:
-    """Raise if it is none."""
+def check_trajectory(name: str, value: object) -> None:
+    """Raise unless it is a trajectory."""
     if not isinstance(value, Trajectory):
         raise TypeError(f"{name} must be a Trajectory, got {type(value).__name__}")
 
 
 def recorded(trajectory: Trajectory, name: str, who: str) -> np.ndarray:
-    """A quantity that must have been recorded."""
+    """A quantity of a trajectory, which must have recorded it."""
     value = getattr(trajectory, name)
     if value is None:
         way_out = "; pass test data where it is made" if name.startswith("test") else ""
@@ -38,7 +39,7 @@ def draw(
     run: Trajectory | None,
     names: list[str] | None = None,
 ) -> dict[str, Line2D]:
-    """Draw the run, then the predictions upon it, with the styles of their places in ``names``."""
+    """Draw the run, then the predictions on it, in the styles of their places in ``names``."""
     ax.set_xlabel(TIME)
     if run is not None:
         check_trajectory("run", run)
@@ -62,7 +63,7 @@ def draw(
 
 
 def _over_seeds(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """Mean and quantiles of several seeds; one run as it is."""
+    """Mean and quantiles over several seeds; one run as it is."""
     if values.ndim == 1:
         return values, None
     spread = band(values, _BAND_LEVELS)
@@ -87,17 +88,17 @@ def loss_curves(
     Parameters
     ----------
     predictions : Trajectory or mapping of str to Trajectory
-        One, or several with the names that the legend shows. With a seed axis: the mean, in a band
-        from the 5% to the 95% quantile.
+        One, or several with the names that the legend shows. A trajectory with a seed axis is
+        drawn as its mean, in a band from the 5% to the 95% quantile.
     run : Trajectory, optional
-        The same, in grey.
+        Drawn in grey.
     test : bool
         The loss on the test set.
     log : bool
-        Logarithmic axis for the loss. A prediction that leaves the run by more than a factor of ten
-        leaves the picture.
+        Logarithmic axis for the loss. A prediction that is off by more than a factor of ten leaves
+        the picture.
     ax : Axes, optional
-        Where to draw; by default on a new figure, ``.figure`` of what is returned.
+        Where to draw; by default on a new figure, the ``.figure`` of the returned axes.
 
     Returns
     -------
@@ -106,9 +107,9 @@ def loss_curves(
     Raises
     ------
     TypeError
-        If an argument is not a Trajectory, or mapping of them.
+        If an argument is not a Trajectory, or a mapping of them.
     ValueError
-        If a trajectory lacks what is to be drawn, or there is no prediction.
+        If a trajectory did not record the loss, or there is no prediction.
 
     Examples
     --------
@@ -171,7 +172,8 @@ def clip_fraction(
     return _share_curves("clip_fraction", "clip fraction", predictions, run, ax)
 
 
-def named_predictions(predictions: Any) -> dict[str, Trajectory]:
+def named_predictions(predictions: object) -> dict[str, Trajectory]:
+    """Predictions by name; one alone is called "predicted"."""
     if isinstance(predictions, Trajectory):
         return {"predicted": predictions}
     if not isinstance(predictions, Mapping):

@@ -1,9 +1,9 @@
 r"""Pictures of predictions and runs in one look, readable in print and without colour vision.
 
-The run is a thick grey line; predictions lie on it in thin lines that differ in colour (Okabe and
-Ito's palette), dashes and markers. Bands of several seeds are shaded, those of predictions between
-thin lines of the prediction's own colour and dashes. Times are in units of learning rate times
-steps. Functions draw on the Axes that they are given, or on a new figure; neither pyplot nor
+The run is a thick grey line. Predictions lie on it as thin lines that differ in colour (Okabe and
+Ito's palette), dashes and markers. Bands of several seeds are shaded; the bands of predictions lie
+between thin lines in the prediction's own colour and dashes. Times are in units of learning rate
+times steps. Functions draw on the Axes that they are given, or on a new figure; neither pyplot nor
 ``rcParams`` is touched.
 """
 

@@ -1,29 +1,29 @@
-"""The picture of certificates of decay: the clipping norm of a run against the safe one."""
-
-from typing import Any
+"""The picture of certificates of decay: the clipping norm of a run next to the safe one."""
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ntkdp._curves import TIME
 from ntkdp._results import figure_style
 from ntkdp.certificates import Certificates
 
+#: Inches.
 _SIZE = (5.2, 5.0)
-_TIME = r"time $t$ = learning rate × step"
 #: A pale tint of the palette's green, light in grey too.
 _SHADE = "#CDEBE1"
 
 
 def certificate(certificates: Certificates, *, title: str | None = None) -> Figure:
-    """The loss over the clipping norm and the safe one, shaded where decay was certified.
+    """The loss, and below it the clipping norm and the safe one, shaded where decay was certified.
 
     Parameters
     ----------
     certificates : Certificates
-        Of one run, by :func:`ntkdp.certificates.certify`.
+        The certificates of one run, from :func:`ntkdp.certificates.certify`.
     title : str, optional
         Above both panels.
 
@@ -31,15 +31,15 @@ def certificate(certificates: Certificates, *, title: str | None = None) -> Figu
     -------
     Figure
         The interval between two recorded times is shaded if both states are certified. A safe norm
-        of zero (every R is safe) runs along the bottom, an infinite one (no R is) along the top;
-        the legend says so.
+        of zero (every R is safe) runs along the bottom, an infinite one (no R is safe) along the
+        top; the legend says so.
 
     Raises
     ------
     TypeError
-        If it is not a Certificates.
+        If the argument is not a Certificates.
     ValueError
-        Several seeds, or fewer than two recorded times.
+        If there are several seeds, or fewer than two recorded times.
 
     Examples
     --------
@@ -47,8 +47,8 @@ def certificate(certificates: Certificates, *, title: str | None = None) -> Figu
     >>> y, loss, rule = jnp.zeros(2), ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
     >>> flow = ntkdp.KernelFlow(jnp.eye(2), y, loss, rule)
     >>> path = ntkdp.solve(flow, jnp.ones((2, 1)), [0.0, 1.0], outputs=True)
-    >>> found = ntkdp.certificates.certify(jnp.eye(2), path, y, loss, rule)
-    >>> [ax.get_ylabel() for ax in ntkdp.plotting.certificate(found).axes]
+    >>> certified = ntkdp.certificates.certify(jnp.eye(2), path, y, loss, rule)
+    >>> [ax.get_ylabel() for ax in ntkdp.plotting.certificate(certified).axes]
     ['training loss', 'clipping norm']
     """
     _check(certificates)
@@ -64,7 +64,7 @@ def certificate(certificates: Certificates, *, title: str | None = None) -> Figu
         above.set_ylabel("training loss")
         handles = _norms(below, certificates, times)
         below.set_ylabel("clipping norm")
-        below.set_xlabel(_TIME)
+        below.set_xlabel(TIME)
         for ax in (above, below):
             ax.fill_between(
                 times, 0, 1, where=certified, transform=ax.get_xaxis_transform(),
@@ -81,8 +81,8 @@ def certificate(certificates: Certificates, *, title: str | None = None) -> Figu
     return figure
 
 
-def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Any]:
-    """The run's norm, the safe one and its bound, on a logarithmic axis that holds them."""
+def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Artist]:
+    """Draw the run's norm, the safe one and its bound, on a logarithmic axis that fits them."""
     ax.set_yscale("log")
     named = {
         "safe R": np.asarray(certificates.safe_clip_norm, np.float64),
@@ -93,7 +93,7 @@ def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Any]
     usable = everything[np.isfinite(everything) & (everything > 0)]
     low, high = (usable.min() / 2, usable.max() * 2) if usable.size else (0.5, 2.0)
     ax.set_ylim(low, high)
-    handles: list[Any] = []
+    handles: list[Artist] = []
     if np.isfinite(used):
         run = {**figure_style.RUN_STYLE, "color": "0.45", "linewidth": 3.0}
         handles.append(ax.axhline(used, label=f"R = {used:g} of the run", **run))
@@ -101,14 +101,14 @@ def _norms(ax: Axes, certificates: Certificates, times: np.ndarray) -> list[Any]
         ends = (("bottom: 0", 0.0), ("top: infinite", np.inf))
         notes = [note for note, value in ends if value in norms]
         note = f" ({', '.join(notes)})" if notes else ""
-        # Inside the frame by enough to be seen.
+        # Far enough inside the frame to be seen.
         shown = np.clip(norms, low * (high / low) ** 0.03, high / (high / low) ** 0.03)
         handles.append(figure_style.prediction_line(ax, times, shown, style, label + note))
     figure_style.readable_log_ticks(ax)
     return handles
 
 
-def _check(certificates: Any) -> None:
+def _check(certificates: object) -> None:
     if not isinstance(certificates, Certificates):
         raise TypeError(
             "certificates must be Certificates, as ntkdp.certificates.certify gives, "

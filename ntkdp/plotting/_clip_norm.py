@@ -1,4 +1,4 @@
-"""The picture of a result against the clipping norm: its optimum, predicted and observed."""
+"""The picture of a result against the clipping norm, with its optimum, predicted and observed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ArrayLike
 from ntkdp._results import figure_style
 from ntkdp.trajectory import band
 
@@ -17,29 +18,29 @@ _BAR = 2
 
 
 def clipping_norm_curve(
-    clip_norms: Any,
-    predicted: Any,
-    observed: Any = None,
+    clip_norms: ArrayLike,
+    predicted: ArrayLike | Mapping[str, ArrayLike],
+    observed: ArrayLike | Mapping[str, ArrayLike] | None = None,
     *,
-    observed_clip_norms: Any = None,
+    observed_clip_norms: ArrayLike | None = None,
     xlabel: str = "clipping norm $R$",
     ylabel: str = "final training loss",
     ax: Axes | None = None,
 ) -> Axes:
-    """What training ends with against the clipping norm, with the best norm marked.
+    """The end of training against the clipping norm, with the best norm marked.
 
     Parameters
     ----------
     clip_norms : array
         ``(m,)``, increasing and positive.
     predicted : array or mapping of str to array
-        ``(m,)``, e.g. a final loss or risk: the less, the better. Several, e.g. of several noise
-        multipliers, with the names that the legend shows.
+        ``(m,)``, e.g. a final loss or risk: the less, the better. Several curves, e.g. for several
+        noise multipliers, come with the names that the legend shows.
     observed : array or mapping of str to array, optional
         ``(S, p)`` for S runs at each norm, shown as mean and two standard errors to either side; or
-        ``(p,)``, without. Of several, under names of ``predicted``.
+        ``(p,)``, shown without. Several sets of runs come under names of ``predicted``.
     observed_clip_norms : array, optional
-        ``(p,)``, where the runs were made; by default ``clip_norms``.
+        ``(p,)``, the norms of the runs; by default ``clip_norms``.
     xlabel, ylabel : str
         Names of the axes, which are both logarithmic.
     ax : Axes, optional
@@ -48,14 +49,14 @@ def clipping_norm_curve(
     Returns
     -------
     Axes
-        A star is at the least predicted value and the legend gives its norm, or says that it is at
-        an end of ``clip_norms``. What is not finite or not positive is a gap.
+        A star marks the least predicted value. The legend gives its norm, and says so if that is an
+        end of ``clip_norms``. Values that are not finite or not positive are gaps.
 
     Raises
     ------
     TypeError, ValueError
-        Clipping norms that are not positive or do not increase, shapes that do not fit, an observed
-        name that is not predicted.
+        If clipping norms are not positive or do not increase, shapes do not fit, or an observed
+        name is not predicted.
 
     Examples
     --------
@@ -67,11 +68,11 @@ def clipping_norm_curve(
     'predicted, least at 1'
     """
     norms = _norms("clip_norms", clip_norms)
-    of_runs = norms
+    run_norms = norms
     if observed_clip_norms is not None:
-        of_runs = _norms("observed_clip_norms", observed_clip_norms)
+        run_norms = _norms("observed_clip_norms", observed_clip_norms)
     curves = _curves("predicted", predicted, len(norms), (1,))
-    points = {} if observed is None else _curves("observed", observed, len(of_runs), (1, 2))
+    points = {} if observed is None else _curves("observed", observed, len(run_norms), (1, 2))
     if unknown := set(points) - set(curves):
         raise ValueError(
             f"observed must have names of predicted, {', '.join(curves)}; got {min(unknown)!r}"
@@ -84,10 +85,10 @@ def clipping_norm_curve(
             _draw_curve(ax, norms, values, style, name)
         for style, name in enumerate(curves):
             if name in points:
-                _draw_points(ax, of_runs, points[name], style)
+                _draw_points(ax, run_norms, points[name], style)
         if points:
-            # An entry of the legend for the points of all curves.
-            ax.errorbar([], [], [], label=_of_points(points), **_point_style("0.3", "o"))
+            # One entry of the legend for the points of all curves.
+            ax.errorbar([], [], [], label=_label_of_points(points), **_point_style("0.3", "o"))
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
         figure_style.readable_log_ticks(ax)
@@ -96,13 +97,19 @@ def clipping_norm_curve(
     return ax
 
 
-def _norms(name: str, values: Any) -> np.ndarray:
+def _norms(name: str, values: ArrayLike) -> np.ndarray:
     validate.positive(**{name: values})
     return np.asarray(validate.increasing(**{name: values}), np.float64)
 
 
-def _curves(side: str, given: Any, n_norms: int, dimensions: tuple[int, ...]) -> dict[str, Any]:
-    named = dict(given) if isinstance(given, Mapping) else {"predicted": given}
+def _curves(
+    side: str,
+    given: ArrayLike | Mapping[str, ArrayLike],
+    n_norms: int,
+    dimensions: tuple[int, ...],
+) -> dict[str, np.ndarray]:
+    """Arrays by name; one alone is called "predicted"."""
+    named = given if isinstance(given, Mapping) else {"predicted": given}
     if not named:
         raise ValueError(f"{side} must hold at least one array, got none")
     shapes = " or ".join(("(m,)", "(S, m)")[d - 1] for d in dimensions)
@@ -149,7 +156,7 @@ def _point_style(colour: str, marker: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_points(points: dict[str, np.ndarray]) -> str:
+def _label_of_points(points: dict[str, np.ndarray]) -> str:
     numbers = {len(values) for values in points.values() if values.ndim == 2}
     if not numbers:
         return "observed"

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,8 +25,8 @@ def relative_error(
 ) -> Axes:
     """Relative error of the loss over time, in percent, on a logarithmic axis.
 
-    Arguments as for :func:`loss_curves`, and ``allow`` as for :func:`ntkdp.compare`; the times are
-    those that it finds shared. Where the error is infinite or zero the curve has a gap, and the
+    Arguments are as for :func:`loss_curves`, and ``allow`` as for :func:`ntkdp.compare`, which also
+    says what times are shared. Where the error is infinite or zero, the curve has a gap, and the
     legend says so.
 
     Examples
@@ -63,7 +62,7 @@ def comparison_grid(
     title: str | None = None,
     allow: str | Iterable[str] = (),
 ) -> Figure:
-    """Predicted and observed training losses, a panel for each setting, with their errors.
+    """Predicted and observed training losses with their errors, one panel for each setting.
 
     Parameters
     ----------
@@ -74,18 +73,18 @@ def comparison_grid(
     title : str, optional
         Above all panels.
     allow : str or sequence of str
-        What a prediction and its run may differ in, as for :func:`ntkdp.compare`.
+        Settings in which a prediction and its run may differ, as for :func:`ntkdp.compare`.
 
     Returns
     -------
     Figure
-        Beside the lines, each panel lists the largest relative error of each prediction, as
+        Besides the lines, each panel lists the largest relative error of each prediction, as
         :func:`ntkdp.compare` defines it.
 
     Raises
     ------
     TypeError, ValueError
-        No panel; a panel that is not such a pair; a run and a prediction that share no time.
+        If there is no panel, a panel is not such a pair, or a run and a prediction share no time.
 
     Examples
     --------
@@ -147,7 +146,7 @@ def comparison_grid(
     return figure
 
 
-def _check_panels(panels: Any) -> None:
+def _check_panels(panels: object) -> None:
     if not isinstance(panels, Mapping):
         raise TypeError(
             "panels must be a mapping of (row, column) to (run, predictions), "

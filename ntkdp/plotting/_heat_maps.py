@@ -1,4 +1,4 @@
-"""Pictures of a sweep: heat maps of what cells end with, and accuracy against calibration."""
+"""Pictures of a sweep: heat maps of its cells, and accuracy against calibration."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ArrayLike
 from ntkdp._results import figure_style
 from ntkdp.comparison import (
     HIGHER_IS_BETTER,
@@ -26,9 +28,11 @@ _LABELS = {"loss": "loss", "accuracy": "accuracy (%)", "ece": "ECE (%)", "mce": 
 #: From worse to better, in lightness too: for print, and without colour vision.
 _COLOURS = "viridis"
 _DIVERGED: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.7", "hatch": "////"}
-_WHAT_DIVERGED = "div.: diverged, the last training loss is above the first or not finite"
-#: Inches of a cell and around the panels.
-_CELL, _AROUND = (0.5, 0.29), (1.75, 0.62)
+_DIVERGED_LABEL = "div.: diverged, the last training loss is above the first or not finite"
+#: Width and height of a cell in inches.
+_CELL = (0.5, 0.29)
+#: Width and height around the panels in inches.
+_AROUND = (1.75, 0.62)
 #: An ECE below this is drawn here, on the logarithmic axis.
 _LEAST_ECE = 1e-4
 
@@ -36,44 +40,44 @@ _LEAST_ECE = 1e-4
 def heat_maps(
     predicted: CellMetrics,
     observed: CellMetrics | None,
-    learning_rates: Any,
-    clip_norms: Any,
+    learning_rates: ArrayLike,
+    clip_norms: ArrayLike,
     *,
     names: Sequence[str] = ("test_accuracy", "test_ece", "test_mce", "test_loss"),
     title: str | None = None,
 ) -> Figure:
-    """What training ends with over learning rates and clipping norms, predicted beside observed.
+    """The end of training over learning rates and clipping norms, predicted next to observed.
 
     Parameters
     ----------
     predicted : CellMetrics
-        Of the L R cells, all norms of the first learning rate first, as in
+        Metrics of the L R cells, all norms of the first learning rate first, as in
         :class:`ntkdp.advisor.Grid`.
     observed : CellMetrics or None
-        Of the same cells, or None for the prediction alone.
+        Metrics of the same cells, or None to show the prediction alone.
     learning_rates, clip_norms : array
         ``(L,)`` and ``(R,)``, positive and different, in any order.
     names : sequence of str
-        Metrics, a row of panels each; those that a side does not have are left out.
+        Metrics, each of which gets a row of panels; one that a side does not have is left out.
     title : str, optional
         Above all panels.
 
     Returns
     -------
     Figure
-        The largest learning rate on top. One scale of colours for each pair of panels, over the
-        cells that converge, the better the brighter; logarithmic for losses. Diverged cells are
-        hatched, marked "div." and give their value where it is finite.
+        The largest learning rate is on top. Each pair of panels has one scale of colours, over the
+        cells that converge, the better the brighter; it is logarithmic for losses. Diverged cells
+        are hatched, marked "div." and give their value where it is finite.
 
     Raises
     ------
     TypeError, ValueError
-        What is not CellMetrics, or does not have L R cells; rates or norms that are not positive or
-        repeat; an unknown name, or no name that both sides have.
+        If a side is not CellMetrics or does not have L R cells, rates or norms are not positive or
+        repeat, a name is unknown, or both sides have none of the names.
 
     Notes
     -----
-    The layout is that of Bu et al. (2023), figure 3.
+    The layout follows Bu et al. (2023), figure 3.
 
     Examples
     --------
@@ -98,7 +102,7 @@ def heat_maps(
 
     def as_grid(cells: np.ndarray) -> np.ndarray:
         """Cells by increasing learning rate and norm."""
-        return cells.reshape(rates.size, norms.size)[np.ix_(by_rate, by_norm)]
+        return np.asarray(cells.reshape(rates.size, norms.size)[np.ix_(by_rate, by_norm)])
 
     diverged = {side: as_grid(metrics.diverged) for side, metrics in sides.items()}
     with mpl.rc_context(figure_style.LOOK | {"hatch.linewidth": 0.6}):
@@ -128,7 +132,7 @@ def heat_maps(
         _name_axes(grid, rates[by_rate], norms[by_norm])
         handles = [Patch(**_DIVERGED)] if any(np.any(lost) for lost in diverged.values()) else []
         figure.legend(
-            handles, [_WHAT_DIVERGED] * len(handles), title="the brighter, the better",
+            handles, [_DIVERGED_LABEL] * len(handles), title="the brighter, the better",
             loc="outside lower center",
         )  # fmt: skip
         if title is not None:
@@ -149,28 +153,28 @@ def trade_off(
     Parameters
     ----------
     predicted : CellMetrics
-        Of C cells of a classification.
+        Metrics of C cells of a classification.
     observed : CellMetrics, optional
-        Of the same cells.
+        Metrics of the same cells.
     chosen : int, optional
-        Index of a cell, starred on each side, with dots between the two.
+        Index of a cell, which gets a star on each side, with dots between the two.
     test : bool
-        On the test set.
+        Whether to show the test set.
     ax : Axes, optional
         As for :func:`ntkdp.plotting.loss_curves`.
 
     Returns
     -------
     Axes
-        Filled are the cells of :func:`ntkdp.advisor.pareto_front`, with lines at the least ECE of
+        The cells of :func:`ntkdp.advisor.pareto_front` are filled, with lines at the least ECE for
         this accuracy or a better one. Diverged cells are crosses. The axis of the ECE is
-        logarithmic from 0.01% on, where smaller ones are drawn.
+        logarithmic and starts at 0.01%, where smaller values are drawn.
 
     Raises
     ------
     TypeError, ValueError
-        Metrics without accuracy or ECE, sides that differ in their number of cells, an index out of
-        range.
+        If metrics have no accuracy or no ECE, sides differ in their number of cells, or the index
+        is out of range.
 
     Examples
     --------
@@ -194,7 +198,7 @@ def trade_off(
         ax = figure_style.axes_or_new(ax)
         ax.set_yscale("log", nonpositive="mask")
         moved = []
-        # The run lies in thick grey beneath, as in the other pictures.
+        # The run lies beneath in thick grey, as in the other pictures.
         for side in reversed(sides):
             accuracy, ece = (
                 100 * value_of(sides[side], prefix + name) for name in ("accuracy", "ece")
@@ -217,7 +221,7 @@ def trade_off(
     return ax
 
 
-def _axis(**named: Any) -> tuple[np.ndarray, np.ndarray]:
+def _axis(**named: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Different positive numbers, and the order in which they increase."""
     ((name, values),) = named.items()
     array = np.asarray(validate.positive(**named), np.float64)
@@ -226,7 +230,8 @@ def _axis(**named: Any) -> tuple[np.ndarray, np.ndarray]:
     return array, np.argsort(array)
 
 
-def _shown(names: Any, sides: dict[str, CellMetrics]) -> list[str]:
+def _shown(names: Sequence[str], sides: dict[str, CellMetrics]) -> list[str]:
+    """The metrics that every side has."""
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of metrics, got {names!r}; put it in a list")
     for name in names:
@@ -244,7 +249,7 @@ def _label(name: str) -> str:
 
 
 def _scale(name: str, values: np.ndarray) -> Normalize:
-    """One scale for a pair, of a width that is not zero."""
+    """One scale of colours for a pair of panels, whose ends differ."""
     if name.endswith("loss") and np.any(values > 0):
         low, high = np.min(values[values > 0]), np.max(values)
         return LogNorm(low, high) if high > low else LogNorm(low / 1.1, low * 1.1)
@@ -253,8 +258,8 @@ def _scale(name: str, values: np.ndarray) -> Normalize:
 
 
 def _draw_cells(
-    ax: Axes, name: str, values: np.ndarray, lost: np.ndarray, scale: Normalize, colours: Any
-) -> Any:
+    ax: Axes, name: str, values: np.ndarray, lost: np.ndarray, scale: Normalize, colours: Colormap
+) -> QuadMesh:
     written = _three_digits if name.endswith("loss") else "{:.1f}".format
     shown = np.clip(values, scale.vmin, scale.vmax)
     mesh = ax.pcolormesh(
@@ -290,7 +295,12 @@ def _name_axes(grid: np.ndarray, rates: np.ndarray, norms: np.ndarray) -> None:
 
 
 def _draw_side(
-    ax: Axes, side: str, accuracy: np.ndarray, ece: np.ndarray, diverged: np.ndarray, front: Any
+    ax: Axes,
+    side: str,
+    accuracy: np.ndarray,
+    ece: np.ndarray,
+    diverged: np.ndarray,
+    best: np.ndarray,
 ) -> None:
     run = side == "observed"
     colour, _, marker = ("0.55", "solid", "s") if run else figure_style.STYLES[0]
@@ -300,7 +310,7 @@ def _draw_side(
         label=side, **style,
     )  # fmt: skip
     ax.plot(
-        accuracy[front], ece[front], linewidth=3.5 if run else 1.6, drawstyle="steps-pre",
+        accuracy[best], ece[best], linewidth=3.5 if run else 1.6, drawstyle="steps-pre",
         label=f"{side}, best trade-offs", **style,
     )  # fmt: skip
     crossed = diverged & np.isfinite(accuracy) & np.isfinite(ece)
@@ -321,13 +331,13 @@ def _three_digits(value: float) -> str:
 
 
 def _plain(value: float) -> str:
-    """A number of an axis: 0.0001 and 4096, not 1e-04."""
+    """A number on an axis: 0.0001 and 4096, not 1e-04."""
     if 1e-5 <= value < 1e6:
         return np.format_float_positional(value, precision=4, fractional=False, trim="-")
     return f"{value:.3g}"
 
 
-def _readable_on(background: Any) -> str:
+def _readable_on(background: tuple[float, ...]) -> str:
     """Black or white, whichever has the greater contrast (WCAG's relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))

@@ -21,20 +21,20 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], *, dpi: float | in
     figure : Figure or Axes
         A figure, or any Axes of it.
     path : path
-        Ends in .png, .pdf or .svg; what is there is replaced.
+        Ends in .png, .pdf or .svg. A file that is there is replaced.
     dpi : float
         Dots per inch of a PNG.
 
     Raises
     ------
     TypeError
-        If it is not a figure.
+        If ``figure`` is not a figure.
     ValueError
-        If the suffix is another.
+        If the path has another suffix.
     FileNotFoundError
         If the folder does not exist.
     FileExistsError, PermissionError
-        If there is something else than a file, or a file that is read-only.
+        If something other than a file is there, or a file that is read-only.
 
     Examples
     --------

@@ -1,25 +1,29 @@
 """Spectra of kernels."""
 
-from typing import Any
-
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from ntkdp._backend import validate
+from ntkdp._backend.types import ArrayLike
 from ntkdp._results import figure_style
-from ntkdp.ntk import LayerwiseKernel, as_matrices
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.spectrum import as_matrices
 
 
-def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = None) -> Axes:
+def kernel_spectrum(
+    kernel: ArrayLike | LayerwiseKernel, *, label: str = "kernel", ax: Axes | None = None
+) -> Axes:
     """Eigenvalues against rank, largest first, both axes logarithmic.
 
     Parameters
     ----------
     kernel : array or LayerwiseKernel
-        Symmetric ``(n, n)`` (each eigenvalue once, though it stands for K with ``(x) I_K``) or
-        ``(n, n, K, K)``; a LayerwiseKernel of either gives one curve a term and their total; or
-        eigenvalues ``(N,)``.
+        Symmetric, ``(n, n, K, K)`` or ``(n, n)`` meaning ``(x) I_K``, whose eigenvalues are drawn
+        once though each stands for K. A LayerwiseKernel gives one curve for each term and one for
+        their total. Eigenvalues ``(N,)`` are drawn as they are.
     label : str
         Name in the legend.
     ax : Axes, optional
@@ -28,17 +32,18 @@ def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = Non
     Returns
     -------
     Axes
-        What cannot be told from zero (below N roundings of the largest) is not drawn; the legend
-        gives the rank that remains where it is less than N.
+        Eigenvalues that cannot be told from zero (below N roundings of the largest) are not drawn;
+        if there are any, the legend gives the rank that remains.
 
     Raises
     ------
     ValueError
-        Another shape, NaN or infinities, a kernel that is not symmetric.
+        If the kernel has another shape, holds NaN or infinities, or is not symmetric.
 
     Notes
     -----
-    ``numpy.linalg.eigvalsh`` in float64 of the nK x nK matrix: time grows as (nK)^3.
+    Computed by ``numpy.linalg.eigvalsh`` in float64 from the nK x nK matrix, in time that grows as
+    (nK)^3.
 
     Examples
     --------
@@ -70,27 +75,14 @@ def kernel_spectrum(kernel: Any, *, label: str = "kernel", ax: Axes | None = Non
     return ax
 
 
-def _eigenvalues(kernel: Any) -> tuple[np.ndarray, float]:
+def _eigenvalues(kernel: ArrayLike) -> tuple[np.ndarray, float]:
     """Eigenvalues, largest first, and the value below which they are rounding."""
-    given = np.asarray(kernel)
-    rounding = np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps
-    values: np.ndarray = given.astype(np.float64)
-    if not np.all(np.isfinite(values)):
-        raise ValueError(f"kernel must be finite, got NaN or infinities in shape {values.shape}")
-    shape = values.shape
-    if values.size == 0 or not (
-        values.ndim == 1
-        or (values.ndim in (2, 4) and shape[0] == shape[1] and shape[-2] == shape[-1])
-    ):
-        raise ValueError(
-            "kernel must have shape (n, n) or (n, n, K, K), or be eigenvalues (N,), not empty, "
-            f"got {shape}"
-        )
-    if values.ndim > 1:
-        values = as_matrices(values[None])[0]
-        asymmetry = np.max(np.abs(values - values.T))
-        if asymmetry > np.sqrt(rounding) * np.max(np.abs(values)):
-            raise ValueError(f"kernel must be symmetric, got entries that differ by {asymmetry:g}")
-        values = np.linalg.eigvalsh(values)
-    eigenvalues = np.sort(values)[::-1]
-    return eigenvalues, float(len(eigenvalues) * rounding * np.max(np.abs(eigenvalues)))
+    given = np.asarray(validate.real(kernel=kernel))
+    if given.ndim == 1 and given.size:
+        values = validate.finite(kernel=given).astype(np.float64)
+    else:
+        values = np.linalg.eigvalsh(np.asarray(as_matrices(kernel, layerwise=False)[0], np.float64))
+    dtype = given.dtype if jnp.issubdtype(given.dtype, jnp.floating) else np.float64
+    rounding = float(jnp.finfo(dtype).eps)
+    descending = np.sort(values)[::-1]
+    return descending, len(values) * rounding * float(np.max(np.abs(values)))

@@ -374,7 +374,7 @@ def test_spectrum_of_eigenvalues():
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        (np.ones((2, 3)), r"kernel must have shape \(n, n\).*got \(2, 3\)"),
+        (np.ones((2, 3)), r"kernel must have shape .*\(n, n\).*got \(2, 3\)"),
         (np.ones((2, 2, 2)), r"got \(2, 2, 2\)"),
         (np.ones((2, 2, 3, 1)), r"got \(2, 2, 3, 1\)"),
         (np.ones((0, 0)), r"not empty, got \(0, 0\)"),
@@ -447,7 +447,7 @@ def test_clipping_norm_curve_says_what_is_not_inside_or_not_finite():
         ((NORMS, np.ones(4), {"b": np.ones(4)}), {}, ValueError, "predicted; got 'b'"),
         ((NORMS, np.ones(4), np.ones(4)), {"observed_clip_norms": NORMS[:2]}, ValueError, "m = 2"),
         ((NORMS, np.ones(4)), {"ax": 1}, TypeError, "ax must be a matplotlib Axes"),
-        ((NORMS, "loss"), {}, ValueError, "could not convert"),
+        ((NORMS, "loss"), {}, (ValueError, TypeError), "predicted|could not convert"),
     ],
 )
 def test_wrong_clipping_norm_curves(arguments, options, error, message):

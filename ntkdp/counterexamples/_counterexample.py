@@ -1,4 +1,4 @@
-"""A counterexample as plain data: it replays, prints and keeps itself in a text file."""
+"""A counterexample as plain data, which can be replayed, printed and kept in a text file."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,65 +15,82 @@ import numpy as np
 from ntkdp import clipping, losses
 from ntkdp._backend import validate
 from ntkdp._backend.files import replacing
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ArrayLike
 from ntkdp.counterexamples._state import flow_of, measured_state
 from ntkdp.gradient_flow import KernelFlow, solve
 from ntkdp.ntk import as_matrices
 
 KINDS = ("rise", "stuck", "divergence")
+#: The version of the text format.
 _VERSION = 1
 
-#: How far outputs are moved off an equilibrium, how far they may go, both relative to their size,
-#: and how many times its size the flow could cover until then.
-_NUDGE, _STAYS, _WAIT = 1e-3, 1e-2, 100.0
-#: A divergence is followed until it has moved so many times its own size, must have multiplied its
-#: loss by so much, and kept this share of its speed.
-_FAR, _GROWTH, _KEPT_SPEED = 100.0, 50.0, 0.5
-#: A flow that takes more of the solver's steps than this is not followed to its end.
+#: Distance by which outputs are moved off an equilibrium, relative to their norm.
+_NUDGE = 1e-3
+#: Distance from an equilibrium, relative to the norm of the outputs, within which a flow stays.
+_STAYS = 1e-2
+#: Multiples of the norm of the outputs that a flow could cover in the time given to leave.
+_WAIT = 100.0
+#: Multiples of the norm of the outputs over which a divergence is followed.
+_FAR = 100.0
+#: Factor by which the loss must have grown by then.
+_GROWTH = 50.0
+#: Share of its initial speed that a divergence must have kept by then.
+_KEPT_SPEED = 0.5
+#: A flow that takes more steps of the solver than this is not followed to its end.
 _MAX_STEPS = 4000
 
-Numbers = tuple[Any, ...]
+#: Nested tuples of numbers.
+Numbers: TypeAlias = tuple[Any, ...]
+#: A field of a loss or a rule.
+Option: TypeAlias = float | Numbers
 
 
 @dataclass(frozen=True)
 class Counterexample:
     r"""An instance on which a clipped flow fails, as numbers that can be read and checked.
 
-    Everything is in the sum form: the loss is :math:`\sum_i \ell_i`, the flow
-    :math:`\dot f = -\sum_r H_r C_r a`, and time the learning rate times steps of it.
+    Everything is in the sum form: the loss is :math:`\sum_i \ell_i`, the flow is
+    :math:`\dot f = -\sum_r H_r C_r a`, and its time is learning rate times steps.
 
     Parameters
     ----------
     kind : {"rise", "stuck", "divergence"}
-        The loss rises at the outputs; they stay where they are at non-zero loss although the kernel
-        is positive definite; or the loss grows without bound although every term of it is.
+        The loss rises at the outputs; or they stay where they are at non-zero loss although the
+        kernel is positive definite; or the loss grows without bound although every term of the
+        kernel is positive definite.
     kernel : nested tuples
         Terms ``(R, n, n)``, meaning ``(x) I_K``, or ``(R, n, n, K, K)``; one term with flat scope.
     targets, outputs : nested tuples
-        As the loss wants them, and ``(n, K)``.
+        Targets as the loss takes them, and outputs ``(n, K)``.
     loss, rule : str
         Names, as for ``ntkdp.losses.from_name`` and ``ntkdp.clipping.from_name``.
     loss_options, rule_options : dict
-        Their numbers.
+        Their fields.
     scope : {"flat", "layerwise"}
     measured : dict
-        What :meth:`replay` gave when it was found; not part of what is compared.
+        The result of :meth:`replay` at the time of the search; comparisons ignore it.
 
     Raises
     ------
     ValueError, TypeError
-        Numbers that make no flow; a kernel that is not symmetric and positive semi-definite.
+        If the numbers make no flow, or the kernel is not symmetric and positive semi-definite.
 
     Notes
     -----
-    Measured, beside the ``loss``: *rise*: ``loss_rate``, :math:`dL/dt = -\sum_r a^\top H_r C_r a`,
-    and ``rise``, the same over :math:`\sum_r \sum_i \|g_{ir}\| \sum_i \|C_{ir} g_{ir}\|`, which
-    does not depend on any scale. *stuck*: ``speed``, the velocity's norm over
-    :math:`\sum_r \|J_r\|_F \sum_i \|C_{ir} g_{ir}\|`; ``eigenvalue_ratio``, the smallest over the
-    largest of the whole kernel; ``departure``, how far from the outputs the flow ends, over their
-    norm, after they were nudged by a thousandth of it along each axis.
-    *divergence*: ``eigenvalue_ratio``, the least of all terms; ``loss_growth`` over a long time;
-    ``speed_ratio``, the speed at its end over that at the start; ``horizon``, that time.
+    Besides the ``loss``, a replay measures the following.
+
+    *rise*: ``loss_rate``, :math:`dL/dt = -\sum_r a^\top H_r C_r a`, and ``rise``, which is free of
+    scale: this rate divided by :math:`\sum_r \sum_i \|g_{ir}\| \sum_i \|C_{ir} g_{ir}\|`.
+
+    *stuck*: ``speed``, the velocity's norm divided by
+    :math:`\sum_r \|J_r\|_F \sum_i \|C_{ir} g_{ir}\|`; ``eigenvalue_ratio``, the smallest eigenvalue
+    of the whole kernel divided by the largest; ``departure``, the distance from the outputs at
+    which the flow ends, divided by their norm, after they were nudged by a thousandth of it along
+    each axis.
+
+    *divergence*: ``eigenvalue_ratio``, the least over all terms; ``loss_growth`` over a long time,
+    the ``horizon``; ``speed_ratio``, the speed at its end divided by the speed at its start.
+
     The measures are *derived* for this library, not taken from a paper.
 
     Examples
@@ -93,9 +110,9 @@ class Counterexample:
     targets: Numbers
     outputs: Numbers
     loss: str
-    loss_options: dict[str, Any] = field(hash=False)
+    loss_options: dict[str, Option] = field(hash=False)
     rule: str
-    rule_options: dict[str, Any] = field(hash=False)
+    rule_options: dict[str, Option] = field(hash=False)
     scope: str
     measured: dict[str, float] = field(default_factory=dict, compare=False)
 
@@ -142,41 +159,41 @@ class Counterexample:
         state = measured_state(
             terms, jnp.asarray(self.targets), self.loss_function, self.clipping, outputs
         )
-        found = {"loss": float(jnp.sum(self.loss_function(outputs, state.flow.targets)))}
+        measured = {"loss": float(jnp.sum(self.loss_function(outputs, state.flow.targets)))}
         if self.kind == "rise":
-            return found | {
+            return measured | {
                 "loss_rate": float(state.loss_rate()),
                 "rise": float(state.rise()),
             }
         if self.kind == "stuck":
-            return found | {
+            return measured | {
                 "speed": float(state.speed()),
                 "eigenvalue_ratio": eigenvalue_ratio(np.asarray(jnp.sum(terms, axis=0))[None]),
                 "departure": _departure(state.flow, outputs, state.pace()),
             }
         speed = float(jnp.linalg.norm(state.velocity))
         horizon = _FAR * _size(outputs) / speed if speed > 0 else math.inf
-        found["eigenvalue_ratio"] = eigenvalue_ratio(np.asarray(terms))
-        return found | _followed(state.flow, outputs, horizon, found["loss"], speed)
+        measured["eigenvalue_ratio"] = eigenvalue_ratio(np.asarray(terms))
+        return measured | _after_long(state.flow, outputs, horizon, measured["loss"], speed)
 
     def holds(self) -> bool:
-        """Whether a replay still fails by a margin that rounding cannot make."""
+        """Whether a replay still fails, by a margin that rounding cannot explain."""
         return fails(self.kind, self.replay())
 
     def to_json(self) -> str:
-        """The data as JSON, numbers in full."""
+        """The data as JSON, with all digits of its numbers."""
         data = {"version": _VERSION} | dataclasses.asdict(self)
         return json.dumps(data, indent=1, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> "Counterexample":
-        """What :meth:`to_json` wrote.
+        """The counterexample that :meth:`to_json` wrote.
 
         Raises
         ------
         ValueError
-            Text that is not JSON, another version, fields missing or unknown, values that make no
-            instance.
+            If the text is not JSON or of another version, a field is missing or unknown, or the
+            values make no instance.
         """
         try:
             data = json.loads(text, parse_constant=_no_constant)
@@ -215,13 +232,13 @@ class Counterexample:
             raise ValueError(f"text describes no instance: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to a file, whole or not at all."""
+        """Write the data to a file as JSON, whole or not at all."""
         with replacing(path) as temporary:
             temporary.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Counterexample":
-        """Read a file that :meth:`save` wrote."""
+        """The counterexample in a file that :meth:`save` wrote."""
         return Counterexample.from_json(Path(path).read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
@@ -242,7 +259,7 @@ class Counterexample:
 
 
 def fails(kind: str, measured: dict[str, float]) -> bool:
-    """Whether measured numbers are a failure of the kind, beyond what rounding can make."""
+    """Whether measured numbers show a failure of the kind, beyond what rounding can explain."""
     margin = rounding_margin()
     if kind == "rise":
         return measured["rise"] > margin
@@ -266,22 +283,22 @@ def rounding_margin() -> float:
 
 
 def rest_margin() -> float:
-    """A speed share that is nothing but rounding."""
+    """A relative speed that is nothing but rounding."""
     return 100 * float(jnp.finfo(jnp.result_type(float)).eps)
 
 
-def named(rule: clipping.ClippingRule) -> tuple[str, dict[str, Any]]:
-    """Name and numbers of a rule."""
+def named(rule: clipping.ClippingRule) -> tuple[str, dict[str, Option]]:
+    """Name and fields of a rule."""
     return clipping.name_of(rule), _options(rule)
 
 
-def named_loss(loss: Any) -> tuple[str, dict[str, Any]]:
-    """Name and numbers of a loss."""
+def named_loss(loss: losses.Loss) -> tuple[str, dict[str, Option]]:
+    """Name and fields of a loss."""
     return losses.name_of(loss), _options(loss)
 
 
 def eigenvalue_ratio(terms: np.ndarray) -> float:
-    """The smallest eigenvalue over the largest, the least over all terms."""
+    """The smallest eigenvalue divided by the largest, for the term where that is least."""
     eigenvalues = np.linalg.eigvalsh(np.asarray(as_matrices(terms), np.float64))
     return float(np.min(eigenvalues[:, 0] / np.maximum(eigenvalues[:, -1], np.finfo(float).tiny)))
 
@@ -302,18 +319,18 @@ def check_kernel(terms: Array) -> None:
         )
 
 
-def as_numbers(values: Any) -> Any:
-    """Nested tuples of Python's numbers."""
+def as_numbers(values: ArrayLike) -> Any:
+    """Nested tuples of Python's numbers, or a number."""
     return _tuples(np.asarray(values).tolist())
 
 
 def _departure(flow: KernelFlow, outputs: Array, pace: Array) -> float:
-    """How far the flow goes from nudged outputs, over their norm."""
+    """How far from the outputs the flow goes once they are nudged, divided by their norm."""
     size = _size(outputs)
     nudges = jnp.eye(outputs.size).reshape(-1, *outputs.shape)
     nudges = jnp.concatenate([jnp.zeros_like(nudges[:1]), nudges, -nudges])
     starts = outputs + _NUDGE * size * nudges
-    # Without a pace nothing moves at all, and any time will do.
+    # At pace zero nothing moves at all, and any time will do.
     times = jnp.array([0.0, _WAIT * size / (float(pace) or 1.0)])
     paths = eqx.filter_vmap(
         lambda start: solve(flow, start, times, outputs=True, max_steps=_MAX_STEPS)
@@ -330,7 +347,7 @@ def _size(outputs: Array) -> float:
     return float(jnp.linalg.norm(outputs)) or 1.0
 
 
-def _followed(
+def _after_long(
     flow: KernelFlow, outputs: Array, horizon: float, loss: float, speed: float
 ) -> dict[str, float]:
     """Loss and speed after a long time, relative to the start."""
@@ -349,7 +366,8 @@ def _followed(
     }
 
 
-def _options(module: Any) -> dict[str, Any]:
+def _options(module: eqx.Module) -> dict[str, Option]:
+    """The fields of a loss or a rule that are set, without the scope."""
     values = {
         entry.name: getattr(module, entry.name)
         for entry in dataclasses.fields(module)
@@ -358,7 +376,8 @@ def _options(module: Any) -> dict[str, Any]:
     return {name: as_numbers(value) for name, value in values.items() if value is not None}
 
 
-def _arrays(options: dict[str, Any]) -> dict[str, Any]:
+def _arrays(options: dict[str, Option]) -> dict[str, float | np.ndarray]:
+    """The fields with tuples as arrays."""
     return {k: np.asarray(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
@@ -377,7 +396,7 @@ _JSON_TYPES: dict[str, type] = {
 }
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"text must hold finite numbers, got {name}")
 
 
@@ -393,7 +412,8 @@ def _check_options(kind: str, cls: type[eqx.Module], data: dict[str, Any]) -> No
             raise ValueError(f"missing {name}.{entry.name} of {kind} {data[kind]!r}")
 
 
-def _check_numbers(name: str, value: Any) -> None:
+def _check_numbers(name: str, value: object) -> None:
+    """Raise unless a value is a finite number, or lists of them with rows of one length."""
     _check_each(name, value)
     try:
         np.asarray(value)
@@ -401,7 +421,7 @@ def _check_numbers(name: str, value: Any) -> None:
         raise ValueError(f"field {name!r} must hold rows of one length") from error
 
 
-def _check_each(name: str, value: Any) -> None:
+def _check_each(name: str, value: object) -> None:
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise ValueError(f"field {name!r} must not be empty")
@@ -415,12 +435,14 @@ def _check_each(name: str, value: Any) -> None:
 
 
 def _tuples(value: Any) -> Any:
+    """A JSON value with tuples in place of lists."""
     if isinstance(value, dict):
         return {name: _tuples(entry) for name, entry in value.items()}
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
+    """A number, or nested tuples of them, to six digits."""
     if isinstance(value, list | tuple):
         return "(" + ", ".join(_shown(entry) for entry in value) + ")"
     return f"{value:.6g}"

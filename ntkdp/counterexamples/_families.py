@@ -1,4 +1,4 @@
-"""The families of instances that are searched, with parameters of order one."""
+"""The families of instances among which a search looks, with parameters of order one."""
 
 from typing import Any, TypeVar
 
@@ -14,24 +14,28 @@ from ntkdp.counterexamples._search import Problem
 from ntkdp.counterexamples._state import State
 from ntkdp.losses import Loss
 
-#: Sizes to start from, before the hyperbolic sine spreads them over decades.
+#: Standard deviation of parameters at the start, before the hyperbolic sine spreads them over
+#: decades.
 _SPREAD = 1.5
-#: Added to each sample's diagonal, relative to it, so that kernels are positive definite. Less
-#: where layers must be nearly singular for what is looked for.
-_RIDGE, _SMALL_RIDGE = 0.2, 0.05
+#: Added to each sample's diagonal, relative to it, so that kernels are positive definite.
+_RIDGE = 0.2
+#: The ridge for divergences, whose layers must be nearly singular.
+_SMALL_RIDGE = 0.05
 #: Eigenvalue ratio of the whole kernel below which an equilibrium does not count.
 _CONDITION = 0.05
-#: Times the norm at which the rule bends: where equilibria are looked for first.
+#: Equilibria are sought first at gradient norms of this many times the norm where the rule bends.
 _INSIDE = 4.0
-#: What numbers cost that are far from where the rule bends: at equal strength the plainer instance
-#: is preferred.
+#: Weight of a penalty on numbers far from where the rule bends: at equal strength the plainer
+#: instance is preferred.
 _PRICE = 0.1
-#: How far out outputs must drift apart: in thresholds, or in logits.
-_FAR_OFF, _FAR_LOGIT = 1000.0, 30.0
+#: How far out the outputs of a divergence are, in thresholds of clipping.
+_FAR_OFF = 1000.0
+#: How far out the outputs of a divergence are, in logits.
+_FAR_LOGIT = 30.0
 
 
 def bend_of(rule: ClippingRule, n_groups: int) -> np.ndarray:
-    """The gradient norm at which a rule bends, one a group: the scale to search on."""
+    """The gradient norm at which a rule bends, one for each group: the scale of the search."""
     match rule:
         case clipping.Global(Z=Z) if Z is not None:
             norm: Any = Z
@@ -50,7 +54,7 @@ def n_outputs_of(loss: Loss) -> int:
 
 
 def fitted_targets(loss: Loss, n: int) -> Array:
-    """Zeros, as targets: the kernel's signs make every other case of them."""
+    """Zeros as targets: the signs of the kernel cover every other case."""
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         return jnp.zeros(n, int)
     return jnp.zeros((n, 1))
@@ -66,7 +70,7 @@ def _spread(parameters: Array) -> Array:
 
 
 class RiseOnKernel(Problem):
-    """Outputs at which the loss rises, of a given kernel."""
+    """Outputs at which the loss rises under a given kernel."""
 
     terms: Array
     targets: Array
@@ -108,7 +112,7 @@ class RiseOnKernel(Problem):
 
 
 class OverKernels(Problem):
-    """Kernels too, through features of the samples: ``(groups, n, weights)``."""
+    """A search over kernels too, through features of the samples, ``(groups, n, weights)``."""
 
     targets: Array
     loss: Loss
@@ -135,7 +139,7 @@ class OverKernels(Problem):
         return terms + ridge * terms * jnp.eye(terms.shape[1])
 
     def outputs(self, parameters: Array) -> Array:
-        """Outputs of parameters of order one."""
+        """Outputs from parameters of order one."""
         if is_regression(self.loss):
             return self.output_scale * _spread(parameters)
         return parameters
@@ -163,7 +167,8 @@ class RiseOverKernels(OverKernels):
 class Equilibrium(OverKernels):
     """A positive definite sum of singular layers, and outputs at which nothing moves.
 
-    With a layer a sample, of one weight each, samples that are masked out take theirs with them.
+    If there is one layer of one weight for each sample, a sample that is masked out takes its layer
+    with it.
     """
 
     def draw(self, key: Key[Array, ""]) -> PyTree:
@@ -175,7 +180,7 @@ class Equilibrium(OverKernels):
         return self.terms(self.features(features), mask), self.outputs(outputs)
 
     def terms(self, features: Array, mask: Float[Array, " n"]) -> Array:
-        """Terms of features."""
+        """Terms of the kernel from features."""
         if features.shape[0] == mask.shape[0]:
             features = features * mask[:, None, None]
         return masked(gram(features), mask)
@@ -184,7 +189,7 @@ class Equilibrium(OverKernels):
         state = State(terms, self.targets, self.loss, self.rule, outputs)
         kernel = terms.sum(0)
         size = jnp.trace(kernel)
-        # The samples that are masked out have no say in what is the smallest.
+        # Samples that are masked out must not give the smallest eigenvalue.
         eigenvalues = jnp.linalg.eigvalsh(kernel + size * jnp.diag(1 - mask))
         ratio = eigenvalues[0] / jnp.maximum(size, jnp.finfo(terms.dtype).tiny)
         stillness = 1 - state.speed() - jnp.maximum(_CONDITION - ratio, 0) / _CONDITION
@@ -202,7 +207,7 @@ class Divergence(OverKernels):
         return masked(self._positive_definite(parameters, _SMALL_RIDGE), mask), self.far_off()
 
     def far_off(self) -> Array:
-        """Outputs far from fitting; on which side, the signs of the kernel make up for."""
+        """Outputs far from fitting, on one side: the signs of the kernel cover the other."""
         n = self.targets.shape[0]
         if is_regression(self.loss):
             return jnp.full((n, 1), _FAR_OFF) * self.output_scale
@@ -217,7 +222,7 @@ class Divergence(OverKernels):
 
 
 def _price(state: State, bend: Array) -> Array:
-    """From one upwards, the further gradient norms are from where the rule bends."""
+    """At least one, and more the further gradient norms are from where the rule bends."""
     return _spread_price(state.norms / bend[:, None])
 
 
@@ -235,7 +240,7 @@ def family(
     if isinstance(loss, losses.Huber):
         size = float(loss.delta)
     else:
-        # Output gradients of classifiers are of order one; others are made to suit the norms.
+        # Output gradients of classifiers are of order one; others are scaled to the norms.
         size = float(np.exp(np.log(norms).mean())) if is_regression(loss) else 1.0
     return cls(
         targets=fitted_targets(loss, n),
@@ -255,5 +260,5 @@ def masked(terms: Array, mask: Float[Array, " n"]) -> Array:
 
 
 def gram(features: Array) -> Array:
-    """Kernels of features, one a group."""
+    """Kernels from features, one for each group."""
     return jnp.einsum("rik,rjk->rij", features, features)

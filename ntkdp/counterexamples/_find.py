@@ -1,7 +1,6 @@
 """The searches for states on which a clipped flow fails."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from ntkdp import losses
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Key
+from ntkdp._backend.types import Array, ArrayLike, Key
 from ntkdp.clipping import ClippingRule, Global
 from ntkdp.counterexamples._counterexample import (
     Counterexample,
@@ -28,7 +27,7 @@ from ntkdp.counterexamples._families import (
 )
 from ntkdp.counterexamples._search import Problem, ascend, evolve, instances
 from ntkdp.counterexamples._simplify import (
-    Found,
+    Instance,
     as_data,
     equilibria,
     nearest,
@@ -42,7 +41,7 @@ from ntkdp.gradient_flow import KernelFlow
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
 
-#: Of up to so many samples every number is tried before all of them at once.
+#: Every number of samples up to this one is tried, then all samples at once.
 _SMALL = 5
 #: How many of the best equilibria are integrated from, to see whether they hold.
 _CANDIDATES = 4
@@ -50,7 +49,7 @@ _CANDIDATES = 4
 
 def find_rise(
     kernel: Array | LayerwiseKernel,
-    targets: Any,
+    targets: ArrayLike,
     loss: Loss,
     rule: ClippingRule,
     *,
@@ -60,9 +59,9 @@ def find_rise(
 ) -> Counterexample | None:
     r"""Outputs at which the loss rises under the flow of a given kernel, :math:`dL/dt > 0`.
 
-    Maximises dL/dt over what it could be at most (``measured["rise"]``, in [-1, 1], without scale)
-    over the outputs, first for a few samples (the others count as fitted), then for all. By
-    gradient ascent, for the 0/1 rule, which has no gradient, by evolution.
+    Maximises, over the outputs, dL/dt divided by the most that it could be (``measured["rise"]``,
+    in [-1, 1], without scale): first for a few samples, while the others count as fitted, then for
+    all. The search is by gradient ascent, or by evolution for the 0/1 rule, which has no gradient.
 
     Parameters
     ----------
@@ -70,40 +69,40 @@ def find_rise(
         ``(n, n, K, K)``, ``(n, n)`` meaning ``(x) I_K``, or a LayerwiseKernel of either; symmetric
         and positive semi-definite.
     targets : array
-        As the loss wants them.
+        As the loss takes them.
     loss : Loss
         SquaredError, Huber, Logistic or SoftmaxCrossEntropy.
     rule : ClippingRule
         Any but Custom; ``scope="layerwise"`` needs a LayerwiseKernel.
     key : PRNG key
-        The same key finds the same.
+        The same key gives the same result.
     starts, steps : int
-        Random starts (fewer for a large kernel), and steps from each. A few seconds for a few
-        samples; the time grows like the size of the kernel.
+        Random starts (fewer for a large kernel), and steps from each. It takes a few seconds for a
+        few samples, and time grows in proportion to the size of the kernel.
 
     Returns
     -------
     Counterexample or None
-        The kernel of the samples that it takes, with rounded outputs. None is not a proof that the
+        The kernel of as few samples as it takes, with rounded outputs. None is not a proof that the
         loss cannot rise.
 
     Raises
     ------
     ValueError, TypeError
-        Shapes that do not fit, a matrix that is no kernel, a loss or rule without a name.
+        If shapes do not fit, the matrix is no kernel, or the loss or rule has no name.
 
     Notes
     -----
-    *Derived.* Two samples are not enough for abadi, automatic and PSAC, nor any number for no
+    *Derived.* Two samples are not enough for abadi, automatic and PSAC; no number is enough for no
     clipping and for batch clipping.
 
     Examples
     --------
     >>> import jax, jax.numpy as jnp, ntkdp
-    >>> found = ntkdp.counterexamples.find_rise(
+    >>> example = ntkdp.counterexamples.find_rise(
     ...     jnp.ones((3, 3)) + 0.1 * jnp.eye(3), jnp.array([-3.0, 1.0, 1.0]),
     ...     ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0), key=jax.random.key(0))
-    >>> found.kind, len(found.outputs), found.replay()["loss_rate"] > 0
+    >>> example.kind, len(example.outputs), example.replay()["loss_rate"] > 0
     ('rise', 3, True)
     """
     named(rule), named_loss(loss)
@@ -126,12 +125,12 @@ def find_rise(
         return (ranks < m).astype(terms.dtype)
 
     sizes = sorted({*range(1, min(n, _SMALL) + 1), n})
-    found = _fewest_samples(problem, sizes, masks, steps, key)
-    if found is None:
+    instance = _fewest_samples(problem, sizes, masks, steps, key)
+    if instance is None:
         return None
-    found = without_spare_samples(problem, found)
-    found = without_spare_layers(problem, found)
-    return as_data("rise", problem, rounded(problem, found, kernel_too=False))
+    instance = without_spare_samples(problem, instance)
+    instance = without_spare_layers(problem, instance)
+    return as_data("rise", problem, rounded(problem, instance, kernel_too=False))
 
 
 def find_smallest_rise(
@@ -145,18 +144,18 @@ def find_smallest_rise(
 ) -> Counterexample | None:
     r"""A positive definite kernel and outputs at which the loss rises, with the fewest samples.
 
-    As :func:`find_rise`, over kernels :math:`H_r = G_r G_r^\top` (plus a ridge) as well, for 1, 2,
-    ... samples until the loss rises. Targets are zeros.
+    Searches like :func:`find_rise`, but over kernels :math:`H_r = G_r G_r^\top` (plus a ridge) as
+    well, for 1, 2, ... samples until the loss rises. Targets are zeros.
 
     Parameters
     ----------
     rule : ClippingRule
-        Any but Custom. With ``scope="layerwise"`` there are as many layers as R has entries, two if
-        it is one number; layers that are not needed are dropped.
+        Any but Custom. With ``scope="layerwise"`` there are as many layers as R has entries, or two
+        if it is one number; layers that are not needed are dropped.
     loss : Loss, optional
-        SquaredError by default, or Huber, Logistic, SoftmaxCrossEntropy (of two outputs).
+        SquaredError by default, or Huber, Logistic, SoftmaxCrossEntropy (with two outputs).
     max_samples : int
-        Samples up to which to look.
+        The largest number of samples to try.
     key, starts, steps
         As for :func:`find_rise`.
 
@@ -174,9 +173,9 @@ def find_smallest_rise(
     Examples
     --------
     >>> import jax, ntkdp
-    >>> found = ntkdp.counterexamples.find_smallest_rise(
+    >>> example = ntkdp.counterexamples.find_smallest_rise(
     ...     ntkdp.clipping.Global(1.0), key=jax.random.key(0))
-    >>> len(found.outputs), found.holds()
+    >>> len(example.outputs), example.holds()
     (2, True)
     """
     loss = losses.SquaredError() if loss is None else loss
@@ -188,11 +187,11 @@ def find_smallest_rise(
     def masks(m: int, key: Array) -> Array:
         return _first_samples(m, max_samples, starts)
 
-    found = _fewest_samples(problem, range(1, max_samples + 1), masks, steps, key)
-    if found is None:
+    instance = _fewest_samples(problem, range(1, max_samples + 1), masks, steps, key)
+    if instance is None:
         return None
-    found = without_spare_layers(problem, found)
-    return as_data("rise", problem, rounded(problem, found, kernel_too=True))
+    instance = without_spare_layers(problem, instance)
+    return as_data("rise", problem, rounded(problem, instance, kernel_too=True))
 
 
 def find_divergent(
@@ -207,10 +206,10 @@ def find_divergent(
     r"""Positive definite layers and outputs from which the loss grows without bound.
 
     Looks, far from fitting, for kernels that drive the outputs of every sample further up its loss.
-    There the clipped gradients no longer depend on the distance, so the drift lasts. That it does
-    is then checked: the flow is integrated until it has moved a hundred times the size of the
-    outputs; the loss must have grown fiftyfold and the speed must not have halved. A divergence in
-    which some samples stay behind is not looked for.
+    There the clipped gradients no longer depend on the distance, so the drift lasts. This is then
+    checked: the flow is integrated until it has moved by a hundred times the norm of the outputs;
+    the loss must have grown fiftyfold and the speed must not have halved. A divergence in which
+    some samples stay behind is not sought.
 
     Parameters
     ----------
@@ -226,15 +225,15 @@ def find_divergent(
 
     Notes
     -----
-    *Derived.* With flat scope and one output, :math:`C a` is the gradient of a per-sample
-    Huberisation, which decreases always: there is no divergence.
+    *Derived.* With flat scope and one output, :math:`C a` is the gradient of a Huber-like version
+    of each sample's loss, which always decreases: there is no divergence.
 
     Examples
     --------
     >>> import jax, ntkdp
     >>> rule = ntkdp.clipping.Abadi(1.0, scope="layerwise")
-    >>> found = ntkdp.counterexamples.find_divergent(rule, key=jax.random.key(0))
-    >>> len(found.outputs), found.holds()
+    >>> example = ntkdp.counterexamples.find_divergent(rule, key=jax.random.key(0))
+    >>> len(example.outputs), example.holds()
     (3, True)
     """
     loss = losses.SquaredError() if loss is None else loss
@@ -245,12 +244,12 @@ def find_divergent(
     def masks(m: int, key: Array) -> Array:
         return _first_samples(m, max_samples, starts)
 
-    found = _fewest_samples(problem, range(1, max_samples + 1), masks, steps, key)
-    if found is None:
+    instance = _fewest_samples(problem, range(1, max_samples + 1), masks, steps, key)
+    if instance is None:
         return None
-    found = without_spare_layers(problem, found)
-    found = rounded(problem, nearest(problem, found), kernel_too=True)
-    example = as_data("divergence", problem, found)
+    instance = without_spare_layers(problem, instance)
+    instance = rounded(problem, nearest(problem, instance), kernel_too=True)
+    example = as_data("divergence", problem, instance)
     return example if fails("divergence", example.measured) else None
 
 
@@ -265,10 +264,10 @@ def find_stuck(
 ) -> Counterexample | None:
     r"""A kernel that is positive definite as a whole, and outputs where the flow still stops.
 
-    Looks for outputs with :math:`\sum_r H_r C_r a = 0` and non-zero loss over kernels whose layers
-    have one weight each (more if R has fewer entries than there are samples). Only equilibria that
-    hold are kept: no eigenvalue of the velocity's derivative is above zero, and a flow from nearby
-    ends nearby.
+    Looks for outputs with :math:`\sum_r H_r C_r a = 0` and non-zero loss, over kernels whose layers
+    have one weight each (more if R has fewer entries than there are samples). Only stable
+    equilibria are kept: no eigenvalue of the velocity's derivative is above zero, and a flow from
+    nearby ends nearby.
 
     Parameters
     ----------
@@ -291,8 +290,8 @@ def find_stuck(
     --------
     >>> import jax, ntkdp
     >>> rule = ntkdp.clipping.Abadi(1.0, scope="layerwise")
-    >>> found = ntkdp.counterexamples.find_stuck(rule, max_samples=2, key=jax.random.key(0))
-    >>> len(found.outputs), found.measured["loss"] > 0, found.holds()
+    >>> example = ntkdp.counterexamples.find_stuck(rule, max_samples=2, key=jax.random.key(0))
+    >>> len(example.outputs), example.measured["loss"] > 0, example.holds()
     (2, True, True)
     """
     loss = losses.SquaredError() if loss is None else loss
@@ -312,8 +311,8 @@ def find_stuck(
         resting, _ = equilibria(problem, features, outputs, mask)
         ranked = [i for i in np.argsort(-np.asarray(scores)) if np.isfinite(resting[i]).all()]
         for best in ranked[:_CANDIDATES]:
-            found = simplest_equilibrium(problem, features[best], resting[best], mask)
-            example = as_data("stuck", problem, found)
+            instance = simplest_equilibrium(problem, features[best], resting[best], mask)
+            example = as_data("stuck", problem, instance)
             if fails("stuck", example.measured):
                 return example
     return None
@@ -336,8 +335,8 @@ def _fewest_samples(
     masks: Callable[[int, Array], Array],
     steps: int,
     key: Array,
-) -> Found | None:
-    """The best instance of the smallest size that fails at all."""
+) -> Instance | None:
+    """The best instance with the fewest samples among those that fail."""
     steps, key = validate.count(steps=steps), validate.key(key=key)
     search = evolve if isinstance(problem.rule, Global) else ascend
     for size in sizes:
@@ -346,7 +345,7 @@ def _fewest_samples(
         parameters, scores = search(problem, taking_part, steps, now)
         terms, outputs = instances(problem, parameters, taking_part)
         best = int(np.argmax(scores))
-        found = Found(terms[best], outputs[best], taking_part[best])
-        if strength(problem, found) > rounding_margin():
-            return found
+        instance = Instance(terms[best], outputs[best], taking_part[best])
+        if strength(problem, instance) > rounding_margin():
+            return instance
     return None

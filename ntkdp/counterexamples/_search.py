@@ -1,6 +1,7 @@
 """Maximising a score from many starts at once, in one compiled program."""
 
 from abc import abstractmethod
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from ntkdp.losses import Loss
 class Problem(eqx.Module):
     """A family of instances with parameters of order one, and a score that a failure makes large.
 
-    A mask says which samples take part: the others have no gradient.
+    A mask says which samples take part; the others have no gradient.
     """
 
     targets: eqx.AbstractVar[Array]
@@ -34,7 +35,15 @@ class Problem(eqx.Module):
 
     @abstractmethod
     def score(self, terms: Array, outputs: Array, mask: Float[Array, " n"]) -> Float[Array, ""]:
-        """Positive where the instance fails, and scale-free."""
+        """Positive where the instance fails, and independent of scale."""
+
+
+#: The best vector so far, and its score.
+_Best: TypeAlias = tuple[Array, Array]
+#: The vector, the optimizer's state, and the best so far.
+_Ascent: TypeAlias = tuple[Array, optax.OptState, _Best]
+#: The best so far, and the size of the next mutation.
+_Evolution: TypeAlias = tuple[_Best, Array]
 
 
 def _score(problem: Problem, parameters: PyTree, mask: Array) -> Array:
@@ -42,7 +51,7 @@ def _score(problem: Problem, parameters: PyTree, mask: Array) -> Array:
     return jnp.where(jnp.isfinite(score), score, -jnp.inf)
 
 
-def _better(best: tuple[Array, Array], vector: Array, score: Array) -> tuple[Array, Array]:
+def _better(best: _Best, vector: Array, score: Array) -> _Best:
     improves = score > best[1]
     return jnp.where(improves, vector, best[0]), jnp.where(improves, score, best[1])
 
@@ -51,14 +60,14 @@ def _better(best: tuple[Array, Array], vector: Array, score: Array) -> tuple[Arr
 def ascend(
     problem: Problem, masks: Float[Array, "starts n"], steps: int, key: Key[Array, ""]
 ) -> tuple[PyTree, Float[Array, " starts"]]:
-    """Best parameters and score of each start, by Adam along the score's gradient."""
+    """Best parameters and score from each start, by Adam along the gradient of the score."""
     optimizer = optax.adam(0.1)
 
     def from_start(key: Array, mask: Array) -> tuple[PyTree, Array]:
-        # One vector in place of a tree: half the program to compile.
+        # A vector in place of a tree halves the program to compile.
         start, unravel = ravel_pytree(problem.draw(key))
 
-        def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        def step(carry: _Ascent, _: None) -> tuple[_Ascent, None]:
             vector, state, best = carry
             score, gradient = jax.value_and_grad(
                 lambda vector: _score(problem, unravel(vector), mask)
@@ -80,13 +89,16 @@ def ascend(
 def evolve(
     problem: Problem, masks: Float[Array, "starts n"], steps: int, key: Key[Array, ""]
 ) -> tuple[PyTree, Float[Array, " starts"]]:
-    """The same without gradients: a mutant a step, its size by the rule of one success in five."""
+    """Best parameters and score from each start, without gradients: one mutant in each step.
+
+    The size of mutations follows the rule of one success in five.
+    """
 
     def from_start(key: Array, mask: Array) -> tuple[PyTree, Array]:
         first, rest = jax.random.split(key)
         start, unravel = ravel_pytree(problem.draw(first))
 
-        def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+        def step(carry: _Evolution, key: Array) -> tuple[_Evolution, None]:
             best, size = carry
             mutant = best[0] + size * jax.random.normal(key, start.shape, start.dtype)
             score = _score(problem, unravel(mutant), mask)
@@ -104,5 +116,5 @@ def evolve(
 def instances(
     problem: Problem, parameters: PyTree, masks: Float[Array, "starts n"]
 ) -> tuple[Array, Array]:
-    """Terms and outputs of each start."""
+    """Terms and outputs from each start."""
     return jax.vmap(problem.instance)(parameters, masks)

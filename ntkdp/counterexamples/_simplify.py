@@ -1,7 +1,7 @@
-"""Making a failure plain: fewer samples, fewer layers, fewer digits."""
+"""A failure made plain: fewer samples, fewer layers, fewer digits."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,14 +23,14 @@ from ntkdp.counterexamples._families import Divergence, Equilibrium, masked
 from ntkdp.counterexamples._search import Problem
 from ntkdp.counterexamples._state import measured_state, settled
 
-#: Reduction and rounding may each cost half of the strength that the search found.
+#: Leaving out and rounding may each cost half of the strength that the search reached.
 _KEPT = 0.5
-#: Significant digits to try; with the last, rounding no longer changes a number.
+#: Numbers of significant digits to try; the last no longer changes a number.
 _DIGITS = tuple(range(1, 18))
 
 
-class Found(NamedTuple):
-    """An instance among masked samples."""
+class Instance(NamedTuple):
+    """Terms and outputs of all samples, and which samples take part."""
 
     terms: Array
     outputs: Array
@@ -39,53 +39,57 @@ class Found(NamedTuple):
 
 @eqx.filter_jit
 def _strengths(problem: Problem, terms: Array, outputs: Array, masks: Array) -> Array:
-    return lax.map(lambda mask: problem.score(masked(terms, mask), outputs, mask), masks)
+    def score(mask: Array) -> Array:
+        return problem.score(masked(terms, mask), outputs, mask)
+
+    return jnp.asarray(lax.map(score, masks))
 
 
-def strength(problem: Problem, found: Found) -> float:
-    return float(_strengths(problem, found.terms, found.outputs, found.mask[None])[0])
+def strength(problem: Problem, instance: Instance) -> float:
+    """The score of an instance."""
+    return float(_strengths(problem, instance.terms, instance.outputs, instance.mask[None])[0])
 
 
-def without_spare_samples(problem: Problem, found: Found) -> Found:
-    """Samples left out one by one, each time the one that is missed least."""
-    enough = _KEPT * strength(problem, found)
-    everyone = np.eye(found.mask.size)
+def without_spare_samples(problem: Problem, instance: Instance) -> Instance:
+    """The instance with samples left out one by one, each time the one that matters least."""
+    enough = _KEPT * strength(problem, instance)
+    everyone = np.eye(instance.mask.size)
     while True:
-        without = np.maximum(np.asarray(found.mask)[None] - everyone, 0)
+        without = np.maximum(np.asarray(instance.mask)[None] - everyone, 0)
         masks = jnp.asarray(without)
-        strengths = np.asarray(_strengths(problem, found.terms, found.outputs, masks))
-        # A sample that is already out would be left out again.
-        strengths = np.where(np.asarray(found.mask) > 0, strengths, -np.inf)
+        strengths = np.asarray(_strengths(problem, instance.terms, instance.outputs, masks))
+        # A sample that is already out must not be left out again.
+        strengths = np.where(np.asarray(instance.mask) > 0, strengths, -np.inf)
         if not np.max(strengths) >= enough:
-            return found
+            return instance
         mask = masks[int(np.argmax(strengths))]
-        found = Found(masked(found.terms, mask), found.outputs, mask)
+        instance = Instance(masked(instance.terms, mask), instance.outputs, mask)
 
 
-def without_spare_layers(problem: Problem, found: Found) -> Found:
-    """Layers left out while what is left is strong enough."""
-    enough = _KEPT * strength(problem, found)
-    for r in range(found.terms.shape[0]):
-        fewer = found._replace(terms=found.terms.at[r].set(0.0))
+def without_spare_layers(problem: Problem, instance: Instance) -> Instance:
+    """The instance with layers left out while the rest is strong enough."""
+    enough = _KEPT * strength(problem, instance)
+    for r in range(instance.terms.shape[0]):
+        fewer = instance._replace(terms=instance.terms.at[r].set(0.0))
         if strength(problem, fewer) >= enough:
-            found = fewer
-    return found
+            instance = fewer
+    return instance
 
 
-def rounded(problem: Problem, found: Found, *, kernel_too: bool) -> Found:
-    """As few significant digits as keep the strength and the kernel positive definite."""
-    enough = _KEPT * strength(problem, found)
-    definite = _KEPT * _definiteness(found)
+def rounded(problem: Problem, instance: Instance, *, kernel_too: bool) -> Instance:
+    """The instance with as few digits as keep its strength and a positive definite kernel."""
+    enough = _KEPT * strength(problem, instance)
+    definite = _KEPT * _definiteness(instance)
     for digits in _DIGITS:
-        terms = _significant(found.terms, digits) if kernel_too else found.terms
-        shorter = Found(terms, _significant(found.outputs, digits), found.mask)
+        terms = _significant(instance.terms, digits) if kernel_too else instance.terms
+        shorter = Instance(terms, _significant(instance.outputs, digits), instance.mask)
         if strength(problem, shorter) >= enough and _definiteness(shorter) >= definite:
             return shorter
-    return found
+    return instance
 
 
-def _definiteness(found: Found) -> float:
-    return eigenvalue_ratio(_taking_part(found)[0])
+def _definiteness(instance: Instance) -> float:
+    return eigenvalue_ratio(_taking_part(instance)[0])
 
 
 def _significant(values: Array, digits: int) -> Array:
@@ -102,11 +106,11 @@ def _all_settled(problem: Equilibrium, terms: Array, outputs: Array) -> tuple[Ar
 def equilibria(
     problem: Equilibrium, features: Array, outputs: Array, mask: Array
 ) -> tuple[np.ndarray, Array]:
-    """Equilibria near outputs, NaN where there is none that holds to first order; and terms."""
+    """Equilibria near outputs, NaN where none is stable to first order, and terms."""
     terms = jax.vmap(problem.terms, in_axes=(0, None))(features, mask)
-    # Products of short numbers are short; what binary multiplication adds is taken off.
+    # Products of short numbers are short; the error of binary multiplication is taken off.
     terms = _significant(terms, 15 if terms.dtype == jnp.float64 else 7)
-    at, speeds, derivatives = (np.array(found) for found in _all_settled(problem, terms, outputs))
+    at, speeds, derivatives = (np.array(part) for part in _all_settled(problem, terms, outputs))
     for i, derivative in enumerate(derivatives):
         holds = speeds[i] <= rest_margin() and np.all(np.isfinite(derivative))
         if holds:
@@ -119,7 +123,7 @@ def equilibria(
 
 def simplest_equilibrium(
     problem: Equilibrium, features: Array, outputs: np.ndarray, mask: Array
-) -> Found:
+) -> Instance:
     """Features and outputs with as few digits as leave an equilibrium."""
     choices = jnp.stack([_significant(features, digits) for digits in _DIGITS])
     starts = jnp.tile(jnp.asarray(outputs), (len(_DIGITS), 1, 1))
@@ -130,31 +134,31 @@ def simplest_equilibrium(
         shorter = _significant(jnp.asarray(at[first]), digits)
         state = measured_state(chosen, problem.targets, problem.loss, problem.rule, shorter)
         if float(state.speed()) <= rest_margin():
-            return Found(chosen, shorter, mask)
-    return Found(chosen, jnp.asarray(at[first]), mask)
+            return Instance(chosen, shorter, mask)
+    return Instance(chosen, jnp.asarray(at[first]), mask)
 
 
-def nearest(problem: Divergence, found: Found) -> Found:
-    """As near to fitting as the outputs are still driven off."""
-    enough = _KEPT * strength(problem, found)
+def nearest(problem: Divergence, instance: Instance) -> Instance:
+    """The instance with its outputs as near to fitting as they are still driven off."""
+    enough = _KEPT * strength(problem, instance)
     for divisor in (1000.0, 500.0, 200.0, 100.0, 50.0, 20.0, 10.0, 5.0, 2.0):
-        nearer = found._replace(outputs=found.outputs / divisor)
+        nearer = instance._replace(outputs=instance.outputs / divisor)
         if strength(problem, nearer) >= enough:
             return nearer
-    return found
+    return instance
 
 
-def _taking_part(found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms of the samples and layers that take part, which samples, and which layers."""
-    samples = np.flatnonzero(np.asarray(found.mask))
-    terms = np.asarray(found.terms)[:, samples][:, :, samples]
+def _taking_part(instance: Instance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Terms of the samples and layers that take part, with the indices of both."""
+    samples = np.flatnonzero(np.asarray(instance.mask))
+    terms = np.asarray(instance.terms)[:, samples][:, :, samples]
     layers = np.flatnonzero(np.any(terms != 0, axis=tuple(range(1, terms.ndim))))
     return terms[layers], samples, layers
 
 
-def as_data(kind: str, problem: Any, found: Found) -> Counterexample:
-    """The instance without what does not take part, with its measured numbers."""
-    terms, samples, layers = _taking_part(found)
+def as_data(kind: str, problem: Problem, instance: Instance) -> Counterexample:
+    """The samples and layers that take part, as a counterexample with its measured numbers."""
+    terms, samples, layers = _taking_part(instance)
     rule, rule_options = named(problem.rule)
     loss, loss_options = named_loss(problem.loss)
     several = {k: v for k, v in rule_options.items() if isinstance(v, tuple)}
@@ -163,7 +167,7 @@ def as_data(kind: str, problem: Any, found: Found) -> Counterexample:
         kind=kind,
         kernel=as_numbers(terms),
         targets=as_numbers(problem.targets[samples]),
-        outputs=as_numbers(found.outputs[samples]),
+        outputs=as_numbers(instance.outputs[samples]),
         loss=loss,
         loss_options=loss_options,
         rule=rule,

@@ -1,9 +1,7 @@
-"""What is measured at a state of a clipped flow, free of scale, for one kernel given by its terms.
+"""Measures of a clipped flow at a state, independent of scale, for a kernel given by its terms.
 
 Terms are ``(R, n, n)`` or ``(R, n, n, K, K)``; with flat scope there is one.
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,9 +14,9 @@ from ntkdp.gradient_flow import KernelFlow
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
 
-#: How much larger than the outputs that it is looked for from an equilibrium may be.
+#: An equilibrium may lie at most this many times as far out as the outputs the search starts from.
 _NEAR = 10.0
-#: Share of the gradient norms below which the outputs count as fitted.
+#: Outputs count as fitted once gradient norms have fallen to this share.
 _FITTED = 1e-3
 
 
@@ -58,38 +56,35 @@ class State(eqx.Module):
         total = None
         if rule.needs_total_norm:
             total = norms_from_squares(jnp.einsum("rik,ik->r", images, a))
-        if rule.scope == "layerwise":
-            factors = rule.factors(self.norms, total)
-        else:
-            factors = rule.factors(self.norms[0], None if total is None else total[0])[None]
-        self.clipped = factors * self.norms
+        self.clipped = rule.by_group(self.norms, total) * self.norms
 
     def loss_rate(self) -> Float[Array, ""]:
         r""":math:`dL/dt = a \cdot \dot f`, summed over samples."""
         return jnp.sum(self.output_gradient * self.velocity)
 
     def rise(self) -> Float[Array, ""]:
-        r"""The loss rate over what it could be at most, in [-1, 1].
+        r"""The loss rate divided by the most that it could be, in [-1, 1].
 
-        That is :math:`\sum_r \sum_i \|g_{ir}\| \sum_i C_{ir} \|g_{ir}\|`, all gradients aligned.
+        That is :math:`\sum_r \sum_i \|g_{ir}\| \sum_i C_{ir} \|g_{ir}\|`, reached if all
+        gradients are aligned.
         """
         return _share(self.loss_rate(), jnp.sum(self.norms.sum(1) * self.clipped.sum(1)))
 
     def speed(self) -> Float[Array, ""]:
-        r"""The velocity's norm over what it could be at most, in [0, 1].
+        r"""The velocity's norm divided by the most that it could be, in [0, 1].
 
         That is :math:`\sum_r \|J_r\|_F \sum_i C_{ir} \|g_{ir}\|`.
         """
         return _share(norms_from_squares(jnp.sum(self.velocity**2)), self.pace())
 
     def growth(self) -> Float[Array, " n"]:
-        r"""How fast each sample's outputs move up its own loss, over the same bound; (n,)."""
+        r"""How fast each sample's outputs move up its own loss, divided by the greatest speed."""
         upward = jnp.sum(self.output_gradient * self.velocity, axis=1)
         size = norms_from_squares(jnp.sum(self.output_gradient**2, axis=1))
         return _share(upward, size * self.pace())
 
     def pace(self) -> Float[Array, ""]:
-        r"""The outputs' greatest speed, :math:`\sum_r \|J_r\|_F \sum_i C_{ir} \|g_{ir}\|`."""
+        r"""The greatest speed of the outputs, :math:`\sum_r \|J_r\|_F \sum_i C_{ir} \|g_{ir}\|`."""
         blocks = jnp.diagonal(self.terms, axis1=1, axis2=2)
         if self.terms.ndim == 5:
             blocks = jnp.trace(blocks, axis1=1, axis2=2)
@@ -113,22 +108,22 @@ def measured_state(
 
 
 def velocity_jacobian(flow: KernelFlow, outputs: Array) -> Float[Array, "nK nK"]:
-    """Derivative of the velocity in the outputs, as a matrix."""
+    """Derivative of the velocity with respect to the outputs, as a matrix."""
     jacobian = jax.jacfwd(lambda f: flow.velocity((f, None))[0])(outputs)
-    return jacobian.reshape(outputs.size, outputs.size)
+    return jnp.reshape(jacobian, (outputs.size, outputs.size))
 
 
 def settled(
     terms: Array, targets: Array, loss: Loss, rule: ClippingRule, outputs: Array
 ) -> tuple[Array, Float[Array, ""], Float[Array, "nK nK"]]:
-    """Outputs nearby at which the velocity vanishes, by Newton's method; speed and derivative."""
+    """Nearby outputs where the velocity vanishes, by Newton's method, with speed and derivative."""
     flow = flow_of(terms, targets, loss, rule)
 
-    def step(_: Any, outputs: Array) -> Array:
+    def step(_: Array | int, outputs: Array) -> Array:
         velocity = flow.velocity((outputs, None))[0].reshape(-1)
         inverse = jnp.linalg.pinv(velocity_jacobian(flow, outputs), rtol=1e-8)
         moved = outputs - (inverse @ velocity).reshape(outputs.shape)
-        # Where clipping saturates, rest may also lie at infinity.
+        # Where clipping saturates, the nearest equilibrium may lie at infinity.
         return jnp.where(jnp.max(jnp.abs(moved)) <= limit, moved, outputs)
 
     before = State(terms, targets, loss, rule, outputs)

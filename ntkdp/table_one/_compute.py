@@ -2,45 +2,44 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ntkdp import clipping, counterexamples, spectrum
 from ntkdp._backend import validate
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import ClippingRule, Scope
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.table_one import _evidence as evidence
 from ntkdp.table_one._table import COLUMNS, Cell, Row, State, Table
 
-#: What rounding may leave, relative to the size of what is measured.
+#: Relative error that rounding may leave in a measurement.
 _ROUNDING = 1e-10
-#: Part of its initial value to which a loss has to fall to count as zero.
+#: Share of its initial value to which a loss has to fall to count as zero.
 _ZERO = 1e-8
 
 
 def compute(
     key: jax.Array | None = None, progress: Callable[[float], None] = lambda done: None
 ) -> Table:
-    """Rebuild the table, in float64 whatever the process uses.
+    """Rebuild the table, in float64 whatever precision the process uses.
 
     Parameters
     ----------
     key : PRNG key, optional
         For the random instances and the searches; ``jax.random.key(1)`` by default.
     progress : callable, optional
-        Called with the fraction done.
+        Called with the fraction of the work done.
 
     Returns
     -------
     Table
-        ``holds`` says whether every cell is borne out. It takes about a minute.
+        ``holds`` says whether the evidence supports every cell. It takes about a minute.
 
     Notes
     -----
-    Bu et al. (2023), Table 1; what is added is *derived*.
+    Bu et al. (2023), Table 1; additions are *derived*.
 
     Examples
     --------
@@ -75,7 +74,7 @@ def compute(
 def _all_hold(
     name: str, matrix: str, rules: tuple[ClippingRule, ...], key: jax.Array, stated: int = 6
 ) -> Row:
-    """A row of "yes"; of the first ``stated`` columns the paper says so too."""
+    """A row of "yes"; for the first ``stated`` columns the paper says so too."""
     states = [evidence.worst_of_states(rule, key) for rule in rules]
     paths = [evidence.worst_of_paths(rule, key) for rule in rules]
     many = f"worst of {evidence.N_STATES * len(rules)} random states"
@@ -87,7 +86,7 @@ def _all_hold(
     rise = max(state.rise for state in states)
     on_the_way = max(path.largest_rise for path in paths)
     final = max(path.final_loss for path in paths)
-    found = (
+    measured = (
         (f"asymmetry over norm, {many}", asymmetry, asymmetry <= _ROUNDING),
         (f"least eigenvalue of the symmetric part over norm, {many}", form, form > 0),
         (f"least real part of an eigenvalue over norm, {many}", least, least > 0),
@@ -101,13 +100,13 @@ def _all_hold(
     )
     cells = tuple(
         Cell(column, True if number < stated else None, True, *numbers)
-        for number, (column, numbers) in enumerate(zip(COLUMNS, found, strict=True))
+        for number, (column, numbers) in enumerate(zip(COLUMNS, measured, strict=True))
     )
     return Row(name, matrix, cells)
 
 
-def _operator_at(example: Counterexample | State) -> tuple[Any, Any]:
-    """Kernel and factors at a state of squared loss and one output, as the spectrum wants them."""
+def _operator_at(example: Counterexample | State) -> tuple[jax.Array | LayerwiseKernel, jax.Array]:
+    """Kernel and factors at a state with squared loss and one output, as spectrum takes them."""
     if isinstance(example, State):
         kernel, a = jnp.asarray(example.kernel), jnp.asarray(example.outputs)
         norms = jnp.sqrt(jnp.diagonal(kernel)) * jnp.abs(a)
@@ -221,8 +220,8 @@ def _small_layerwise(key: jax.Array) -> Row:
     if divergent is None or stuck is None or rise is None:
         missing = [
             name
-            for name, found in (("divergence", divergent), ("stuck", stuck), ("rise", rise))
-            if found is None
+            for name, example in (("divergence", divergent), ("stuck", stuck), ("rise", rise))
+            if example is None
         ]
         raise RuntimeError(
             f"the search found no example of {', '.join(missing)} with layerwise clipping for this "
@@ -284,13 +283,13 @@ def _small_layerwise(key: jax.Array) -> Row:
     return Row("small R, layerwise", "sum_r H_r C_r", cells)
 
 
-def _nothing_screened(name: str, matrix: str, scope: Any, key: jax.Array) -> Row:
-    """The global rule while no sample is above its cut; the paper's third version gives three."""
+def _nothing_screened(name: str, matrix: str, scope: Scope, key: jax.Array) -> Row:
+    """The global rule while no sample is above its cut; the paper has three of the columns."""
     rule = clipping.Global(R=5e5, Z=1e6, scope=scope)
     row = _all_hold(f"{name}, nothing screened", matrix, (rule,), key, stated=3)
     screened = counterexamples.find_smallest_rise(clipping.Global(1.0, scope=scope), key=key)
     monotone = row.cells[4]
-    found = screened is not None and screened.holds()
+    can_rise = screened is not None and screened.holds()
     changed = Cell(
         monotone.column,
         monotone.paper,
@@ -298,9 +297,9 @@ def _nothing_screened(name: str, matrix: str, scope: Any, key: jax.Array) -> Row
         monotone.evidence,
         monotone.value,
         monotone.holds,
-        added="Once samples are screened the loss can rise, with two samples already"
+        added="Once samples are screened, the loss can rise with as few as two samples"
         + ("." if screened is None else f": dL/dt = {screened.measured['loss_rate']:.3g}."),
-        added_holds=found and screened is not None and len(screened.outputs) == 2,
+        added_holds=can_rise and screened is not None and len(screened.outputs) == 2,
         example=screened,
     )
     return Row(row.clipping, row.matrix, (*row.cells[:4], changed, row.cells[5]))

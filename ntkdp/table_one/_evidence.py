@@ -1,7 +1,7 @@
 """Measurements behind the computed table: random instances, trajectories and a circling network."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,21 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, losses, ntk, spectrum
-from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
+from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, WeightFlow, recursion
 from ntkdp.losses import Loss
 from ntkdp.ntk import LayerwiseKernel
 
-#: Random states on which the worst case of each "yes" is taken, and random trajectories.
-N_STATES, N_TRAJECTORIES = 4096, 32
-_SAMPLES, _LAYERS = 4, 2
+#: Number of random states over which the worst case of each "yes" is taken.
+N_STATES = 4096
+#: Number of random trajectories over which the worst case is taken.
+N_TRAJECTORIES = 32
+#: Samples of a random instance.
+_SAMPLES = 4
+#: The layers of a random instance.
 _LAYER_NAMES = ("first", "second")
-_STEP, _STEPS, _RECORDS = 0.02, 10_000, 200
+#: Learning rate of the trajectories, small enough to follow the flow.
+_STEP = 0.02
+#: Steps of a trajectory.
+_STEPS = 10_000
+#: Recorded states of a trajectory.
+_RECORDS = 200
 
 
 class Worst(NamedTuple):
-    """Worst cases over random states, each relative to the operator's norm."""
+    """Worst cases over random states, each relative to the norm of the operator."""
 
     asymmetry: float
     quadratic_form: float
@@ -41,12 +50,13 @@ class Paths(NamedTuple):
 
 
 def _terms(key: PRNGKeyArray) -> Float[Array, "R n n"]:
-    """Positive definite layer terms, condition numbers up to about a hundred."""
-    factors = jax.random.normal(key, (_LAYERS, _SAMPLES, _SAMPLES))
+    """Positive definite terms of layers, with condition numbers up to about a hundred."""
+    factors = jax.random.normal(key, (len(_LAYER_NAMES), _SAMPLES, _SAMPLES))
     return factors @ jnp.swapaxes(factors, 1, 2) / _SAMPLES + 0.1 * jnp.eye(_SAMPLES)
 
 
 def _problems() -> list[tuple[Loss, Array, int]]:
+    """Losses, with targets and numbers of outputs."""
     labels = jnp.arange(_SAMPLES)
     return [
         (losses.SquaredError(), jnp.zeros((_SAMPLES, 1)), 1),
@@ -65,11 +75,12 @@ def _operator_numbers(terms: Array, a: Array, rule: ClippingRule) -> tuple[Array
     diagonal = jnp.diagonal(kernel, axis1=1, axis2=2)
     norms = jnp.sqrt(diagonal * jnp.sum(a**2, axis=1))
     totals = jnp.sqrt(jnp.einsum("rij,ik,jk->r", kernel, a, a))
+    driving: Array | LayerwiseKernel = kernel[0]
+    factors = rule.by_group(norms, totals)
     if rule.scope == "layerwise":
-        driving: Any = LayerwiseKernel(_LAYER_NAMES, kernel)
-        factors = rule.factors(norms, totals)
+        driving = LayerwiseKernel(_LAYER_NAMES, kernel)
     else:
-        driving, factors = kernel[0], rule.factors(norms[0], totals[0])
+        factors = factors[0]
     operator = spectrum.clipped_operator(driving, factors)
     size = jnp.linalg.norm(operator)
     return (
@@ -80,24 +91,25 @@ def _operator_numbers(terms: Array, a: Array, rule: ClippingRule) -> tuple[Array
 
 
 def _rise(terms: Array, outputs: Array, targets: Array, loss: Loss, rule: ClippingRule) -> Array:
-    """dL/dt relative to the norms of output gradient and velocity: a cosine."""
+    """dL/dt divided by the norms of output gradient and velocity: a cosine."""
     flow = _flow(terms, targets, loss, rule)
     velocity = flow.velocity((outputs, None))[0]
     a = loss.output_gradient(outputs, targets)
-    return jnp.vdot(a, velocity) / (jnp.linalg.norm(a) * jnp.linalg.norm(velocity))
+    cosine: Array = jnp.vdot(a, velocity) / (jnp.linalg.norm(a) * jnp.linalg.norm(velocity))
+    return cosine
 
 
 @eqx.filter_jit
 def _states(rule: ClippingRule, keys: Key[Array, " n"]) -> tuple[Array, ...]:
-    def one(key: PRNGKeyArray) -> tuple[Array, ...]:
-        of_terms, of_outputs, of_scale = jax.random.split(key, 3)
-        terms = _terms(of_terms)
-        # Scales of the samples spread, so that some are clipped and others are not.
-        scale = jnp.exp(2 * jax.random.normal(of_scale, (_SAMPLES, 1)))
+    def one_state(key: PRNGKeyArray) -> tuple[Array, ...]:
+        terms_key, outputs_key, scale_key = jax.random.split(key, 3)
+        terms = _terms(terms_key)
+        # The scales of the samples are spread, so that some are clipped and others are not.
+        scale = jnp.exp(2 * jax.random.normal(scale_key, (_SAMPLES, 1)))
         rises = []
         for number, (loss, targets, n_outputs) in enumerate(_problems()):
             normal = jax.random.normal(
-                jax.random.fold_in(of_outputs, number), (_SAMPLES, n_outputs)
+                jax.random.fold_in(outputs_key, number), (_SAMPLES, n_outputs)
             )
             outputs = scale * normal if number == 0 else 3 * normal
             rises.append(_rise(terms, outputs, targets, loss, rule))
@@ -105,11 +117,11 @@ def _states(rule: ClippingRule, keys: Key[Array, " n"]) -> tuple[Array, ...]:
                 numbers = _operator_numbers(terms, outputs, rule)
         return (*numbers, jnp.max(jnp.stack(rises)))
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one_state)(keys)
 
 
 def worst_of_states(rule: ClippingRule, key: PRNGKeyArray) -> Worst:
-    """Over `N_STATES` kernels of two layers, states and three losses."""
+    """Worst cases over `N_STATES` kernels of two layers with states, and three losses."""
     asymmetry, form, eigenvalue, rise = _states(rule, jax.random.split(key, N_STATES))
     return Worst(
         float(jnp.max(asymmetry)),
@@ -123,21 +135,21 @@ def worst_of_states(rule: ClippingRule, key: PRNGKeyArray) -> Worst:
 def _losses_of_paths(rule: ClippingRule, keys: Key[Array, " n"]) -> Array:
     targets = jnp.zeros((_SAMPLES, 1))
 
-    def one(key: PRNGKeyArray) -> Array:
-        of_terms, of_outputs = jax.random.split(key)
-        terms = _terms(of_terms) + 0.2 * jnp.eye(_SAMPLES)
+    def one_path(key: PRNGKeyArray) -> Array:
+        terms_key, outputs_key = jax.random.split(key)
+        terms = _terms(terms_key) + 0.2 * jnp.eye(_SAMPLES)
         flow = _flow(terms, targets, losses.SquaredError(), rule)
-        outputs = 3 * jax.random.normal(of_outputs, (_SAMPLES, 1))
+        outputs = 3 * jax.random.normal(outputs_key, (_SAMPLES, 1))
         path = recursion(
             flow, outputs, learning_rate=_STEP, steps=_STEPS, record_every=_STEPS // _RECORDS
         )
         return path.loss
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one_path)(keys)
 
 
 def worst_of_paths(rule: ClippingRule, key: PRNGKeyArray) -> Paths:
-    """Over `N_TRAJECTORIES` flows in small steps, frozen kernels with eigenvalues above .6."""
+    """Worst cases over `N_TRAJECTORIES` flows in small steps, with eigenvalues above 0.6."""
     paths = _losses_of_paths(rule, jax.random.split(key, N_TRAJECTORIES))
     relative = np.asarray(paths) / np.asarray(paths)[:, :1]
     return Paths(
@@ -151,9 +163,9 @@ def _circling(params: dict[str, Array], x: Array) -> Array:
     r"""Three samples that take turns: while one rises fast, two fall slowly.
 
     :math:`f_i = 3 + s(\theta + i/3) + \epsilon \sin(2\pi(\theta + i/3) + p_i)` with the clock
-    :math:`\theta`, own weights p and a sawtooth s of three harmonics that rises for less than a
-    third of its period. Clipped to the same norm, the two that fall outvote the one that rises, so
-    the clock never stops and the outputs come back for ever.
+    :math:`\theta`, a weight p of its own for each sample, and a sawtooth s of three harmonics that
+    rises for less than a third of its period. All are clipped to the same norm, so the two that
+    fall outvote the one that rises: the clock never stops, and the outputs return for ever.
     """
     sample = x[:, 0]
     phase = 2 * jnp.pi * (params["clock"] + sample / 3)
@@ -163,9 +175,9 @@ def _circling(params: dict[str, Array], x: Array) -> Array:
 
 
 class Circling(NamedTuple):
-    """The circling network's flow: extremes of its loss late on, and the kernel's least eigenvalue.
+    """The circling network's flow: late extremes of its loss, and the kernel's least eigenvalue.
 
-    ``lowest`` and ``highest`` are over the last half of the horizon, which is many rounds.
+    ``lowest`` and ``highest`` are taken over the last half of the horizon, which is many rounds.
     """
 
     lowest: float
@@ -183,12 +195,12 @@ def circling_network(clip_norm: float = 1.0, horizon: float = 60.0) -> Circling:
     loss, targets = losses.SquaredError(), jnp.zeros((3, 1))
     flow = WeightFlow(_circling, x, targets, loss, rule, reduction="sum")
 
-    def seen(t: Any, weights: Any, args: Any) -> tuple[Array, Array, Array]:
+    def observe(t: Array, weights: Params, args: None) -> tuple[Array, Array, Array]:
         kernel = ntk.empirical_ntk(_circling, weights, x)[:, :, 0, 0]
         total = jnp.sum(loss(_circling(weights, x), targets))
         return total, jnp.linalg.eigvalsh(kernel)[0], weights["clock"]
 
-    # Not `solve`, which keeps outputs but no weights, and the kernel is a function of those.
+    # `solve` keeps no weights, and the kernel is a function of those.
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, weights, args: flow.velocity(weights)),
         diffrax.Tsit5(),
@@ -196,7 +208,7 @@ def circling_network(clip_norm: float = 1.0, horizon: float = 60.0) -> Circling:
         t1=horizon,
         dt0=None,
         y0=params,
-        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, horizon, 6001), fn=seen),
+        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, horizon, 6001), fn=observe),
         stepsize_controller=diffrax.PIDController(rtol=1e-7, atol=1e-9),
         max_steps=100_000,
     )

@@ -1,4 +1,4 @@
-"""The table: its columns, rows and cells, and states that show a failure."""
+"""The table with its columns, rows and cells, and states that show a failure."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class State:
-    """A state of one output: squared loss, targets zero, flat abadi clipping.
+    """A state with one output, squared loss, targets zero and flat abadi clipping.
 
     Evidence in the table of :func:`compute`.
     """
@@ -29,18 +29,18 @@ class State:
     clip_norm: float
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """The state as a JSON object."""
         fields = {"kind": "state", "kernel": self.kernel, "outputs": self.outputs}
         return json.dumps(fields | {"rule": "abadi", "R": self.clip_norm, "scope": "flat"})
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: what the paper guarantees, and what was measured.
+    """One entry of the table: the guarantee of the paper, and a measurement.
 
-    ``paper`` is None where the paper does not say. ``value`` is the number that ``evidence`` names;
-    ``holds`` whether it bears out ``guaranteed``, which is the paper's answer, or the computed one
-    where it has none. ``added`` says what is known beyond it, with ``added_holds`` measured too.
+    ``paper`` is None if the paper does not say. ``value`` is the number that ``evidence`` names;
+    ``holds`` says whether it supports ``guaranteed``, which is the paper's answer, or the computed
+    one if the paper has none. ``added`` says what else is known; ``added_holds`` is measured too.
 
     Part of the table of :func:`compute`.
     """
@@ -57,11 +57,11 @@ class Cell:
 
     @property
     def answer(self) -> Literal["yes", "no"]:
-        """Whether it is guaranteed."""
+        """Whether the property is guaranteed."""
         return "yes" if self.guaranteed else "no"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, the instance included."""
+        """The entry as JSON can hold it, with the instance."""
         return {
             "column": self.column,
             "paper": {True: "yes", False: "no", None: "not stated"}[self.paper],
@@ -88,13 +88,13 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether every cell is borne out."""
+        """Whether the evidence supports every cell."""
         return all(cell.holds and cell.added_holds for cell in self.cells)
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows.
+    """All rows of the table.
 
     Made by :func:`compute`.
     """
@@ -103,11 +103,11 @@ class Table:
 
     @property
     def holds(self) -> bool:
-        """Whether every cell is borne out."""
+        """Whether the evidence supports every cell."""
         return all(row.holds for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The table as JSON can hold it."""
         return {
             "columns": list(COLUMNS),
             "holds": self.holds,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import linear
 
 ntkdp: Any = None  # imported when the rows are run, so that no type checker has seen it
 
@@ -38,10 +39,6 @@ class Row(NamedTuple):
     error: str = ""
     match: str = ""
     value: Any = None
-
-
-def linear(w: Any, x: Any) -> Any:
-    return x @ w
 
 
 X, Y, W = np.ones((3, 2)), np.zeros((3, 1)), np.ones((2, 1))

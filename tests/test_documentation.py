@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import DOCS, ROOT
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
-import claims_page  # noqa: E402
-import public_names  # noqa: E402
-from public_names import PublicName  # noqa: E402
+import claims_page
+import public_names
+from public_names import PublicName
 
-import ntkdp  # noqa: E402
-from ntkdp import claims  # noqa: E402
+import ntkdp
+from ntkdp import claims
 
 NAMES = list(public_names.public_names())
 

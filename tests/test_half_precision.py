@@ -4,23 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from helpers import KEY, linear
 
 import ntkdp
 
 HALF = (jnp.bfloat16, jnp.float16)
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
-KEY = jax.random.key(0)
 #: Exact in every precision.
 W, X, Y = np.array([[1.0], [0.5], [-1.0]]), np.eye(4, 3) + 0.5, np.array([1.0, 0.0, -1.0, 2.0])
-
-
-def linear(w: Any, x: Any) -> Any:
-    return x @ w
 
 
 def kernel_of(dtype: Any) -> Any:

@@ -1,7 +1,6 @@
 """The equation of clipped SGD in high dimension: closed forms, SciPy, invariants, simulation."""
 
 import runpy
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import DOCS
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
@@ -19,7 +19,6 @@ from ntkdp import high_dimensional_sgd
 from ntkdp.high_dimensional_sgd import HighDimensionalSGD, risk_by_clip_norm, simulate, solve
 
 TIMES = np.linspace(0.0, 1.0, 5)
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 def two_modes(**changes: Any) -> HighDimensionalSGD:

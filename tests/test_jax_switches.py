@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import KEY
 
 import ntkdp
 from ntkdp import calibration, certificates, dp_sgd, ntk, spectrum, stochastic_flow
 from ntkdp import high_dimensional_sgd as hsgd
 
-KEY = jax.random.key(0)
 N, M, D = 6, 2, 3
 DTYPE = jnp.float64
 LOSS, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)

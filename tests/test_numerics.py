@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import DATA, SOFTMAX, SQUARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +51,6 @@ PARAMS = jax.tree.map(np.asarray, MODEL.init(jax.random.key(0), jnp.asarray(X)))
 A = RNG.standard_normal((N, N))
 KERNEL = A @ A.T + np.eye(N)
 PROBS = np.array([0.9, 0.2, 0.6, 0.4, 0.7])
-SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
 
 
 def params(dtype: Any) -> Any:
@@ -277,7 +276,7 @@ print(json.dumps(found))
 
 
 #: Losses that those keys gave with jax 0.10.2.
-DRAWN_ONCE = Path(__file__).parent / "data" / "drawn.json"
+DRAWN_ONCE = DATA / "drawn.json"
 
 
 def draw(hash_seed: str) -> Any:

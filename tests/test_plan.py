@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SQUARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import clipping, losses
+from ntkdp import clipping
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp.gradient_flow import _solve
 from ntkdp.stochastic_flow import _ensemble
 from ntkdp.trajectory._stepping import Stepping
 
-SQUARED = losses.SquaredError()
 PLENTY = 10**18
 
 

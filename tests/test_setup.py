@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import linear
 
 import ntkdp
 from ntkdp import _setup, clipping, compare, dp_sgd, losses, stochastic_flow
@@ -21,10 +22,6 @@ START = jnp.zeros((6, 2))
 RULE = clipping.Abadi(1.0)
 STEPS: dict[str, Any] = {"learning_rate": 0.1, "steps": 8, "record_every": 2}
 MOMENTUM = partial(optax.sgd, momentum=0.5)
-
-
-def linear(w: Any, x: Any) -> Any:
-    return x @ w
 
 
 def observed(rule: Any = RULE, loss: Any = None, **options: Any) -> ntkdp.Trajectory:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hand_made_cells import cells
+from helpers import cells, linear
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -193,10 +193,6 @@ def test_norms_by_group_are_refused() -> None:
 
 N, M, D = 12, 8, 5
 RATES, NORMS, STEPS = np.array([0.5, 2.0, 400.0]), np.array([0.1, 5.0]), 9
-
-
-def linear(w: Any, x: Any) -> Any:
-    return x @ w
 
 
 def linear_problem(n_outputs: int = 3) -> tuple[Any, Any, Any, Any]:

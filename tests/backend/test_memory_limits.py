@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import linear
 
 import ntkdp
 from ntkdp._backend import memory, memory_limits, program_memory
@@ -181,10 +182,6 @@ def test_limits_of_the_process_refuse_what_would_die() -> None:
 FLOW = ntkdp.KernelFlow(jnp.eye(30), jnp.zeros((30, 2)), SQUARED, RULE)
 START = jnp.ones((30, 2))
 STEPS: dict[str, Any] = {"learning_rate": 0.1, "steps": 3}
-
-
-def linear(w: jax.Array, x: jax.Array) -> jax.Array:
-    return x @ w
 
 
 def train(**options: Any) -> Any:

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import DATA
 
 from ntkdp._backend import neural_tangents as _neural_tangents
-
-DATA = Path(__file__).parents[1] / "data"
 
 
 def run(program: str) -> str:

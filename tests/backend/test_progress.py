@@ -9,15 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import linear
 
 import ntkdp
 from ntkdp._backend import progress as _progress
 
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
-
-
-def linear(params: Any, x: jax.Array) -> jax.Array:
-    return x @ params
 
 
 def train(progress: Any, seed: int = 0, apply_fn: Any = linear) -> ntkdp.Trajectory:

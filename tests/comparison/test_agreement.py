@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from hand_made_cells import NAMES, cells
+from helpers import METRICS, cells
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -17,14 +17,14 @@ from ntkdp.comparison import agreement
 def random_cells(seed: int, size: int = 30, lost: int = 0) -> CellMetrics:
     rng = np.random.default_rng(seed)
     diverged = np.arange(size) >= size - lost
-    return cells(diverged, **{name: rng.uniform(0.1, 1.0, size) for name in NAMES})
+    return cells(diverged, **{name: rng.uniform(0.1, 1.0, size) for name in METRICS})
 
 
 def test_every_metric_against_scipy_and_numpy() -> None:
     predicted, observed = random_cells(0), random_cells(1)
     found = agreement(predicted, observed)
-    assert tuple(found.metrics) == NAMES
-    for name in NAMES:
+    assert tuple(found.metrics) == METRICS
+    for name in METRICS:
         mine, theirs = getattr(predicted, name), getattr(observed, name)
         expected = scipy.stats.spearmanr(mine, theirs).statistic
         np.testing.assert_allclose(found.metrics[name].spearman, expected, rtol=1e-12)

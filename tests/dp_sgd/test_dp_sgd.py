@@ -14,18 +14,17 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import KEY, SOFTMAX, SQUARED, Apply, linear
 from jax import lax
 
 from ntkdp import clipping, dp_sgd, losses
 from ntkdp._gradients import per_sample
 from ntkdp.clipping import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping
 
-KEY = jax.random.key(0)
 N, D, K = 6, 5, 3
 X = jax.random.normal(jax.random.key(1), (N, D))
 Y = jax.random.normal(jax.random.key(2), (N, K))
 LABELS = jnp.array([0, 2, 1, 1, 0, 2])
-SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
 HUGE = 1e9
 
 
@@ -85,10 +84,6 @@ def attention(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(mixed, axis=1) @ params["out"]
 
 
-def linear(w: jax.Array, x: jax.Array) -> jax.Array:
-    return x @ w
-
-
 W = random_like((D, K))
 
 
@@ -97,7 +92,6 @@ def kinked(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sqrt((x @ params["a"]) ** 2) + x @ params["b"]
 
 
-Apply = Callable[[Any, jax.Array], jax.Array]
 MODELS: dict[str, tuple[Apply, Any]] = {
     "mlp": (mlp, MLP),
     "cnn": (

@@ -1,7 +1,6 @@
 """Flows against independent solutions: eigenvectors, neural-tangents, SciPy, optax, plain steps."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -12,12 +11,10 @@ import optax
 import pytest
 import scipy.integrate
 import scipy.special
+from helpers import DATA, SQUARED
 
 import ntkdp
 from ntkdp import clipping, losses
-
-DATA = Path(__file__).parents[1] / "data"
-SQUARED = losses.SquaredError()
 
 # A linear model with two parameter groups: outputs (n, K), Jacobians (n, K, P_r).
 N, M, K = 4, 2, 2

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import SOFTMAX, SQUARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import clipping, losses, privacy, stochastic_flow
+from ntkdp import clipping, privacy, stochastic_flow
 
 N, M, K = 7, 3, 3
-SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
 _random = np.random.default_rng(0)
 LABELS, TEST_LABELS = _random.integers(0, K, N), _random.integers(0, K, M)
 TARGETS = _random.normal(size=(N, K))

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
+from helpers import SQUARED
 from test_gradient_flow import C19_PARAMS, C19_PROBLEM, c19_network
 
 import ntkdp
-from ntkdp import clipping, losses
+from ntkdp import clipping
 from ntkdp.gradient_flow import ModifiedFlow
 from ntkdp.trajectory import Trajectory
 
-SQUARED = losses.SquaredError()
 FINEST, COUNT = 0.01, 80
 #: A step of a run is so many of the finest; the last time common to all is .8, up to which abadi
 #: clips the same four samples of five.

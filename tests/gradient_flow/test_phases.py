@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import KEY, SOFTMAX, SQUARED
 
 import ntkdp
 from ntkdp import Phase, clipping, dp_sgd, gradient_flow, losses, models, privacy, stochastic_flow
@@ -20,8 +21,6 @@ from ntkdp.trajectory._phase import check_phases
 
 N, M, P, K = 7, 4, 9, 3
 SPLIT = 4
-KEY = jax.random.key(0)
-SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
 
 
 def linear(w: dict[str, Any], x: jax.Array) -> jax.Array:

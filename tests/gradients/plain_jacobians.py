@@ -1,17 +1,15 @@
 """The truth that kernels, norms and sums are held to: plain Jacobians of the whole batch."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import Apply
 
 from ntkdp._gradients import per_sample as per_sample
 from ntkdp.ntk import layerwise_ntk, per_sample_gradient_norms
-
-Apply = Callable[[Any, jax.Array], jax.Array]
 
 
 class Numbers:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import Apply
 from jax import lax
-from plain_jacobians import Apply, Numbers
+from plain_jacobians import Numbers
 from test_irregular_networks import IRREGULAR
 from test_random_networks import LIBRARIES, LOOPS, STRAIGHT, stack_of
 

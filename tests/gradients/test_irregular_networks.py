@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ROOT, Apply
 from jax import lax
-from plain_jacobians import Apply, Numbers, check
+from plain_jacobians import Numbers, check
 
 
 def conv(x: jax.Array, w: jax.Array, stride: int = 1, padding: str = "VALID") -> jax.Array:
@@ -89,10 +89,11 @@ def test_lookups_by_short_indices() -> None:
         "for name in here.IRREGULAR:\n"
         "    if 'short' in name: here.look_at(name); print(name)\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    tests = ROOT / "tests"
+    folders = os.pathsep.join(map(str, (tests, tests / "gradients")))
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": folders}
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
         env=environment,
         capture_output=True,
         text=True,

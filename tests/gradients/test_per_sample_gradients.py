@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
 from ntkdp._gradients import per_sample as per_sample
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 class Case(NamedTuple):

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import Apply
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from plain_jacobians import Apply, Numbers, assert_close, check, jacobians, numbered, products
+from plain_jacobians import Numbers, assert_close, check, jacobians, numbered, products
 
 from ntkdp import layerwise_ntk, models
 from ntkdp._backend import neural_tangents

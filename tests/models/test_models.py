@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import equinox as eqx
 import flax.linen as nn
@@ -12,44 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import KEY, stored
 
 from ntkdp import models
 from ntkdp._backend import neural_tangents
 from ntkdp.models import _networks
 
 stax = neural_tangents.stax
-DATA = Path(__file__).parents[1] / "data"
-KEY = jax.random.key(0)
-
-
-def stored_model(name: str) -> models.Model:
-    """The networks of the stored kernels, by the public constructors."""
-    if name == "mlp_relu":
-        return models.mlp([32, 24], 3, W_std=1.5)
-    if name == "cnn_pool":
-        return models.serial(
-            stax.Conv(6, (3, 3), padding="SAME", W_std=1.4, b_std=0.1),
-            stax.Relu(),
-            stax.AvgPool((2, 2), strides=(2, 2)),
-            stax.Conv(8, (3, 3), padding="VALID", W_std=1.4, b_std=0.1),
-            stax.Relu(),
-            stax.Flatten(),
-            stax.Dense(4, 1.0, 0.1),
-        )
-    block = [stax.Dense(20, 1.2, 0.1), stax.LayerNorm(), stax.Relu()]
-    return models.serial(*block, *block, stax.Dense(3, 1.0, 0.1))
 
 
 @pytest.mark.parametrize("name", ["mlp_relu", "cnn_pool", "layernorm_mlp"])
 def test_outputs_kernels_and_terms_of_stored_networks(name: str) -> None:
-    with np.load(DATA / f"{name}.npz") as file:
-        stored = {key: jnp.asarray(file[key]) for key in file}
-    x1, x2 = stored["x1"], stored["x2"]
-    model = stored_model(name)
-    params = model.init(KEY, x1)
-    treedef = jax.tree.structure(params)
-    params = jax.tree.unflatten(treedef, [stored[f"param{i}"] for i in range(treedef.num_leaves)])
-    np.testing.assert_allclose(model.apply(params, x1), stored["f1"], rtol=1e-12, atol=1e-14)
+    model, params, values = stored(name)
+    x1, x2 = values["x1"], values["x2"]
+    np.testing.assert_allclose(model.apply(params, x1), values["f1"], rtol=1e-12, atol=1e-14)
 
     @jax.jit
     def kernels(x1: jax.Array, x2: jax.Array | None) -> tuple:
@@ -58,12 +33,12 @@ def test_outputs_kernels_and_terms_of_stored_networks(name: str) -> None:
 
     for suffix, second in (("11", None), ("12", x2)):
         ntk, nngp, terms = kernels(x1, second)
-        np.testing.assert_allclose(ntk, stored[f"inf_ntk{suffix}"], rtol=1e-6)
-        np.testing.assert_allclose(nngp, stored[f"inf_nngp{suffix}"], rtol=1e-6)
+        np.testing.assert_allclose(ntk, values[f"inf_ntk{suffix}"], rtol=1e-6)
+        np.testing.assert_allclose(nngp, values[f"inf_nngp{suffix}"], rtol=1e-6)
         np.testing.assert_allclose(sum(terms.values()), ntk, rtol=1e-12)
     layers = [str(i) for i, entry in enumerate(params) if jax.tree.leaves(entry)]
     assert list(terms) == layers
-    assert {f"H11_layer{i}" for i in layers} <= set(stored)
+    assert {f"H11_layer{i}" for i in layers} <= set(values)
 
 
 def empirical_terms(model: models.Model, params: list, x: jax.Array) -> jax.Array:

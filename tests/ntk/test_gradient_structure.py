@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 from jax import lax
 
 import ntkdp
 from ntkdp._gradients import per_sample as per_sample
 from ntkdp.ntk import gradient_structure
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def test_every_leaf_of_a_transformer_block_is_structured() -> None:

@@ -1,7 +1,6 @@
 """Kernels against stored values, plain Jacobians and identities; what cannot be answered raises."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -10,50 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal, stored
 
 import ntkdp
 from ntkdp._backend import memory
-
-DATA = Path(__file__).parents[1] / "data"
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-def stored_layers(name: str) -> list[Any]:
-    from neural_tangents import stax
-
-    if name == "mlp_relu":
-        return [
-            stax.Dense(32, 1.5, 0.1),
-            stax.Relu(),
-            stax.Dense(24, 1.5, 0.1),
-            stax.Relu(),
-            stax.Dense(3, 1.0, 0.1),
-        ]
-    if name == "cnn_pool":
-        return [
-            stax.Conv(6, (3, 3), padding="SAME", W_std=1.4, b_std=0.1),
-            stax.Relu(),
-            stax.AvgPool((2, 2), strides=(2, 2)),
-            stax.Conv(8, (3, 3), padding="VALID", W_std=1.4, b_std=0.1),
-            stax.Relu(),
-            stax.Flatten(),
-            stax.Dense(4, 1.0, 0.1),
-        ]
-    block = [stax.Dense(20, 1.2, 0.1), stax.LayerNorm(), stax.Relu()]
-    return [*block, *block, stax.Dense(3, 1.0, 0.1)]
-
-
-def stored(name: str) -> tuple[ntkdp.models.Model, Any, dict[str, jax.Array]]:
-    """Model, parameters and everything in the file."""
-    with np.load(DATA / f"{name}.npz") as file:
-        values = {key: jnp.asarray(file[key]) for key in file}
-    model = ntkdp.models.serial(*stored_layers(name))
-    treedef = jax.tree.structure(model.init(jax.random.key(0), values["x1"]))
-    leaves = [values[f"param{i}"] for i in range(treedef.num_leaves)]
-    return model, jax.tree.unflatten(treedef, leaves), values
 
 
 @pytest.mark.parametrize("name", ["mlp_relu", "cnn_pool", "layernorm_mlp"])

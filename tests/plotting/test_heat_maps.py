@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hand_made_cells import NAMES, cells
+from helpers import METRICS, cells
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def sweep(seed: int, lost: Any = ()) -> CellMetrics:
     """Random cells of the grid, some of which diverged, the first of those without a number."""
     rng = np.random.default_rng(seed)
     diverged = np.isin(np.arange(12), lost)
-    values = {name: rng.uniform(0.05, 0.95, 12) for name in NAMES}
+    values = {name: rng.uniform(0.05, 0.95, 12) for name in METRICS}
     for name, array in values.items():
         array[diverged] = 40.0 if name.endswith("loss") else 0.5
         array[list(lost)[:1]] = np.nan

@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from helpers import balle_and_wang, linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from ntkdp import clipping, dp_sgd, gradient_flow, losses, privacy, stochastic_flow
 from ntkdp.privacy._arguments import ACCOUNTANTS
-
-
-def balle_and_wang(mu: float, epsilon: float) -> float:
-    """Delta of the Gaussian mechanism: theorem 8 of Balle and Wang (2018)."""
-    near, far = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-    return float(stats.norm.cdf(near) - np.exp(epsilon) * stats.norm.cdf(far))
 
 
 def test_a_budget_of_epsilon_and_delta_is_kept_by_the_accountants() -> None:
@@ -115,10 +110,6 @@ def test_bad_mechanisms_of_a_budget() -> None:
         for accountant in ACCOUNTANTS
     )
     assert 0 < nearly_tight < loose
-
-
-def linear(w: jax.Array, x: jax.Array) -> jax.Array:
-    return x @ w
 
 
 W, X, Y = np.zeros((3, 1)), np.linspace(-1, 1, 12).reshape(4, 3), np.ones((4, 1))

@@ -13,6 +13,7 @@ import typer
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import rdp_privacy_accountant
+from helpers import balle_and_wang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
@@ -53,12 +54,6 @@ def test_known_noise_multipliers(accountant: Any, expected: float) -> None:
     sigma = privacy.noise_multiplier(3.0, *MNIST, accountant)
     assert sigma == pytest.approx(expected, rel=5e-4)
     assert 3 * (1 - 2e-3) <= privacy.epsilon(sigma, *MNIST, accountant) <= 3
-
-
-def balle_and_wang(mu: float, epsilon: float) -> float:
-    """Delta of the Gaussian mechanism: theorem 8 of Balle and Wang (2018)."""
-    near, far = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-    return float(stats.norm.cdf(near) - np.exp(epsilon) * stats.norm.cdf(far))
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(10.0, 100), (1.0, 1), (3.0, 50), (50.0, 10)])

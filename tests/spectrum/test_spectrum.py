@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import linear
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -288,10 +289,6 @@ def test_sharpness_against_full_matrices(loss, targets, reduction):
         assert found.hessian == pytest.approx(top, rel=1e-9)
         expected = np.linalg.eigvalsh(matrix)[-1] / divisor
         assert found.clipped_kernel == pytest.approx(expected, rel=1e-9)
-
-
-def linear(w, x):
-    return x @ w
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -1,12 +1,12 @@
 """Predicted mean and spread of noisy training against runs, closed forms and limits."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import DATA
 from scipy.stats import binomtest
 
 import ntkdp
@@ -240,7 +240,7 @@ def test_times_that_begin_late_are_counted_from_the_start() -> None:
 @pytest.mark.slow
 def test_at_fixed_privacy_the_noise_stays_as_the_step_shrinks() -> None:
     """Eight samples, mu = 1, T = 20: runs end near 2066 +- 30 whatever the step, 909.18 without."""
-    J = np.load(Path(__file__).parents[1] / "data" / "instances.npz")["c23_J"]
+    J = np.load(DATA / "instances.npz")["c23_J"]
     problem = (jnp.zeros((8, 1)), losses.SquaredError(), clipping.Abadi(1.0))
     start = jnp.full((8, 1), 30.0)
     flow = ntkdp.KernelFlow(jnp.asarray(J @ J.T), *problem, reduction="sum")
@@ -272,7 +272,7 @@ def test_at_fixed_privacy_the_noise_stays_as_the_step_shrinks() -> None:
 @pytest.mark.slow
 def test_the_spread_is_that_of_many_runs_where_the_outputs_are_not_gaussian() -> None:
     """Fixed privacy and Poisson sampling, 10,000 runs: within 5%; a Gaussian is off by over 8%."""
-    J = np.load(Path(__file__).parents[1] / "data" / "instances.npz")["c23_J"]
+    J = np.load(DATA / "instances.npz")["c23_J"]
     params, x = problem(1)
     squared = losses.SquaredError()
     clipped = ntkdp.KernelFlow(

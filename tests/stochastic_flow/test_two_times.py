@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SQUARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import clipping, losses, models, stochastic_flow
+from ntkdp import clipping, models, stochastic_flow
 from ntkdp._backend.neural_tangents import stax
 from ntkdp.claims._instances import stored
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
@@ -19,7 +20,6 @@ from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
 X = jax.random.normal(jax.random.key(0), (5, 4))
 X_TEST = jax.random.normal(jax.random.key(1), (3, 4))
 Y = jnp.sin(X[:, :2])
-SQUARED = losses.SquaredError()
 
 
 def _arc_cosine(kind: int, cross: Any, one: Any, other: Any) -> Any:

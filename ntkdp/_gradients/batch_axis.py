@@ -2,32 +2,42 @@
 
 A value has the batch at a *place* if its i-th part there is the same function of the parameters and
 of sample i alone, for every i. A value that does not depend on the samples has it at every place
-along which it is uniform: numbers that differ from place to place are not. The places are followed
-through every equation by the rules of :mod:`ntkdp._gradients.batch_axis_rules`; a primitive without
-a rule keeps none, so that what is proven holds for all inputs, and what is not may still be true.
+along which it is uniform, so that its numbers do not differ from part to part. The places are
+followed through every equation by the rules of :mod:`ntkdp._gradients.batch_axis_rules`; a
+primitive without a rule keeps none. So a proof holds for all inputs, and a program without a proof
+may still treat its samples one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from ntkdp._backend.types import Array
 from ntkdp._gradients.batch_axis_rules import RULES, Place, Value, every_place
-from ntkdp._gradients.tracing import bind
+from ntkdp._gradients.equations import (
+    CALLS,
+    Atom,
+    Operand,
+    called_program,
+    dtype_of,
+    evaluate,
+    has_dtype,
+    shape_of,
+)
 
-_CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
-#: Constants up to so many entries are looked at.
+#: Constants of at most this many entries are inspected.
 _LARGEST_CONSTANT = 2**20
 _PACKAGE, _JAX = Path(__file__).parent, Path(jax.__file__).parent
 
 
 class Program(NamedTuple):
-    """What every equation of a jaxpr is read with."""
+    """The setting in which every equation of a jaxpr is read."""
 
     n: int
     differentiated: bool
@@ -35,14 +45,14 @@ class Program(NamedTuple):
 
 
 def trouble_with(jaxpr: jex.ClosedJaxpr, n: int, n_leaves: int) -> str | None:
-    """Where samples first meet or are told apart by their place; None if they certainly do not.
+    """Where samples first meet or are told apart by their place, or None if they certainly do not.
 
     ``jaxpr`` maps ``n_leaves`` arrays of parameters and a batch of n >= 2 samples to outputs.
     """
     program = Program(n, differentiated=True)
-    avals = [var.aval for var in jaxpr.jaxpr.invars]
-    args = [Value(aval.shape, False) for aval in avals[:n_leaves]]
-    args.append(Value(avals[n_leaves].shape, True, frozenset({Place(0, 1)})))
+    shapes = [shape_of(var) for var in jaxpr.jaxpr.invars]
+    args = [Value(shape, False) for shape in shapes[:n_leaves]]
+    args.append(Value(shapes[n_leaves], True, frozenset({Place(0, 1)})))
     (out,) = _follow(jaxpr.jaxpr, jaxpr.consts, args, program)
     if Place(0, 1) in out.places:
         return None
@@ -50,11 +60,11 @@ def trouble_with(jaxpr: jex.ClosedJaxpr, n: int, n_leaves: int) -> str | None:
 
 
 def _follow(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Value], program: Program
+    jaxpr: jex.Jaxpr, consts: Sequence[Operand], args: Sequence[Value], program: Program
 ) -> list[Value]:
-    env: dict[Any, Value] = {}
+    env: dict[Atom, Value] = {}
 
-    def read(atom: Any) -> Value:
+    def read(atom: Atom) -> Value:
         return _constant(atom.val, program.n) if isinstance(atom, jex.Literal) else env[atom]
 
     for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -66,7 +76,7 @@ def _follow(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _constant(array: Any, n: int) -> Value:
+def _constant(array: Operand, n: int) -> Value:
     """A number or an array from outside, at the places along which all its parts are equal."""
     shape = np.shape(array)
     if not shape or not _is_known(array):
@@ -83,8 +93,8 @@ def _constant(array: Any, n: int) -> Value:
     return Value(shape, False, frozenset(place for place in places if is_uniform(place)))
 
 
-def _is_known(array: Any) -> bool:
-    """Whether the entries can be looked at, and are not so many that it would take long."""
+def _is_known(array: Operand) -> bool:
+    """Whether the entries can be inspected, and are not so many that it would take long."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(array.dtype, jax.dtypes.extended) or array.size > _LARGEST_CONSTANT:
@@ -92,9 +102,9 @@ def _is_known(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _through(eqn: Any, values: list[Value], program: Program) -> list[Value]:
+def _through(eqn: jex.JaxprEqn, values: list[Value], program: Program) -> list[Value]:
     name = eqn.primitive.name
-    if name in _CALLS:
+    if name in CALLS:
         return _called(eqn, values, program)
     if name in _CUSTOM:
         return _with_derivative_of_its_own(eqn, values, program)
@@ -108,12 +118,12 @@ def _through(eqn: Any, values: list[Value], program: Program) -> list[Value]:
     places = [frozenset()] * len(eqn.outvars) if rule is None else rule(eqn, values, program.n)
     depends = any(value.depends for value in values)
     return [
-        _checked(Value(var.aval.shape, depends, where), eqn, values, program)
+        _checked(Value(shape_of(var), depends, where), eqn, values, program)
         for var, where in zip(eqn.outvars, places, strict=True)
     ]
 
 
-def _checked(out: Value, eqn: Any, values: Sequence[Value], program: Program) -> Value:
+def _checked(out: Value, eqn: jex.JaxprEqn, values: Sequence[Value], program: Program) -> Value:
     """The value with the first trouble on the way to it, if it has lost the batch."""
     if out.trouble is not None or not out.depends or out.places:
         return out
@@ -121,7 +131,7 @@ def _checked(out: Value, eqn: Any, values: Sequence[Value], program: Program) ->
     return out._replace(trouble=earlier[0] if earlier else _where(eqn, program))
 
 
-def _where(eqn: Any, program: Program) -> str:
+def _where(eqn: jex.JaxprEqn, program: Program) -> str:
     """An equation in words: its primitive, the layer and the line that it comes from."""
     layer = str(eqn.source_info.name_stack)
     line = program.line or _line(eqn)
@@ -129,10 +139,12 @@ def _where(eqn: Any, program: Program) -> str:
     return f"{words} ({line})" if line else words
 
 
-def _line(eqn: Any) -> str | None:
+def _line(eqn: jex.JaxprEqn) -> str | None:
     """The innermost line of the model, which ntkdp called, that is not JAX's own."""
     traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
+    if traceback is None:
+        return None
+    for frame in traceback.frames:
         path = Path(frame.file_name)
         if _PACKAGE in path.parents:
             return None
@@ -141,14 +153,15 @@ def _line(eqn: Any) -> str | None:
     return None
 
 
-def _called(eqn: Any, values: Sequence[Value], program: Program) -> list[Value]:
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    # JAX keeps what it traced: lines within may be those of an earlier caller.
+def _called(eqn: jex.JaxprEqn, values: Sequence[Value], program: Program) -> list[Value]:
+    # JAX keeps what it traced: lines inside may be those of an earlier caller.
     program = program._replace(line=program.line or _line(eqn))
-    return _follow(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, program)
+    return _follow(*called_program(eqn), values, program)
 
 
-def _with_derivative_of_its_own(eqn: Any, values: Sequence[Value], program: Program) -> list[Value]:
+def _with_derivative_of_its_own(
+    eqn: jex.JaxprEqn, values: Sequence[Value], program: Program
+) -> list[Value]:
     """A function with a rule for its derivative, which must keep the samples apart as well."""
     undifferentiated = program._replace(differentiated=False)
     outs = _called(eqn, values, undifferentiated)
@@ -157,69 +170,71 @@ def _with_derivative_of_its_own(eqn: Any, values: Sequence[Value], program: Prog
     forward = eqn.primitive.name == "custom_jvp_call"
     try:
         pairs = (_tangents if forward else _cotangents)(eqn, values, outs, undifferentiated)
-    except Exception:  # of a rule that fails, whatever it is: nothing is proven
+    except Exception:  # whatever error the rule fails with, nothing is proven
         pairs = [(Value((), True), Value((), True))]
-    if all(not of.depends or of.places & value.places for value, of in pairs):
+    if all(not moved.depends or moved.places & value.places for value, moved in pairs):
         return outs
     where = f"the derivative of {_where(eqn, program)}"
     return [out._replace(places=frozenset(), trouble=out.trouble or where) for out in outs]
 
 
-def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables]
+def _shapes(variables: Sequence[Atom]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in variables]
 
 
-def _real(variables: Sequence[Any]) -> list[int]:
-    """Positions of what can be differentiated."""
-    return [i for i, var in enumerate(variables) if jnp.issubdtype(var.aval.dtype, jnp.inexact)]
+def _inexact(variables: Sequence[Atom]) -> list[int]:
+    """Positions of the variables that can be differentiated."""
+    return [i for i, var in enumerate(variables) if has_dtype(var, jnp.inexact)]
 
 
 def _tangents(
-    eqn: Any, values: Sequence[Value], outs: Sequence[Value], program: Program
+    eqn: jex.JaxprEqn, values: Sequence[Value], outs: Sequence[Value], program: Program
 ) -> list[tuple[Value, Value]]:
     """Each output and its derivative along the arguments."""
     shapes = _shapes(eqn.invars)
-    moved = _real(eqn.invars)
+    moved = _inexact(eqn.invars)
 
-    def push(args: list[Any], tangents: list[Any]) -> Any:
-        def of(*chosen: Any) -> Any:
+    def push(args: list[Array], tangents: list[Array]) -> list[Array]:
+        def function(*chosen: Array) -> list[Array]:
             whole = list(args)
             for i, value in zip(moved, chosen, strict=True):
                 whole[i] = value
-            return [out for out in bind(eqn, whole) if jnp.issubdtype(out.dtype, jnp.inexact)]
+            return [out for out in evaluate(eqn, whole) if jnp.issubdtype(out.dtype, jnp.inexact)]
 
-        return jax.jvp(of, [args[i] for i in moved], tangents)[1]
+        return list(jax.jvp(function, [args[i] for i in moved], tangents)[1])
 
     jaxpr = jax.make_jaxpr(push)(shapes, [shapes[i] for i in moved])
     args = [*values, *[values[i] for i in moved]]
-    found = _follow(jaxpr.jaxpr, jaxpr.consts, args, program)
-    return [(outs[i], tangent) for i, tangent in zip(_real(eqn.outvars), found, strict=True)]
+    out_tangents = _follow(jaxpr.jaxpr, jaxpr.consts, args, program)
+    return [
+        (outs[i], tangent) for i, tangent in zip(_inexact(eqn.outvars), out_tangents, strict=True)
+    ]
 
 
 def _cotangents(
-    eqn: Any, values: Sequence[Value], outs: Sequence[Value], program: Program
+    eqn: jex.JaxprEqn, values: Sequence[Value], outs: Sequence[Value], program: Program
 ) -> list[tuple[Value, Value]]:
-    """Each argument and what a cotangent of the outputs becomes there.
+    """Each argument and its cotangent, for any cotangents of the outputs.
 
     An argument that all samples share gets a sum over them, for which nothing is proven.
     """
     shapes = _shapes(eqn.invars)
-    moved, given = _real(eqn.invars), _real(eqn.outvars)
+    moved, given = _inexact(eqn.invars), _inexact(eqn.outvars)
 
-    def pull(args: list[Any], cotangents: list[Any]) -> Any:
-        def of(*chosen: Any) -> Any:
+    def pull(args: list[Array], cotangents: list[Array]) -> list[Array]:
+        def function(*chosen: Array) -> list[Array]:
             whole = list(args)
             for i, value in zip(moved, chosen, strict=True):
                 whole[i] = value
-            return [bind(eqn, whole)[i] for i in given]
+            return [evaluate(eqn, whole)[i] for i in given]
 
-        return list(jax.vjp(of, *[args[i] for i in moved])[1](cotangents))
+        return list(jax.vjp(function, *[args[i] for i in moved])[1](cotangents))
 
     jaxpr = jax.make_jaxpr(pull)(shapes, _shapes([eqn.outvars[i] for i in given]))
     # The cotangent of any value differs from sample to sample.
     cotangents = [outs[i]._replace(depends=True) for i in given]
-    found = _follow(jaxpr.jaxpr, jaxpr.consts, [*values, *cotangents], program)
-    return [(values[i], cotangent) for i, cotangent in zip(moved, found, strict=True)]
+    in_cotangents = _follow(jaxpr.jaxpr, jaxpr.consts, [*values, *cotangents], program)
+    return [(values[i], cotangent) for i, cotangent in zip(moved, in_cotangents, strict=True)]
 
 
 def _joined(one: Value, other: Value) -> Value:
@@ -231,13 +246,13 @@ def _joined(one: Value, other: Value) -> Value:
     )
 
 
-def _cond(eqn: Any, values: list[Value], program: Program) -> list[Value]:
+def _cond(eqn: jex.JaxprEqn, values: list[Value], program: Program) -> list[Value]:
     which, *args = values
-    of_branches = [
+    branches = [
         _follow(branch.jaxpr, branch.consts, args, program) for branch in eqn.params["branches"]
     ]
     outs = []
-    for first, *others in zip(*of_branches, strict=True):
+    for first, *others in zip(*branches, strict=True):
         for other in others:
             first = _joined(first, other)
         if which.depends:  # one number that chooses for all samples
@@ -246,8 +261,10 @@ def _cond(eqn: Any, values: list[Value], program: Program) -> list[Value]:
     return outs
 
 
-def _settled(turn: Any, carry: list[Value]) -> tuple[list[Value], list[Value]]:
-    """What is carried through a loop, after any number of turns, and what the last one gave."""
+def _settled(
+    turn: Callable[[list[Value]], list[Value]], carry: list[Value]
+) -> tuple[list[Value], list[Value]]:
+    """Values carried through a loop, after any number of turns, and results of the last turn."""
     while True:
         after = turn(carry)
         joined = [
@@ -258,7 +275,7 @@ def _settled(turn: Any, carry: list[Value]) -> tuple[list[Value], list[Value]]:
         carry = joined
 
 
-def _while(eqn: Any, values: list[Value], program: Program) -> list[Value]:
+def _while(eqn: jex.JaxprEqn, values: list[Value], program: Program) -> list[Value]:
     params = eqn.params
     n_tests = params["cond_nconsts"]
     n_consts = n_tests + params["body_nconsts"]
@@ -274,19 +291,19 @@ def _while(eqn: Any, values: list[Value], program: Program) -> list[Value]:
     return [_checked(value, eqn, values, program) for value in carry]
 
 
-def _scan(eqn: Any, values: list[Value], program: Program) -> list[Value]:
+def _scan(eqn: jex.JaxprEqn, values: list[Value], program: Program) -> list[Value]:
     params = eqn.params
     n_consts, n_carry = params["num_consts"], params["num_carry"]
     consts, stepped = values[:n_consts], values[n_consts + n_carry :]
     if n_carry == 0 and _steps_over_samples(consts, stepped):
-        return [Value(var.aval.shape, True, frozenset({Place(0, 1)})) for var in eqn.outvars]
+        return [Value(shape_of(var), True, frozenset({Place(0, 1)})) for var in eqn.outvars]
     body = params["jaxpr"]
     here = [_checked(_slice(value), eqn, [value], program) for value in stepped]
     carry, turns = _settled(
         lambda carry: _follow(body.jaxpr, body.consts, [*consts, *carry, *here], program),
         values[n_consts : n_consts + n_carry],
     )
-    shapes = [var.aval.shape for var in eqn.outvars[n_carry:]]
+    shapes = [shape_of(var) for var in eqn.outvars[n_carry:]]
     stacked = [
         value._replace(shape=shape, places=frozenset(Place(a + 1, i) for a, i in value.places))
         for value, shape in zip(turns, shapes, strict=True)
@@ -295,7 +312,7 @@ def _scan(eqn: Any, values: list[Value], program: Program) -> list[Value]:
 
 
 def _steps_over_samples(consts: Sequence[Value], stepped: Sequence[Value]) -> bool:
-    """Whether every turn of a loop without memory sees one sample and nothing of the others."""
+    """Whether every turn of a loop without memory sees one sample and none of the others."""
     alone = not any(value.depends for value in consts)
     some = any(value.depends for value in stepped)
     return alone and some and all(Place(0, 1) in value.places for value in stepped)

@@ -1,19 +1,23 @@
 """Where the batch is after each primitive, given where it is in the operands.
 
-A rule gives for each output the places at which every operand that depends on the samples has the
-batch and at which every other operand that matters there is uniform.
+For each output a rule gives the places at which every operand that depends on the samples has the
+batch, and at which every other operand that matters there is uniform.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import jax.extend.core as jex
 import numpy as np
+from jax.lax import GatherDimensionNumbers
+
+from ntkdp._gradients.equations import shape_of
 
 
 class Place(NamedTuple):
-    """The batch along ``axis``, its neighbours ``inner`` entries apart.
+    """The batch along ``axis``, with neighbouring samples ``inner`` entries apart.
 
     An axis that holds (frame, sample, pixel) has the batch with ``inner`` pixels.
     """
@@ -23,7 +27,7 @@ class Place(NamedTuple):
 
 
 Places: TypeAlias = frozenset[Place]
-#: JAX's own parameters hold NumPy's whole numbers, too.
+#: The parameters of JAX's primitives hold NumPy's whole numbers, too.
 Axis: TypeAlias = int | np.integer
 
 
@@ -39,7 +43,7 @@ class Value(NamedTuple):
     trouble: str | None = None
 
 
-Rule: TypeAlias = Callable[[Any, Sequence[Value], int], list[Places]]
+Rule: TypeAlias = Callable[[jex.JaxprEqn, Sequence[Value], int], list[Places]]
 
 
 def every_place(shape: Sequence[int], axis: int, n: int) -> list[Place]:
@@ -51,9 +55,9 @@ def every_place(shape: Sequence[int], axis: int, n: int) -> list[Place]:
 
 
 def _common(values: Iterable[Value]) -> Places:
-    """Places that all have; the samples have none in an array without axes."""
-    found = [value.places for value in values]
-    return functools.reduce(frozenset.intersection, found) if found else frozenset()
+    """Places that all values have; an array without axes has none."""
+    places = [value.places for value in values]
+    return functools.reduce(frozenset.intersection, places) if places else frozenset()
 
 
 def _moved(places: Places, to: Mapping[int, Axis]) -> Places:
@@ -73,12 +77,12 @@ def _kept(axes: Iterable[Axis], ndim: int) -> dict[int, int]:
     return {axis: axis for axis in range(ndim) if axis not in gone}
 
 
-def _same(eqn: Any, places: Places) -> list[Places]:
+def _same(eqn: jex.JaxprEqn, places: Places) -> list[Places]:
     return [places] * len(eqn.outvars)
 
 
-def _elementwise(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
-    shape = eqn.outvars[0].aval.shape
+def _elementwise(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
+    shape = shape_of(eqn.outvars[0])
     spread = [_spread(value, shape, n) for value in values if value.shape or value.depends]
     return _same(eqn, functools.reduce(frozenset.intersection, spread) if spread else frozenset())
 
@@ -93,17 +97,17 @@ def _spread(value: Value, shape: Sequence[int], n: int) -> Places:
     return places | {place for d in repeated for place in every_place(shape, d, n)}
 
 
-def _each(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _each(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     return [value.places for value in values]
 
 
-def _reshape(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
-    value, new = values[0], eqn.outvars[0].aval.shape
-    # Only a reshape reads its entries in another order; a squeeze has dimensions of its own.
+def _reshape(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
+    value, new = values[0], shape_of(eqn.outvars[0])
+    # Only a reshape reads its entries in another order; the dimensions of a squeeze are others.
     permuted = eqn.params.get("dimensions") if eqn.primitive.name == "reshape" else None
     order = range(len(value.shape)) if permuted is None else [int(axis) for axis in permuted]
     old = [value.shape[axis] for axis in order]
-    if 0 in new:  # nothing is there that could differ
+    if 0 in new:  # there are no entries that could differ
         return [frozenset(Place(axis, 1) for axis, size in enumerate(new) if size == n)]
     apart = {
         inner * math.prod(old[axis + 1 :])
@@ -117,8 +121,8 @@ def _reshape(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [frozenset(places)]
 
 
-def _broadcast(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
-    value, new = values[0], eqn.outvars[0].aval.shape
+def _broadcast(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
+    value, new = values[0], shape_of(eqn.outvars[0])
     axes = eqn.params["broadcast_dimensions"]
     kept = {d: axis for d, axis in enumerate(axes) if value.shape[d] == new[axis]}
     places = _moved(value.places, kept)
@@ -128,12 +132,12 @@ def _broadcast(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [places]
 
 
-def _transpose(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _transpose(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     order = eqn.params["permutation"]
     return [_moved(values[0].places, {int(axis): i for i, axis in enumerate(order)})]
 
 
-def _reduce(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _reduce(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
     shape = values[0].shape
     if any(value.depends for value in values if value.shape != shape):
@@ -143,13 +147,13 @@ def _reduce(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
 
 
 def _along(*names: str) -> Rule:
-    """Operations that mix what lies along the axes in a parameter."""
+    """Operations that mix the entries along the axes that a parameter names."""
 
-    def rule(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+    def rule(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
         axes: set[int] = set()
         for name in names:
-            found = eqn.params[name]
-            axes |= set(found) if isinstance(found, Sequence) else {found}
+            named = eqn.params[name]
+            axes |= set(named) if isinstance(named, Sequence) else {named}
         return _same(eqn, _moved(_common(values), _kept(axes, len(values[0].shape))))
 
     return rule
@@ -158,22 +162,22 @@ def _along(*names: str) -> Rule:
 def _leading(n_last: int) -> Rule:
     """Operations on the last axes, for each entry along the others."""
 
-    def rule(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+    def rule(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
         ndim = max(len(value.shape) for value in values)
         if any(len(value.shape) != ndim for value in values):
             return _same(eqn, frozenset())
         places = _moved(_common(values), _kept(range(ndim - n_last, ndim), ndim))
-        sizes = [var.aval.shape for var in eqn.outvars]
+        sizes = [shape_of(var) for var in eqn.outvars]
         return [frozenset(p for p in places if p.axis < len(size)) for size in sizes]
 
     return rule
 
 
-def _fft(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _fft(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     return _leading(len(eqn.params["fft_lengths"]))(eqn, values, n)
 
 
-def _pad(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _pad(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     value, filling = values
     padded = [d for d, sides in enumerate(eqn.params["padding_config"]) if any(sides)]
     places = _moved(value.places, _kept(padded, len(value.shape)))
@@ -181,35 +185,35 @@ def _pad(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
 
 
 def _whole_axes(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
-    """Axes that are not cut."""
+    """Axes along which nothing is cut."""
     return {d: d for d, (old, new) in enumerate(zip(before, after, strict=True)) if old == new}
 
 
-def _cut(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _cut(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     value, *starts = values
     if any(start.depends for start in starts):
         return _same(eqn, frozenset())
-    return [_moved(value.places, _whole_axes(value.shape, var.aval.shape)) for var in eqn.outvars]
+    return [_moved(value.places, _whole_axes(value.shape, shape_of(var))) for var in eqn.outvars]
 
 
-def _stack(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _stack(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     new, ndim = eqn.params["axis"], len(values[0].shape)
     return [_moved(_common(values), {d: d + (d >= new) for d in range(ndim)})]
 
 
-def _unstack(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _unstack(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     (value,) = values
     return _same(eqn, _moved(value.places, _without([eqn.params["axis"]], len(value.shape))))
 
 
-def _update(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _update(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     value, new, *starts = values
     if any(start.depends for start in starts):
         return [frozenset()]
     return [_moved(value.places & new.places, _whole_axes(value.shape, new.shape))]
 
 
-def _product(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _product(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     left, right = values
     (summed_left, summed_right), (paired_left, paired_right) = eqn.params["dimension_numbers"]
     places = set()
@@ -229,10 +233,10 @@ def _product(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [frozenset(places)]
 
 
-def _convolution(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _convolution(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     data, filters = values
     numbers, params = eqn.params["dimension_numbers"], eqn.params
-    out = eqn.outvars[0].aval.shape
+    out = shape_of(eqn.outvars[0])
     places: set[Place] = set()
     if params["batch_group_count"] > 1:
         return [frozenset()]
@@ -252,16 +256,16 @@ def _convolution(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [frozenset(places)]
 
 
-def _batched_gather(numbers: Any, n_index: int, out_ndim: int) -> dict[int, int]:
+def _batched_gather(numbers: GatherDimensionNumbers, n_index: int, out_ndim: int) -> dict[int, int]:
     """Axes of the output for each axis of the indices but the last."""
     rest = [d for d in range(out_ndim) if d not in numbers.offset_dims]
     return dict(zip(range(n_index - 1), rest, strict=True))
 
 
-def _gather(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _gather(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     data, index = values
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    to_out = _batched_gather(numbers, len(index.shape), len(eqn.outvars[0].aval.shape))
+    to_out = _batched_gather(numbers, len(index.shape), len(shape_of(eqn.outvars[0])))
     pairs = dict(
         zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
     )
@@ -285,7 +289,7 @@ def _gather(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [frozenset(places)]
 
 
-def _scatter(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _scatter(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     data, index, new = values
     numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -306,7 +310,7 @@ def _scatter(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return [frozenset(places)]
 
 
-def _reduce_window(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _reduce_window(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     params, shape = eqn.params, values[0].shape
     if any(value.depends for value in values if value.shape != shape):
         return _same(eqn, frozenset())
@@ -321,21 +325,21 @@ def _reduce_window(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
     return _same(eqn, _moved(whole, still))
 
 
-def _iota(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
-    shape, counted = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+def _iota(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
+    shape, counted = shape_of(eqn.outvars[0]), eqn.params["dimension"]
     axes = [axis for axis in range(len(shape)) if axis != counted]
     return [frozenset(place for axis in axes for place in every_place(shape, axis, n))]
 
 
-def _from_keys(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
+def _from_keys(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
     """Random numbers of each of several keys; those of one key differ from place to place."""
-    places, ndim = values[0].places, len(eqn.outvars[0].aval.shape)
+    places, ndim = values[0].places, len(shape_of(eqn.outvars[0]))
     return [frozenset(place for place in places if place.axis < ndim)]
 
 
-def _bitcast(eqn: Any, values: Sequence[Value], n: int) -> list[Places]:
-    shared = min(len(values[0].shape), len(eqn.outvars[0].aval.shape))
-    same_size = len(values[0].shape) == len(eqn.outvars[0].aval.shape)
+def _bitcast(eqn: jex.JaxprEqn, values: Sequence[Value], n: int) -> list[Places]:
+    shared = min(len(values[0].shape), len(shape_of(eqn.outvars[0])))
+    same_size = len(values[0].shape) == len(shape_of(eqn.outvars[0]))
     return [frozenset(p for p in values[0].places if same_size or p.axis < shared)]
 
 

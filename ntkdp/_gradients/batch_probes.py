@@ -1,14 +1,14 @@
 """Whether a sample's outputs and gradients change with the batch that it is in, by trying.
 
-For programs in which that cannot be read. What a sample gives in a batch is compared with what it
-gives alone, for the data as they are, with neighbours drawn anew, with neighbours far away and with
-entries from all over the data. The tolerance is that of the rounding inside the program: how far
+This is for programs in which it cannot be read. A sample's results in a batch are compared with
+those that it has alone: for the given data, with neighbours drawn anew, with neighbours far away
+and with entries from all over the data. The tolerance is the rounding inside the program: how far
 the outputs of the sample alone move when parameters and inputs move by their rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.extend.core as jex
@@ -16,41 +16,52 @@ import jax.numpy as jnp
 from jax import lax
 
 from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp._gradients.equations import Atom, dtype_of, has_dtype
 
-#: Samples in a batch of probes, and entries of it.
-_MOST_SAMPLES, _MOST_ENTRIES = 1024, 2**20
-#: Differences up to so many times the effect of rounding are taken for rounding.
+Tree = TypeVar("Tree")
+
+#: Most samples in a batch of probes.
+_MOST_SAMPLES = 1024
+#: Most entries of such a batch.
+_MOST_ENTRIES = 2**20
+#: Differences up to this many times the effect of rounding are taken for rounding.
 _ROUNDINGS = 100
-#: How often parameters and inputs are moved, and how far away a neighbour is.
-_MOVES, _FAR = 3, 100.0
+#: How often parameters and inputs are moved by their rounding.
+_MOVES = 3
+#: How far away a neighbour is, over the size of the data.
+_FAR = 100.0
 #: Samples that are enough where only their number may matter.
 _FEW = 3
 
 
 def rounding_in(jaxpr: jex.ClosedJaxpr) -> float:
     """The unit of rounding of the coarsest floating-point type that a program uses."""
-    kinds = [dtype for dtype in _dtypes(jaxpr.jaxpr) if jnp.issubdtype(dtype, jnp.floating)]
-    return max((float(jnp.finfo(dtype).eps) for dtype in kinds), default=0.0)
+    roundings = (
+        float(jnp.finfo(dtype_of(variable)).eps)
+        for variable in _variables(jaxpr.jaxpr)
+        if has_dtype(variable, jnp.floating)
+    )
+    return max(roundings, default=0.0)
 
 
-def _dtypes(jaxpr: Any) -> Iterator[Any]:
-    yield from (var.aval.dtype for var in jaxpr.invars)
+def _variables(jaxpr: jex.Jaxpr) -> Iterator[Atom]:
+    yield from jaxpr.invars
     for eqn in jaxpr.eqns:
-        yield from (var.aval.dtype for var in eqn.outvars)
+        yield from eqn.outvars
         for param in jax.tree.leaves(eqn.params, is_leaf=_is_program):
             if _is_program(param):
-                yield from _dtypes(getattr(param, "jaxpr", param))
+                yield from _variables(param.jaxpr if isinstance(param, jex.ClosedJaxpr) else param)
 
 
-def _is_program(value: Any) -> bool:
+def _is_program(value: object) -> bool:
     return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
 
 
 def changes_with_size(apply_fn: ApplyFn, params: Params, x: Array, rounding: float) -> Array:
-    """Whether a few samples' outputs are others among many than alone, a truth value.
+    """Whether a few samples' outputs differ between many samples and alone, a truth value.
 
-    Enough for a program that certainly treats the samples one by one, but may count them: as many
-    as there are, up to the size of a batch of probes.
+    That is enough for a program that certainly treats the samples one by one, but may count them.
+    Many are as many as there are, up to the size of a batch of probes.
     """
     many = x[jnp.arange(_size(x)) % x.shape[0]]
     alone = _with_moves(partial(_alone, apply_fn), params, many[:_FEW], rounding)
@@ -58,7 +69,7 @@ def changes_with_size(apply_fn: ApplyFn, params: Params, x: Array, rounding: flo
 
 
 def changes_with_batch(apply_fn: ApplyFn, params: Params, x: Array, rounding: float) -> Array:
-    """Whether any sample's outputs or gradients are others in a batch than alone, a truth value."""
+    """Whether any sample's outputs or gradients differ in a batch and alone, a truth value."""
     batches = _batches(x)
     outputs = lax.map(lambda batch: _outputs_differ(apply_fn, params, batch, rounding), batches)
     gradients = _gradients_differ(apply_fn, params, batches[1], rounding)
@@ -70,7 +81,7 @@ def changes_with_place(apply_fn: ApplyFn, params: Params, x: Array, rounding: fl
     alike = jnp.broadcast_to(x[:1], _batches(x).shape[1:])
     outputs = apply_fn(params, alike)
     tolerance = _ROUNDINGS * rounding * jnp.max(jnp.abs(outputs))
-    # What is no number is so for another reason: a batch of equal samples has no spread.
+    # NaN has another reason, and compares false: a batch of equal samples has no spread.
     return jnp.any(jnp.abs(outputs - outputs[:1]) > tolerance)
 
 
@@ -101,12 +112,12 @@ def _batches(x: Array) -> Array:
 
 def _alone(apply_fn: ApplyFn, params: Params, batch: Array) -> Array:
     """Outputs of every sample in a batch of its own."""
-    found: Array = jax.vmap(lambda x_i: apply_fn(params, x_i[None])[0])(batch)
-    return found
+    outputs: Array = jax.vmap(lambda x_i: apply_fn(params, x_i[None])[0])(batch)
+    return outputs
 
 
-def _moved(values: Any, rounding: Array, key: PRNGKeyArray) -> Any:
-    """Floating-point numbers, each one rounding up or down."""
+def _moved(values: Tree, rounding: Array, key: PRNGKeyArray) -> Tree:
+    """Floating-point numbers, each moved up or down by one rounding."""
     leaves, structure = jax.tree.flatten(values)
 
     def move(leaf: Array, k: PRNGKeyArray) -> Array:
@@ -116,22 +127,28 @@ def _moved(values: Any, rounding: Array, key: PRNGKeyArray) -> Any:
         return leaf * (1 + rounding.astype(leaf.dtype) * signs)
 
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [move(*pair) for pair in zip(leaves, keys, strict=True)])
+    moved: Tree = jax.tree.unflatten(
+        structure, [move(*pair) for pair in zip(leaves, keys, strict=True)]
+    )
+    return moved
 
 
-def _with_moves(function: Any, params: Params, batch: Array, rounding: float) -> Any:
-    """``function(params, batch)`` as they are, then several times a rounding away, stacked."""
+def _with_moves(
+    function: Callable[[Params, Array], Tree], params: Params, batch: Array, rounding: float
+) -> Tree:
+    """``function(params, batch)`` as given, then several times a rounding away, stacked."""
     keys = jax.random.split(jax.random.key(1), 1 + _MOVES)
     roundings = jnp.asarray([0.0] + [rounding] * _MOVES, jnp.result_type(float))
 
-    def at(step: tuple[Array, PRNGKeyArray]) -> Any:
+    def moved(step: tuple[Array, PRNGKeyArray]) -> Tree:
         return function(*_moved((params, batch), *step))
 
-    return lax.map(at, (roundings, keys))
+    stacked: Tree = lax.map(moved, (roundings, keys))
+    return stacked
 
 
 def _differ(together: Array, alone: Array, rounding: float, axis: tuple[int, ...]) -> Array:
-    """Whether two forms of the same differ by more than the rounding of what lies along ``axis``.
+    """Whether two forms of a result differ by more than the rounding of entries along ``axis``.
 
     ``alone`` is stacked as by :func:`_with_moves`.
     """
@@ -149,17 +166,18 @@ def _outputs_differ(apply_fn: ApplyFn, params: Params, batch: Array, rounding: f
 
 
 def _gradients_differ(apply_fn: ApplyFn, params: Params, batch: Array, rounding: float) -> Array:
-    """The same of the derivatives of a sum of outputs, each with a weight of its own."""
+    """Whether the derivatives of a sum of outputs differ, each output with a weight of its own."""
     shape = jax.eval_shape(apply_fn, params, batch)
     weights = jax.random.normal(jax.random.key(2), shape.shape, shape.dtype)
 
-    def gradient(of: Any, params: Params, batch: Array) -> list[Array]:
-        pull = jax.vjp(lambda p: of(p, batch), params)[1]
-        return jax.tree.leaves(pull(weights))
+    def gradient(function: ApplyFn, params: Params, batch: Array) -> list[Array]:
+        pull = jax.vjp(lambda p: function(p, batch), params)[1]
+        leaves: list[Array] = jax.tree.leaves(pull(weights))
+        return leaves
 
     try:
         together = gradient(apply_fn, params, batch)
-    except ValueError:  # a loop without reverse derivatives: those who ask for one are told
+    except ValueError:  # a loop without reverse derivatives: whoever asks for one is told
         return jnp.array(False)
     alone = _with_moves(partial(gradient, partial(_alone, apply_fn)), params, batch, rounding)
     differ = [

@@ -1,6 +1,6 @@
 """Checks of a model against its inputs: shapes, finiteness, independence of the samples."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -8,7 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from ntkdp._backend import validate
-from ntkdp._backend.types import ApplyFn, Array, Params, is_traced
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, is_traced
 from ntkdp._gradients.batch_axis import trouble_with
 from ntkdp._gradients.batch_probes import (
     changes_with_batch,
@@ -20,10 +20,10 @@ from ntkdp._gradients.same_program import same_program
 
 
 class _Reading(NamedTuple):
-    """What a model's program says: its outputs, and what must be tried with numbers.
+    """A model as its program shows it: the outputs, and whether it must be tried with numbers.
 
-    ``doubt`` is where the samples of a batch may meet, None if they certainly do not. Then
-    ``counts`` says that it may still matter how many they are.
+    ``doubt`` is where the samples of a batch may meet, or None if they certainly do not. In that
+    case ``counts`` says whether their number may still matter.
     """
 
     outputs: jax.ShapeDtypeStruct
@@ -37,50 +37,51 @@ class _Reading(NamedTuple):
         return self.doubt is None and not self.counts
 
 
-def check_inputs(apply_fn: ApplyFn, params: Params, x: Any, name: str = "x") -> Array:
+def check_inputs(apply_fn: ApplyFn, params: Params, x: ArrayLike, name: str = "x") -> Array:
     """``x`` as an array that ``apply_fn`` maps to ``(n, K)`` outputs sample by sample, or raise."""
     return check_model(apply_fn, params, x, name)[0]
 
 
 def check_model(
-    apply_fn: ApplyFn, params: Params, x: Any, name: str = "x"
+    apply_fn: ApplyFn, params: Params, x: ArrayLike, name: str = "x"
 ) -> tuple[Array, jax.ShapeDtypeStruct]:
-    """The same, and what the outputs look like, ``(n, K)``.
+    """The array of :func:`check_inputs`, and shape and dtype of the outputs ``(n, K)``.
 
-    That the samples are independent is read from the program, whatever the data. Where it cannot be
-    read, it is tried with numbers; inside a JAX transformation, when these are there.
+    Whether the samples are independent is read from the program, whatever the data. If it cannot be
+    read, it is tried with numbers; inside a JAX transformation, once they are known.
     """
-    x = validate.array(**{name: x})
+    samples = validate.array(**{name: x})
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function (params, x) -> (n, K), got {apply_fn!r}")
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {samples.shape}")
     validate.parameters(params=params)
-    if not is_traced((params, x)):
-        known = _pass_at_once(apply_fn, params, x)
-        if known is not None:
-            return x, known
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = validate.finite(**{name: x})
+    if not is_traced((params, samples)):
+        outputs = _pass_at_once(apply_fn, params, samples)
+        if outputs is not None:
+            return samples, outputs
+    if jnp.issubdtype(samples.dtype, jnp.floating):
+        samples = validate.finite(**{name: samples})
     validate.finite(params=params)
-    reading = _read(apply_fn, params, x, name)
-    if not is_traced((params, x)):
-        _check_finite(apply_fn, params, x)
+    reading = _read(apply_fn, params, samples, name)
+    if not is_traced((params, samples)):
+        _check_finite(apply_fn, params, samples)
     if not reading.is_clear:
-        x = _try(apply_fn, params, x, reading)
-    return x, reading.outputs
+        samples = _try(apply_fn, params, samples, reading)
+    return samples, reading.outputs
 
 
 def _pass_at_once(apply_fn: ApplyFn, params: Params, x: Array) -> jax.ShapeDtypeStruct | None:
-    """What the outputs look like if all is well: one compiled program, quick when called again.
+    """Shape and dtype of the outputs, if one compiled program finds that all is well.
 
-    None if anything is not, or cannot be known here; the checks one by one then say what.
+    The program is quick when it is called again. The result is None if anything is wrong or cannot
+    be known here; the checks one by one then say what it is.
     """
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
         return None
     try:
         well, outputs = _all_well(apply_fn, params, x)
-    except Exception:  # of the model's own, whatever it is: raised again where it can be named
+    except Exception:  # any error of the model: it is raised again where it can be named
         return None
     if is_traced(well) or not well:
         return None
@@ -103,11 +104,11 @@ def _all_well(apply_fn: ApplyFn, params: Params, x: Array) -> tuple[Array, Array
 def _read(apply_fn: ApplyFn, params: Params, x: Array, name: str) -> _Reading:
     """Trace the model for the batch and for one sample, and compare and follow the programs."""
     n = max(x.shape[0], 2)
-    many, outputs = _trace(apply_fn, params, x, n, name)
-    _check_outputs(outputs, n, name)
+    many, returned = _trace(apply_fn, params, x, n, name)
+    outputs = _checked_outputs(returned, n, name)
     try:
-        one, alone = _trace(apply_fn, params, x, 1, name)
-        _check_outputs(alone, 1, name)
+        one, returned = _trace(apply_fn, params, x, 1, name)
+        _checked_outputs(returned, 1, name)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"apply_fn must take batches of any size: it takes {n} samples, but for one it fails. "
@@ -120,15 +121,15 @@ def _read(apply_fn: ApplyFn, params: Params, x: Array, name: str) -> _Reading:
 
 
 def _changes(apply_fn: ApplyFn, params: Params, x: Array, reading: _Reading) -> Array:
-    """Whether what a sample gives changes with its batch, tried with numbers."""
+    """Whether a sample's outputs or gradients change with its batch, tried with numbers."""
     changes = changes_with_size if reading.doubt is None else changes_with_batch
     return changes(apply_fn, params, x, reading.rounding)
 
 
 def _trace(
     apply_fn: ApplyFn, params: Params, x: Array, n: int, name: str
-) -> tuple[jex.ClosedJaxpr, Any]:
-    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+) -> tuple[jex.ClosedJaxpr, object]:
+    def shape_of(leaf: Array | float) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
     batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
@@ -142,7 +143,8 @@ def _trace(
     return jaxpr, outputs
 
 
-def _check_outputs(outputs: Any, n: int, name: str) -> None:
+def _checked_outputs(outputs: object, n: int, name: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of outputs that are one array ``(n, K)``, or an error."""
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != n:
         raise ValueError(
@@ -150,15 +152,17 @@ def _check_outputs(outputs: Any, n: int, name: str) -> None:
         )
     if shape[1] == 0:
         raise ValueError(f"apply_fn(params, {name}) must have K >= 1 outputs, got shape {shape}")
-    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+    array = cast(jax.ShapeDtypeStruct, outputs)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
-            f"apply_fn(params, {name}) must be floating-point outputs, got {outputs.dtype}"
+            f"apply_fn(params, {name}) must be floating-point outputs, got {array.dtype}"
         )
+    return array
 
 
 def _check_finite(apply_fn: ApplyFn, params: Params, x: Array) -> None:
     outputs = apply_fn(params, x[:2])
-    # Constants of a program that is being traced have no values yet.
+    # While a program is traced, its constants have no values yet.
     if not is_traced(outputs) and not jnp.all(jnp.isfinite(outputs)):
         raise ValueError(
             "apply_fn(params, x) must be finite, got NaN or infinity; the model overflows, or "
@@ -186,7 +190,8 @@ def _try(apply_fn: ApplyFn, params: Params, x: Array, reading: _Reading) -> Arra
     where = "" if reading.doubt is None else f", at {reading.doubt}"
     if is_traced(bad):
         message = f"{_COUPLED}, or with its place among them{where}. {_WAY_OUT}"
-        return eqx.error_if(x, bad, message)
+        checked: Array = eqx.error_if(x, bad, message)
+        return checked
     if not bad:
         return x
     if reading.doubt is None:
@@ -200,8 +205,8 @@ def _try(apply_fn: ApplyFn, params: Params, x: Array, reading: _Reading) -> Arra
 
 def check_preconditioner(params: Params, preconditioner: Params) -> Params:
     """The preconditioner if it is positive and has the structure and shapes of the parameters."""
-    expected: Any = jax.tree.structure(params)
-    given: Any = jax.tree.structure(preconditioner)
+    expected: jax.tree_util.PyTreeDef = jax.tree.structure(params)
+    given: jax.tree_util.PyTreeDef = jax.tree.structure(preconditioner)
     if given != expected:
         raise ValueError(
             f"preconditioner must have the structure of params, {expected}, got {given}"
@@ -214,4 +219,5 @@ def check_preconditioner(params: Params, preconditioner: Params) -> Params:
         if jnp.shape(diagonal) != jnp.shape(leaf):
             raise ValueError(f"{name} must have shape {jnp.shape(leaf)}, got {jnp.shape(diagonal)}")
         checked.append(validate.positive(**{name: diagonal}))
-    return jax.tree.unflatten(expected, checked)
+    positive: Params = jax.tree.unflatten(expected, checked)
+    return positive

@@ -38,10 +38,10 @@ def clipped_sum(
     present: Array | None,
     total: Total,
 ) -> ClippedSum:
-    """The sum over the samples that are present, or over all for None.
+    """The sum over the samples that are present, or over all of them if ``present`` is None.
 
-    Of those present a sample whose norm or factor is not finite has no part in the sum, if the rule
-    bounds each sample. For None it stays in, so that a solver sees the trouble.
+    A sample that is present but whose norm or factor is not finite is left out of the sum, if the
+    rule bounds each sample. If ``present`` is None it stays in, so that a solver sees the trouble.
     """
     outputs, factors = gradients(apply_fn, params, x, loss.output_gradient, targets)
     norms = per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])
@@ -49,7 +49,7 @@ def clipped_sum(
     drops = present is not None and rule.bounds_each_sample
     if drops:
         usable &= jnp.all(jnp.isfinite(norms), axis=0)
-    # Zero times NaN is NaN: what is dropped must be zero before it is weighted.
+    # Zero times NaN is NaN: gradients that are dropped must be zero before they are weighted.
     factors = [per_sample.keep(factor, usable) for factor in factors]
     leaves = jax.tree.leaves(params)
     totals = None
@@ -77,7 +77,7 @@ def gradients(
     structure = per_sample.trace(apply_fn, params, x)
 
     def cotangent(f_i: Array, *args_i: Array) -> Array:
-        # Data of another precision than the network's do not change that of its gradients.
+        # The gradients keep the precision of the network, whatever that of the targets.
         return output_gradient(f_i[None], *[a[None] for a in args_i]).astype(f_i.dtype)
 
     outputs, factors = per_sample.factored(structure, params, x, cotangent, *args)

@@ -1,14 +1,14 @@
-r"""Per-sample gradients in factored form, and what follows from them without the gradients.
+r"""Per-sample gradients in factored form, and their inner products without the gradients.
 
-The gradient of sample i in a weight is :math:`g_i = \sum_t x_{it} \otimes \delta_{it}`, with what
-entered the product and the cotangent of what left it at position t. Norms, weighted sums and inner
-products are contracted in the order that takes the fewest operations.
+The gradient of sample i in a weight is :math:`g_i = \sum_t x_{it} \otimes \delta_{it}`, with the
+input x of a product and the cotangent :math:`\delta` of its output at position t. Norms, weighted
+sums and inner products are contracted in the order that takes the fewest operations.
 
 Axes: n samples; b cotangents of a sample, one (the output gradient) or K (a basis of the outputs);
 g blocks of a block-diagonal product, mostly one; t positions; p inputs; q outputs.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from ntkdp._gradients.leaf_layout import Layout
 _COST_OF_SMALL_PRODUCTS = 3
 #: Entries of a sample's gradient that are formed at a time, so that they stay near the processor.
 _SLAB = 10_000
-#: Rows of a band when a matrix times its own transpose is computed in bands, about half of it.
-_BAND, _MOST_BANDS = 160, 8
+#: Least rows of a band when only the upper half of a matrix times its own transpose is computed.
+_BAND = 160
+#: Most bands of such a matrix.
+_MOST_BANDS = 8
 
 
 class Outer(eqx.Module):
@@ -34,7 +36,7 @@ class Outer(eqx.Module):
 
 
 class Lookup(eqx.Module):
-    """The same for rows of a table: row ``rows[n, t]`` gets ``cotangents[n, b, t, q]``."""
+    """Gradients in the rows of a table: row ``rows[n, t]`` gets ``cotangents[n, b, t, q]``."""
 
     rows: Array
     cotangents: Array
@@ -43,32 +45,32 @@ class Lookup(eqx.Module):
 
 
 class Dense(eqx.Module):
-    """Gradients as they are: ``(n, b, *leaf)``, or ``(n, b, g, q, p)`` if there is a layout."""
+    """Gradients themselves: ``(n, b, *leaf)``, or ``(n, b, g, q, p)`` if there is a layout."""
 
     gradients: Array
     layout: Layout | None = eqx.field(static=True, default=None)
 
 
 Part: TypeAlias = Outer | Lookup | Dense
-#: The gradients in a leaf: a sum of parts that concern different entries of it; empty if none do.
+#: The gradients in a leaf: parts that hold different entries of it, or none if it is unused.
 Factor: TypeAlias = tuple[Part, ...]
 
 
 def _materialised(part: Part) -> Dense:
     if isinstance(part, Outer):
 
-        def one(delta: Array) -> Array:
+        def gradients_of(delta: Array) -> Array:
             return jnp.einsum("ngtq,ngtp->ngqp", delta, part.inputs)
 
         if part.cotangents.shape[1] == 1:
-            return Dense(one(part.cotangents[:, 0])[:, None], part.layout)
-        # One cotangent at a time, these are products that need no rearrangement before.
-        gradients = lax.map(one, jnp.moveaxis(part.cotangents, 1, 0))
+            return Dense(gradients_of(part.cotangents[:, 0])[:, None], part.layout)
+        # For one cotangent at a time the operands of the product need no rearrangement.
+        gradients = lax.map(gradients_of, jnp.moveaxis(part.cotangents, 1, 0))
         return Dense(jnp.moveaxis(gradients, 0, 1), part.layout)
     if isinstance(part, Lookup):
         n, b, _, q = part.cotangents.shape
         table = jnp.zeros((n, b, part.n_rows, q), part.cotangents.dtype)
-        # Advanced indices apart from each other bring their axes to the front: (n, t, b, q).
+        # NumPy moves the axes of separated advanced indices to the front: (n, t, b, q).
         moved = jnp.moveaxis(part.cotangents, 2, 1)
         gradients = table.at[jnp.arange(n)[:, None], :, part.rows].add(moved)
         return Dense(jnp.swapaxes(gradients, 2, 3)[:, :, None], part.layout)
@@ -84,7 +86,7 @@ def _extents(part: Outer | Lookup) -> tuple[int, int, int, int, int]:
 
 
 def for_norms(factor: Factor) -> Factor:
-    """The form in which norms and a weighted sum (b = 1) take the fewest operations.
+    """The factor in the form in which norms and a weighted sum take the fewest operations (b = 1).
 
     Gradients are formed where that takes little more memory than the factors do.
     """
@@ -106,7 +108,7 @@ def is_formed_for_norms(t: int, p: int, q: int) -> bool:
 
 
 def for_kernel(factor: Factor) -> Factor:
-    """The form for inner products: gradients that take little more memory than cotangents do."""
+    """The factor for inner products: gradients are formed if they take little more memory."""
 
     def settle(part: Part) -> Part:
         if isinstance(part, Outer):
@@ -124,7 +126,7 @@ def is_formed_for_kernel(t: int, p: int, q: int) -> bool:
 
 
 def keep(factor: Factor, usable: Array) -> Factor:
-    """The factor with zeros for samples that are not usable, whatever they hold."""
+    """The factor with zeros in place of the samples that are not usable."""
 
     def zeroed(values: Array) -> Array:
         return jnp.where(usable.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
@@ -141,27 +143,31 @@ def keep(factor: Factor, usable: Array) -> Factor:
 
 def kernel(rows: Factor, columns: Factor | None = None) -> Array | float:
     """Inner products of all gradients, ``(n1, b1, n2, b2)``; without columns, of rows with rows."""
-    total: Any = 0.0
-    for row, column in zip(rows, rows if columns is None else columns, strict=True):
-        other = None if columns is None else column
-        if isinstance(row, Dense) or isinstance(column, Dense):
-            total = total + _dense_kernel(row, other)
-        elif _is_cheaper_through_positions(row):
-            total = total + _kernel_through_positions(row, column)
-        elif isinstance(row, Lookup):
-            total = total + _dense_kernel(row, other)
-        elif row.inputs.shape[1:3] == (1, 1):
-            total = total + _product_kernel(row, other)
-        else:
-            total = total + _slab_kernel(row, other)
+    total: Array | float = 0.0
+    for row, column in zip(rows, [None] * len(rows) if columns is None else columns, strict=True):
+        total = total + _kernel_of_part(row, column)
     return total
+
+
+def _kernel_of_part(row: Part, column: Part | None) -> Array:
+    """Inner products in one part of a leaf; without a column, of the row with itself."""
+    other = row if column is None else column
+    if isinstance(row, Dense) or isinstance(other, Dense):
+        return _dense_kernel(row, column)
+    if _is_cheaper_through_positions(row):
+        return _kernel_through_positions(row, other)
+    if isinstance(row, Lookup) or isinstance(column, Lookup | Dense):
+        return _dense_kernel(row, column)
+    if row.inputs.shape[1:3] == (1, 1):
+        return _product_kernel(row, column)
+    return _slab_kernel(row, column)
 
 
 def _is_cheaper_through_positions(part: Outer | Lookup) -> bool:
     b, g, t, p, q = _extents(part)
     if t == 1 and isinstance(part, Outer):
         return False
-    # Operations for a pair of samples; not of the number of samples, that may differ by side.
+    # Operations for a pair of samples: how many samples there are may differ by side.
     gram = 0 if isinstance(part, Lookup) else t * t * p
     middle = g * (gram + b * t * t * q + b * b * t * q)
     return _COST_OF_SMALL_PRODUCTS * middle < b * b * g * p * q
@@ -172,14 +178,14 @@ def _dense_kernel(row: Part, column: Part | None) -> Array:
     return _inner_products(*[_materialised(part).gradients for part in parts])
 
 
-def _product_kernel(row: Outer, column: Any) -> Array:
+def _product_kernel(row: Outer, column: Outer | None) -> Array:
     parts = [row] if column is None else [row, column]
     gram = _inner_products(*[part.inputs for part in parts])
     return _inner_products(*[part.cotangents for part in parts]) * gram
 
 
-def _slab_kernel(row: Outer, column: Any) -> Array:
-    """The gradients formed and multiplied a slab of inputs or of outputs at a time."""
+def _slab_kernel(row: Outer, column: Outer | None) -> Array:
+    """Inner products of gradients that are formed a slab of inputs or of outputs at a time."""
     parts = [row] if column is None else [row, column]
     _, g, _, p, q = _extents(row)
     cut_axis = 0 if p >= q else 1
@@ -198,7 +204,8 @@ def _slab_kernel(row: Outer, column: Any) -> Array:
 
     sizes = [extent for part in parts for extent in part.cotangents.shape[:2]]
     n, b, m, c = (sizes * 2)[:4]
-    return lax.scan(add, jnp.zeros((n, b, m, c), row.cotangents.dtype), cuts)[0]
+    total, _ = lax.scan(add, jnp.zeros((n, b, m, c), row.cotangents.dtype), cuts)
+    return total
 
 
 def _positions_last(part: Outer) -> tuple[Array, Array]:
@@ -215,7 +222,7 @@ def _formed(x: Array, delta: Array) -> Array:
 
 
 def _cut_into_slabs(values: Array, n_slabs: int) -> Array:
-    """Slabs along the axis before the last, zeros at the end, on a new first axis."""
+    """Slabs along the axis before the last, padded by zeros, on a new first axis."""
     size = -(-values.shape[-2] // n_slabs)
     width = [(0, 0)] * values.ndim
     width[-2] = (0, n_slabs * size - values.shape[-2])
@@ -225,7 +232,7 @@ def _cut_into_slabs(values: Array, n_slabs: int) -> Array:
 
 
 def _inner_products(first: Array, second: Array | None = None) -> Array:
-    """Of arrays ``(n, b, ...)`` (or ``(n, 1, ...)``), over all but the first two axes."""
+    """Inner products of arrays ``(n, b, ...)`` over all but the first two axes."""
     n, b = first.shape[:2]
     left = first.reshape(n * b, -1)
     if second is None:
@@ -237,7 +244,7 @@ def _inner_products(first: Array, second: Array | None = None) -> Array:
 def _times_own_transpose(matrix: Array) -> Array:
     rows, columns = matrix.shape
     bands = min(rows // _BAND, _MOST_BANDS)
-    # A long matrix costs more to copy in bands than the half that is saved.
+    # To copy a long matrix in bands costs more than the half of the product that is saved.
     if bands < 2 or columns > max(_SLAB, 4 * rows):
         return matrix @ matrix.T
     height = -(-rows // bands)
@@ -251,13 +258,13 @@ def _times_own_transpose(matrix: Array) -> Array:
     return result
 
 
-def _kernel_through_positions(row: Any, column: Any) -> Array:
+def _kernel_through_positions(row: Outer | Lookup, column: Outer | Lookup) -> Array:
     """Cotangents contracted through the inner products of the inputs at all pairs of positions."""
-    is_lookup = isinstance(row, Lookup)
-    others = column.rows if is_lookup else column.inputs
+    is_lookup = isinstance(column, Lookup)
+    others = column.rows if isinstance(column, Lookup) else column.inputs
     deltas = column.cotangents[:, :, None] if is_lookup else column.cotangents
 
-    def one(sample: tuple[Array, Array]) -> Array:
+    def kernel_row(sample: tuple[Array, Array]) -> Array:
         x, delta = sample
         if is_lookup:
             delta = delta[:, None]
@@ -267,4 +274,6 @@ def _kernel_through_positions(row: Any, column: Any) -> Array:
         through = jnp.einsum("mgst,bgtq->mbgsq", gram, delta)
         return jnp.einsum("mbgsq,mcgsq->bmc", through, deltas)
 
-    return lax.map(one, (row.rows if is_lookup else row.inputs, row.cotangents))
+    inputs = row.rows if isinstance(row, Lookup) else row.inputs
+    rows: Array = lax.map(kernel_row, (inputs, row.cotangents))
+    return rows

@@ -1,15 +1,17 @@
-"""Parameter groups: which leaf of the parameters belongs to which group, and what it is called."""
+"""Parameter groups: which leaf of the parameters belongs to which group, and its name."""
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeAlias
 
 import jax
 
 from ntkdp._backend import validate
-from ntkdp._backend.types import Params
+from ntkdp._backend.types import Params, PyTree
 
 #: A pytree prefix of labels, a callable from key path to label, or None for the default groups.
-GroupSpec = Any
+GroupSpec: TypeAlias = PyTree | Callable[[str], Hashable] | None
+#: Keys from the root of a pytree to a node.
+_KeyPath: TypeAlias = tuple[Hashable, ...]
 
 
 class Groups(NamedTuple):
@@ -20,16 +22,16 @@ class Groups(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
         return len(self.names)
 
     def leaves_of(self, names: tuple[str, ...] | None) -> tuple[bool, ...]:
-        """Which leaves belong to the groups named, None for all.
+        """Whether each leaf belongs to one of the groups named; None names all.
 
         Raises
         ------
         ValueError
-            A name that is not known, naming those that are.
+            If a name is not known; the message gives those that are.
         """
         if names is None:
             return (True,) * len(self.leaf_to_group)
@@ -38,7 +40,7 @@ class Groups(NamedTuple):
         return tuple(self.names[group] in names for group in self.leaf_to_group)
 
     def select(self, names: tuple[str, ...] | None) -> "Groups":
-        """The groups named, in the order they have here, over their own leaves alone."""
+        """The groups named, in the order that they have here, over their own leaves alone."""
         kept = self.leaves_of(names)
         groups = [group for group, keep in zip(self.leaf_to_group, kept, strict=True) if keep]
         order = sorted(set(groups))
@@ -47,11 +49,11 @@ class Groups(NamedTuple):
         )
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: _KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+def _children(tree: PyTree) -> list[tuple[Hashable, PyTree]] | None:
     """Direct children as (key, subtree), or None for a leaf."""
     if jax.tree_util.all_leaves([tree]):
         return None
@@ -60,7 +62,7 @@ def _children(tree: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _default_labels(params: Params) -> list[str]:
-    prefix: tuple[Any, ...] = ()
+    prefix: _KeyPath = ()
     node = params
     while True:
         children = _children(node)
@@ -79,8 +81,9 @@ def _default_labels(params: Params) -> list[str]:
 def resolve(params: Params, groups: GroupSpec = None) -> Groups:
     """Groups of ``params``.
 
-    By default descend from the root while a node has exactly one non-empty child and that child has
-    container children; each non-empty child there is a group, named by its key path.
+    The default descends from the root while a node has exactly one child that is not empty, and
+    that child has containers as children. Each child there that is not empty is a group, named by
+    its key path.
 
     Raises
     ------
@@ -104,7 +107,7 @@ def resolve(params: Params, groups: GroupSpec = None) -> Groups:
     return Groups(tuple(str(u) for u in unique), tuple(index[label] for label in labels))
 
 
-def _prefix_labels(params: Params, groups: Any) -> list[Hashable]:
+def _prefix_labels(params: Params, groups: PyTree) -> list[Hashable]:
     labels: list[Hashable] = []
     try:
         jax.tree.map(

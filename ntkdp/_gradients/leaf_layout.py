@@ -1,4 +1,4 @@
-"""Where a gradient lies in its leaf: the rearrangements between the leaf and its use, undone."""
+"""Where a gradient lies in its leaf: undoing the rearrangements between the leaf and its use."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -9,12 +9,12 @@ from ntkdp._backend.types import Array
 
 
 class Reshaped(NamedTuple):
-    """The leaf, of this shape, was reshaped."""
+    """A leaf of this shape was reshaped."""
 
     shape: tuple[int, ...]
 
     def undo(self, gradient: Array) -> Array:
-        """Back to the shape before."""
+        """The gradient in the shape before."""
         return gradient.reshape(self.shape)
 
 
@@ -24,7 +24,7 @@ class Transposed(NamedTuple):
     inverse: tuple[int, ...]
 
     def undo(self, gradient: Array) -> Array:
-        """Back to the order before."""
+        """The gradient in the order before."""
         return jnp.transpose(gradient, self.inverse)
 
 
@@ -36,7 +36,7 @@ class Cut(NamedTuple):
     whole: tuple[int, ...]
 
     def undo(self, gradient: Array) -> Array:
-        """The whole, zero outside the box."""
+        """The gradient in the whole array, zero outside the box."""
         return lax.dynamic_update_slice(jnp.zeros(self.whole, gradient.dtype), gradient, self.start)
 
     def apart(self, other: "Cut") -> bool:
@@ -56,14 +56,14 @@ class Layout(NamedTuple):
     rearranged: tuple[Rearrangement, ...]
 
     def restore(self, gradient: Array) -> Array:
-        """The gradient in the shape of the leaf, zero outside the part that it concerns."""
+        """The gradient in the shape of the leaf, zero outside the part that was used."""
         gradient = jnp.transpose(gradient.reshape(self.shape), self.permutation)
         for step in reversed(self.rearranged):
             gradient = step.undo(gradient)
         return gradient
 
     def apart(self, other: "Layout") -> bool:
-        """Whether both certainly concern different entries: their first cuts do not meet."""
+        """Whether both certainly hold different entries, because their first cuts do not meet."""
         if not self.rearranged or not other.rearranged:
             return False
         first, second = self.rearranged[0], other.rearranged[0]

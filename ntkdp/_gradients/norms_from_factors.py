@@ -1,11 +1,11 @@
 r"""Norms of per-sample gradients in factored form, which never come out too small.
 
 The squared norm of :math:`\sum_t x_t \otimes \delta_t` is the sum over pairs of positions of
-:math:`(x_t \cdot x_s)(\delta_t \cdot \delta_s)`. Where the positions cancel, its rounding may be
-larger than itself: it is about :math:`u A^2` with :math:`A = \sum_t |x_t| |\delta_t|` and u the
-rounding of one operation, while the gradient itself, once it is formed, is rounded by about u A.
-So what rounding may hide is bounded along with the norm. Where that is too much, the gradient is
-formed, one sample at a time, and what its rounding may hide is added to its norm.
+:math:`(x_t \cdot x_s)(\delta_t \cdot \delta_s)`. If the positions cancel, its rounding error may
+be larger than the sum: the error is about :math:`u A^2` with :math:`A = \sum_t |x_t| |\delta_t|`
+and the rounding u of one operation, while the gradient itself, once it is formed, is off by about
+u A. So the norm comes with a bound of its rounding error. If that is too large, the gradient is
+formed, one sample at a time, and the bound of its own rounding error is added to its norm.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from ntkdp._backend.norms import (
 from ntkdp._backend.types import Array, Float
 from ntkdp._gradients.factors import Dense, Factor, Lookup, Part
 
-#: How many times u A^2 the rounding of the sum over pairs is taken for.
+#: The sum over pairs is taken to be off by up to this many times u A^2.
 _ROUNDINGS_OF_PAIRS = 4
-#: The same for u A sqrt(positions), of the gradient itself and of its part in the clipped sum.
+#: A gradient, and its part in the clipped sum, by up to this many times u A sqrt(positions).
 _ROUNDINGS_OF_SUM = 4
-#: What may be hidden of a squared norm, by the smallest precision in which norms are computed.
+#: The share of a squared norm that rounding may hide, by the bits of the dtype.
 _HIDDEN = {32: 1e-4, 64: 1e-9}
 
 
@@ -74,7 +74,7 @@ def _over_blocks(blocks: Scaled) -> Scaled:
 
 
 def _relative(exponent: Array, values: Array) -> tuple[Array, Array]:
-    """Powers of two over the largest of each sample that belongs to a value, and its exponent."""
+    """Powers of two over the largest of each sample whose value is not zero, and its exponent."""
     axes = tuple(range(1, exponent.ndim))
     limit = jnp.finfo(values.dtype).maxexp
     counted = jnp.where(values == 0, -4 * limit, exponent)
@@ -84,17 +84,17 @@ def _relative(exponent: Array, values: Array) -> tuple[Array, Array]:
 
 
 def _norms_of_lookup(rows: Array, delta: Array) -> Scaled:
-    """Row by row: what a row gets from its positions is summed before it is squared."""
+    """Norms of lookups: the cotangents that a row gets are summed before they are squared."""
     delta, exponent = scaled(delta, (1, 2))
     same = (rows[:, :, None] == rows[:, None, :]).astype(delta.dtype)
     by_position = jnp.einsum("nts,nsq->ntq", same, delta, precision="highest")
-    # Each row is met as often as it has positions.
+    # Each row occurs as often as it has positions.
     squares = jnp.sum(by_position**2, axis=2) / jnp.sum(same, axis=2)
     return Scaled(from_squares(jnp.sum(squares, axis=1)), exponent.reshape(-1))
 
 
 def _norms_through_positions(x: Array, delta: Array) -> Scaled:
-    """Of ``x (n, g, t, p)`` and ``delta (n, g, t, q)``, with t > 1."""
+    """Norms for ``x (n, g, t, p)`` and ``delta (n, g, t, q)``, with t > 1."""
     sides = [scaled(side, (3,)) for side in (x, delta)]
     # Positions differ in size: small inputs may meet large cotangents, and the other way round.
     largest = [jnp.max(jnp.abs(lax.stop_gradient(side.values)), axis=3) for side in sides]
@@ -109,42 +109,46 @@ def _norms_through_positions(x: Array, delta: Array) -> Scaled:
     unit = jnp.finfo(x.dtype).eps / 2
     hidden = _ROUNDINGS_OF_PAIRS * unit * size
     is_certain = hidden <= _HIDDEN[jnp.finfo(x.dtype).bits] * lax.stop_gradient(squares)
-    # NaN is not for want of precision.
+    # More precision does not help where the norm is NaN or infinite.
     is_certain |= ~jnp.isfinite(squares)
 
     def formed() -> Array:
-        found = _formed(lax.stop_gradient(x), lax.stop_gradient(delta), is_certain)
-        return found + _ROUNDINGS_OF_SUM * unit * jnp.sqrt(x.shape[2] * size)
+        norms = _formed(lax.stop_gradient(x), lax.stop_gradient(delta), is_certain)
+        return norms + _ROUNDINGS_OF_SUM * unit * jnp.sqrt(x.shape[2] * size)
 
     exact = _unless_all(is_certain, jnp.zeros_like(hidden), formed)
     safe = jnp.where(is_certain, squares + hidden, 1.0)
-    # With the derivative of the sum over pairs, which needs no small difference to be divided by.
+    # The derivative is that of the sum over pairs, which divides by no small difference.
     moved = (squares - lax.stop_gradient(squares)) / (2 * jnp.where(exact > 0, exact, 1.0))
     return Scaled(jnp.where(is_certain, from_squares(safe), exact + moved), exponent)
 
 
 def _unless_all(is_certain: Array, otherwise: Array, compute: Callable[[], Array]) -> Array:
-    """What ``compute`` gives, which is not called if all is certain.
+    """The result of ``compute``, or ``otherwise`` without the computation if all is certain.
 
-    A loop of at most one turn: under ``vmap`` a condition would compute both sides.
+    This is a loop of at most one turn, because a condition under ``vmap`` computes both sides.
     """
 
     def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
         return compute(), jnp.ones((), bool)
 
-    return lax.while_loop(lambda state: ~state[1], turn, (otherwise, jnp.all(is_certain)))[0]
+    result: Array
+    result, _ = lax.while_loop(lambda state: ~state[1], turn, (otherwise, jnp.all(is_certain)))
+    return result
 
 
 def _formed(x: Array, delta: Array, is_certain: Array) -> Array:
     """Norms of gradients that are formed, one sample at a time; zero if they are certain anyway."""
 
-    def one(sample: tuple[Array, Array, Array]) -> Array:
+    def norm(sample: tuple[Array, Array, Array]) -> Array:
         x_i, delta_i, certain = sample
 
         def form() -> Array:
             gradient = jnp.einsum("gtq,gtp->gqp", delta_i, x_i, precision="highest")
             return by_sample(gradient[None]).unscaled()[0]
 
-        return lax.cond(certain, lambda: jnp.zeros((), x.dtype), form)
+        result: Array = lax.cond(certain, lambda: jnp.zeros((), x.dtype), form)
+        return result
 
-    return lax.map(one, (x, delta, is_certain))
+    norms: Array = lax.map(norm, (x, delta, is_certain))
+    return norms

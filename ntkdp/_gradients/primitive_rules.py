@@ -1,46 +1,51 @@
 """How a weight meets data in one equation of a jaxpr: products, convolutions, lookups of rows.
 
-The readers give what entered and the cotangent of what left as the factors of the weight's gradient
-``sum_t x[g, t, p] delta[g, t, q]`` for each sample, and where that gradient lies in the weight.
+For each sample the weight's gradient is ``sum_t x[g, t, p] delta[g, t, q]``. The readers give its
+factors, x from the data that entered and delta from the cotangent of the output, and a layout says
+where the gradient lies in the weight.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ntkdp._backend.types import Array, common_dtype
+from ntkdp._gradients.equations import shape_of
 from ntkdp._gradients.leaf_layout import Layout, Reshaped
 
-#: Windows up to this size, and channels from this number on, are worth a product for each place.
-_LARGEST_SUMMED_WINDOW, _FEWEST_CHANNELS = 32, 8
+#: The largest window for which a product for each of its places is worth it.
+_LARGEST_SUMMED_WINDOW = 32
+#: The fewest channels for which it is.
+_FEWEST_CHANNELS = 8
 
 
-class Meeting(NamedTuple):
+class Contraction(NamedTuple):
     """Readers of both factors, and the extents ``(g, p, q)`` and layout of the gradient.
 
     ``read_input`` reads the data of all samples at once, ``(n, *shape)``, as ``(n, g, t, p)``;
-    ``read_cotangent`` a cotangent of one as ``(g, t, q)``. A lookup reads row numbers ``(n, t)``,
-    -1 where the row does not exist, and cotangents ``(t, q)``.
+    ``read_cotangent`` reads a cotangent of one sample as ``(g, t, q)``. A lookup reads row numbers
+    ``(n, t)``, -1 where the row does not exist, and cotangents ``(t, q)``.
     """
 
-    kind: str
+    kind: Literal["product", "convolution", "lookup"]
     extents: tuple[int, int, int]
     layout: Layout
     read_input: Callable[[Array], Array]
     read_cotangent: Callable[[Array], Array]
-    #: The same operation in a form that many cotangents of the data go through faster.
+    #: The same operation in a form that is faster for many cotangents of the data.
     evaluate_for_many: Callable[[Array, Array], Array] | None = None
 
 
-def find(eqn: Any, position: int) -> Meeting | None:
-    """The meeting of the weight at this position with the other operand, or None."""
+def contraction_of(eqn: jex.JaxprEqn, position: int) -> Contraction | None:
+    """The contraction of the weight at this position with the other operand, or None."""
     name = eqn.primitive.name
     if name == "dot_general":
         return _product(eqn, position)
@@ -57,10 +62,10 @@ def _in_order(order: Sequence[int], weight_shape: tuple[int, ...]) -> Layout:
     return Layout(tuple(weight_shape[d] for d in order), permutation, ())
 
 
-def _product(eqn: Any, position: int) -> Meeting:
+def _product(eqn: jex.JaxprEqn, position: int) -> Contraction:
     contracting, batch = eqn.params["dimension_numbers"]
-    weight_shape = eqn.invars[position].aval.shape
-    data_ndim = eqn.invars[1 - position].aval.ndim
+    weight_shape = shape_of(eqn.invars[position])
+    data_ndim = len(shape_of(eqn.invars[1 - position]))
     weight_blocks, data_blocks = list(batch[position]), list(batch[1 - position])
     weight_in, data_in = list(contracting[position]), list(contracting[1 - position])
     weight_out = [d for d in range(len(weight_shape)) if d not in weight_blocks + weight_in]
@@ -79,13 +84,13 @@ def _product(eqn: Any, position: int) -> Meeting:
         return delta.reshape(g, -1, q)
 
     layout = _in_order(weight_blocks + weight_in + weight_out, weight_shape)
-    return Meeting("product", (g, p, q), layout, read_input, read_cotangent)
+    return Contraction("product", (g, p, q), layout, read_input, read_cotangent)
 
 
-def _convolution(eqn: Any) -> Meeting:
+def _convolution(eqn: jex.JaxprEqn) -> Contraction:
     numbers = eqn.params["dimension_numbers"]
     groups = eqn.params["feature_group_count"]
-    weight_shape = eqn.invars[1].aval.shape
+    weight_shape = shape_of(eqn.invars[1])
     out_axis, in_axis, *window_axes = numbers.rhs_spec
     window = [weight_shape[d] for d in window_axes]
     n_in, q = weight_shape[in_axis], weight_shape[out_axis] // groups
@@ -102,7 +107,7 @@ def _convolution(eqn: Any) -> Meeting:
         delta = jnp.transpose(delta, (batch_axis, *spatial_axes, feature_axis))
         return jnp.moveaxis(delta.reshape(-1, groups, q), 1, 0)
 
-    # The gradient comes as (g, *window, in, q); the filters of a group are q consecutive outputs.
+    # The gradient has shape (g, *window, in, q); the filters of a group are q consecutive outputs.
     source = {axis: [1 + i] for i, axis in enumerate((*window_axes, in_axis))}
     source[out_axis] = [0, len(weight_shape)]
     permutation = tuple(i for axis in range(len(weight_shape)) for i in source[axis])
@@ -115,14 +120,14 @@ def _convolution(eqn: Any) -> Meeting:
         and n_in >= _FEWEST_CHANNELS
     )
     evaluate = functools.partial(_convolve_by_places, eqn) if by_places else None
-    return Meeting("convolution", extents, layout, read_input, read_cotangent, evaluate)
+    return Contraction("convolution", extents, layout, read_input, read_cotangent, evaluate)
 
 
-def _convolve_by_places(eqn: Any, x: Array, filters: Array) -> Array:
+def _convolve_by_places(eqn: jex.JaxprEqn, x: Array, filters: Array) -> Array:
     """A convolution of one sample as a sum of products, one for each place in the window.
 
-    The cotangent of the data then comes from products, too. As a convolution with gaps between its
-    inputs it would multiply the zeros in the gaps.
+    The cotangent of the data then comes from products, too. A convolution with gaps between its
+    inputs would multiply the zeros in the gaps.
     """
     numbers = eqn.params["dimension_numbers"]
     out_axis, in_axis, *window_axes = numbers.rhs_spec
@@ -142,7 +147,7 @@ def _convolve_by_places(eqn: Any, x: Array, filters: Array) -> Array:
     return jnp.transpose(total, [int(d) for d in order])
 
 
-def _padded(x: Array, eqn: Any) -> Array:
+def _padded(x: Array, eqn: jex.JaxprEqn) -> Array:
     """Samples ``(n, batch, ...)`` with padding and gaps, ``(n * batch, *spatial, channels)``.
 
     A sample is a batch of one, or of more: the frames of a film.
@@ -159,21 +164,21 @@ def _padded(x: Array, eqn: Any) -> Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
 
 
-def _window_and_output(eqn: Any) -> tuple[list[Any], list[int]]:
+def _window_and_output(eqn: jex.JaxprEqn) -> tuple[list[np.ndarray], list[int]]:
     """Where the places in the window begin along each axis, and the extents of the output."""
     numbers = eqn.params["dimension_numbers"]
-    window = [eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec[2:]]
+    window = [shape_of(eqn.invars[1])[d] for d in numbers.rhs_spec[2:]]
     starts = [np.arange(m) * d for m, d in zip(window, eqn.params["rhs_dilation"], strict=True)]
-    return starts, [eqn.outvars[0].aval.shape[d] for d in numbers.out_spec[2:]]
+    return starts, [shape_of(eqn.outvars[0])[d] for d in numbers.out_spec[2:]]
 
 
-def _windows(x: Array, eqn: Any) -> Array:
-    """What each place of the output sees of samples ``(n, batch, ...)``.
+def _windows(x: Array, eqn: jex.JaxprEqn) -> Array:
+    """The window of samples ``(n, batch, ...)`` that each place of the output sees.
 
-    The result is ``(n, t, window, channels)``, with the places of all the batch along t.
+    The result is ``(n, t, window, channels)``, with the places of the whole batch along t.
 
-    Corners that are computed, not constants, let it become one loop that copies pieces: several
-    times faster than slices or a convolution with the identity.
+    The corners are computed rather than constant, so that this becomes one loop that copies pieces:
+    several times faster than slices or a convolution with the identity.
     """
     n = x.shape[0]
     starts, out = _window_and_output(eqn)
@@ -187,7 +192,7 @@ def _windows(x: Array, eqn: Any) -> Array:
         jnp.arange(m) * stride for m, stride in zip(out, eqn.params["window_strides"], strict=True)
     ]
 
-    def of_sample(x_i: Array) -> Array:
+    def windows_of_sample(x_i: Array) -> Array:
         def window(*corner: Array) -> Array:
             return lax.dynamic_slice(x_i, (*corner, 0), (*extent, x_i.shape[-1]))[dilation]
 
@@ -197,12 +202,13 @@ def _windows(x: Array, eqn: Any) -> Array:
             along_axes = jax.vmap(along_axes, in_axes)
         return along_axes(*corners)
 
-    return jax.vmap(of_sample)(x).reshape(n, places, window_size, x.shape[-1])
+    windows: Array = jax.vmap(windows_of_sample)(x)
+    return windows.reshape(n, places, window_size, x.shape[-1])
 
 
-def _lookup(eqn: Any) -> Meeting | None:
+def _lookup(eqn: jex.JaxprEqn) -> Contraction | None:
     numbers = eqn.params["dimension_numbers"]
-    table_shape = eqn.invars[0].aval.shape
+    table_shape = shape_of(eqn.invars[0])
     sizes = eqn.params["slice_sizes"]
     cut = [d for d in numbers.start_index_map if sizes[d] != table_shape[d]] or [
         d for d in numbers.start_index_map if d in numbers.collapsed_slice_dims
@@ -228,7 +234,7 @@ def _lookup(eqn: Any) -> Meeting | None:
         rows = rows.astype(common_dtype(rows.dtype, jnp.int32))
         if mode == lax.GatherScatterMode.CLIP:
             return jnp.clip(rows, 0, last)
-        # Of a row that is promised to exist but does not, derivatives know nothing either.
+        # In mode PROMISE_IN_BOUNDS, too, JAX's derivatives skip rows that do not exist.
         return jnp.where((rows >= 0) & (rows <= last), rows, -1)
 
     def read_cotangent(delta: Array) -> Array:
@@ -236,4 +242,4 @@ def _lookup(eqn: Any) -> Meeting | None:
         return jnp.transpose(delta, positions + offsets).reshape(-1, width)
 
     layout = _in_order([axis, *others], table_shape)
-    return Meeting("lookup", (1, table_shape[axis], width), layout, read_input, read_cotangent)
+    return Contraction("lookup", (1, table_shape[axis], width), layout, read_input, read_cotangent)

@@ -1,28 +1,31 @@
 """Whether a program computes the same for a batch of n samples as for a batch of one."""
 
 import itertools
-from collections.abc import Hashable, Iterator
-from typing import Any
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import jax.extend.core as jex
 import numpy as np
 
-#: Operations that change shapes alone, which a batch of one needs fewer of.
+from ntkdp._gradients.equations import CALLS, Atom, Operand, called_program, shape_of
+
+#: Operations that only change shapes; a batch of one needs fewer of them.
 _SHAPES = {"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "copy"}
-#: Calls that are looked through.
-_CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-#: Constants up to so many entries are compared by value.
+#: Constants of at most this many entries are compared by value.
 _LARGEST_COMPARED = 2**12
 
-_Names = dict[Any, Hashable]
+#: Names under which the variables of two programs are compared.
+_Names: TypeAlias = dict[Atom, Hashable]
 
 
 def same_program(many: jex.ClosedJaxpr, one: jex.ClosedJaxpr, n: int) -> bool:
-    """Whether the same operations follow each other on the same operands, n times as large or as
-    large, and none makes of an operand with n parts a result without.
+    """Whether two programs are the same operations, for n samples and for one.
 
-    If so, a program that treats the samples of a batch one by one is the same function of each for
-    n samples and for one. Programs that differ may still compute the same.
+    The operations must follow each other on the same operands, which are as large or n times as
+    large, and none may turn an operand with n parts into a result without them. A program that
+    treats the samples of a batch one by one is then the same function of each for n samples and for
+    one. Programs that differ may still compute the same.
     """
     return _alike(many, one, n, itertools.count())
 
@@ -42,15 +45,17 @@ def _alike(many: jex.ClosedJaxpr, one: jex.ClosedJaxpr, n: int, fresh: Iterator[
     return all(_name(a, names[0]) == _name(b, names[1]) for a, b in ends)
 
 
-def _bind(names: tuple[_Names, _Names], pair: tuple[Any, Any], name: Hashable) -> None:
+def _bind(names: tuple[_Names, _Names], pair: tuple[Atom, Atom], name: Hashable) -> None:
     for env, var in zip(names, pair, strict=True):
         env[var] = name
 
 
-def _operations(jaxpr: Any, consts: Any, names: _Names) -> Iterator[Any]:
+def _operations(
+    jaxpr: jex.Jaxpr, consts: Sequence[Operand], names: _Names
+) -> Iterator[jex.JaxprEqn]:
     """Equations that do more than change shapes, with calls looked through.
 
-    A generator, so that the names of the results of one are known when the next is asked for.
+    This is a generator, so that the results of one equation have names before the next is read.
     """
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         names[var] = _name_of_constant(const)
@@ -59,12 +64,11 @@ def _operations(jaxpr: Any, consts: Any, names: _Names) -> Iterator[Any]:
         permutes = kind == "reshape" and eqn.params.get("dimensions") is not None
         if kind in _SHAPES and not permutes:
             names[eqn.outvars[0]] = _name(eqn.invars[0], names)
-        elif kind in _CALLS:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            body = getattr(inner, "jaxpr", inner)
+        elif kind in CALLS:
+            body, body_consts = called_program(eqn)
             # The same jaxpr may be called again: its variables then have other names.
             names.update(zip(body.invars, [_name(atom, names) for atom in eqn.invars], strict=True))
-            yield from _operations(body, getattr(inner, "consts", ()), names)
+            yield from _operations(body, body_consts, names)
             names.update(
                 zip(eqn.outvars, [_name(atom, names) for atom in body.outvars], strict=True)
             )
@@ -72,12 +76,15 @@ def _operations(jaxpr: Any, consts: Any, names: _Names) -> Iterator[Any]:
             yield eqn
 
 
-def _name(atom: Any, names: _Names) -> Hashable:
+def _name(atom: Atom, names: _Names) -> Hashable:
     return _name_of_constant(atom.val) if isinstance(atom, jex.Literal) else names[atom]
 
 
-def _name_of_constant(const: Any) -> Hashable:
-    """Numbers and small NumPy arrays, which each trace makes anew, by value; others by identity."""
+def _name_of_constant(const: Operand) -> Hashable:
+    """A name by value for numbers and small NumPy arrays, which each trace makes anew.
+
+    Any other constant has a name by identity.
+    """
     if not isinstance(const, bool | int | float | complex | np.ndarray | np.generic):
         return id(const)
     entries = np.asarray(const)
@@ -88,17 +95,23 @@ def _name_of_constant(const: Any) -> Hashable:
     return (str(entries.dtype), named.shape, named.tobytes())
 
 
-def _same_step(a: Any, b: Any, names: tuple[_Names, _Names], n: int, fresh: Iterator[int]) -> bool:
+def _same_step(
+    a: jex.JaxprEqn,
+    b: jex.JaxprEqn,
+    names: tuple[_Names, _Names],
+    n: int,
+    fresh: Iterator[int],
+) -> bool:
     if a.primitive is not b.primitive or len(a.outvars) != len(b.outvars):
         return False
     if [_name(v, names[0]) for v in a.invars] != [_name(v, names[1]) for v in b.invars]:
         return False
     times = [_times(v, w, n) for v, w in zip(a.invars, b.invars, strict=True)]
     out_times = [_times(v, w, n) for v, w in zip(a.outvars, b.outvars, strict=True)]
-    if None in times or None in out_times:
+    if 0 in times or 0 in out_times:
         return False
     is_simple = not any(_programs(param) for param in a.params.values())  # else seen inside
-    if is_simple and times and any(out != max(times) for out in out_times):  # type: ignore[type-var]
+    if is_simple and times and any(out != max(times) for out in out_times):
         return False
     if not _same_params(a.params, b.params, n, fresh):
         return False
@@ -107,16 +120,16 @@ def _same_step(a: Any, b: Any, names: tuple[_Names, _Names], n: int, fresh: Iter
     return True
 
 
-def _times(a: Any, b: Any, n: int) -> int | None:
-    """How many times as large the first is, 1 or n; None for anything else."""
-    large, small = a.aval.size, b.aval.size
+def _times(a: Atom, b: Atom, n: int) -> int:
+    """1 if both are of one size, n if the first is n times as large, 0 for any other sizes."""
+    large, small = math.prod(shape_of(a)), math.prod(shape_of(b))
     if large == small:
         return 1
-    return n if large == n * small else None
+    return n if large == n * small else 0
 
 
 def _same_params(a: dict[str, Any], b: dict[str, Any], n: int, fresh: Iterator[int]) -> bool:
-    """Whether numbers and names are the same, and programs within are alike.
+    """Whether numbers and names are the same, and the programs inside are alike.
 
     Shapes are compared through the operands.
     """
@@ -124,7 +137,7 @@ def _same_params(a: dict[str, Any], b: dict[str, Any], n: int, fresh: Iterator[i
         left, right = a[key], b[key]
         if isinstance(left, bool | int | float | str) and repr(left) != repr(right):
             return False
-        if key == "start_indices" and left != right:  # of a slice, whose size may be the same
+        if key == "start_indices" and left != right:  # slices of one size may begin elsewhere
             return False
         inner, other = _programs(left), _programs(right)
         if len(inner) != len(other):
@@ -134,7 +147,7 @@ def _same_params(a: dict[str, Any], b: dict[str, Any], n: int, fresh: Iterator[i
     return True
 
 
-def _programs(param: Any) -> list[jex.ClosedJaxpr]:
-    """What a loop, a branch or a function with its own derivative consists of."""
+def _programs(param: object) -> list[jex.ClosedJaxpr]:
+    """The programs of a loop, a branch or a function with its own derivative."""
     parts = param if isinstance(param, tuple) else (param,)
     return [part for part in parts if isinstance(part, jex.ClosedJaxpr)]

@@ -1,17 +1,18 @@
-"""Where the parameters of a model meet data, read off its jaxpr.
+"""Where the parameters of a model meet data, read from its jaxpr.
 
-The model is traced for one sample, so that independence of the samples holds by construction. Each
-leaf is followed as a *view* through operations that only rearrange or cut it, scale it by a
-constant or shift it; where a view meets data in a product, a convolution or a lookup of rows is a
-*site*. Any other use makes the leaf *loose*: it gets its plain per-sample gradient, and only it
-does. For an addition or multiplication element by element that is the cheapest form anyway.
+The model is traced for one sample, so that the samples are independent by construction. Each leaf
+is followed as a :class:`LeafView` through operations that only rearrange or cut it, scale it by a
+constant or shift it. Where a view meets data in a product, a convolution or a lookup of rows, the
+leaf has a :class:`LeafUse`, and its gradient has factors. A leaf with any other use is *dense*: its
+per-sample gradient is formed as it is, for that leaf alone. If the leaf is added or multiplied
+element by element, that is the cheapest form anyway.
 """
 
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.extend.core as jex
@@ -20,89 +21,96 @@ import numpy as np
 
 from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp._gradients import primitive_rules
+from ntkdp._gradients.equations import CALLS, Atom, Operand, called_program, evaluate
 from ntkdp._gradients.leaf_layout import Cut, Layout, Rearrangement, Reshaped, Transposed
-from ntkdp._gradients.primitive_rules import Meeting
+from ntkdp._gradients.primitive_rules import Contraction
 
-_INLINED = {"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 _RESHAPES = {"reshape", "squeeze", "expand_dims", "copy", "convert_element_type"}
 _ELEMENTWISE = {"add", "sub", "mul", "div", "add_any"}
 _ELEMENT_BY_ELEMENT = "element by element"
-#: A loop of up to so many turns is unrolled to look inside; every turn is compiled anew.
+#: A loop of at most this many turns is unrolled to look inside; every turn is compiled anew.
 _LONGEST_UNROLLED = 64
 
+#: The equation that a leaf is used in, by its number, and before it those of the calls around it.
+Path: TypeAlias = tuple[int, ...]
+#: The family of a contraction, its extents and its layout in the leaf.
+Place: TypeAlias = tuple[str, tuple[int, int, int], Layout]
 
-class View(NamedTuple):
-    """A leaf through rigid operations: ``value = scale * rearranged(leaf) + constant``.
+
+class LeafView(NamedTuple):
+    """A leaf after rigid operations: ``value = scale * rearranged(leaf) + constant``.
 
     A view that is ``spread`` was broadcast, and can meet data element by element only.
     """
 
     leaf: int
-    scale: Any = 1.0
+    scale: float | Array = 1.0
     rearranged: tuple[Rearrangement, ...] = ()
     spread: bool = False
 
-    def then(self, step: Rearrangement) -> "View":
+    def then(self, step: Rearrangement) -> "LeafView":
         """The view after one more rearrangement."""
         return self if self.spread else self._replace(rearranged=(*self.rearranged, step))
 
 
 class Value(NamedTuple):
-    """An intermediate result and where it comes from: a leaf, constants alone, or data."""
+    """An intermediate result and its source: a leaf, constants alone, or data."""
 
-    array: Any
-    view: View | None = None
+    array: Operand
+    view: LeafView | None = None
     constant: bool = False
     uniform: bool = False
 
 
-class Site(NamedTuple):
-    """A meeting of a leaf with data, and what the product's output looks like."""
+class LeafUse(NamedTuple):
+    """A contraction of a leaf with data, and the shape and dtype of its output, the tap."""
 
     leaf: int
-    meeting: Meeting
+    contraction: Contraction
     layout: Layout
     tap_shape: tuple[int, ...]
-    tap_dtype: Any
+    tap_dtype: np.dtype
 
     @property
-    def place(self) -> tuple[str, tuple[int, int, int], Layout]:
-        """Equal for sites whose gradients are sums of outer products of the same axes."""
-        family = "lookup" if self.meeting.kind == "lookup" else "product"
-        return family, self.meeting.extents, self.layout
-
-
-Path = tuple[int, ...]
+    def place(self) -> Place:
+        """Equal for uses whose gradients are sums of outer products of the same axes."""
+        family = "lookup" if self.contraction.kind == "lookup" else "product"
+        return family, self.contraction.extents, self.layout
 
 
 class Visitor(NamedTuple):
-    """What to do at a meeting and at any other use of a leaf.
+    """Functions to call at each use of a leaf.
 
-    ``meet(path, view, meeting, data, weight, out)`` returns the output, perhaps changed.
+    ``visit_contraction(path, view, contraction, data, weight, out)`` returns the output, perhaps
+    changed; ``visit_other_use(leaf, reason)`` hears of any use that has no factors.
     """
 
-    meet: Callable[[Path, View, Meeting, Any, Any, Any], Any]
-    loosen: Callable[[int, str], None]
+    visit_contraction: Callable[[Path, LeafView, Contraction, Operand, Operand, Array], Array]
+    visit_other_use: Callable[[int, str], None]
 
 
 class Structure(NamedTuple):
-    """What tracing a model for one sample found."""
+    """A model traced for one sample: the uses of its leaves, and which leaves are dense."""
 
     jaxpr: jex.ClosedJaxpr
-    sites: dict[Path, Site]
-    loose: tuple[int, ...]
+    uses: dict[Path, LeafUse]
+    dense: tuple[int, ...]
     n_leaves: int
     n_outputs: int
     descriptions: tuple[str, ...]
 
 
 def interpret(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Value], visitor: Visitor, path: Path = ()
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[Operand],
+    args: Sequence[Value],
+    visitor: Visitor,
+    path: Path = (),
 ) -> list[Value]:
     """Evaluate ``jaxpr``, following views of the parameters to where they are used."""
-    env: dict[Any, Value] = {}
+    env: dict[Atom, Value] = {}
 
-    def read(atom: Any) -> Value:
+    def read(atom: Atom) -> Value:
         if isinstance(atom, jex.Literal):
             return Value(atom.val, constant=True, uniform=np.ndim(atom.val) == 0)
         return env[atom]
@@ -117,49 +125,44 @@ def interpret(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> list[Value]:
+def _evaluate(eqn: jex.JaxprEqn, values: list[Value], visitor: Visitor, path: Path) -> list[Value]:
     name = eqn.primitive.name
-    viewed = [i for i, value in enumerate(values) if value.view is not None]
-    if viewed and name in _INLINED:
-        inner = eqn.params["jaxpr"]
-        consts = getattr(inner, "consts", ())
-        return interpret(getattr(inner, "jaxpr", inner), consts, values, visitor, path)
-    if viewed and name == "scan" and 1 <= eqn.params["length"] <= _LONGEST_UNROLLED:
+    views = {i: value.view for i, value in enumerate(values) if value.view is not None}
+    if views and name in CALLS:
+        return interpret(*called_program(eqn), values, visitor, path)
+    if views and name == "scan" and 1 <= eqn.params["length"] <= _LONGEST_UNROLLED:
         return _unroll(eqn, values, visitor, path)
-    arrays = bind(eqn, [value.array for value in values])
-    if not viewed:
+    arrays = evaluate(eqn, [value.array for value in values])
+    if not views:
         return [_constant_or_data(eqn, values, array) for array in arrays]
-    if len(viewed) == 1:
-        position = viewed[0]
-        seen = _rigid(eqn, values, position, arrays)
-        if seen is not None:
-            return seen
-        view: View = values[position].view  # type: ignore[assignment]
-        meeting = None if view.spread else primitive_rules.find(eqn, position)
-        if meeting is not None:
+    if len(views) == 1:
+        ((position, view),) = views.items()
+        rigid = _rigid(eqn, values, position, view, arrays)
+        if rigid is not None:
+            return rigid
+        contraction = None if view.spread else primitive_rules.contraction_of(eqn, position)
+        if contraction is not None:
             weight, data = values[position].array, values[1 - position].array
-            met = visitor.meet(path, view, meeting, data, weight, arrays[0])
-            return [Value(met)]
-    reason = f"used in `{name}`"
-    if name in _ELEMENTWISE and len(viewed) == 1 and not (name == "div" and viewed == [1]):
-        other = values[1 - viewed[0]]
-        reason = "scaled by an array" if other.constant else _ELEMENT_BY_ELEMENT
-    if name == "scan":
-        reason = f"inside a loop of {eqn.params['length']} turns"
-    for i in viewed:
-        visitor.loosen(values[i].view.leaf, reason)  # type: ignore[union-attr]
+            return [
+                Value(visitor.visit_contraction(path, view, contraction, data, weight, arrays[0]))
+            ]
+    for view in views.values():
+        visitor.visit_other_use(view.leaf, _reason(eqn, values, list(views)))
     return [Value(array) for array in arrays]
 
 
-def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
-    """What an equation makes of arrays."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    out = eqn.primitive.bind(*functions, *arrays, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
+def _reason(eqn: jex.JaxprEqn, values: Sequence[Value], viewed: list[int]) -> str:
+    """Why the leaves at these positions have no factors in an equation."""
+    name = eqn.primitive.name
+    if name in _ELEMENTWISE and len(viewed) == 1 and not (name == "div" and viewed == [1]):
+        other = values[1 - viewed[0]]
+        return "scaled by an array" if other.constant else _ELEMENT_BY_ELEMENT
+    if name == "scan":
+        return f"inside a loop of {eqn.params['length']} turns"
+    return f"used in `{name}`"
 
 
-def _constant_or_data(eqn: Any, values: Sequence[Value], array: Any) -> Value:
+def _constant_or_data(eqn: jex.JaxprEqn, values: Sequence[Value], array: Array) -> Value:
     constant = all(value.constant for value in values)
     spread = eqn.primitive.name in {"broadcast_in_dim", "convert_element_type"}
     uniform = constant and (np.ndim(array) == 0 or (spread and values[0].uniform))
@@ -167,48 +170,71 @@ def _constant_or_data(eqn: Any, values: Sequence[Value], array: Any) -> Value:
 
 
 def _rigid(
-    eqn: Any, values: Sequence[Value], position: int, outs: Sequence[Any]
+    eqn: jex.JaxprEqn,
+    values: Sequence[Value],
+    position: int,
+    view: LeafView,
+    outs: Sequence[Array],
 ) -> list[Value] | None:
     """The view after a rearrangement, a cut, a constant scaling or shift; None after all else."""
-    name, out = eqn.primitive.name, outs[0]
-    view: View = values[position].view  # type: ignore[assignment]
     before = np.shape(values[position].array)
+    views = _rearranged(eqn, view, before, outs)
+    if views is None and (len(values) == 1 or (len(values) == 2 and np.shape(outs[0]) == before)):
+        scaled = _scaled_or_shifted(eqn, values, position, view)
+        views = None if scaled is None else [scaled]
+    if views is None:
+        return None
+    return [Value(out, after) for out, after in zip(outs, views, strict=True)]
+
+
+def _rearranged(
+    eqn: jex.JaxprEqn, view: LeafView, before: tuple[int, ...], outs: Sequence[Array]
+) -> list[LeafView] | None:
+    """A view for each result of an equation that rearranges or cuts its operand, else None."""
+    name, out = eqn.primitive.name, outs[0]
     if name in _RESHAPES or name == "broadcast_in_dim":
         permuted = name == "reshape" and eqn.params.get("dimensions") is not None
         if permuted or not jnp.issubdtype(out.dtype, jnp.floating):
             return None
         if name == "broadcast_in_dim" and np.size(out) != math.prod(before):
-            return [Value(out, view._replace(spread=True))]
-        return [Value(out, view.then(Reshaped(before)))]
+            return [view._replace(spread=True)]
+        return [view.then(Reshaped(before))]
     if name == "transpose":
         inverse = tuple(int(i) for i in np.argsort(eqn.params["permutation"]))
-        return [Value(out, view.then(Transposed(inverse)))]
+        return [view.then(Transposed(inverse))]
     if name == "slice" and eqn.params["strides"] is None:
-        return [Value(out, view.then(Cut(eqn.params["start_indices"], np.shape(out), before)))]
+        return [view.then(Cut(eqn.params["start_indices"], np.shape(out), before))]
     if name == "split":
         axis = eqn.params["axis"]
         starts = np.cumsum([0, *eqn.params["sizes"]])
         corners = [tuple(int(s) if d == axis else 0 for d in range(len(before))) for s in starts]
         return [
-            Value(piece, view.then(Cut(corner, np.shape(piece), before)))
+            view.then(Cut(corner, np.shape(piece), before))
             for piece, corner in zip(outs, corners, strict=False)
         ]
+    return None
+
+
+def _scaled_or_shifted(
+    eqn: jex.JaxprEqn, values: Sequence[Value], position: int, view: LeafView
+) -> LeafView | None:
+    """The view after a constant shift, or a scaling by a number, else None."""
+    name = eqn.primitive.name
     if name == "neg":
-        return [Value(out, view._replace(scale=-view.scale))]
-    if len(values) != 2 or np.shape(out) != before:
+        return view._replace(scale=-view.scale)
+    if len(values) != 2:
         return None
     other = values[1 - position]
     if name in {"add", "sub"} and other.constant:
         sign = -1.0 if name == "sub" and position == 1 else 1.0
-        return [Value(out, view._replace(scale=sign * view.scale))]
+        return view._replace(scale=sign * view.scale)
     if name in {"mul", "div"} and other.uniform and not (name == "div" and position == 1):
         factor = jnp.asarray(other.array).reshape(-1)[0]
-        scale = view.scale * factor if name == "mul" else view.scale / factor
-        return [Value(out, view._replace(scale=scale))]
+        return view._replace(scale=view.scale * factor if name == "mul" else view.scale / factor)
     return None
 
 
-def _unroll(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> list[Value]:
+def _unroll(eqn: jex.JaxprEqn, values: list[Value], visitor: Visitor, path: Path) -> list[Value]:
     """A loop turn by turn, so that a leaf that it uses or steps through can be seen inside."""
     params = eqn.params
     n_consts, n_carry = params["num_consts"], params["num_carry"]
@@ -216,7 +242,7 @@ def _unroll(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> list
 
     def data_only(value: Value) -> Value:
         if value.view is not None:
-            visitor.loosen(value.view.leaf, "carried through a loop")
+            visitor.visit_other_use(value.view.leaf, "carried through a loop")
         return Value(value.array)
 
     consts = values[:n_consts]
@@ -235,7 +261,7 @@ def _unroll(eqn: Any, values: list[Value], visitor: Visitor, path: Path) -> list
 def _turn(value: Value, k: int) -> Value:
     """Entry k along the first axis."""
     whole = np.shape(value.array)
-    array = value.array[k]
+    array = cast(Array, value.array)[k]
     if value.view is None:
         return value._replace(array=array)
     cut = Cut((k, *[0] * (len(whole) - 1)), (1, *whole[1:]), whole)
@@ -248,63 +274,70 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
     sample = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
-    def single(flat: list[Any], x_i: Array) -> Array:
+    def single(flat: list[Array], x_i: Array) -> Array:
         return apply_fn(jax.tree.unflatten(treedef, flat), x_i[None])[0]
 
     jaxpr = jax.make_jaxpr(single)(shapes, sample)
-    sites: dict[Path, Site] = {}
+    uses: dict[Path, LeafUse] = {}
     reasons: dict[int, set[str]] = {}
 
-    def meet(path: Path, view: View, meeting: Meeting, data: Any, weight: Any, out: Any) -> Any:
-        rearranged = (*view.rearranged, *meeting.layout.rearranged)
-        layout = meeting.layout._replace(rearranged=rearranged)
-        sites[path] = Site(view.leaf, meeting, layout, out.shape, out.dtype)
+    def add_use(
+        path: Path,
+        view: LeafView,
+        contraction: Contraction,
+        data: Operand,
+        weight: Operand,
+        out: Array,
+    ) -> Array:
+        rearranged = (*view.rearranged, *contraction.layout.rearranged)
+        layout = contraction.layout._replace(rearranged=rearranged)
+        uses[path] = LeafUse(view.leaf, contraction, layout, out.shape, out.dtype)
         return out
 
-    def loosen(leaf: int, reason: str) -> None:
+    def add_reason(leaf: int, reason: str) -> None:
         reasons.setdefault(leaf, set()).add(reason)
 
-    def discover(flat: list[Any], x_i: Array) -> Any:
-        args = [Value(leaf, View(i)) for i, leaf in enumerate(flat)] + [Value(x_i)]
-        (out,) = interpret(jaxpr.jaxpr, jaxpr.consts, args, Visitor(meet, loosen))
+    def discover(flat: list[Array], x_i: Array) -> Operand:
+        args = [Value(leaf, LeafView(i)) for i, leaf in enumerate(flat)] + [Value(x_i)]
+        (out,) = interpret(jaxpr.jaxpr, jaxpr.consts, args, Visitor(add_use, add_reason))
         if out.view is not None:
-            loosen(out.view.leaf, "returned")
+            add_reason(out.view.leaf, "returned")
         for leaf, shape in enumerate(shapes):
             if 0 in shape.shape:
-                loosen(leaf, "empty")
+                add_reason(leaf, "empty")
         return out.array
 
     output = jax.eval_shape(discover, shapes, sample)
     descriptions = []
     for leaf in range(len(leaves)):
-        mine = [site for site in sites.values() if site.leaf == leaf]
-        if mine and leaf in reasons:
-            loosen(leaf, f"used in a {mine[0].meeting.kind}, too")
-        elif not _separable(mine):
-            loosen(leaf, f"used in {len(mine)} products that lie across each other")
-        descriptions.append(_describe(mine, reasons.get(leaf)))
+        own = [use for use in uses.values() if use.leaf == leaf]
+        if own and leaf in reasons:
+            add_reason(leaf, f"used in a {own[0].contraction.kind}, too")
+        elif not _separable(own):
+            add_reason(leaf, f"used in {len(own)} products that lie across each other")
+        descriptions.append(_describe(own, reasons.get(leaf)))
     return Structure(
         jaxpr=jaxpr,
-        sites={path: site for path, site in sites.items() if site.leaf not in reasons},
-        loose=tuple(sorted(reasons)),
+        uses={path: use for path, use in uses.items() if use.leaf not in reasons},
+        dense=tuple(sorted(reasons)),
         n_leaves=len(leaves),
         n_outputs=output.shape[0],
         descriptions=tuple(descriptions),
     )
 
 
-def _separable(sites: Sequence[Site]) -> bool:
-    """Whether the sites of a leaf fall in places that certainly have no entry in common."""
-    layouts = {site.place: site.layout for site in sites}.values()
+def _separable(uses: Sequence[LeafUse]) -> bool:
+    """Whether the uses of a leaf fall in places that certainly have no entry in common."""
+    layouts = {use.place: use.layout for use in uses}.values()
     return all(a.apart(b) for a, b in itertools.combinations(layouts, 2))
 
 
-def _describe(sites: Sequence[Site], reasons: set[str] | None) -> str:
+def _describe(uses: Sequence[LeafUse], reasons: set[str] | None) -> str:
     if reasons == {_ELEMENT_BY_ELEMENT}:
         return _ELEMENT_BY_ELEMENT
     if reasons:
         return "per-sample Jacobian: " + "; ".join(sorted(reasons))
-    if not sites:
+    if not uses:
         return "unused"
-    kinds = Counter(site.meeting.kind for site in sites)
+    kinds = Counter(use.contraction.kind for use in uses)
     return ", ".join(kind if m == 1 else f"{m} {kind}s" for kind, m in kinds.items())

@@ -5,37 +5,36 @@ from jax import lax
 
 from ntkdp._backend.norms import power_of_two, scaled, wide
 from ntkdp._backend.types import Array, common_dtype
-from ntkdp._gradients.factors import Dense, Factor, Lookup
+from ntkdp._gradients.factors import Dense, Factor, Outer, Part
 
 
 def weighted_sum(factor: Factor, weights: Array, like: Array) -> Array:
-    """``sum_i weights[i] g_i`` (b = 1), as the leaf ``like``, but in single precision at least."""
+    """``sum_i weights[i] g_i`` in the shape of ``like``, in single precision at least (b = 1)."""
     total = jnp.zeros(like.shape, common_dtype(like.dtype, jnp.float32))
     for part in factor:
-        if isinstance(part, Dense):
-            gradients = wide(part.gradients[:, 0])
-            one = jnp.tensordot(weights, gradients, axes=1, precision="highest")
-            if part.layout is None:
-                one = one.reshape(like.shape)
-            else:
-                one = part.layout.restore(jnp.swapaxes(one, 1, 2))
-        else:
-            delta = wide(part.cotangents[:, 0])
-            if isinstance(part, Lookup):
-                delta = _weighted(delta, weights)
-                table = jnp.zeros((part.n_rows, delta.shape[-1]), delta.dtype)
-                summed = table.at[part.rows].add(delta)
-            else:
-                summed = _summed_products(wide(part.inputs), delta, weights)
-            one = part.layout.restore(summed)
-        total = total + one.astype(total.dtype)
+        total = total + _weighted_part(part, weights, like).astype(total.dtype)
     return total
+
+
+def _weighted_part(part: Part, weights: Array, like: Array) -> Array:
+    if isinstance(part, Dense):
+        gradients = wide(part.gradients[:, 0])
+        summed = jnp.tensordot(weights, gradients, axes=1, precision="highest")
+        if part.layout is None:
+            return summed.reshape(like.shape)
+        return part.layout.restore(jnp.swapaxes(summed, 1, 2))
+    delta = wide(part.cotangents[:, 0])
+    if isinstance(part, Outer):
+        return part.layout.restore(_summed_products(wide(part.inputs), delta, weights))
+    delta = _weighted(delta, weights)
+    table = jnp.zeros((part.n_rows, delta.shape[-1]), delta.dtype)
+    return part.layout.restore(table.at[part.rows].add(delta))
 
 
 def _weighted(delta: Array, weights: Array) -> Array:
     """Cotangents times the weight of their sample, within the range of the dtype.
 
-    A gradient of bounded length may have cotangents beyond it, if its inputs are tiny.
+    A gradient of bounded length may have cotangents beyond that range, if its inputs are tiny.
     """
     largest = jnp.finfo(delta.dtype).max
     weighted = delta * weights.reshape(-1, *[1] * (delta.ndim - 1))
@@ -45,10 +44,10 @@ def _weighted(delta: Array, weights: Array) -> Array:
 def _summed_products(x: Array, delta: Array, weights: Array) -> Array:
     """``sum_i weights[i] x[i] (x) delta[i]`` over samples and positions, ``(g, p, q)``.
 
-    Where the weighted cotangents of a sample leave the range of the dtype, because its inputs are
-    at the other end of it, some would become zero and others not, and what cancels between its
-    positions would no longer do so. Such samples are summed again, with both sides near each other
-    in size. That is a loop of at most one turn, so that it costs nothing where there are none.
+    The weighted cotangents of a sample may leave the range of the dtype, because its inputs are at
+    the other end of it. Some would then become zero and others not, and products that cancel
+    between its positions would no longer do so. Such samples are summed again, with both sides near
+    each other in size: in a loop of at most one turn, which costs nothing if there are none.
     """
     plain = _weighted(delta, weights)
     summed = _summed(x, plain)
@@ -62,11 +61,12 @@ def _summed_products(x: Array, delta: Array, weights: Array) -> Array:
         return lax.stop_gradient(near - lost), jnp.zeros((), bool)
 
     start = jnp.zeros_like(summed), jnp.any(is_far)
-    return summed + lax.while_loop(lambda state: state[1], turn, start)[0]
+    correction, _ = lax.while_loop(lambda state: state[1], turn, start)
+    return summed + correction
 
 
 def _is_out_of_range(delta: Array, weights: Array) -> Array:
-    """For which samples the largest weighted cotangent is near either end of the dtype's range."""
+    """Whether each sample's largest weighted cotangent is near an end of the dtype's range."""
     limits = jnp.finfo(delta.dtype)
     largest = jnp.max(jnp.abs(delta), axis=(1, 2, 3), initial=0)
     exponent = jnp.frexp(largest)[1] + jnp.frexp(weights)[1]
@@ -76,21 +76,21 @@ def _is_out_of_range(delta: Array, weights: Array) -> Array:
 
 
 def _balanced(x: Array, delta: Array, weights: Array) -> tuple[Array, Array]:
-    """Inputs, and cotangents with their weights, by powers of two about as large as each other."""
+    """Inputs and weighted cotangents, scaled by powers of two to about the same size."""
     inputs, cotangents = scaled(x, (1, 2, 3)), scaled(delta, (1, 2, 3))
     weight = scaled(weights[:, None, None, None], (1, 2, 3))
     exponent = inputs.exponent + cotangents.exponent + weight.exponent
-    ours = exponent // 2
+    half = exponent // 2
     return (
-        inputs.values * power_of_two(ours, x.dtype),
-        cotangents.values * weight.values * power_of_two(exponent - ours, x.dtype),
+        inputs.values * power_of_two(half, x.dtype),
+        cotangents.values * weight.values * power_of_two(exponent - half, x.dtype),
     )
 
 
 def _summed(x: Array, delta: Array) -> Array:
-    """Over samples and positions, ``(g, p, q)``."""
+    """Products summed over samples and positions, ``(g, p, q)``."""
     if x.shape[1:3] == (1, 1):
-        # As matrices, whose product needs no copy of its transposed side.
+        # The product of matrices needs no copy of its transposed side.
         x, delta = (v.reshape(v.shape[0], v.shape[-1]) for v in (x, delta))
         return lax.dot_general(x, delta, (((0,), (0,)), ((), ())), precision="highest")[None]
     if x.shape[2] == 1:

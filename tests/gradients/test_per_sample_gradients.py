@@ -260,7 +260,7 @@ def check(case: Case) -> None:
     expected, jacobians = outputs_and_jacobians(apply, params, x)
     n, n_outputs = expected.shape
     structure = per_sample.trace(apply, params, x)
-    assert len(structure.sites) == structured
+    assert len(structure.uses) == structured
     random = np.random.default_rng(0)
     weights, a = random.normal(size=n), random.normal(size=(n, n_outputs))
 

@@ -111,7 +111,7 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
     growing = _growing(verb, out)
     kills = 0
     while True:
-        there = len(list(growing.glob("cells/0*.json")))
+        there = len(list(growing.glob("cells/0*.npz")))
         begun = (growing / ("sweep.json" if verb == "sweep" else "run.json")).exists()
         resume = ["--resume"] if begun or (out / "metrics.json").exists() else []
         # The process compiles as the tests do: conftest has set XLA_FLAGS.
@@ -126,7 +126,7 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
                 wanted = there + moments.choice([0, moments.randint(1, 3)])
                 time.sleep(moments.uniform(0, 10) if wanted == there else 0)
                 while process.poll() is None:
-                    if len(list(growing.glob("cells/0*.json"))) >= wanted or (
+                    if len(list(growing.glob("cells/0*.npz"))) >= wanted or (
                         verb == "compare" and out.exists()
                     ):
                         time.sleep(moments.uniform(0, 0.5))
@@ -161,15 +161,18 @@ class _FullDisk:
     """A disk that is full once it comes to a file of some name, half of which it takes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        write_text = Path.write_text
+        for method in ("write_text", "write_bytes"):
+            monkeypatch.setattr(Path, method, self._half(getattr(Path, method), name))
 
-        def half(path: Path, text: str, *arguments: Any, **options: Any) -> int:
+    @staticmethod
+    def _half(write: Callable[..., int], name: str) -> Callable[..., int]:
+        def half(path: Path, content: Any, *arguments: Any, **options: Any) -> int:
             if name not in path.name:
-                return write_text(path, text, *arguments, **options)
-            write_text(path, text[: len(text) // 2])
+                return write(path, content, *arguments, **options)
+            write(path, content[: len(content) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(Path, "write_text", half)
+        return half
 
 
 def test_a_sweep_on_a_full_disk(
@@ -177,7 +180,7 @@ def test_a_sweep_on_a_full_disk(
 ) -> None:
     command, out = _command("sweep", tmp_path), tmp_path / "runs" / "out"
     for name, resume, continues in (
-        ("00002.json", [], True),
+        ("00002.npz", [], True),
         ("metrics.json", ["--resume"], False),
     ):
         with monkeypatch.context() as patched:
@@ -187,7 +190,7 @@ def test_a_sweep_on_a_full_disk(
         assert ("--resume continues" in said) >= continues
         assert not list(tmp_path.rglob(".*"))
         assert not (out / "metrics.json").exists()
-    assert len(list(out.glob("cells/*.json"))) == 10
+    assert len(list(out.glob("cells/*.npz"))) == 10
     shown = _invoke(*command, "--resume")
     assert shown.exit_code == 0, shown.output
     assert _measured(out) == undisturbed("sweep")
@@ -200,14 +203,14 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
     expected = undisturbed("compare")
     command, out = _command("compare", tmp_path), tmp_path / "runs" / "out"
     partial = _growing("compare", out)
-    for name, resume, n_cases in (("00001.json", [], 1), ("report.html", ["--resume"], 3)):
+    for name, resume, n_cases in (("00001.npz", [], 1), ("report.html", ["--resume"], 3)):
         with monkeypatch.context() as patched:
             _FullDisk(patched, name)
             said = _said_in_one_line(_invoke(*command, *resume))
         assert "No space left on device" in said
         assert [path.name for path in out.parent.iterdir()] == [partial.name]
         assert {path.name for path in partial.iterdir()} == {LIST, "cells", "run.json"}
-        assert len(list((partial / "cells").glob("*.json"))) == n_cases
+        assert len(list((partial / "cells").glob("*.npz"))) == n_cases
 
     # What is left of a killed run is neither forgotten nor mixed with another's.
     said = _said_in_one_line(_invoke(*command))
@@ -218,7 +221,7 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
     assert "has other settings (seed: 0 there, 1 now)" in said
     other.write_text(CONFIGS["compare"])
 
-    damaged = partial / "cells" / "00002.json"
+    damaged = partial / "cells" / "00002.npz"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     measure = _run._measured
     made: list[float] = []
@@ -261,7 +264,7 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     shown = _invoke(*command, "--overwrite")
     assert shown.exit_code == 130
     assert shown.output == f"ntkdp: stopped; --out {out} --resume --overwrite continues\n"
-    cell = out / ".partial" / "cells" / "00000.json"
+    cell = out / ".partial" / "cells" / "00000.npz"
     assert cell.exists()
     said = _said_in_one_line(_invoke(*command, "--resume"))
     assert "pass --overwrite beside --resume to replace it with what is resumed" in said

@@ -78,6 +78,12 @@ def make_folder(path: Path) -> None:
         folder.mkdir(exist_ok=True)
 
 
+def require_plain(path: Path) -> None:
+    """Raise if the path is that of a folder, a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no plain file; move it away")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file that any program may have written.
 
@@ -88,8 +94,7 @@ def read_json(path: Path) -> Any:
     ValueError
         If it is not JSON, or nested deeper than 100 levels.
     """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is no plain file; move it away")
+    require_plain(path)
     try:
         tree = json.loads(path.read_bytes())
     except RecursionError:

@@ -1,42 +1,64 @@
-"""Cells of a sweep, or cases of a run, on disk: each lands whole or not at all, and stays."""
+"""Cells of a sweep, or cases of a run, on disk: each is written whole or not at all, and stays."""
 
-import base64
-import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
+from pydantic import BaseModel
 
-from ntkdp._backend.files import make_folder, read_json
+from ntkdp._backend.files import make_folder, read_json, require_plain
 from ntkdp._backend.stopping import undone_by
+from ntkdp._results import cell_file
+from ntkdp._results.cell_file import Content
 from ntkdp._results.folder_lock import held
 from ntkdp._results.out_path import check_path, check_writable
 from ntkdp._results.own_files import OwnFiles, changed, shown
 from ntkdp._results.provenance import VERSION
 
-#: What is made of the content of a cell.
+#: What a caller makes from the content of a cell.
 Cell = TypeVar("Cell")
 
 
+class NoFolder:
+    """Cells that are kept nowhere, for a sweep or run without a folder."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """Do nothing around the body."""
+        yield
+
+    def find(self, name: str, parse: Callable[[Any], Cell]) -> Cell | None:
+        """Return None, because no cell has been kept."""
+        del name, parse
+        return None
+
+    def write(self, name: str, content: Mapping[str, object]) -> None:
+        """Keep nothing."""
+        del name, content
+
+
 class CellFolder:
-    """A folder that a sweep grows in; :meth:`growing` makes it.
+    """A folder in which a sweep grows cell by cell; :meth:`growing` makes it.
 
     Parameters
     ----------
     path : path
-        Where.
+        The folder.
     settings : dict
-        What the cells depend on, as JSON can hold it. A sweep is resumed only with the same.
+        Everything that the cells depend on, as JSON can hold it. A sweep is resumed only if its
+        settings are equal.
     resume, overwrite : bool
         Continue the sweep that the folder holds, or remove it. A folder that holds anything else
         is never touched.
-    what : str
-        What grows there, as errors call it. A file of this name holds the settings, and by it the
-        folder is known.
+    kind : str
+        The kind of work that grows there, as errors call it. A file of this name holds the
+        settings, and shows that the folder is of this kind.
 
     Attributes
     ----------
@@ -58,90 +80,90 @@ class CellFolder:
     def __init__(
         self,
         path: Path,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         *,
         resume: bool = False,
         overwrite: bool = False,
-        what: str = "sweep",
+        kind: str = "sweep",
     ) -> None:
         check_path(path)
         self.path = path
         self.notes: list[str] = []
-        self._what = what
-        self._marker = path / f"{what}.json"
+        self._kind = kind
+        self._marker = path / f"{kind}.json"
         self._files = OwnFiles(path)
         self._overwrite = overwrite and not resume
-        # As it reads from the file: tuples are lists there.
-        self.settings = json.loads(json.dumps({"ntkdp": VERSION, **settings}))
-        #: Whether what is there goes on, as is asked for or because this is what began it.
+        # In the form that is read from the file, where tuples are lists.
+        self.settings: dict[str, object] = json.loads(json.dumps({"ntkdp": VERSION, **settings}))
+        #: Whether the sweep in the folder goes on: by request, or because this object began it.
         self._continues = resume
         self._check_options()
         check_writable(path, path)
 
     def _check_options(self) -> None:
-        """Raise unless what is there is what the options are for."""
+        """Raise unless the options fit to what the folder holds."""
         begun = self._has_begun()
         self._check(begun)
         if self._continues:
             if not begun:
                 raise FileNotFoundError(
-                    f"no {self._what} to resume in {self.path}: leave out --resume, or fix --out"
+                    f"no {self._kind} to resume in {self.path}: leave out --resume, or fix --out"
                 )
             self._check_same()
         elif begun and not self._overwrite:
             raise FileExistsError(
-                f"output folder {self.path} holds a {self._what}; pass --resume to continue it, "
+                f"output folder {self.path} holds a {self._kind}; pass --resume to continue it, "
                 "--overwrite to replace it, or choose another --out"
             )
 
     def _has_begun(self) -> bool:
-        """Whether the file of settings is there, be it damaged, and not another program's."""
+        """Whether ntkdp's file of settings is there, whole or damaged."""
         try:
-            found = read_json(self._marker)
+            settings = read_json(self._marker)
         except OSError:
             return False
         except ValueError:
             return self._files.has_written(self._marker.name)
-        return isinstance(found, dict) and "ntkdp" in found
+        return isinstance(settings, dict) and "ntkdp" in settings
 
     def _check(self, begun: bool) -> None:
-        """Raise if what is there must not be touched."""
+        """Raise if the folder holds something that must not be touched."""
         foreign = self._files.foreign()
         if begun and not self._overwrite:
             return
         if begun and foreign:
-            raise FileExistsError(changed(self.path, self._what, foreign))
+            raise FileExistsError(changed(self.path, self._kind, foreign))
         if not begun and (others := foreign + self._files.finished()):
             raise FileExistsError(
-                f"output folder {self.path} holds files that are not a {self._what}: "
+                f"output folder {self.path} holds files that are not a {self._kind}: "
                 f"{shown(others)}; choose another --out"
             )
 
     def _check_same(self) -> None:
         try:
-            found = read_json(self._marker)
+            there = read_json(self._marker)
         except ValueError as error:
             raise ValueError(
                 f"{self._marker} is damaged ({error}); choose another --out, or remove "
                 f"{self.path} yourself"
             ) from error
         differing = [
-            f"{name if name.isprintable() else ascii(name)}: {found.get(name)!r} there, "
+            f"{name if name.isprintable() else ascii(name)}: {there.get(name)!r} there, "
             f"{self.settings.get(name)!r} now"
-            for name in sorted({*found, *self.settings})
-            if found.get(name) != self.settings.get(name)
+            for name in sorted({*there, *self.settings})
+            if there.get(name) != self.settings.get(name)
         ]
         if differing:
             raise ValueError(
-                f"the {self._what} in {self.path} has other settings "
+                f"the {self._kind} in {self.path} has other settings "
                 f"({_shortened('; '.join(differing))}); choose another --out, or pass --overwrite"
             )
 
     @contextmanager
     def growing(self) -> Iterator[None]:
-        """The folder while cells come: killed from here on, it can be resumed.
+        """Hold the folder while cells are written: a kill from here on can be resumed.
 
-        A sweep that is to be replaced is removed here. An error before the first cell leaves
+        On entry, a sweep that is to be replaced is removed. An error before the first cell leaves
         nothing behind.
 
         Raises
@@ -149,19 +171,19 @@ class CellFolder:
         BlockingIOError
             If another process is at work in the folder.
         FileExistsError, FileNotFoundError, ValueError
-            If what is there is no longer what the options are for.
+            If the options no longer fit to what the folder holds.
         """
         made = not self.path.exists()
         make_folder(self.path)
         with held(self.path):
-            # Another process may have been at work here since the options were checked.
+            # Another process may have worked here since the options were checked.
             self._check_options()
             begins = not self._continues
 
             def leave() -> None:
                 if begins and not self._has_cells():
                     self._continues = False
-                    # What went wrong first is what is told.
+                    # The user is told of the first error, not of this one.
                     with suppress(OSError):
                         self._files.remove(last=self._marker.name)
                         if made:
@@ -180,75 +202,70 @@ class CellFolder:
 
     def _begin(self) -> None:
         self._files.remove(last=self._marker.name)
-        with self._files.replacing(self._marker.name) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        self._files.write(self._marker.name, json.dumps(self.settings, indent=2) + "\n")
         self._continues = True
 
     def remove(self) -> None:
-        """Remove what has grown, last what it is known by, and the folder if nothing else is in
-        it."""
+        """Remove the cells, then the file of settings, then the folder if it is empty."""
         self._files.remove(last=self._marker.name)
         with suppress(OSError):
             self.path.rmdir()
 
     def _has_cells(self) -> bool:
-        return any(self.path.glob("cells/[!.]*.json"))
+        return any(self.path.glob(f"cells/[!.]*{cell_file.SUFFIX}"))
 
     def file(self, name: str) -> Path:
-        """Where a cell of this name is, or will be."""
-        return self.path / "cells" / f"{name}.json"
+        """The path of the cell of this name, whether it is there or not."""
+        return self.path / "cells" / f"{name}{cell_file.SUFFIX}"
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
+    def write(self, name: str, content: Mapping[str, object]) -> None:
         """Put a cell on disk, whole or not at all, while the folder is growing.
 
         Raises
         ------
         OSError
-            If it cannot be written, saying that the cells before it, if any, are safe.
+            If it cannot be written; the message says whether earlier cells are safe.
         """
-        encoded = _encoded(content)
+        data = cell_file.encode(content, self._label(name))
         try:
             cells = self._files.subfolder("cells")
-            # One that is damaged is made again.
-            with cells.replacing(f"{name}.json", even_damaged=True) as temporary:
-                whole = {"checksum": self._checksum(name, encoded), "content": encoded}
-                temporary.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+            # A damaged cell is replaced.
+            with cells.replacing(self.file(name).name, even_damaged=True) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
-            if error.errno is None:  # it is our own, and says what to do
+            if error.errno is None:  # our own error, which says what to do
                 raise
             more = ""
             if self._has_cells():
-                more = " (what is finished is kept: fix this, then --resume continues)"
+                more = " (finished work is kept: fix this, then --resume continues)"
             raise OSError(error.errno, f"{error.strerror}{more}", str(self.file(name))) from error
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A cell that is on disk, None if it is not.
+    def read(self, name: str) -> Content | None:
+        """The content of a cell, or None if it is not on disk.
 
         Raises
         ------
         DamagedCell
-            If its file is not what was written.
+            If its file is not as it was written.
+        OSError
+            If it cannot be read, or is not a plain file.
         """
         path = self.file(name)
-        try:
-            whole = read_json(path)
-            if whole["checksum"] != self._checksum(name, whole["content"]):
-                raise ValueError("its checksum differs")
-            content = _parsed(whole["content"])
-            if not isinstance(content, dict):
-                raise TypeError("it has no names")
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, MemoryError):
+        require_plain(path)
+        data = path.read_bytes()
+        try:
+            return cell_file.decode(data, self._label(name))
+        except MemoryError:
             raise
-        except Exception as error:  # what somebody else made may break anywhere
+        except Exception as error:  # bytes that somebody else wrote may break any part of it
             raise DamagedCell(f"{path} is damaged ({error})") from error
-        return content
 
     def find(self, name: str, parse: Callable[[Any], Cell]) -> Cell | None:
-        """What ``parse`` makes of a cell that is on disk and whole, None if there is none.
+        """The result of ``parse`` on a cell that is on disk and whole, or None if there is none.
 
-        If it is damaged or holds something else, the notes say so.
+        If the cell is damaged or holds something else, the notes say so.
         """
         try:
             content = self.read(name)
@@ -260,47 +277,39 @@ class CellFolder:
         self.notes.append(f"{note}: made again")
         return None
 
-    def _checksum(self, name: str, encoded: Any) -> str:
-        # With the settings and the name: a cell of another sweep, or of another place in this one,
-        # may have been put here.
-        text = json.dumps([self.settings, name, encoded], sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def _label(self, name: str) -> dict[str, object]:
+        """Tells the cell from those of other settings, and from others of this folder."""
+        return {"settings": self.settings, "name": name}
 
 
-def resumable(path: Path, what: str = "sweep") -> bool:
-    """Whether something has begun to grow there."""
-    return (path / f"{what}.json").is_file()
+def open_cells(
+    folder: str | os.PathLike[str] | None,
+    config: BaseModel,
+    kind: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> CellFolder | NoFolder:
+    """The cells that a configuration leads to, in a folder if one is given.
+
+    Raises
+    ------
+    FileExistsError, FileNotFoundError, ValueError, PermissionError, NotADirectoryError
+        See :class:`CellFolder`.
+    """
+    if folder is None:
+        return NoFolder()
+    settings = config.model_dump(mode="json")
+    return CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite, kind=kind)
+
+
+def resumable(path: Path, kind: str = "sweep") -> bool:
+    """Whether work of this kind has begun in the folder."""
+    return (path / f"{kind}.json").is_file()
 
 
 class DamagedCell(ValueError):
-    """A cell's file that is not what was written."""
-
-
-def _encoded(value: Any) -> Any:
-    """Arrays as their bytes, and numbers that JSON has no word for as ``float`` reads them."""
-    if isinstance(value, dict):
-        return {key: _encoded(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(part) for part in value]
-    if isinstance(value, np.ndarray):
-        data = base64.b64encode(value.tobytes()).decode()
-        return {"array": [value.dtype.str, list(value.shape), data]}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    return value
-
-
-def _parsed(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"float"}:
-            return float(value["float"])
-        if set(value) == {"array"}:
-            dtype, shape, data = value["array"]
-            return np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
-        return {key: _parsed(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_parsed(part) for part in value]
-    return value
+    """A cell's file is not as it was written."""
 
 
 def _shortened(text: str) -> str:

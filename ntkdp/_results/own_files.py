@@ -71,6 +71,17 @@ class OwnFiles:
             self._append(f"{_checksum(temporary)}  {name}")
             self._check_replaceable(path, even_damaged)
 
+    def write(self, name: str, text: str) -> None:
+        """Put a text file under this name, whole or not at all.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something of that name that is not the program's.
+        """
+        with self.replacing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
     def subfolder(self, name: str) -> "OwnFiles":
         """A folder in the folder, made if it is not there.
 

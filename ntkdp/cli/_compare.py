@@ -44,16 +44,16 @@ def compare(
         settings = experiment.Config() if config is None else experiment.load_config(config)
         if resume and out is None:
             raise experiment.ConfigError("--resume needs --out, the folder of the run")
-        of_cells = settings.model_dump(mode="json")
+        settings_tree = settings.model_dump(mode="json")
         folder = RunFolder(
             folder_of(settings.name, out),
             overwrite=overwrite,
-            finished=of_cells if resume else None,
+            finished=settings_tree if resume else None,
         )
         if folder.is_finished:
             # Killed at the very end, a run leaves its cases; those of another run are not its own.
             with suppress(ValueError, FileExistsError, FileNotFoundError):
-                CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
+                CellFolder(folder.partial, settings_tree, resume=True, kind="run").remove()
             announce(f"{folder.path} holds the finished run already")
             return
 
@@ -78,7 +78,7 @@ def compare(
             report("writing the report", 0.0)
             with folder.replacing() as path:
                 experiment.write_report(results, path)
-        CellFolder(folder.partial, of_cells, resume=True, what="run").remove()
+        CellFolder(folder.partial, settings_tree, resume=True, kind="run").remove()
     experiment.print_table(results)
     for note in results.notes:
         announce(note, on_error=True)

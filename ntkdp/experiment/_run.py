@@ -3,11 +3,9 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,9 @@ import optax
 
 from ntkdp import _setup, comparison, dp_sgd, ntk
 from ntkdp._backend.config_files import ConfigError
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, LearningRate
 from ntkdp._gradients import groups
-from ntkdp._results.checkpoints import CellFolder
+from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
 from ntkdp.experiment._config import ClippingConfig, Config
@@ -36,8 +34,27 @@ from ntkdp.experiment._predictions import (
 from ntkdp.experiment._problem import Problem, problem_of, rules_of
 from ntkdp.trajectory import Trajectory
 
-#: Called with what is being done and the fraction of it that is done.
-Report = Callable[[str, float], None]
+#: Called with a description of the current task and the fraction of it that is done.
+Report: TypeAlias = Callable[[str, float], None]
+#: A trajectory as a folder can hold it: arrays by name, and the setup as JSON.
+Fields: TypeAlias = Mapping[str, np.ndarray | str | None]
+
+
+class MeasuredPrediction(TypedDict):
+    """A predicted trajectory, and how long it took."""
+
+    trajectory: Fields
+    seconds: float
+
+
+class Measured(TypedDict):
+    """The numbers of a case that took time to compute, as a folder can hold them."""
+
+    noise_multiplier: float
+    weight_noise: float
+    run: Fields
+    run_seconds: float
+    predictions: dict[str, MeasuredPrediction]
 
 
 class Prediction(NamedTuple):
@@ -55,8 +72,8 @@ class Case(NamedTuple):
     """One clipping rule: the run, and the predictions of it by name.
 
     ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
-    ``weight_noise`` the variance v(T) that noise has added to each weight by the end: beside 1, the
-    variance of the weights at the start, it says how far the noise moves the kernel.
+    ``weight_noise`` the variance v(T) that noise has added to each weight by the end. Compared
+    with 1, the variance of the weights at the start, it shows how far the noise moves the kernel.
 
     Part of what :func:`run` returns.
     """
@@ -78,7 +95,7 @@ class Case(NamedTuple):
 class Results(NamedTuple):
     """All cases of an experiment, and the kernels that the predictions used.
 
-    ``notes`` say what went wrong on the way and was put right.
+    ``notes`` name the problems that were met on the way and solved.
 
     Made by :func:`run`.
     """
@@ -92,7 +109,7 @@ class Results(NamedTuple):
 
 def run(
     config: Config,
-    report: Report = lambda what, done: None,
+    report: Report = lambda task, done: None,
     *,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -105,29 +122,29 @@ def run(
     config : Config
         See :func:`ntkdp.experiment.load_config`; float64 needs :func:`ntkdp.enable_x64` first.
     report : callable, optional
-        Called with what is being done and the fraction of it that is done.
+        Called with a description of the current task and the fraction of it that is done.
     folder : path, optional
-        Where each case lands as it finishes. Without, nothing is written.
+        Where each case is written as it finishes. Without a folder, nothing is written.
     resume : bool
-        Continue the run in the folder: cases that are there are read, not run again; one that is
-        damaged is named in ``notes`` and run again. Kernels are computed again.
+        Continue the run in the folder: finished cases are read, not run again, and a damaged one
+        is named in ``notes`` and run again. Kernels are computed again.
     overwrite : bool
         Remove the run in the folder first.
 
     Returns
     -------
     Results
-        ``seconds`` of flows exclude compilation; those of a run or a recursion include it, a few
-        seconds the first time that their program is met.
+        ``seconds`` of flows exclude compilation. Those of a run or a recursion include it, which
+        is a few seconds for the first of several equal programs.
 
     Raises
     ------
     TypeError
-        What is no config.
+        If ``config`` is no ``Config``.
     ConfigError
-        A field that does not fit the others, naming it.
+        If a field does not fit the others; the message names it.
     FileExistsError, FileNotFoundError, ValueError
-        A folder that holds something else, nothing to resume, or another run.
+        If the folder holds something else, nothing to resume, or another run.
     MemoryError
         If the kernels, runs and predictions do not fit, before any of them is made.
 
@@ -148,10 +165,7 @@ def run(
             f"{type(config).__name__}"
         )
     rules = rules_of(config)
-    disk = None
-    if folder is not None:
-        settings = config.model_dump(mode="json")
-        disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite, what="run")
+    cells = open_cells(folder, config, "run", resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
     for number, rule in enumerate(rules):
@@ -161,8 +175,8 @@ def run(
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
     _require_room(config, problem)
-    with nullcontext() if disk is None else disk.growing():
-        return _run(config, problem, rules, disk, report)
+    with cells.growing():
+        return _run(config, problem, rules, cells, report)
 
 
 def _require_room(config: Config, problem: Problem) -> None:
@@ -185,7 +199,7 @@ def _run(
     config: Config,
     problem: Problem,
     rules: list[ClippingRule],
-    disk: CellFolder | None,
+    cells: CellFolder | NoFolder,
     report: Report,
 ) -> Results:
     kernels = {}
@@ -197,18 +211,17 @@ def _run(
     cases = []
     for number, (case, rule) in enumerate(zip(config.clipping, rules, strict=True)):
         name = f"{number:05d}"
-        found = None if disk is None else disk.find(name, partial(_found_case, config, case))
-        if found is None:
+        finished = cells.find(name, partial(_checked_case, config, case))
+        if finished is None:
             measured = _measured(config, problem, kernels, case, rule, report)
-            if disk is not None:
-                disk.write(name, measured)
-            found = _case(config, case, measured)
-        cases.append(found)
-    return Results(config, cases, kernels, norms, [] if disk is None else disk.notes)
+            cells.write(name, measured)
+            finished = _case(config, case, measured)
+        cases.append(finished)
+    return Results(config, cases, kernels, norms, cells.notes)
 
 
 @cache
-def _with_momentum(momentum: float) -> Callable[[Any], optax.GradientTransformation]:
+def _with_momentum(momentum: float) -> Callable[[LearningRate], optax.GradientTransformation]:
     # One object for all cases: another would compile the same program again.
     return partial(optax.sgd, momentum=momentum)
 
@@ -220,8 +233,8 @@ def _measured(
     case: ClippingConfig,
     rule: ClippingRule,
     report: Report,
-) -> dict[str, Any]:
-    """What took time to find out about a case, as a folder can hold it."""
+) -> Measured:
+    """Train and predict one case."""
     training = config.training
     mechanism = Mechanism.of(config, case)
     key = jax.random.key(config.seed + 1)
@@ -250,10 +263,10 @@ def _measured(
     jax.block_until_ready(observed.loss)
     run_seconds = time.perf_counter() - start
 
-    predictions = {}
+    predictions: dict[str, MeasuredPrediction] = {}
     for name in config.predictions:
-        what = f"{case.label}: {LABELS[name]}"
-        report(what, 0.0)
+        task = f"{case.label}: {LABELS[name]}"
+        report(task, 0.0)
         predicted, seconds = predict(
             config,
             problem,
@@ -262,35 +275,36 @@ def _measured(
             mechanism,
             name,
             observed.times,
-            partial(report, what),
+            partial(report, task),
         )
-        predictions[name] = {"trajectory": _arrays(predicted), "seconds": seconds}
+        predictions[name] = {"trajectory": _fields(predicted), "seconds": seconds}
     return {
         "noise_multiplier": mechanism.noise_multiplier,
         "weight_noise": weight_noise(config, problem, rule, mechanism),
-        "run": _arrays(observed),
+        "run": _fields(observed),
         "run_seconds": run_seconds,
         "predictions": predictions,
     }
 
 
-def _found_case(config: Config, case: ClippingConfig, content: Any) -> Case:
-    """The case of a folder, whose content may be anything: what is wrong is an error."""
-    for part in (content["run"], *(of["trajectory"] for of in content["predictions"].values())):
-        if set(part) != {field.name for field in dataclasses.fields(Trajectory)}:
-            raise ValueError("what a trajectory records has other names")
-        Trajectory.from_xarray(_trajectory(part).to_xarray())
+def _checked_case(config: Config, case: ClippingConfig, content: Measured) -> Case:
+    """A case that was read from a folder, whose content may be anything; raises if it is wrong."""
+    predictions = content["predictions"].values()
+    for fields in (content["run"], *(prediction["trajectory"] for prediction in predictions)):
+        if set(fields) != {field.name for field in dataclasses.fields(Trajectory)}:
+            raise ValueError("the fields of a trajectory have other names")
+        Trajectory.from_xarray(_trajectory(fields).to_xarray())
     return _case(config, case, content)
 
 
-def _case(config: Config, case: ClippingConfig, measured: dict[str, Any]) -> Case:
+def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
     observed = _trajectory(measured["run"])
     predictions: dict[str, Prediction] = {}
     for name in config.predictions:
-        found = measured["predictions"][name]
-        predicted = _trajectory(found["trajectory"])
+        prediction = measured["predictions"][name]
+        predicted = _trajectory(prediction["trajectory"])
         compared = comparison.compare(predicted, observed)
-        predictions[name] = Prediction(predicted, compared, float(found["seconds"]))
+        predictions[name] = Prediction(predicted, compared, float(prediction["seconds"]))
     return Case(
         case,
         float(measured["noise_multiplier"]),
@@ -302,19 +316,18 @@ def _case(config: Config, case: ClippingConfig, measured: dict[str, Any]) -> Cas
     )
 
 
-def _arrays(path: Trajectory) -> dict[str, Any]:
-    fields = {name: value for name, value in vars(path).items() if name != "setup"}
-    arrays: dict[str, Any] = {
-        name: None if value is None else np.asarray(value) for name, value in fields.items()
-    }
-    return arrays | {"setup": _setup.to_json(path.setup)}
+def _fields(path: Trajectory) -> Fields:
+    recorded = {name: value for name, value in vars(path).items() if name != "setup"}
+    fields: dict[str, np.ndarray | str | None] = {"setup": _setup.to_json(path.setup)}
+    for name, value in recorded.items():
+        fields[name] = None if value is None else np.asarray(value)
+    return fields
 
 
-def _trajectory(arrays: dict[str, Any]) -> Trajectory:
-    fields: dict[str, Any] = {
+def _trajectory(fields: Fields) -> Trajectory:
+    arrays: Any = {
         name: None if value is None else jnp.asarray(value)
-        for name, value in arrays.items()
+        for name, value in fields.items()
         if name != "setup"
     }
-    # Cells of an older version say nothing of it.
-    return Trajectory(setup=_setup.from_json(arrays.get("setup", "[]")), **fields)
+    return Trajectory(setup=_setup.from_json(fields["setup"]), **arrays)

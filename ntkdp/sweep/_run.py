@@ -3,35 +3,50 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import jax
 
 from ntkdp import advisor, gradient_flow
-from ntkdp._results.checkpoints import CellFolder
+from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.experiment import Kernel, Problem, compute_kernel, problem_of, require_memory
 from ntkdp.sweep import _cluster
 from ntkdp.sweep._config import Cell, Plane, SweepConfig, cells, planes
-from ntkdp.sweep._workers import instructions, observe, observe_as_told, rule_of
+from ntkdp.sweep._workers import (
+    Metrics,
+    Observation,
+    instructions,
+    observe,
+    observe_on_worker,
+    rule_of,
+)
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
-#: Called with what is being done and the fraction of it that is done.
-Report = Callable[[str, float], None]
+#: Called with a description of the current task and the fraction of it that is done.
+Report: TypeAlias = Callable[[str, float], None]
+#: Trains some cells, and gives the number and the content of each as it finishes.
+Observe: TypeAlias = Callable[[dict[int, Cell]], Iterator[tuple[int, Observation]]]
+
+
+class CellsPrediction(TypedDict):
+    """The predicted metrics of all cells, as a folder can hold them."""
+
+    metrics: list[Metrics]
+    kernel_seconds: float
+    prediction_seconds: float
 
 
 class Results(NamedTuple):
-    """Maps of a sweep, a plane an entry; of each the cells in the order of ``cells``.
+    """Maps of a sweep, one entry for each plane, with cells in the order of ``cells``.
 
-    ``seconds`` are those of the kernels, of the prediction, and of all observed cells together,
-    compilation included. ``initial`` are the metrics before training. ``notes`` say what went wrong
-    on the way and was put right.
+    ``seconds`` has the times of the kernel, of the prediction, and of all observed cells together,
+    compilation included. ``initial`` has the metrics before training. ``notes`` name the problems
+    that were met on the way and solved.
 
     Made by :func:`run`.
     """
@@ -54,7 +69,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     client: "Client | None" = None,
-    report: Report = lambda what, done: None,
+    report: Report = lambda task, done: None,
 ) -> Results:
     """Predict every cell of a grid, then train every cell.
 
@@ -63,18 +78,19 @@ def run(
     config : SweepConfig
         See :func:`ntkdp.sweep.load_config`; float64 needs :func:`ntkdp.enable_x64` first.
     folder : path, optional
-        Where each cell lands as it finishes. Without, nothing is written.
+        Where each cell is written as it finishes. Without a folder, nothing is written.
     resume : bool
-        Continue the sweep in the folder: cells that are there are read, not run again; one that is
-        damaged is named in ``notes`` and run again.
+        Continue the sweep in the folder: finished cells are read, not run again, and a damaged one
+        is named in ``notes`` and run again.
     overwrite : bool
         Remove the sweep in the folder first.
     client : distributed.Client, optional
-        Train the cells on the workers of its dask cluster, in any order. Each makes the problem
-        from ``config`` for itself: a data file must be there too. On machines of one kind the
-        results are those without a client, bit for bit. Not used where ``config.observe`` is false.
+        Train the cells on the workers of its dask cluster, in any order. Each worker makes the
+        problem from ``config`` for itself, so a data file must be on its machine too. If all
+        machines are of one kind, the results equal those without a client bit for bit. Unused if
+        ``config.observe`` is false.
     report : callable, optional
-        Called with what is being done and the fraction of it that is done.
+        Called with a description of the current task and the fraction of it that is done.
 
     Returns
     -------
@@ -83,17 +99,17 @@ def run(
     Raises
     ------
     TypeError
-        What is no config, or no client.
+        If ``config`` is no ``SweepConfig``, or ``client`` no client.
     ntkdp.experiment.ConfigError
-        A field that does not fit the others, naming it.
+        If a field does not fit the others; the message names it.
     FileExistsError, FileNotFoundError, ValueError
-        A folder that holds something else, nothing to resume, or another sweep.
+        If the folder holds something else, nothing to resume, or another sweep.
     MemoryError
         If the kernel, runs and predictions do not fit, before any of them is made.
     ConnectionError
-        A cluster without workers, or lost; a client that is closed.
+        If the cluster has no workers or is lost, or the client is closed.
     RuntimeError
-        A cell that failed on the cluster, naming it. What has finished is in the folder.
+        If a cell failed on the cluster; the message names it. Finished cells are in the folder.
 
     Examples
     --------
@@ -114,96 +130,90 @@ def run(
         )
     if client is not None and config.observe:
         _cluster.check_client(client)
-    found_planes = planes(config)
-    found_cells = cells(config, len(found_planes))
-    disk = None
-    if folder is not None:
-        settings = config.model_dump(mode="json")
-        disk = CellFolder(Path(folder), settings, resume=resume, overwrite=overwrite)
+    maps = planes(config)
+    grid = cells(config, len(maps))
+    folder_cells = open_cells(folder, config, "sweep", resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
     observe_missing = None
     if config.observe:
-        observe_missing = partial(_observe_here, config, problem, found_planes)
+        observe_missing = partial(_observe_here, config, problem, maps)
         if client is not None:
-            observe_missing = partial(_observe_there, config, problem, found_planes, client)
+            observe_missing = partial(_observe_on_cluster, config, problem, maps, client)
     initial = _initial(config, problem)
-    of_cells: list[dict[str, Any]] = []
-    _require_room(config, problem, found_planes)
-    with nullcontext() if disk is None else disk.growing():
-        predicted = None
-        if disk is not None:
-            of_prediction = partial(_found_prediction, initial, len(found_cells))
-            predicted = disk.find("predicted", of_prediction)
+    observations: list[Observation] = []
+    _require_room(config, problem, maps)
+    with folder_cells.growing():
+        predicted = folder_cells.find("predicted", partial(_prediction, initial, len(grid)))
         if predicted is None:
-            predicted = _predict(config, problem, found_planes, report)
-            if disk is not None:
-                disk.write("predicted", predicted)
+            predicted = _predict(config, problem, maps, report)
+            folder_cells.write("predicted", predicted)
         if observe_missing is not None:
-            of_cells = _of_cells(found_cells, initial, disk, observe_missing, report)
-    seconds = {name: predicted[f"{name}_seconds"] for name in ("kernel", "prediction")}
+            observations = _observations(grid, initial, folder_cells, observe_missing, report)
+    seconds = {
+        "kernel": predicted["kernel_seconds"],
+        "prediction": predicted["prediction_seconds"],
+    }
     observed = None
-    if of_cells:
-        seconds["observation"] = sum(one["seconds"] for one in of_cells)
-        observed = _by_plane([one["metrics"] for one in of_cells], len(found_planes))
+    if observations:
+        seconds["observation"] = sum(observation["seconds"] for observation in observations)
+        metrics = [observation["metrics"] for observation in observations]
+        observed = _by_plane(metrics, len(maps))
     return Results(
         config,
-        found_planes,
-        found_cells,
+        maps,
+        grid,
         initial,
-        _by_plane(predicted["metrics"], len(found_planes)),
+        _by_plane(predicted["metrics"], len(maps)),
         observed,
         advisor.gradient_norms(
             problem.model.apply, problem.params, problem.x, problem.targets, problem.loss
         ),
         seconds,
-        [] if disk is None else disk.notes,
+        folder_cells.notes,
     )
 
 
-#: Trains some cells, and gives the number and the content of each as it finishes.
-Observe = Callable[[dict[int, Cell]], Iterator[tuple[int, dict[str, Any]]]]
-
-
-def _of_cells(
-    found_cells: list[Cell],
+def _observations(
+    grid: list[Cell],
     initial: CellMetrics,
-    disk: CellFolder | None,
+    folder_cells: CellFolder | NoFolder,
     observe_missing: Observe,
     report: Report,
-) -> list[dict[str, Any]]:
-    """Every cell's content: what is on disk is read, and what is made is put there at once."""
-    done = {}
-    for number in range(len(found_cells)):
-        content = None
-        if disk is not None:
-            content = disk.find(f"{number:05d}", partial(_found_cell, initial))
-        if content is not None:
-            done[number] = content
+) -> list[Observation]:
+    """Every cell's observation: read from disk, or else made and written at once."""
+    done: dict[int, Observation] = {}
+    for number in range(len(grid)):
+        observation = folder_cells.find(f"{number:05d}", partial(_observation, initial))
+        if observation is not None:
+            done[number] = observation
 
     def say() -> None:
-        report(f"cell {len(done) + 1} of {len(found_cells)}", len(done) / len(found_cells))
+        report(f"cell {len(done) + 1} of {len(grid)}", len(done) / len(grid))
 
-    missing = {number: cell for number, cell in enumerate(found_cells) if number not in done}
+    missing = {number: cell for number, cell in enumerate(grid) if number not in done}
     if missing:
         say()
-    for number, content in observe_missing(missing):
-        if disk is not None:
-            disk.write(f"{number:05d}", content)
-        done[number] = content
-        if len(done) < len(found_cells):
+    for number, observation in observe_missing(missing):
+        folder_cells.write(f"{number:05d}", observation)
+        done[number] = observation
+        if len(done) < len(grid):
             say()
-    return [done[number] for number in range(len(found_cells))]
+    return [done[number] for number in range(len(grid))]
 
 
-def _found_cell(initial: CellMetrics, content: Any) -> dict[str, Any]:
-    """The cell of a folder, whose content may be anything: what is wrong is an error."""
+def _observation(initial: CellMetrics, content: Observation) -> Observation:
+    """A cell that was read from a folder, whose content may be anything; raises if it is wrong."""
     check_cell(content["metrics"], initial.cell(0))
-    return {"metrics": content["metrics"], "seconds": float(content["seconds"])}
+    return {
+        "cell": content["cell"],
+        "metrics": content["metrics"],
+        "seconds": float(content["seconds"]),
+    }
 
 
-def _found_prediction(initial: CellMetrics, n_cells: int, content: Any) -> dict[str, Any]:
-    """The same of the prediction of all cells."""
+def _prediction(initial: CellMetrics, n_cells: int, content: CellsPrediction) -> CellsPrediction:
+    """The prediction of all cells, read from a folder; raises if it is wrong."""
     if len(content["metrics"]) != n_cells:
         raise ValueError(f"it has {len(content['metrics'])} cells, not {n_cells}")
     for metrics in content["metrics"]:
@@ -216,34 +226,34 @@ def _found_prediction(initial: CellMetrics, n_cells: int, content: Any) -> dict[
 
 
 def _observe_here(
-    config: SweepConfig, problem: Problem, found_planes: list[Plane], missing: dict[int, Cell]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+    config: SweepConfig, problem: Problem, maps: list[Plane], missing: dict[int, Cell]
+) -> Iterator[tuple[int, Observation]]:
     for number, cell in missing.items():
-        yield number, observe(config, problem, found_planes[cell.plane], cell)
+        yield number, observe(config, problem, maps[cell.plane], cell)
 
 
-def _observe_there(
+def _observe_on_cluster(
     config: SweepConfig,
     problem: Problem,
-    found_planes: list[Plane],
+    maps: list[Plane],
     client: "Client",
     missing: dict[int, Cell],
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    told = instructions(config, problem)
+) -> Iterator[tuple[int, Observation]]:
+    for_workers = instructions(config, problem)
     numbers, tasks = {}, {}
     for number, cell in missing.items():
-        plane = found_planes[cell.plane]
+        plane = maps[cell.plane]
         name = (
             f"cell {number} ({plane.label}, learning rate {cell.learning_rate:g}, clipping norm "
             f"{cell.clip_norm:g})"
         )
         numbers[name] = number
-        tasks[name] = (told, plane, cell)
-    for name, content in _cluster.results(client, observe_as_told, tasks):
-        yield numbers[name], content
+        tasks[name] = (for_workers, plane, cell)
+    for name, observation in _cluster.results(client, observe_on_worker, tasks):
+        yield numbers[name], observation
 
 
-def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]:
+def _by_plane(metrics: list[Metrics], n_planes: int) -> list[CellMetrics]:
     size = len(metrics) // n_planes
     return [
         CellMetrics.of_cells(metrics[plane * size : (plane + 1) * size])
@@ -252,7 +262,7 @@ def _by_plane(metrics: list[dict[str, Any]], n_planes: int) -> list[CellMetrics]
 
 
 def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
-    """Metrics of the network before training, of one cell."""
+    """Metrics of the network before training, which are those of a single cell."""
     return measure(
         problem.loss,
         config.training.reduction,
@@ -262,9 +272,9 @@ def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
     )
 
 
-def _require_room(config: SweepConfig, problem: Problem, found_planes: list[Plane]) -> None:
+def _require_room(config: SweepConfig, problem: Problem, maps: list[Plane]) -> None:
     training = config.training
-    noisy = any(plane.noise_multiplier > 0 for plane in found_planes)
+    noisy = any(plane.noise_multiplier > 0 for plane in maps)
     require_memory(
         problem,
         {config.prediction},
@@ -279,25 +289,24 @@ def _require_room(config: SweepConfig, problem: Problem, found_planes: list[Plan
 
 
 def _predict(
-    config: SweepConfig, problem: Problem, found_planes: list[Plane], report: Report
-) -> dict[str, Any]:
+    config: SweepConfig, problem: Problem, maps: list[Plane], report: Report
+) -> CellsPrediction:
     training, grid = config.training, config.grid
     report(f"{config.prediction} kernel", 0.0)
     kernel = compute_kernel(
         problem,
         config.prediction,
         by_layer="layerwise" in grid.scopes,
-        whole=any(plane.noise_multiplier > 0 for plane in found_planes),
+        whole=any(plane.noise_multiplier > 0 for plane in maps),
         batch_size=config.batch_size,
     )
     start = time.perf_counter()
-    metrics: list[dict[str, Any]] = []
-    for number, plane in enumerate(found_planes):
-        what = f"predicting {plane.label}"
-        report(what, number / len(found_planes))
+    metrics: list[Metrics] = []
+    for number, plane in enumerate(maps):
+        report(f"predicting {plane.label}", number / len(maps))
         random = plane.noise_multiplier > 0 or training.sample_rate < 1
         n_drawn = training.n_predicted if random else 1
-        found = advisor.predict(
+        predicted = advisor.predict(
             _flow(config, problem, kernel, plane),
             (problem.outputs, problem.test_outputs),
             learning_rates=grid.learning_rates,
@@ -308,7 +317,7 @@ def _predict(
             noise_kernel=kernel.whole if plane.noise_multiplier > 0 else None,
             key=jax.random.split(jax.random.key(config.seed + 2), n_drawn),
         ).metrics
-        metrics += [found.cell(index) for index in range(len(found.loss))]
+        metrics += [predicted.cell(index) for index in range(len(predicted.loss))]
     return {
         "metrics": metrics,
         "kernel_seconds": kernel.seconds,

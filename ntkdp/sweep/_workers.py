@@ -1,9 +1,9 @@
-"""One cell trained, here or by a worker that is told of the sweep."""
+"""Training of one cell, in this process or by a worker that gets instructions."""
 
 import json
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import jax
 import numpy as np
@@ -17,25 +17,32 @@ from ntkdp.experiment import Problem, problem_of
 from ntkdp.losses import Reduction
 from ntkdp.sweep._config import Cell, Plane, SweepConfig
 
-if TYPE_CHECKING:
-    pass
-
-
-#: Rounding, of single precision too, changes a mean loss by less.
+#: Metrics of one cell by name, as :meth:`ntkdp.comparison.CellMetrics.cell` gives them.
+Metrics: TypeAlias = dict[str, float | bool | None]
+#: Rounding changes a mean loss by less than this, in single precision too.
 _SAME_DATA = 1e-5
 
 
+class Observation(TypedDict):
+    """A trained cell, as a folder can hold it."""
+
+    cell: dict[str, int | float | str]
+    metrics: Metrics
+    seconds: float
+
+
 class Instructions(NamedTuple):
-    """What a worker needs to know of a sweep, and to see that it has the same."""
+    """The settings of a sweep for a worker, and what it needs to check that it has them all."""
 
     version: str
     settings: str
     x64: bool
-    #: At the start, as text: what is not a number equals itself there.
+    #: Losses at the start, as text: unlike the number NaN, the text "NaN" equals itself.
     losses: str
 
 
 def instructions(config: SweepConfig, problem: Problem) -> Instructions:
+    """The instructions for the workers of a sweep."""
     return Instructions(
         VERSION,
         json.dumps(config.model_dump(mode="json")),
@@ -45,49 +52,60 @@ def instructions(config: SweepConfig, problem: Problem) -> Instructions:
 
 
 def _losses_at_start(problem: Problem) -> dict[str, float]:
-    """Mean losses of both parts of the data, as alike on all devices as they can be had."""
-    found = {}
+    """Mean losses of both parts of the data, as equal as possible on all kinds of devices."""
+    means = {}
     for name, x, targets in (
         ("training", problem.x, problem.targets),
         ("test", problem.test_x, problem.test_targets),
     ):
-        # Some devices shorten the factors of products, and some add up one by one.
+        # Some devices round the factors of products, and some sum sequentially.
         with jax.default_matmul_precision("highest"):
             outputs = problem.model.apply(problem.params, x)
-        of_samples = np.asarray(problem.loss(outputs, targets), np.float64)
-        found[name] = of_samples.mean().item()
-    return found
+        losses_of_samples = np.asarray(problem.loss(outputs, targets), np.float64)
+        means[name] = losses_of_samples.mean().item()
+    return means
 
 
-def observe_as_told(told: Instructions, plane: Plane, cell: Cell) -> dict[str, Any]:
-    if told.version != VERSION:
-        raise RuntimeError(f"the worker has ntkdp {VERSION}, the sweep ntkdp {told.version}")
-    with jax.enable_x64(told.x64):
-        config, problem = _made_as_told(told)
+def observe_on_worker(instructions: Instructions, plane: Plane, cell: Cell) -> Observation:
+    """Train one cell in a process that has nothing but the instructions.
+
+    Raises
+    ------
+    RuntimeError
+        If the process has another version of ntkdp, or other data.
+    """
+    if instructions.version != VERSION:
+        raise RuntimeError(
+            f"the worker has ntkdp {VERSION}, the sweep ntkdp {instructions.version}"
+        )
+    with jax.enable_x64(instructions.x64):
+        config, problem = _problem(instructions)
         return observe(config, problem, plane, cell)
 
 
-# A worker makes the problem once, not for every cell; one that it refuses it makes again.
+# A worker makes the problem once, not for every cell. An error is not cached.
 @lru_cache(maxsize=1)
-def _made_as_told(told: Instructions) -> tuple[SweepConfig, Problem]:
-    config = check_as(SweepConfig, json.loads(told.settings))
+def _problem(instructions: Instructions) -> tuple[SweepConfig, Problem]:
+    config = check_as(SweepConfig, json.loads(instructions.settings))
     problem = problem_of(config)
-    found = _losses_at_start(problem)
-    for part, loss in json.loads(told.losses).items():
-        if not np.isclose(found[part], loss, rtol=_SAME_DATA, atol=0, equal_nan=True):
+    means = _losses_at_start(problem)
+    for part, loss in json.loads(instructions.losses).items():
+        if not np.isclose(means[part], loss, rtol=_SAME_DATA, atol=0, equal_nan=True):
             raise RuntimeError(
                 f"the worker has other data: at the start the loss of the {part} part is "
-                f"{found[part]:.9g}, not {loss:.9g}; data.name = {config.data.name!r} must be the "
+                f"{means[part]:.9g}, not {loss:.9g}; data.name = {config.data.name!r} must be the "
                 "same there"
             )
     return config, problem
 
 
 def rule_of(plane: Plane, clip_norm: float) -> ClippingRule:
+    """The clipping rule of a cell."""
     return clipping.from_name(plane.rule, R=clip_norm, scope=plane.scope)
 
 
-def observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> dict[str, Any]:
+def observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> Observation:
+    """Train one cell and measure its final state."""
     training = config.training
     start = time.perf_counter()
     run = dp_sgd.run(

@@ -473,7 +473,7 @@ OTHERS: list[Any] = [
 )
 def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any) -> None:
     content = whole_case()
-    assert _run._found_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
+    assert _run._checked_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
     part = content
     for name in where[:-1]:
         part = part[name]
@@ -486,4 +486,4 @@ def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any)
     if where[-1] in ("loss", "clip_fraction") and not judged:
         return
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
-        _run._found_case(OF_CASE, OF_CASE.clipping[0], content)
+        _run._checked_case(OF_CASE, OF_CASE.clipping[0], content)

@@ -1,6 +1,7 @@
 """Cells on disk: whole or not at all, found again, and never mixed with another sweep's."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ntkdp._results.checkpoints import CellFolder, DamagedCell, _encoded, _parsed, resumable
+from ntkdp._results import cell_file
+from ntkdp._results.checkpoints import CellFolder, DamagedCell, resumable
 from ntkdp._results.own_files import LIST
 
 SETTINGS: dict[str, Any] = {"seed": 0, "grid": {"clip_norms": [0.1, 1.0]}}
@@ -51,8 +53,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
-        st.lists(inner)
-        | st.dictionaries(st.text().filter(lambda key: key not in ("float", "array")), inner)
+        st.lists(inner) | st.dictionaries(st.text().filter(lambda name: "/" not in name), inner)
     ),
     max_leaves=20,
 )
@@ -60,30 +61,35 @@ trees = st.recursive(
 
 @given(trees)
 def test_numbers_survive_bit_for_bit(tree: Any) -> None:
-    text = json.dumps(_encoded(tree), allow_nan=False)
-    assert same(_parsed(json.loads(text)), tree)
+    assert same(cell_file.decode(cell_file.encode({"tree": tree}, {}), {}), {"tree": tree})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: text.replace("0.1", "0.2"),
-        lambda text: "[1, 2]",
-        lambda text: "{}",
-        lambda text: '{"checksum": "0", "content": {}}',
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data.replace(b"0.1", b"0.2"),
+        lambda data: b"[1, 2]",
+        lambda data: b"{}",
+        lambda data: b"\xff\xfe\x00",
+        lambda data: cell_file.encode(CONTENT, {}),
+        lambda data: npy(np.arange(3.0)),
     ],
 )
 def test_a_damaged_cell_is_named(tmp_path: Path, damage: Any) -> None:
     folder = written(CellFolder(tmp_path, SETTINGS), "00003")
-    path = tmp_path / "cells" / "00003.json"
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(DamagedCell, match=r"00003.json is damaged"):
+    path = tmp_path / "cells" / "00003.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedCell, match=r"00003.npz is damaged"):
         folder.read("00003")
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DamagedCell, match=r"00003.json is damaged"):
-        folder.read("00003")
+
+
+def test_a_pipe_in_the_place_of_a_cell_is_not_read(tmp_path: Path) -> None:
+    folder = written(CellFolder(tmp_path, SETTINGS))
+    os.mkfifo(folder.file("00001"))
+    with pytest.raises(FileExistsError, match=r"00001.npz is no plain file; move it away"):
+        folder.find("00001", dict)
 
 
 def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
@@ -95,7 +101,7 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
         CellFolder(tmp_path, SETTINGS, resume=True)
     with pytest.raises(FileExistsError, match=r"changed since: sweep.json; nothing is removed"):
         CellFolder(tmp_path, SETTINGS, overwrite=True)
-    assert (tmp_path / "cells" / "00000.json").exists()
+    assert (tmp_path / "cells" / "00000.npz").exists()
 
 
 def test_folders_are_safe(tmp_path: Path) -> None:
@@ -131,13 +137,14 @@ def killed(path: Path, name: str, n_written: int = 0) -> None:
 import os, sys
 from pathlib import Path
 from ntkdp._results.checkpoints import CellFolder
-write = Path.write_text
-def half(path, text, **options):
-    write(path, text[: len(text) // 2], **options)
-    if {name!r} in path.name:
-        os._exit(9)
-    return write(path, text, **options)
-Path.write_text = half
+def patch(write):
+    def half(path, content, **options):
+        write(path, content[: len(content) // 2], **options)
+        if {name!r} in path.name:
+            os._exit(9)
+        return write(path, content, **options)
+    return half
+Path.write_text, Path.write_bytes = patch(Path.write_text), patch(Path.write_bytes)
 folder = CellFolder(Path({str(path)!r}), {SETTINGS!r})
 with folder.growing():
     for number in range(3):
@@ -149,7 +156,7 @@ with folder.growing():
 
 
 def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
-    killed(tmp_path, "00001.json", 1)
+    killed(tmp_path, "00001.npz", 1)
     # Somebody else's, though it looks the same.
     (tmp_path / ".metrics.json.0123456789abcdef.tmp").write_text("precious")
     folder = CellFolder(tmp_path, SETTINGS, resume=True)
@@ -173,7 +180,7 @@ def test_what_another_process_works_on_is_left_alone(
                 written(late, "00001")
             temporary.write_text("map")
         folder.write("00002", CONTENT)
-    assert {file.name for file in path.glob("cells/0*")} == {"00000.json", "00002.json"}
+    assert {file.name for file in path.glob("cells/0*")} == {"00000.npz", "00002.npz"}
     assert (path / "map.png").read_text() == "map"
 
 
@@ -190,9 +197,9 @@ def test_what_another_process_has_left_meanwhile_is_not_mixed_with(tmp_path: Pat
 
 
 def test_what_was_killed_is_replaced_or_removed(tmp_path: Path) -> None:
-    killed(tmp_path, "00001.json", 1)
+    killed(tmp_path, "00001.npz", 1)
     folder = written(CellFolder(tmp_path, SETTINGS, overwrite=True), "00002")
-    assert {path.name for path in tmp_path.rglob("*.json")} == {"sweep.json", "00002.json"}
+    assert {path.name for path in tmp_path.rglob("*.[jn]*")} == {"sweep.json", "00002.npz"}
     assert not list(tmp_path.rglob(".*"))
     folder.remove()
     assert not tmp_path.exists()
@@ -231,8 +238,8 @@ def test_nothing_is_made_before_it_grows_and_nothing_is_left_without_a_cell(tmp_
     ("call", "name", "left"),
     [
         (1, "sweep.json", set()),
-        (2, "cells/00000.json", set()),
-        (3, "cells/00001.json", {LIST, "sweep.json", "cells", "00000.json"}),
+        (2, "cells/00000.npz", set()),
+        (3, "cells/00001.npz", {LIST, "sweep.json", "cells", "00000.npz"}),
     ],
 )
 def test_a_full_disk_leaves_nothing_half_written(
@@ -270,7 +277,7 @@ def test_a_cell_of_other_settings_is_damaged(tmp_path: Path) -> None:
     folder = written(CellFolder(tmp_path / "a", SETTINGS))
     other = written(CellFolder(tmp_path / "b", SETTINGS | {"seed": 1}))
     other.file("00000").write_bytes(folder.file("00000").read_bytes())
-    with pytest.raises(DamagedCell, match=r"00000.json is damaged \(its checksum differs\)"):
+    with pytest.raises(DamagedCell, match=r"00000.npz is damaged \(it belongs to other settings"):
         other.read("00000")
 
 
@@ -281,7 +288,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     again = written(CellFolder(link, SETTINGS, overwrite=True), "00001")
     assert again.read("00000") is None
     assert link.is_symlink()
-    assert (folder.path / "cells" / "00001.json").exists()
+    assert (folder.path / "cells" / "00001.npz").exists()
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(FileExistsError, match="nowhere is a link to no folder"):
         CellFolder(tmp_path / "nowhere", SETTINGS, overwrite=True)
@@ -299,11 +306,11 @@ def test_settings_of_another_program_are_not_touched(tmp_path: Path, text: str) 
 
 
 def test_another_thing_than_a_sweep_has_its_own_name(tmp_path: Path) -> None:
-    written(CellFolder(tmp_path, SETTINGS, what="run"))
+    written(CellFolder(tmp_path, SETTINGS, kind="run"))
     with pytest.raises(FileExistsError, match="not a sweep"):
         CellFolder(tmp_path, SETTINGS, resume=True)
     with pytest.raises(FileExistsError, match="holds a run; pass --resume"):
-        CellFolder(tmp_path, SETTINGS, what="run")
+        CellFolder(tmp_path, SETTINGS, kind="run")
 
 
 @given(
@@ -313,7 +320,8 @@ def test_another_thing_than_a_sweep_has_its_own_name(tmp_path: Path) -> None:
     )
 )
 def test_arrays_survive_bit_for_bit(array: np.ndarray) -> None:
-    found = _parsed(json.loads(json.dumps(_encoded(array))))
+    content = cell_file.decode(cell_file.encode({"inner": {"array": array}}, {}), {})
+    found = content["inner"]["array"]
     assert found.dtype == array.dtype
     assert found.shape == array.shape
     assert found.tobytes() == array.tobytes()
@@ -367,15 +375,14 @@ def test_finding_notes_what_is_damaged(tmp_path: Path) -> None:
         "[" * 5000 + "]" * 5000,
         '{"a": ' * 5000 + "1" + "}" * 5000,
         "[" * 150 + "]" * 150,
-        '{"checksum": {}, "content": {"float": []}}',
-        '{"checksum": "", "content": NaN}',
+        '{"label": {}, "content": NaN}',
         "7" * 5000,
         '"\\ud800"',
     ],
 )
 def test_json_that_nobody_would_write_is_damage(tmp_path: Path, text: str) -> None:
     folder = written(CellFolder(tmp_path, SETTINGS))
-    folder.file("00000").write_text(text)
+    folder.file("00000").write_bytes(archive(json=np.array(text.encode())))
     assert folder.find("00000", dict) is None
     (note,) = folder.notes
     assert note.startswith(f"{folder.file('00000')} is damaged")
@@ -385,34 +392,45 @@ def test_json_that_nobody_would_write_is_damage(tmp_path: Path, text: str) -> No
         CellFolder(tmp_path, SETTINGS, resume=True)
 
 
-def signed(folder: CellFolder, name: str, encoded: Any) -> None:
-    """Put other content on disk, with the checksum that belongs to it."""
-    whole = {"checksum": folder._checksum(name, encoded), "content": encoded}
-    folder.file(name).write_text(json.dumps(whole))
+def archive(**members: np.ndarray) -> bytes:
+    """The bytes of an archive of arrays."""
+    file = io.BytesIO()
+    np.savez(file, **members)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of a file of one array."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    "encoded",
+    ("content", "arrays"),
     [
-        {},
-        [],
-        None,
-        7,
-        "text",
-        {"seconds": "fast"},
-        {"seconds": None},
-        {"seconds": {"float": "fast"}},
-        {"seconds": {"float": [1]}},
-        {"seconds": {"array": 7}},
-        {"seconds": {"array": ["O", [1], "AAAAAAAAAAA="]}},
-        {"seconds": {"array": ["<f8,,", [1], "AAAAAAAAAAA="]}},
-        {"seconds": {"array": ["<f8", [-1, -1], "AAAAAAAAAAA="]}},
-        {"seconds": {"array": ["<f8", [2], "?"]}},
+        ({}, {}),
+        ([], {}),
+        (None, {}),
+        (7, {}),
+        ("text", {}),
+        ({"seconds": "fast"}, {}),
+        ({"seconds": None}, {}),
+        ({"seconds": {}}, {}),
+        ({}, {"/seconds": np.ones(2)}),
+        ({}, {"/other/seconds": np.ones(())}),
+        ({"other": 1.0}, {"/other/seconds": np.ones(())}),
+        ({}, {"seconds": np.ones(())}),
+        ({}, {"/seconds": np.array([None])}),
     ],
 )
-def test_signed_cells_with_other_content_are_named(tmp_path: Path, encoded: Any) -> None:
+def test_labelled_cells_with_other_content_are_named(
+    tmp_path: Path, content: Any, arrays: dict[str, np.ndarray]
+) -> None:
     folder = written(CellFolder(tmp_path, SETTINGS))
-    signed(folder, "00000", encoded)
+    whole = {"label": folder._label("00000"), "arrays": list(arrays), "content": content}
+    text = np.array(json.dumps(whole).encode())
+    folder.file("00000").write_bytes(archive(json=text, **arrays))
     assert folder.find("00000", lambda content: float(content["seconds"])) is None
     (note,) = folder.notes
     assert note.startswith(f"{folder.file('00000')} is damaged")
@@ -422,5 +440,23 @@ def test_a_cell_in_the_place_of_another_is_damaged(tmp_path: Path) -> None:
     folder = written(written(CellFolder(tmp_path, SETTINGS), "00000"), "00001")
     folder.file("00000").write_bytes(folder.file("00001").read_bytes())
     assert folder.read("00001") is not None
-    with pytest.raises(DamagedCell, match=r"00000.json is damaged \(its checksum differs\)"):
+    with pytest.raises(DamagedCell, match=r"00000.npz is damaged \(it belongs to other settings"):
         folder.read("00000")
+
+
+def test_arrays_that_are_missing_are_seen(tmp_path: Path) -> None:
+    folder = written(CellFolder(tmp_path, SETTINGS))
+    whole = {"label": folder._label("00000"), "arrays": ["/loss"], "content": {}}
+    folder.file("00000").write_bytes(archive(json=np.array(json.dumps(whole).encode())))
+    with pytest.raises(DamagedCell, match=r"it has other arrays than those written"):
+        folder.read("00000")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [({"a/b": 1}, ValueError), ({"a": [np.ones(2)]}, TypeError)]
+)
+def test_content_that_a_cell_cannot_hold_is_an_error(
+    content: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        cell_file.encode(content, {})

@@ -162,7 +162,7 @@ def test_links_in_the_place_of_cells_are_not_followed(tmp_path: Path) -> None:
     grow(path)
     (path / "cells").rename(tmp_path / "precious")
     (path / "cells").symlink_to(tmp_path / "precious")
-    (tmp_path / "precious" / "00001.json").unlink()
+    (tmp_path / "precious" / "00001.npz").unlink()
     before = everything(tmp_path)
     for options in ({"overwrite": True}, {"resume": True}):
         with pytest.raises(FileExistsError, match="cells"):
@@ -172,7 +172,7 @@ def test_links_in_the_place_of_cells_are_not_followed(tmp_path: Path) -> None:
 
 def test_resuming_leaves_what_is_not_the_programs(tmp_path: Path) -> None:
     grow(tmp_path)
-    (tmp_path / "cells" / "00001.json").unlink()
+    (tmp_path / "cells" / "00001.npz").unlink()
     _thesis(tmp_path)
     _notes(tmp_path)
     before = everything(tmp_path)

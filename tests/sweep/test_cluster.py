@@ -113,9 +113,9 @@ def test_a_killed_worker_loses_no_cell_and_changes_none(
     assert found.notes == []
     cells = sorted(path.name for path in (tmp_path / "out" / "cells").iterdir())
     assert cells == [
-        *(f"{number:05d}.json" for number in range(6)),
+        *(f"{number:05d}.npz" for number in range(6)),
         "ntkdp-files.sha256",
-        "predicted.json",
+        "predicted.npz",
     ]
     of_cells = [done for what, done in said if what.startswith("cell")]
     assert of_cells == [number / 6 for number in range(6)]
@@ -198,7 +198,7 @@ def test_finished_cells_are_not_sent(
     sweep.run(config, tmp_path)
     lost = [1, 4]
     for number in lost:
-        (tmp_path / "cells" / f"{number:05d}.json").unlink()
+        (tmp_path / "cells" / f"{number:05d}.npz").unlink()
     sent: list[sweep.Cell] = []
     observe = _workers.observe
 
@@ -237,9 +237,9 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(
             sweep.run(config, tmp_path, client=threads)
     kept = sorted(path.name for path in (tmp_path / "cells").iterdir())
     assert kept == [
-        *(f"{number:05d}.json" for number in range(4)),
+        *(f"{number:05d}.npz" for number in range(4)),
         "ntkdp-files.sha256",
-        "predicted.json",
+        "predicted.npz",
     ]
     assert_same(sweep.run(config, tmp_path, resume=True, client=threads), alone)
 
@@ -250,10 +250,10 @@ def test_a_worker_must_have_what_the_sweep_has(
     told = _workers.instructions(config, experiment.problem_of(config))
     there = (alone.planes[0], alone.cells[0])
     assert alone.observed is not None
-    content = _workers.observe_as_told(told, *there)
+    content = _workers.observe_on_worker(told, *there)
     assert content["metrics"] == alone.observed[0].cell(0)
     with pytest.raises(RuntimeError, match=r"the worker has ntkdp .*, the sweep ntkdp 0\.0\.1"):
-        _workers.observe_as_told(told._replace(version="0.0.1"), *there)
+        _workers.observe_on_worker(told._replace(version="0.0.1"), *there)
 
 
 def write_table(path: Path, row: int | None = None, factor: float = 1.0) -> Path:
@@ -319,14 +319,14 @@ def test_an_undefined_loss_at_the_start_is_no_other_data(tmp_path: Path) -> None
     problem = experiment.problem_of(config)
     assert np.isnan(problem.test_outputs).any()
     told = _workers.instructions(config, problem)
-    _, made = _workers._made_as_told(told)
+    _, made = _workers._problem(told)
     # As if it came again, from elsewhere: the same is not made twice.
-    assert _workers._made_as_told(pickle.loads(pickle.dumps(told)))[1] is made
+    assert _workers._problem(pickle.loads(pickle.dumps(told)))[1] is made
     write_table(path)
     told = _workers.instructions(config, experiment.problem_of(config))
     write_table(path, row, 1e308)
     with pytest.raises(RuntimeError, match=r"other data: .*test part is nan"):
-        _workers._made_as_told(told)
+        _workers._problem(told)
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_precision_is_that_of_the_sweep(alone: sweep.Results) -> None:
         here = _workers.observe(single, problem, *there)
         told = _workers.instructions(single, problem)
     assert jax.config.read("jax_enable_x64")
-    assert _workers.observe_as_told(told, *there)["metrics"] == here["metrics"]
+    assert _workers.observe_on_worker(told, *there)["metrics"] == here["metrics"]
     assert np.float32(here["metrics"]["test_loss"]) == here["metrics"]["test_loss"]
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import ntkdp
 from ntkdp import cli, experiment, sweep
+from ntkdp._results import cell_file
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp.comparison._cells import CellMetrics
 from ntkdp.sweep import _config, _report, _run
@@ -194,10 +195,10 @@ def test_what_is_printed_is_literal(
 
 
 def test_resuming_runs_nothing_again(results: sweep.Results, folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.npz")}
     assert len(before) == 10
     again = sweep.run(results.config, folder, resume=True)
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.npz")}
     for mine, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(results), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -205,26 +206,25 @@ def test_resuming_runs_nothing_again(results: sweep.Results, folder: Path) -> No
 def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: Path) -> None:
     expected = without_seconds(folder)
     cells = folder / "cells"
-    (cells / "00002.json").unlink()
-    (cells / "00005.json").write_text('{"checksum": "nonsense", "content": {}}')
-    (cells / "predicted.json").write_bytes((cells / "predicted.json").read_bytes()[:-40])
-    # Whole, with the checksum that belongs to it, and none of this program's cells.
+    (cells / "00002.npz").unlink()
+    (cells / "00005.npz").write_text('{"content": {}}')
+    (cells / "predicted.npz").write_bytes((cells / "predicted.npz").read_bytes()[:-40])
+    # Whole, with the label that belongs to it, and none of this program's cells.
     on_disk = CellFolder(folder, results.config.model_dump(mode="json"), resume=True)
     foreign = {"metrics": {"loss": 1.0}, "seconds": 1.0}
-    whole = {"checksum": on_disk._checksum("00006", foreign), "content": foreign}
-    (cells / "00006.json").write_text(json.dumps(whole))
-    untouched = (cells / "00000.json").stat().st_mtime_ns
+    (cells / "00006.npz").write_bytes(cell_file.encode(foreign, on_disk._label("00006")))
+    untouched = (cells / "00000.npz").stat().st_mtime_ns
     again = sweep.run(results.config, folder, resume=True)
     assert [note.split("/")[-1].split()[0] for note in again.notes] == [
-        "predicted.json",
-        "00005.json",
-        "00006.json",
+        "predicted.npz",
+        "00005.npz",
+        "00006.npz",
     ]
     _report.write_report(again, folder)
     found = without_seconds(folder)
     assert found.pop("notes") != expected.pop("notes") == []
     assert found == expected
-    assert (cells / "00000.json").stat().st_mtime_ns == untouched
+    assert (cells / "00000.npz").stat().st_mtime_ns == untouched
 
 
 def test_predict_only_trains_nothing(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_predict_only_trains_nothing(tmp_path: Path) -> None:
     tree = json.loads((out / "metrics.json").read_text())
     assert tree["speed_up"] is None
     assert tree["planes"][0]["agreement"] is None
-    assert {path.name for path in (out / "cells").glob("*.json")} == {"predicted.json"}
+    assert {path.name for path in (out / "cells").glob("*.npz")} == {"predicted.npz"}
     assert CliRunner().invoke(cli.app, options).exit_code == 2
     assert CliRunner().invoke(cli.app, [*options, "--resume"]).exit_code == 0
 
@@ -268,14 +268,14 @@ INITIAL = CellMetrics.of_cells([CELL])
     ],
 )
 def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
-    good = {"metrics": CELL, "seconds": 1.0}
-    assert _run._found_cell(INITIAL, good | {"cell": {}}) == good
-    of_all = {"metrics": [CELL, CELL], "kernel_seconds": 1.0, "prediction_seconds": 2.0}
-    assert _run._found_prediction(INITIAL, 2, of_all) == of_all
+    good: Any = {"cell": {}, "metrics": CELL, "seconds": 1.0}
+    assert _run._observation(INITIAL, good) == good
+    of_all: Any = {"metrics": [CELL, CELL], "kernel_seconds": 1.0, "prediction_seconds": 2.0}
+    assert _run._prediction(INITIAL, 2, of_all) == of_all
     errors = (LookupError, TypeError, ValueError, AttributeError)
     for content in (good | {"metrics": metrics}, {}, good | {"seconds": None}):
         with pytest.raises(errors):
-            _run._found_cell(INITIAL, content)
+            _run._observation(INITIAL, content)
     for content in (
         of_all | {"metrics": metrics},
         of_all | {"metrics": [CELL, metrics]},
@@ -283,7 +283,7 @@ def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
         of_all | {"kernel_seconds": []},
     ):
         with pytest.raises(errors):
-            _run._found_prediction(INITIAL, 2, content)
+            _run._prediction(INITIAL, 2, content)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from ntkdp._results.own_files import OwnFiles
+
 LOOK: Any = {
     "font.size": 10.0,
     "axes.titlesize": 10.0,
@@ -54,6 +56,12 @@ def axes_or_new(ax: Any) -> Axes:
     if not isinstance(ax, Axes):
         raise TypeError(f"ax must be a matplotlib Axes, got {type(ax).__name__}")
     return ax
+
+
+def save_png(figure: Figure | Axes, files: OwnFiles, name: str) -> None:
+    """Write a figure, or that of any Axes, as one of the program's files."""
+    with files.replacing(name) as temporary:
+        draw_into(temporary, figure, "png", dpi=150)
 
 
 def draw_into(path: Path, figure: Figure | Axes, form: str, dpi: float) -> None:

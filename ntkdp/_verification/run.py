@@ -79,12 +79,9 @@ def write(verification: Verification, folder: Path) -> None:
     }
     page = verification_page.page(verification.verdicts, table, verification.seconds)
     files = OwnFiles(folder)
-    with files.replacing("report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    # Last: a folder with metrics is complete.
-    text = text_of(metrics)
-    with files.replacing("metrics.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    files.write("report.html", page)
+    # Last, because a folder with metrics is complete.
+    files.write("metrics.json", text_of(metrics) + "\n")
 
 
 def print_verdicts(verification: Verification) -> None:

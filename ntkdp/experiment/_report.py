@@ -1,6 +1,5 @@
 """What a run folder holds: metrics, trajectories, pictures, and a page that shows them."""
 
-import html
 import json
 import math
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ntkdp import plotting
-from ntkdp._results import page as _html
 from ntkdp._results.console import add_row, open_console, say
-from ntkdp._results.figure_style import LOOK, draw_into
+from ntkdp._results.figure_style import LOOK, save_png
 from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.page import render
 from ntkdp._results.plain_json import text_of
 from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
@@ -241,13 +240,9 @@ def write_report(results: Results, folder: Path) -> None:
     with files.replacing("trajectories.nc") as temporary:
         _write_trajectories(results, temporary)
     pictures = _draw(results, files)
-    page = _page(results, measured, pictures, folder)
-    with files.replacing("report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    # Last: a folder with metrics is a run.
-    text = text_of(measured)
-    with files.replacing("metrics.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    files.write("report.html", _page(results, measured, pictures, folder))
+    # Last, because a folder with metrics is a whole run.
+    files.write("metrics.json", text_of(measured) + "\n")
 
 
 def _write_trajectories(results: Results, path: Path) -> None:
@@ -309,8 +304,7 @@ def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
             + (" and of its layers." if isinstance(kernel.train, LayerwiseKernel) else "."),
         )
     for name, (figure, _) in figures.items():
-        with files.replacing(name) as temporary:
-            draw_into(temporary, figure, "png", dpi=150)
+        save_png(figure, files, name)
     return [(name, caption) for name, (_, caption) in figures.items()]
 
 
@@ -348,23 +342,14 @@ def _page(
         f"Kernels: {seconds or 'none'}. ntkdp {VERSION}, {measured['machine']['platform']}."
     )
     name = results.config.name
-    parts = [
-        _html.paragraph(summary),
-        *(_html.paragraph(text, "warning") for text in _warnings(results)),
-        _html.table(_COLUMNS, _rows(results), n_left=4),
-        _EXPLANATION,
-        *(_html.picture(folder / file, caption) for file, caption in pictures),
-        "<h2>Configuration</h2>",
-        f"<pre>{html.escape(json.dumps(measured['config'], indent=2))}</pre>",
-    ]
-    heading = f"{name}: predicted against observed training"
-    return _html.document(f"ntkdp: {name}", heading, "\n".join(parts))
-
-
-_EXPLANATION = """<p>Sup error: the largest
-|L<sub>predicted</sub> &minus; L<sub>observed</sub>| / L<sub>observed</sub> of the training loss
-over all recorded times after the start, of the means where there are several. Of the fall: the
-largest |L<sub>predicted</sub> &minus; L<sub>observed</sub>| over the most that the observed loss
-has moved from its start, which a short run cannot flatter. Runs in the band: the share of the runs
-inside the predicted band, over all recorded times, next to the share expected if the prediction is
-right. &plusmn;: standard deviation over runs. Bands: 90% of the runs.</p>"""
+    return render(
+        "experiment/_report.html",
+        title=f"ntkdp: {name}",
+        heading=f"{name}: predicted against observed training",
+        summary=summary,
+        warnings=_warnings(results),
+        columns=_COLUMNS,
+        rows=_rows(results),
+        pictures=[(folder / file, caption) for file, caption in pictures],
+        config=json.dumps(measured["config"], indent=2),
+    )

@@ -1,24 +1,24 @@
 """What the folder of a sweep holds beside its cells: metrics, maps, and a page that shows them."""
 
-import html
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ntkdp import advisor, comparison, plotting
-from ntkdp._results import page
 from ntkdp._results.console import add_row, literal, open_console, say
-from ntkdp._results.figure_style import draw_into
+from ntkdp._results.figure_style import save_png
 from ntkdp._results.folder_lock import held
 from ntkdp._results.own_files import OwnFiles
+from ntkdp._results.page import render
 from ntkdp._results.plain_json import text_of
 from ntkdp._results.provenance import provenance
 from ntkdp.comparison import CellMetrics
+from ntkdp.sweep._config import Plane
 from ntkdp.sweep._run import Results
 
 #: How metrics are called in tables and in the advice.
@@ -148,11 +148,8 @@ def write_report(results: Results, folder: Path) -> dict[str, Any]:
     files = OwnFiles(folder)
     with held(folder):
         pictures = _draw(results, measured, files)
-        with files.replacing("report.html") as temporary:
-            temporary.write_text(_document(results, measured, pictures, folder), encoding="utf-8")
-        text = text_of(measured)
-        with files.replacing("metrics.json") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        files.write("report.html", _page(results, measured, pictures, folder))
+        files.write("metrics.json", text_of(measured) + "\n")
     return measured
 
 
@@ -177,15 +174,13 @@ def _draw(
             title=plane.label,
         )
         drawn = [(f"map{suffix}.png", f"{plane.label}: {both}. Hatched: the cell diverges.")]
-        with files.replacing(drawn[0][0]) as temporary:
-            draw_into(temporary, figure, "png", dpi=150)
+        save_png(figure, files, drawn[0][0])
         if predicted.test_ece is not None:
             advice = measured["planes"][number]["advice"]
             chosen = advice.get(f"test_{results.config.objective}", {}).get("index")
             axes = plotting.trade_off(predicted, observed, chosen=chosen)
             drawn.append((f"trade_off{suffix}.png", "Accuracy against calibration error."))
-            with files.replacing(drawn[1][0]) as temporary:
-                draw_into(temporary, axes, "png", dpi=150)
+            save_png(axes, files, drawn[1][0])
         pictures.append(drawn)
     return pictures
 
@@ -284,35 +279,50 @@ def _divergence(entry: dict[str, Any]) -> str:
     )
 
 
-_SELECTION = (
-    "Choosing by runs on private data costs privacy that the budget of a single run does not "
-    "count; so does a prediction, whose kernel and outputs are made of the data. Predict on public "
-    "data like yours, or count the selection."
-)
+class _Section(NamedTuple):
+    """The part of the page on one plane; without a run it has no agreement."""
+
+    label: str
+    advice: list[tuple[str, ...]]
+    at_the_edge: list[str]
+    agreement: list[tuple[str, ...]] | None
+    divergence: str
+    pictures: list[tuple[Path, str]]
 
 
-def _document(
+def _section(
+    plane: Plane, entry: dict[str, Any], pictures: list[tuple[str, str]], folder: Path
+) -> _Section:
+    is_observed = entry["agreement"] is not None
+    return _Section(
+        plane.label,
+        _advice_rows(entry),
+        _at_the_edge(entry),
+        _agreement_rows(entry) if is_observed else None,
+        _divergence(entry) if is_observed else "",
+        [(folder / name, caption) for name, caption in pictures],
+    )
+
+
+def _page(
     results: Results,
     measured: dict[str, Any],
     pictures: list[list[tuple[str, str]]],
     folder: Path,
 ) -> str:
-    parts = [page.paragraph(line) for line in _summary(results)]
-    parts += [page.paragraph(note, "warning") for note in results.notes]
-    for plane, entry, drawn in zip(results.planes, measured["planes"], pictures, strict=True):
-        parts.append(f"<h2>{html.escape(plane.label)}</h2>")
-        parts.append(page.table(_ADVICE_COLUMNS, _advice_rows(entry)))
-        parts += [page.paragraph(line) for line in _at_the_edge(entry)]
-        if entry["agreement"] is not None:
-            parts.append(page.paragraph(_divergence(entry)))
-            parts.append(page.table(_AGREEMENT_COLUMNS, _agreement_rows(entry)))
-        parts += [page.picture(folder / name, caption) for name, caption in drawn]
-    parts.append(page.paragraph(_SELECTION, "warning"))
-    parts.append("<h2>Configuration</h2>")
-    parts.append(f"<pre>{html.escape(json.dumps(measured['config'], indent=2))}</pre>")
     name = results.config.name
-    heading = f"{name}: learning rate and clipping norm"
-    return page.document(f"ntkdp sweep: {name}", heading, "\n".join(parts))
+    planes = zip(results.planes, measured["planes"], pictures, strict=True)
+    return render(
+        "sweep/_report.html",
+        title=f"ntkdp sweep: {name}",
+        heading=f"{name}: learning rate and clipping norm",
+        summary=_summary(results),
+        notes=results.notes,
+        planes=[_section(plane, entry, drawn, folder) for plane, entry, drawn in planes],
+        advice_columns=_ADVICE_COLUMNS,
+        agreement_columns=_AGREEMENT_COLUMNS,
+        config=json.dumps(measured["config"], indent=2),
+    )
 
 
 def print_table(results: Results, measured: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ def test_the_learning_rate_of_every_case_is_shown(
     assert [float(case.run.times[-1]) / 4 for case in found.cases] == [0.375, 0.125]
     titles = []
     monkeypatch.setattr(
-        "ntkdp.experiment._report.draw_into",
+        "ntkdp._results.figure_style.draw_into",
         lambda path, figure, form, dpi: (
             titles.extend(ax.get_title() for ax in figure.get_figure(root=True).axes),
             Path(path).write_bytes(b""),

@@ -1,13 +1,14 @@
-"""Configuration files: TOML in, checked fields out, every error naming its field."""
+"""Configuration files: TOML in, checked fields out; every error names its field."""
 
 import os
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from ntkdp._backend import validate
 
@@ -30,13 +31,13 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Fields that are checked: unknown ones are errors, and nothing is converted."""
+    """Checked fields: an unknown one is an error, and no value is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def load_as(kind: type[Kind], path: str | os.PathLike[str]) -> Kind:
-    """A TOML file as a configuration of this kind."""
+    """Read a TOML file as a configuration of this kind."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config file does not exist: {path}")
@@ -50,15 +51,15 @@ def load_as(kind: type[Kind], path: str | os.PathLike[str]) -> Kind:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def check_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
-    """Nested dictionaries as a configuration of this kind."""
+def check_as(kind: type[Kind], tree: Mapping[str, object]) -> Kind:
+    """Check nested dictionaries as a configuration of this kind."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(kind, item) for item in error.errors())) from error
 
 
-def _explain(kind: type[BaseModel], item: Any) -> str:
+def _explain(kind: type[BaseModel], item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"] if part not in ("float", "list[float]"))
     if item["type"] == "extra_forbidden":
         section = _section(kind, item["loc"][:-1])
@@ -76,16 +77,16 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     return f"field {where!r}: {message}, got {value[:80]}{hint}"
 
 
-def _section(kind: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     section = kind
     for part in location:
         if isinstance(part, str):
-            kinds = _models_in(section.model_fields[part].annotation)
-            section = next(kinds, section)
+            sections = _models_in(section.model_fields[part].annotation)
+            section = next(sections, section)
     return section
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
@@ -95,7 +96,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def describe(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
     """Every field as (name, default, description), in the order of the file.
 
-    The defaults are those of ``kind()``, which may differ from those of its sections.
+    The defaults are taken from ``kind()``, which may differ from the defaults of its sections.
     """
     return list(_describe(kind(), ""))
 
@@ -107,10 +108,10 @@ def _describe(section: BaseModel, prefix: str) -> Iterator[tuple[str, str, str]]
         if isinstance(default, BaseModel):
             nested.append((f"{prefix}{name}.", default))
             continue
-        kinds = list(_models_in(field.annotation))
-        if kinds:
-            # Of a section that repeats, each block has the defaults of its kind.
-            nested.append((f"{prefix}{name}[].", kinds[0]()))
+        repeated = next(_models_in(field.annotation), None)
+        if repeated is not None:
+            # Each block of a repeated section has the defaults of its class.
+            nested.append((f"{prefix}{name}[].", repeated()))
             continue
         shown = "" if default is None else str(default).replace("'", '"')
         yield f"{prefix}{name}", shown, field.description or ""

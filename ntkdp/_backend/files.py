@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that others may have written."""
+"""Files that are written whole or not at all, and JSON that any program may have written."""
 
 import json
 import os
@@ -7,11 +7,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ntkdp._backend.stopping import undone_by
 
-#: What is nested deeper is none of our files, and would break whatever walks through it.
+#: No file of ours is nested deeper, and a deeper one could exhaust the stack of a recursion.
 _DEEPEST = 100
 
 
@@ -19,10 +18,10 @@ _DEEPEST = 100
 def replacing(
     path: str | os.PathLike[str], temporary: str | os.PathLike[str] | None = None
 ) -> Iterator[Path]:
-    """A temporary file next to ``path`` to write to, renamed to it when the body ends well.
+    """A temporary file to write to, next to ``path`` and renamed to it when the body succeeds.
 
-    It is new, by default under a name that nothing else has. A link stays a link: what it leads to
-    is replaced.
+    It is new, by default under a name that nothing else has. If ``path`` is a link, the file that
+    it leads to is replaced.
 
     Raises
     ------
@@ -48,14 +47,14 @@ def replacing(
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
-            # A write that failed does not say where.
+            # The error of a failed write has no file name.
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             remove()
 
 
 def _check_replaceable(path: Path) -> None:
-    """A renamed file would take the place of a device, or of what is protected, without asking."""
+    """Raise if a renamed file would take the place of a device or of a protected file."""
     if not os.path.lexists(path):
         return
     mode = path.lstat().st_mode
@@ -73,7 +72,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, however many: ``Path.mkdir`` would recurse into each."""
+    """Make a folder and its parents, without a recursion whose depth is their number."""
     for folder in reversed([path, *path.parents]):
         folder.mkdir(exist_ok=True)
 
@@ -84,7 +83,7 @@ def require_plain(path: Path) -> None:
         raise FileExistsError(f"{path} is no plain file; move it away")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """The content of a JSON file that any program may have written.
 
     Raises
@@ -103,8 +102,8 @@ def read_json(path: Path) -> Any:
     return tree
 
 
-def _check_depth(tree: Any) -> None:
-    level = [tree]
+def _check_depth(tree: object) -> None:
+    level: list[object] = [tree]
     for _ in range(_DEEPEST):
         inner = [list(part.values()) if isinstance(part, dict) else part for part in level]
         level = [part for parts in inner if isinstance(parts, list) for part in parts]

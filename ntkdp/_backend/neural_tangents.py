@@ -2,11 +2,11 @@
 
 Importing this module is cheap: it only installs a finder for the name ``neural_tangents``, so that
 ``import neural_tangents`` works afterwards, for users too. JAX and SciPy are left as they are. Each
-module of neural-tangents is run with an ``__import__`` of its own, which hands out views of the few
-modules of theirs in which names have moved; everything else is the real module. Its
+module of neural-tangents runs with an ``__import__`` of its own, which returns views of those few
+of their modules in which names have moved, and otherwise the real module. Its
 ``experimental`` package, the only part that needs TensorFlow, is replaced by an explanation.
 
-Use it as ``_neural_tangents.stax``: the first attribute access imports neural-tangents.
+Use it as ``neural_tangents.stax``: the first attribute access imports neural-tangents.
 """
 
 import builtins
@@ -19,7 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_loader
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Result = TypeVar("Result")
 
 _PACKAGE = "neural_tangents"
 _EXPERIMENTAL = "neural_tangents.experimental"
@@ -32,16 +37,16 @@ def __getattr__(name: str) -> Any:
 
 
 class _View(ModuleType):
-    """A module seen with some names replaced, and others looked up in newer homes first."""
+    """A view of a module: some names are replaced, and the others are looked up in its homes."""
 
     def __init__(
-        self, name: str, replaced: Mapping[str, Any], homes: Sequence[ModuleType] = ()
+        self, name: str, replaced: Mapping[str, object], homes: Sequence[ModuleType] = ()
     ) -> None:
         super().__init__(name)
         self.__dict__.update(replaced)
         self.__dict__["_homes"] = tuple(homes)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         for home in self.__dict__["_homes"]:
             try:
                 return getattr(home, name)
@@ -50,11 +55,11 @@ class _View(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-def _safe_zip(*iterables: Iterable[Any]) -> list[tuple[Any, ...]]:
+def _safe_zip(*iterables: Iterable[object]) -> list[tuple[object, ...]]:
     return list(zip(*iterables, strict=True))
 
 
-def _safe_map(function: Callable[..., Any], *iterables: Iterable[Any]) -> list[Any]:
+def _safe_map(function: Callable[..., Result], *iterables: Iterable[object]) -> list[Result]:
     return [function(*arguments) for arguments in _safe_zip(*iterables)]
 
 
@@ -67,12 +72,14 @@ def _views() -> dict[str, ModuleType]:
     import jax.numpy
     import scipy.linalg
 
-    def eigvalsh(matrix: Any, eigvals: tuple[int, int]) -> Any:
-        return scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)
+    def eigvalsh(matrix: "np.ndarray", eigvals: tuple[int, int]) -> "np.ndarray":
+        eigenvalues: np.ndarray = scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)
+        return eigenvalues
 
-    def size(array: Any, axis: Any = None) -> int:
-        is_abstract = isinstance(array, jax.ShapeDtypeStruct)
-        return math.prod(array.shape) if is_abstract else jax.numpy.size(array, axis)
+    def size(array: jax.Array | jax.ShapeDtypeStruct, axis: int | None = None) -> int:
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return math.prod(array.shape)
+        return jax.numpy.size(array, axis)
 
     numpy = _View("jax.numpy", {"size": size}, [jax.numpy])
     util = _View("jax.util", {"safe_map": _safe_map, "safe_zip": _safe_zip})
@@ -93,12 +100,12 @@ def _views() -> dict[str, ModuleType]:
 
 def _import(
     name: str,
-    globals: Mapping[str, Any] | None = None,
-    locals: Mapping[str, Any] | None = None,
+    globals: Mapping[str, object] | None = None,
+    locals: Mapping[str, object] | None = None,
     fromlist: Sequence[str] | None = (),
     level: int = 0,
 ) -> ModuleType:
-    """``__import__`` with the views in place of the modules they show."""
+    """``__import__`` with views in place of their modules."""
     top = name.partition(".")[0]
     if level == 0 and top in ("jax", "scipy"):
         view = _views().get(name if fromlist else top)
@@ -109,7 +116,7 @@ def _import(
     return builtins.__import__(name, globals, locals, fromlist or (), level)
 
 
-class _Mended(SourceFileLoader):
+class _PatchedLoader(SourceFileLoader):
     """Runs a module of neural-tangents with the changed ``__import__``."""
 
     def exec_module(self, module: ModuleType) -> None:
@@ -128,7 +135,7 @@ class _Unavailable:
         """The usual kind of module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        def explain(name: str) -> Any:
+        def explain(name: str) -> NoReturn:
             if name.startswith("__"):
                 raise AttributeError(f"module {_EXPERIMENTAL!r} has no attribute {name!r}")
             raise ImportError(
@@ -143,9 +150,8 @@ class _Unavailable:
 class _Finder:
     """Finds neural-tangents as usual, and has it loaded by the loaders above."""
 
-    # `path` may be a namespace package's own kind of iterable.
     def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.partition(".")[0] != _PACKAGE:
             return None
@@ -153,7 +159,7 @@ class _Finder:
             return spec_from_loader(fullname, _Unavailable())  # type: ignore[arg-type]
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Mended(spec.loader.name, spec.loader.path)
+            spec.loader = _PatchedLoader(spec.loader.name, spec.loader.path)
         return spec
 
 

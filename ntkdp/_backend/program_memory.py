@@ -1,22 +1,24 @@
-"""Memory that a compiled program will take, asked before it runs."""
+"""The memory that a compiled program needs, checked before it runs."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from ntkdp._backend import memory
-from ntkdp._backend.types import is_traced
+from ntkdp._backend.types import PyTree, is_traced
 
-#: Bytes of arguments and results below which a program is not asked.
+Result = TypeVar("Result")
+
+#: Bytes of arguments and results below which the compiler's plan is not checked.
 _SMALL = 2**22
-#: Bytes of what is recorded at a time besides outputs: losses, accuracies, clip fraction and time.
+#: Bytes of one record without outputs: losses, accuracies, clip fraction and time.
 _SCALARS = 48
 
 
-def bytes_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of what stands for them."""
+def bytes_of(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree; a leaf may be just the shape and dtype of an array."""
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -24,8 +26,10 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def bytes_of_record(n_times: int, measure: Callable[..., Any], state: Any, outputs: bool) -> int:
-    """Bytes of what ``measure(state, outputs)`` records at so many times."""
+def bytes_of_record(
+    n_times: int, measure: Callable[[PyTree, bool], PyTree], state: PyTree, outputs: bool
+) -> int:
+    """Bytes of the records that ``measure(state, outputs)`` makes at so many times."""
     at_a_time = (
         bytes_of(jax.eval_shape(lambda state: measure(state, True), state)) if outputs else 0
     )
@@ -33,19 +37,20 @@ def bytes_of_record(n_times: int, measure: Callable[..., Any], state: Any, outpu
 
 
 def call(
-    program: Any,
-    *args: Any,
+    program: Callable[..., Result],
+    *args: object,
     what: str,
     ways_out: str,
     results: int = 0,
     work: int = 0,
     n_runs: int = 1,
-) -> Any:
-    """The program on these arguments, if there is room for its results and its work.
+) -> Result:
+    """Call the program on these arguments if its results and its work fit into memory.
 
-    ``program`` is one of ``equinox.filter_jit``; ``results`` are bytes that it makes for each of
-    ``n_runs``, and ``work`` bytes that it may take besides. Results are asked for before the
-    program is compiled. What the compiler plans is asked for then, unless all of this is small.
+    ``program`` was made by ``equinox.filter_jit``. ``results`` are the bytes of its results for
+    each of ``n_runs``, and ``work`` the bytes that it may need besides; an error calls the work
+    ``what``. The results are checked before compilation and, unless all of this is small, the
+    memory that the compiler plans after it.
 
     Raises
     ------
@@ -59,37 +64,40 @@ def call(
     return program(*args)
 
 
-def _planned_bytes(program: Any, args: tuple[Any, ...]) -> int:
-    """Bytes of results and of temporary arrays; zero if the platform does not say."""
+def _planned_bytes(program: object, args: tuple[object, ...]) -> int:
+    """Bytes of results and of temporary arrays, or zero if the platform does not tell."""
     signature = _signature(program, args)
+    if signature is None:
+        return _compiler_plan(program, args)
     if signature not in _PLANNED:
-        planned = program.lower(*args).compile().compiled.memory_analysis()
-        found = 0 if planned is None else planned.temp_size_in_bytes + planned.output_size_in_bytes
-        if signature is None:
-            return int(found)
-        _PLANNED[signature] = int(found)
+        _PLANNED[signature] = _compiler_plan(program, args)
     return _PLANNED[signature]
 
 
-#: Plans by what programs were called with: to look at one again would take milliseconds.
-_PLANNED: dict[int | None, int] = {}
+def _compiler_plan(program: Any, args: tuple[object, ...]) -> int:
+    plan = program.lower(*args).compile().compiled.memory_analysis()
+    return 0 if plan is None else int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 
 
-def _signature(program: Any, args: tuple[Any, ...]) -> int | None:
-    """Equal for calls of one compiled program; None if an argument cannot be hashed."""
+#: Planned bytes by signature of a call, because asking the compiler again takes milliseconds.
+_PLANNED: dict[int, int] = {}
+
+
+def _signature(program: object, args: tuple[object, ...]) -> int | None:
+    """A number that is equal for calls of one compiled program; None if it cannot be hashed."""
     leaves, structure = jax.tree.flatten(args)
-    looks = [
+    kinds = [
         (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else leaf
         for leaf in leaves
     ]
     try:
-        return hash((program, structure, tuple(looks)))
+        return hash((program, structure, tuple(kinds)))
     except TypeError:
         return None
 
 
-def _devices_that_share(args: Any) -> int:
-    """How many devices of a program share the memory of this host."""
+def _devices_that_share(args: PyTree) -> int:
+    """The number of devices of a program that share the memory of this host."""
     arrays = [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array)]
     used = [leaf.sharding.addressable_devices for leaf in arrays]
     return max(map(len, used), default=1) if jax.default_backend() == "cpu" else 1

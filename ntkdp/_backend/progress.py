@@ -6,12 +6,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from ntkdp._backend.types import Array, ProgressCallback
+from ntkdp._backend.types import Array, ProgressCallback, ScalarLike
 
 #: The number of a run, or None if nobody listens to it. Compiled programs take it as an argument,
 #: so that one program serves every run, and tells each run's own listener.
@@ -60,21 +60,21 @@ logging.getLogger("jax._src.debugging").addFilter(
 )
 
 
-def _emit(number: Any, done: Any) -> None:
+def _emit(number: ScalarLike, done: ScalarLike) -> None:
     # The program of a run may be called again, by a caller's own `jit`, after the run has ended.
-    found = _listening.get(int(number))
-    if found is not None:
-        found.hear(float(done))
+    listening = _listening.get(int(number))
+    if listening is not None:
+        listening.hear(float(done))
 
 
-def report(listener: Array, done: Any) -> None:
-    """Tell the listener, from inside compiled code, what fraction is done."""
+def report(listener: Array, done: ScalarLike) -> None:
+    """Tell the listener, from inside compiled code, which fraction is done."""
     jax.debug.callback(_emit, listener, done)
 
 
 @contextmanager
 def listening(progress: bool | Callable[[float], None], description: str) -> Iterator[Listener]:
-    """Show or pass on progress while the body runs; yields the listener, None if there is none.
+    """Show or pass on progress while the body runs; yields the listener, or None without one.
 
     An exception of the caller's function is raised here: at once if the program may stop, or else
     when it has ended.

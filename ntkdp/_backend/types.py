@@ -1,4 +1,4 @@
-"""Array aliases and the protocols that the layers above agree on."""
+"""Type aliases for arrays, numbers and functions as arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -20,7 +20,7 @@ Outputs: TypeAlias = Float[Array, "n K"]
 
 @runtime_checkable
 class SupportsArray(Protocol):
-    """What NumPy can turn into an array: arrays of JAX and NumPy, and columns of pandas."""
+    """An object that NumPy can turn into an array: of JAX or NumPy, or a column of pandas."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -31,25 +31,25 @@ ScalarLike: TypeAlias = float | np.number | np.bool_ | np.ndarray | Array
 ArrayLike: TypeAlias = (
     ScalarLike | SupportsArray | Sequence[float] | Sequence[Sequence[float]] | Sequence[Array]
 )
-#: A learning rate: a number, or a schedule of optax, from the number of a step to one.
+#: A learning rate: a number, or a schedule of optax, which maps the number of a step to one.
 LearningRate: TypeAlias = ScalarLike | Callable[[Array], ScalarLike]
-#: Whether to show a bar, or what is called with the fraction of the work done.
+#: Whether to show a bar, or a function that is called with the fraction of the work done.
 Progress: TypeAlias = bool | ProgressCallback
 
 
-def is_traced(value: Any) -> bool:
+def is_traced(value: PyTree) -> bool:
     """Whether any leaf of ``value`` is only known inside a JAX transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
-def common_dtype(*values: Any) -> np.dtype:
-    """What JAX promotes arrays or dtypes to, also where it is told to promote nothing unasked."""
+def common_dtype(*values: object) -> np.dtype:
+    """The dtype to which JAX promotes arrays or dtypes, also if implicit promotion is forbidden."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*values)
 
 
-def as_constant(value: Any) -> Any:
-    """A number as a NumPy array, which JIT traces: another number compiles nothing anew."""
+def as_constant(value: ScalarLike) -> Any:
+    """A number as a NumPy array, which JIT traces, so that another number needs no compilation."""
     is_array = isinstance(value, jax.Array | np.ndarray)
     return value if is_array or is_traced(value) else np.asarray(value, dtype=np.float64)
 

@@ -8,7 +8,7 @@ inside a JAX transformation is wrapped in :func:`equinox.error_if`, so use what 
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,18 +17,28 @@ import numpy as np
 
 from ntkdp._backend.types import Array, is_traced
 
+#: An argument, whose check returns it.
+Value = TypeVar("Value")
+Option = TypeVar("Option", bound=str)
 Entry = TypeVar("Entry")
+#: Numbers that are known, or traced.
+Numbers: TypeAlias = Array | np.ndarray
 
 #: Entries from which on an array is looked at where it is, without a copy on the host.
 _LARGE = 2**20
 
 
-def _single(named: dict[str, Any]) -> tuple[str, Any]:
+def _single(named: Mapping[str, Value]) -> tuple[str, Value]:
     ((name, value),) = named.items()
     return name, value
 
 
-def _numeric(name: str, value: Any) -> Any:
+def _shape(value: object) -> tuple[int, ...]:
+    numbers: Any = value
+    return np.shape(numbers)
+
+
+def _numeric(name: str, value: Value) -> Value:
     if isinstance(value, bool | str) or value is None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if is_traced(value):
@@ -43,54 +53,59 @@ def _numeric(name: str, value: Any) -> Any:
 
 
 def _require(
-    name: str, value: Any, holds: Callable[[Any], Any], requirement: str, way_out: str = ""
-) -> Any:
+    name: str,
+    value: Value,
+    holds: Callable[[Numbers], Array | np.ndarray],
+    requirement: str,
+    way_out: str = "",
+) -> Value:
     value = _numeric(name, value)
     message = f"{name} must be {requirement}"
     if is_traced(value):
-        return eqx.error_if(value, ~jnp.all(holds(jnp.asarray(value))), message + way_out)
+        checked: Value = eqx.error_if(value, ~jnp.all(holds(jnp.asarray(value))), message + way_out)
+        return checked
     if not bool(np.all(holds(np.asarray(value)))):
-        shown = np.asarray(value).item() if np.ndim(value) == 0 else value
+        shown = np.asarray(value).item() if len(_shape(value)) == 0 else value
         raise ValueError(f"{message}, got {shown!r}{way_out}")
     return value
 
 
-def positive(**named: Any) -> Any:
+def positive(**named: Value) -> Value:
     """A finite number above zero, or an array of them."""
     name, value = _single(named)
     return _require(name, value, lambda v: (v > 0) & (v < np.inf), "positive and finite")
 
 
-def positive_number(**named: Any) -> Any:
+def positive_number(**named: Value) -> Value:
     """A single finite number above zero."""
     name, _ = _single(named)
     return scalar(**{name: positive(**named)})
 
 
-def non_negative(**named: Any) -> Any:
+def non_negative(**named: Value) -> Value:
     """A finite number of at least zero, or an array of them."""
     name, value = _single(named)
     return _require(name, value, lambda v: (v >= 0) & (v < np.inf), "at least 0 and finite")
 
 
-def fraction(**named: Any) -> Any:
+def fraction(**named: Value) -> Value:
     """A number in (0, 1]."""
     name, value = _single(named)
     return _require(name, value, lambda v: (v > 0) & (v <= 1), "in (0, 1]")
 
 
-def scalar(**named: Any) -> Any:
+def scalar(**named: Value) -> Value:
     """A single number, not an array of several."""
     name, value = _single(named)
-    if np.ndim(value):
-        raise ValueError(f"{name} must be a single number, got shape {np.shape(value)}")
+    if len(_shape(value)):
+        raise ValueError(f"{name} must be a single number, got shape {_shape(value)}")
     return value
 
 
-def count(minimum: int = 1, /, **named: Any) -> int:
+def count(minimum: int = 1, /, **named: object) -> int:
     """A whole number of at least ``minimum``, known before the program runs."""
     name, value = _single(named)
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     try:
         number = operator.index(value)
@@ -101,7 +116,7 @@ def count(minimum: int = 1, /, **named: Any) -> int:
     return number
 
 
-def real(**named: Any) -> Any:
+def real(**named: Value) -> Value:
     """An array of real numbers, whole ones and truth values included, of any library."""
     name, value = _single(named)
     try:
@@ -111,17 +126,17 @@ def real(**named: Any) -> Any:
         raise ValueError(f"{name} must be an array, got rows of unequal length") from error
     kinds = (np.bool_, jnp.integer, jnp.floating)
     if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-        shown = f"an array of {dtype}" if np.ndim(value) else repr(value)
+        shown = f"an array of {dtype}" if len(_shape(value)) else repr(value)
         raise TypeError(f"{name} must be real numbers, got {shown}")
     return value
 
 
-def array(**named: Any) -> Array:
+def array(**named: object) -> Array:
     """The same as a JAX array."""
     return jnp.asarray(real(**named))
 
 
-def keys(**named: Any) -> Any:
+def keys(**named: object) -> Array:
     """JAX PRNG keys of the new style, one ``()`` or several ``(S,)``; old ones are wrapped."""
     name, value = _single(named)
     if value is None or isinstance(value, str):
@@ -139,7 +154,7 @@ def keys(**named: Any) -> Any:
     return key
 
 
-def key(**named: Any) -> Any:
+def key(**named: object) -> Array:
     """A single JAX PRNG key of the new style; an old one is wrapped."""
     name, _ = _single(named)
     found = keys(**named)
@@ -148,7 +163,7 @@ def key(**named: Any) -> Any:
     return found
 
 
-def finite(**named: Any) -> Any:
+def finite(**named: Value) -> Value:
     """A pytree of real arrays without NaN or inf; says which leaf and how many entries."""
     name, value = _single(named)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
@@ -171,7 +186,7 @@ def finite(**named: Any) -> Any:
     return value
 
 
-def parameters(**named: Any) -> Any:
+def parameters(**named: Value) -> Value:
     """A pytree of real floating-point arrays, at least one; says which leaf is none."""
     name, value = _single(named)
     leaves = jax.tree_util.tree_leaves_with_path(value)
@@ -191,7 +206,7 @@ def parameters(**named: Any) -> Any:
     return value
 
 
-def _way_out_of(dtype: Any) -> str:
+def _way_out_of(dtype: np.dtype | None) -> str:
     if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
         return "pass its real and imaginary parts as two arrays"
     return (
@@ -200,11 +215,11 @@ def _way_out_of(dtype: Any) -> str:
     )
 
 
-def increasing(**named: Any) -> Any:
+def increasing(**named: Value) -> Value:
     """A one-dimensional array of at least two finite numbers, each above the one before."""
     name, value = _single(named)
     value = _numeric(name, value)
-    shape = np.shape(value)
+    shape = _shape(value)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(f"{name} must be a one-dimensional array of two or more, got {shape=}")
     if is_traced(value):
@@ -222,7 +237,7 @@ def increasing(**named: Any) -> Any:
     return value
 
 
-def times_from(start: Any, times: Any) -> tuple[Array, Array]:
+def times_from(start: object, times: object) -> tuple[Array, Array]:
     """``start``, the time of the initial state, and increasing times of which none is before it."""
     dtype = jnp.result_type(float)
     start = jnp.asarray(finite(start=_numeric("start", scalar(start=start))), dtype)
@@ -238,16 +253,17 @@ def times_from(start: Any, times: Any) -> tuple[Array, Array]:
     return start, times
 
 
-def choice(options: Iterable[str], /, **named: Any) -> Any:
+def choice(options: Iterable[Option], /, **named: object) -> Option:
     """One of ``options``; the error names the nearest."""
     name, value = _single(named)
     known = list(options)
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
-    return value
+    for option in known:
+        if option == value:
+            return option
+    raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
 
 
-def lookup(table: Mapping[str, Entry], /, **named: Any) -> Entry:
+def lookup(table: Mapping[str, Entry], /, **named: object) -> Entry:
     """The entry of a table under a name; the error names the nearest."""
     return table[choice(table, **named)]
 

@@ -140,8 +140,11 @@ class CellFolder:
             )
 
     def _check_same(self) -> None:
+        """Raise unless the folder has these settings."""
         try:
             there = read_json(self._marker)
+            if not isinstance(there, dict):
+                raise ValueError("it has no names")
         except ValueError as error:
             raise ValueError(
                 f"{self._marker} is damaged ({error}); choose another --out, or remove "

@@ -16,7 +16,7 @@ from ntkdp.calibration._probabilities import checked
 Binning: TypeAlias = Literal["width", "mass"]
 
 
-BINNINGS = ("width", "mass")
+BINNINGS: tuple[Binning, ...] = ("width", "mass")
 
 
 class Bins(NamedTuple):

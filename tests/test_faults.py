@@ -267,7 +267,7 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     cell = out / ".partial" / "cells" / "00000.npz"
     assert cell.exists()
     said = _said_in_one_line(_invoke(*command, "--resume"))
-    assert "pass --overwrite beside --resume to replace it with what is resumed" in said
+    assert "pass --overwrite with --resume to replace it with the resumed run" in said
     # The finished run is another one: it does not take these cases with it.
     shown = _invoke("compare", str(config), *command[2:], "--resume")
     assert shown.exit_code == 0, shown.output
@@ -285,7 +285,7 @@ def test_resuming_a_comparison_needs_something_to_resume(tmp_path: Path) -> None
     assert not list(out.parent.iterdir())
     _finished(out, {})
     said = _said_in_one_line(_invoke(*command, "--resume"))
-    assert "holds another run; pass --overwrite beside --resume" in said
+    assert "holds another run; pass --overwrite with --resume" in said
     assert "no run to resume" in _said_in_one_line(_invoke(*command, "--resume", "--overwrite"))
     assert {path.name for path in out.iterdir()} == {LIST, "metrics.json"}
 

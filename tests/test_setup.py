@@ -199,9 +199,7 @@ def test_files_and_cells_keep_it(tmp_path: Path) -> None:
     assert dict(_setup.described(rule))["R"] == (1.0, 2.0)
     path.save(tmp_path / "path.nc")
     assert ntkdp.Trajectory.load(tmp_path / "path.nc").setup == path.setup
-    assert _run._trajectory(_run._arrays(path)).setup == path.setup
-    old = {name: part for name, part in _run._arrays(path).items() if name != "setup"}
-    assert _run._trajectory(old).setup == ()
+    assert _run._trajectory(_run._fields(path)).setup == path.setup
     for damaged in ("[{}]", "not JSON", "[" * 10000, 3.0):
         dataset = path.to_xarray().assign_attrs(setup=damaged)
         with pytest.raises(ValueError, match="not a trajectory: "):

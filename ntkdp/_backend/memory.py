@@ -1,4 +1,4 @@
-"""How much memory there is, asked before it is taken."""
+"""The memory that is free for arrays, checked before it is taken."""
 
 import sys
 
@@ -6,16 +6,17 @@ import jax
 
 from ntkdp._backend import memory_limits
 
-#: Bytes that per-sample gradients in factored form may take at once, where work is done in batches.
+#: Bytes that per-sample gradients in factored form may take at once if work is done in batches.
 FACTOR_BYTES = 2**26
 
 
 def available_bytes() -> int:
-    """Bytes free for arrays on the default device.
+    """Bytes that are free for arrays on the default device.
 
-    On a device with memory of its own, what is free there. Else the least of what is free in the
-    machine, what the control groups of this process leave it (of a container or a job, say), and
-    what its own limits leave it (``ulimit -v``).
+    If the device has memory of its own, these are the bytes that are free there. Otherwise they are
+    the least of three numbers: the bytes that are free in the machine, those that the control
+    groups of this process allow it (of a container or a job, say), and those that its own limits
+    allow it (``ulimit -v``).
     """
     statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if statistics and "bytes_limit" in statistics:
@@ -28,13 +29,13 @@ def available_bytes() -> int:
     return min(free, default=sys.maxsize)
 
 
-def samples_at_once(bytes_of_one: int) -> int:
-    """How many samples' gradients in factored form may be held at once, one or more."""
-    return max(1, FACTOR_BYTES // max(bytes_of_one, 1))
+def samples_at_once(bytes_per_sample: int) -> int:
+    """The number of samples, at least one, whose factored gradients may be held at once."""
+    return max(1, FACTOR_BYTES // max(bytes_per_sample, 1))
 
 
 def require(needed: int, what: str, ways_out: str) -> None:
-    """Raise ``MemoryError`` unless ``needed`` bytes are there.
+    """Raise ``MemoryError`` unless ``needed`` bytes are available.
 
     Raises
     ------

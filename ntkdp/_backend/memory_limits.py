@@ -1,4 +1,4 @@
-"""What limits the memory of this process: its control groups, and its own resource limits."""
+"""Limits on the memory of this process: the machine, control groups, its own resource limits."""
 
 import sys
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import psutil
 
-#: Where control groups are mounted: version 2, version 2 beside version 1, and version 1.
+#: Where control groups are mounted: version 2, version 2 together with version 1, and version 1.
 _MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified", "sys/fs/cgroup/memory")
 
 
 class _Files(NamedTuple):
-    """Names of the files of a control group, and of the entry for cache that is not in use."""
+    """Names of the files of a control group, and of the entry for unused cache."""
 
     limit: str
     usage: str
@@ -22,23 +22,23 @@ class _Files(NamedTuple):
 
 _VERSIONS = (
     _Files("memory.max", "memory.current", "inactive_file"),
-    # An entry of version 1 without `total_` leaves out the groups below.
+    # In version 1, an entry without `total_` leaves out the groups below.
     _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def free_in_control_groups(root: Path = Path("/")) -> list[int]:
-    """Bytes that each control group of this process leaves it, from its own up to the root.
+    """Bytes that each control group of this process allows it, from its own up to the root.
 
-    The kernel drops file cache that is not in use when a group needs room, so that it counts as
-    free. What cannot be read sets no limit.
+    The kernel drops unused file cache when a group needs room, so it counts as free. A file that
+    cannot be read sets no limit.
     """
     groups = _text(root / "proc/self/cgroup")
-    found = [_free(folder, files) for folder, files in _with_limits(root, groups)]
-    return [free for free in found if free is not None]
+    frees = [_free(folder, files) for folder, files in _with_limits(root, groups)]
+    return [free for free in frees if free is not None]
 
 
-# To look for files that are not there takes milliseconds, and kernels ask at every call.
+# Looking for missing files takes milliseconds, and kernels ask at every call.
 @lru_cache(maxsize=8)
 def _with_limits(root: Path, groups: str) -> tuple[tuple[Path, _Files], ...]:
     """Control groups that have a file for their limit."""
@@ -80,7 +80,7 @@ def _free(folder: Path, files: _Files) -> int | None:
 
 
 def free_in_process() -> list[int]:
-    """Bytes that the limits of this process leave it, as ``ulimit -v`` and ``-d`` set them."""
+    """Bytes that the limits of this process allow it, as ``ulimit -v`` and ``-d`` set them."""
     if sys.platform != "linux":
         return []
     import resource
@@ -95,7 +95,7 @@ def free_in_process() -> list[int]:
 
 
 def free_in_machine() -> list[int]:
-    """Bytes that are free in this machine, if it says."""
+    """Bytes that are free in this machine; empty if it does not tell."""
     try:
         return [int(psutil.virtual_memory().available)]
     except (OSError, RuntimeError, ValueError):

@@ -1,4 +1,4 @@
-"""Numbers that there are none of, shown as NaN on purpose."""
+"""NaN on purpose, for numbers that do not exist."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ from ntkdp._backend.types import Array
 
 
 def nan_unless(present: Array, values: Array) -> Array:
-    """The values that are present, and NaN for the others.
+    """The values that are present, and NaN in place of the others.
 
-    NaN that is meant is no error where ``jax_debug_nans`` looks for errors. It looks at what a
-    compiled program returns, so this must be called outside of one to be let through.
+    With ``jax_debug_nans`` such a NaN is no error. That switch checks the results of compiled
+    programs, so this function must be called outside of them.
     """
     with jax.debug_nans(False):
         return jnp.where(present, values, jnp.nan)

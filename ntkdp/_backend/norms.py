@@ -31,20 +31,20 @@ class Scaled(NamedTuple):
     exponent: Array
 
     def unscaled(self) -> Array:
-        """The numbers in their dtype. One that is too small for it becomes the smallest normal."""
+        """The numbers in their dtype; one that is too small becomes the smallest normal number."""
         tiny = jnp.finfo(self.values.dtype).tiny
         # In two steps, because the power itself may be outside the range.
         half = self.exponent // 2
-        found = self.values
+        numbers = self.values
         for exponent in (half, self.exponent - half):
-            found = found * power_of_two(exponent, found.dtype)
-        return jnp.where((self.values > 0) & (found < tiny), tiny, found)
+            numbers = numbers * power_of_two(exponent, numbers.dtype)
+        return jnp.where((self.values > 0) & (numbers < tiny), tiny, numbers)
 
 
 def scaled(values: Array, axes: tuple[int, ...]) -> Scaled:
-    """The values over a power of two near their largest along ``axes``, which stay with length 1.
+    """The values divided by a power of two near the largest along ``axes``, kept with length 1.
 
-    No scaled value is above 4 in size, and the largest is at least 1/2 unless all are zero.
+    No scaled value is above 4 in size, and the largest is at least 0.5 unless all are zero.
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(values)), axis=axes, keepdims=True, initial=0)
     _, exponent = jnp.frexp(largest)
@@ -54,9 +54,9 @@ def scaled(values: Array, axes: tuple[int, ...]) -> Scaled:
 
 
 def from_squares(squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Square roots, zero for what rounding left below zero; the derivative is zero at zero."""
+    """Square roots, with zero for negative rounding errors and a derivative of zero at zero."""
     is_positive = squares > 0
-    # NaN compares false, and must stay NaN.
+    # NaN is not above zero either, but must stay NaN.
     safe = jnp.where(is_positive | jnp.isnan(squares), squares, 1.0)
     return jnp.where(is_positive | jnp.isnan(squares), jnp.sqrt(safe), 0.0)
 
@@ -69,7 +69,7 @@ def by_sample(values: Float[Array, "n ..."]) -> Scaled:
 
 
 def combined(norms: list[Scaled], groups: tuple[int, ...], n_groups: int) -> Float[Array, "R n"]:
-    """Norms by group of vectors whose parts have the norms given, each part in one group."""
+    """Norms by group of vectors whose parts have the given norms; each part is in one group."""
     segments = np.asarray(groups)
     exponents = jnp.stack([norm.exponent for norm in norms])
     values = jnp.stack([norm.values for norm in norms])

@@ -48,8 +48,8 @@ def common_dtype(*values: object) -> np.dtype:
         return jnp.result_type(*values)
 
 
-def as_constant(value: ScalarLike) -> Any:
-    """A number as a NumPy array, which JIT traces, so that another number needs no compilation."""
+def as_constant(value: ArrayLike) -> Any:
+    """Numbers as a NumPy array, which JIT traces, so that other numbers need no compilation."""
     is_array = isinstance(value, jax.Array | np.ndarray)
     return value if is_array or is_traced(value) else np.asarray(value, dtype=np.float64)
 

@@ -1,8 +1,9 @@
-"""Checks that name the argument, its value and the way out.
+"""Checks of arguments, whose errors name the argument, its value and a way out.
 
-A check of one value takes it as a keyword argument, ``positive(clip_norm=R)``, and returns it.
-What is known before a program runs raises ``ValueError`` or ``TypeError``; a value that exists only
-inside a JAX transformation is wrapped in :func:`equinox.error_if`, so use what the check returns.
+A check takes one value as a keyword argument, ``positive(clip_norm=R)``, and returns it. If the
+value is known before a program runs, a check raises ``ValueError`` or ``TypeError``. A value that
+exists only inside a JAX transformation comes back wrapped in :func:`equinox.error_if`, so callers
+must go on with the value that the check returns.
 """
 
 import difflib
@@ -24,7 +25,7 @@ Entry = TypeVar("Entry")
 #: Numbers that are known, or traced.
 Numbers: TypeAlias = Array | np.ndarray
 
-#: Entries from which on an array is looked at where it is, without a copy on the host.
+#: An array of more entries is checked on its device, without a copy on the host.
 _LARGE = 2**20
 
 
@@ -117,11 +118,11 @@ def count(minimum: int = 1, /, **named: object) -> int:
 
 
 def real(**named: Value) -> Value:
-    """An array of real numbers, whole ones and truth values included, of any library."""
+    """An array of real numbers, of any library; integers and booleans are allowed."""
     name, value = _single(named)
     try:
-        is_there = isinstance(value, jax.Array) or is_traced(value)
-        dtype = jnp.asarray(value).dtype if is_there else np.asarray(value).dtype
+        is_jax = isinstance(value, jax.Array) or is_traced(value)
+        dtype = jnp.asarray(value).dtype if is_jax else np.asarray(value).dtype
     except ValueError as error:
         raise ValueError(f"{name} must be an array, got rows of unequal length") from error
     kinds = (np.bool_, jnp.integer, jnp.floating)
@@ -132,7 +133,7 @@ def real(**named: Value) -> Value:
 
 
 def array(**named: object) -> Array:
-    """The same as a JAX array."""
+    """A JAX array of real numbers; integers and booleans are allowed."""
     return jnp.asarray(real(**named))
 
 
@@ -157,14 +158,14 @@ def keys(**named: object) -> Array:
 def key(**named: object) -> Array:
     """A single JAX PRNG key of the new style; an old one is wrapped."""
     name, _ = _single(named)
-    found = keys(**named)
-    if found.ndim:
-        raise ValueError(f"{name} must be a single key, got shape {found.shape}")
-    return found
+    single = keys(**named)
+    if single.ndim:
+        raise ValueError(f"{name} must be a single key, got shape {single.shape}")
+    return single
 
 
 def finite(**named: Value) -> Value:
-    """A pytree of real arrays without NaN or inf; says which leaf and how many entries."""
+    """A pytree of real arrays without NaN or inf; an error names the leaf and counts entries."""
     name, value = _single(named)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if is_traced(leaf):
@@ -173,7 +174,7 @@ def finite(**named: Value) -> Value:
             continue  # PRNG keys
         large = np.size(leaf) > _LARGE
         if isinstance(leaf, jax.Array) and (large or len(leaf.sharding.device_set) > 1):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))  # where it is: no host might hold it
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))  # on its devices: the host may be too small
         else:
             array = np.asarray(leaf)
             bad = int(np.size(array) - np.sum(np.isfinite(array.astype(np.float64))))
@@ -187,7 +188,7 @@ def finite(**named: Value) -> Value:
 
 
 def parameters(**named: Value) -> Value:
-    """A pytree of real floating-point arrays, at least one; says which leaf is none."""
+    """A pytree of at least one real floating-point array; an error names the leaf that is none."""
     name, value = _single(named)
     leaves = jax.tree_util.tree_leaves_with_path(value)
     if not leaves:
@@ -198,15 +199,15 @@ def parameters(**named: Value) -> Value:
         dtype = getattr(leaf, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             continue
-        found = type(leaf).__name__ if dtype is None else dtype
+        kind = type(leaf).__name__ if dtype is None else dtype
         where = name + jax.tree_util.keystr(path)
         raise TypeError(
-            f"{where} must be a floating-point array, got {found}; {_way_out_of(dtype)}"
+            f"{where} must be a floating-point array, got {kind}; {_way_out_for(dtype)}"
         )
     return value
 
 
-def _way_out_of(dtype: np.dtype | None) -> str:
+def _way_out_for(dtype: np.dtype | None) -> str:
     if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
         return "pass its real and imaginary parts as two arrays"
     return (
@@ -216,7 +217,7 @@ def _way_out_of(dtype: np.dtype | None) -> str:
 
 
 def increasing(**named: Value) -> Value:
-    """A one-dimensional array of at least two finite numbers, each above the one before."""
+    """A one-dimensional array of at least two finite numbers, strictly increasing."""
     name, value = _single(named)
     value = _numeric(name, value)
     shape = _shape(value)
@@ -238,7 +239,7 @@ def increasing(**named: Value) -> Value:
 
 
 def times_from(start: object, times: object) -> tuple[Array, Array]:
-    """``start``, the time of the initial state, and increasing times of which none is before it."""
+    """``start``, the time of the initial state, and increasing times, none of them before it."""
     dtype = jnp.result_type(float)
     start = jnp.asarray(finite(start=_numeric("start", scalar(start=start))), dtype)
     times = jnp.asarray(increasing(times=times), dtype)
@@ -254,7 +255,7 @@ def times_from(start: object, times: object) -> tuple[Array, Array]:
 
 
 def choice(options: Iterable[Option], /, **named: object) -> Option:
-    """One of ``options``; the error names the nearest."""
+    """One of ``options``; an error names the nearest."""
     name, value = _single(named)
     known = list(options)
     for option in known:
@@ -264,7 +265,7 @@ def choice(options: Iterable[Option], /, **named: object) -> Option:
 
 
 def lookup(table: Mapping[str, Entry], /, **named: object) -> Entry:
-    """The entry of a table under a name; the error names the nearest."""
+    """The entry of a table under a name; an error names the nearest."""
     return table[choice(table, **named)]
 
 

@@ -1,4 +1,4 @@
-"""Tables and lines on standard output, shown as they are: rich reads nothing into them."""
+"""Tables and lines on standard output, printed literally, without rich's markup."""
 
 import sys
 
@@ -8,12 +8,12 @@ from rich.text import Text
 
 from ntkdp._results.standard_streams import printable, spelled
 
-#: In a pipe there is no width to fit into.
+#: Characters of a line in a pipe, which has no width of its own.
 _WIDTH_IN_A_PIPE = 200
 
 
 def open_console() -> Console:
-    """Standard output: a terminal of its own width, or a pipe."""
+    """Standard output: a terminal with its own width, or a pipe."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_WIDTH_IN_A_PIPE)
 
@@ -24,10 +24,10 @@ def literal(text: str, style: str = "") -> Text:
 
 
 def say(console: Console, line: str) -> None:
-    """A line of any length."""
+    """Print a line of any length."""
     console.print(literal(line), soft_wrap=True)
 
 
 def add_row(table: Table, *cells: str) -> None:
-    """A row of literal text."""
+    """Add a row of literal text."""
     table.add_row(*map(literal, cells))

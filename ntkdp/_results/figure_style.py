@@ -1,4 +1,4 @@
-"""The one look of all pictures: fonts, palette, lines and ticks.
+"""The style of all pictures: fonts, palette, lines and ticks.
 
 Predictions differ in colour (Okabe and Ito's palette), in dashes and in markers, so that any one of
 the three tells them apart, in grey and without colour vision.
@@ -50,7 +50,7 @@ _SIZE = (4.8, 3.4)
 
 
 def axes_or_new(ax: Any) -> Axes:
-    """The Axes given, or those of a new figure that pyplot knows nothing of."""
+    """The given Axes, or those of a new figure that pyplot does not know."""
     if ax is None:
         return Figure(figsize=_SIZE, layout="constrained").subplots()
     if not isinstance(ax, Axes):
@@ -65,7 +65,7 @@ def save_png(figure: Figure | Axes, files: OwnFiles, name: str) -> None:
 
 
 def draw_into(path: Path, figure: Figure | Axes, form: str, dpi: float) -> None:
-    """Write a figure, or that of any Axes, to a path as it is, in a format of this name."""
+    """Write a figure, or that of any Axes, to a path in a format of this name."""
     whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure
     assert whole is not None
     with mpl.rc_context(LOOK):
@@ -108,9 +108,9 @@ def prediction_band(
 
 
 def limit_log_loss(*axes: Axes, has_run: bool) -> None:
-    """Show what is within a factor of ten of the run, whatever a failed prediction does.
+    """Limit the y axis to a factor of ten around the run, whatever a failed prediction does.
 
-    Of several axes, which share theirs, the union is shown.
+    Several Axes, which share their y axis, get the union of their limits.
     """
     low, high = np.inf, 0.0
     for ax in axes:
@@ -131,7 +131,7 @@ def limit_log_loss(*axes: Axes, has_run: bool) -> None:
 
 
 def readable_log_ticks(ax: Axes) -> None:
-    """Enough ticks, and plain numbers, where powers of ten alone would be few."""
+    """Set enough ticks, with plain numbers, if powers of ten alone would be too few."""
     low, high = ax.get_ylim()
     if high / low < 3:
         ax.yaxis.set_major_locator(MaxNLocator(6))

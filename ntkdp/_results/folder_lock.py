@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep others out of a folder that is there while the body runs, or the process lives.
+    """Keep others out of an existing folder while the body runs, or until the process ends.
 
-    Some network file systems cannot do this: there nobody is kept out.
+    Some network file systems have no locks; there, nobody is kept out.
 
     Raises
     ------

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-#: What is put next to a folder, or into it, has names that are longer by less than this.
-_LONGER_NAME, _LONGER_PATH = 40, 200
+#: Names next to a folder are longer than its own by fewer bytes than this.
+_LONGER_NAME = 40
+#: Paths in a folder are longer than its own by fewer bytes than this.
+_LONGER_PATH = 200
 
 
 def check_path(path: Path) -> None:
@@ -15,7 +17,7 @@ def check_path(path: Path) -> None:
     ValueError
         If it is not UTF-8, or too long.
     FileExistsError
-        If it is there and no folder.
+        If the path exists and is no folder.
     """
     try:
         name = os.fsencode(path.absolute())
@@ -52,7 +54,7 @@ def check_writable(path: Path, within: Path) -> None:
     Raises
     ------
     PermissionError, NotADirectoryError
-        Naming the folder above it that is in the way.
+        If it is not; the message names the folder above it that is in the way.
     """
     nearest = within.absolute()
     while not nearest.exists():

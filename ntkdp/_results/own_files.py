@@ -1,4 +1,4 @@
-"""Which files of a folder are the program's: those that it lists there, as it wrote them."""
+"""The program's own files in a folder: those in a list there, unchanged since they were written."""
 
 import hashlib
 import os
@@ -16,19 +16,21 @@ from ntkdp._backend.stopping import undone_by
 #: The list, a file next to those that it lists.
 LIST = "ntkdp-files.sha256"
 _HEADER = "# Files that ntkdp wrote here and may remove, as sha256sum lists them."
-#: What is announced before it exists, for a kill may leave it with any content.
-_WRITING, _FOLDER = "# being written: ", "# folder: "
+#: Announces a file before it exists, because a kill may leave it with any content.
+_WRITING = "# being written: "
+#: Announces a folder before it exists.
+_FOLDER = "# folder: "
 _FILE = re.compile(r"([0-9a-f]{64})  (.+)")
-#: How the names of temporary files and folders end, and no others.
+#: The end of the names of temporary files and folders, and of no others.
 _TEMPORARY = ".tmp"
-#: A file of such a name only is believed to be the program's whatever it holds.
+#: Only a file with such a name counts as the program's whatever its content.
 _BEING_WRITTEN = re.compile(rf"{_WRITING}(\..+\.[0-9a-f]{{16}}{re.escape(_TEMPORARY)})")
-#: How many names an error shows.
+#: The number of names that an error shows.
 _SHOWN = 5
 
 
 class _Listed(NamedTuple):
-    """What a list says: checksums of files by name, several of one that was replaced; names."""
+    """The content of a list; a file that was replaced has several checksums."""
 
     files: dict[str, set[str]]
     temporary: set[str]
@@ -38,14 +40,14 @@ class _Listed(NamedTuple):
 class OwnFiles:
     """The files that the program wrote into a folder, and may replace or remove.
 
-    A file is the program's if the list in the folder has its name and the checksum of what it
-    holds, a folder if the list has its name. What somebody else put there or has changed since is
-    not, nor are links, other file systems, and what is read-only.
+    A file is the program's if the list in the folder has its name and the checksum of its content,
+    and a folder if the list has its name. Files that somebody else put there or has changed since
+    are not, nor are links, other file systems, and read-only files.
 
     Parameters
     ----------
     folder : path
-        Where; it must exist before something is written.
+        The folder, which must exist before something is written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,13 +56,13 @@ class OwnFiles:
 
     @contextmanager
     def replacing(self, name: str, *, even_damaged: bool = False) -> Iterator[Path]:
-        """A temporary file to write to, put under this name when the body ends well.
+        """A temporary file to write to, renamed to this name when the body succeeds.
 
         Raises
         ------
         FileExistsError
-            If there is something of that name that is not the program's. It may be a plain file
-            of any content if ``even_damaged``.
+            If something of that name is not the program's. With ``even_damaged``, any plain file
+            may be replaced.
         """
         path = self.folder / name
         self._check_replaceable(path, even_damaged)
@@ -77,18 +79,18 @@ class OwnFiles:
         Raises
         ------
         FileExistsError
-            If there is something of that name that is not the program's.
+            If something of that name is not the program's.
         """
         with self.replacing(name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def subfolder(self, name: str) -> "OwnFiles":
-        """A folder in the folder, made if it is not there.
+        """A folder in the folder, made if it does not exist.
 
         Raises
         ------
         FileExistsError
-            If there is something else of that name, or a link.
+            If something else has that name, or a link.
         """
         path = self.folder / name
         if not os.path.lexists(path):
@@ -116,7 +118,7 @@ class OwnFiles:
         FileExistsError
             If a name is taken.
         """
-        # Both lists are whole until the end: killed half-way, all files are known.
+        # Both lists are whole until the end, so that a kill half-way leaves no unknown files.
         if os.path.lexists(self._list):
             raise FileExistsError(f"{self._list} is in the way; move it away")
         copy = temporary_name(new / LIST)
@@ -130,15 +132,15 @@ class OwnFiles:
             os.rename(new / name, self.folder / name)
 
     def has_written(self, name: str) -> bool:
-        """Whether a file of this name is listed, whatever it holds now."""
+        """Whether a file of this name is listed, whatever its content is now."""
         return name in self._listed().files
 
     def foreign(self) -> list[str]:
-        """Names of what is not the program's, those of folders with a slash at the end."""
+        """Names of files and folders that are not the program's; folders end with a slash."""
         return [self._name(path) for path, own in self._entries() if not own]
 
     def finished(self) -> list[str]:
-        """Names of the program's files, apart from lists and what was never finished."""
+        """Names of the program's files, apart from lists and unfinished ones."""
         names = [path.relative_to(self.folder) for path, own in self._entries() if own]
         return [
             str(name)
@@ -149,7 +151,7 @@ class OwnFiles:
     def remove(self, *, first: str = "", last: str = "") -> None:
         """Remove the program's files and leave the others, if any.
 
-        The list goes at the very end: killed half-way, the rest can be removed later.
+        The list is removed last, so that after a kill half-way the rest can be removed later.
         """
         listed = self._listed()
         paths = [path for path in self._paths() if path.name != LIST]
@@ -164,12 +166,12 @@ class OwnFiles:
     def remove_with_folder(self) -> None:
         """Remove the program's files, and the folder too unless something else is in it."""
         self.remove()
-        # Where a file system is mounted it stays, empty.
+        # A mount point stays, empty.
         with suppress(OSError):
             self.folder.rmdir()
 
     def remove_left_overs(self) -> None:
-        """Remove what a kill has left behind half-written, here and in the program's folders."""
+        """Remove half-written files that a kill left here and in the program's folders."""
         listed = self._listed()
         for path in self._paths():
             if path.name in listed.temporary and _is_own(path, listed):
@@ -182,7 +184,7 @@ class OwnFiles:
                     inner.remove_left_overs()
 
     def _entries(self) -> Iterator[tuple[Path, bool]]:
-        """Everything that is here and in the program's folders, and whether it is its own."""
+        """Every path here and in the program's folders, and whether it is the program's."""
         listed = self._listed()
         for path in self._paths():
             if _is_own_folder(path, listed):
@@ -200,7 +202,7 @@ class OwnFiles:
         return f"{path.relative_to(self.folder)}{slash}"
 
     def _is_listed(self) -> bool:
-        """Whether there is a list of the program's, be it one whose first line was cut short."""
+        """Whether there is a list of the program's, whose first line may have been cut short."""
         if not _is_plain(self._list):
             return False
         with open(self._list, "rb") as file:
@@ -210,12 +212,12 @@ class OwnFiles:
         listed = _Listed({}, set(), set())
         if self._is_listed():
             for line in self._list.read_text(encoding="utf-8", errors="replace").split("\n"):
-                if found := _BEING_WRITTEN.fullmatch(line):
-                    listed.temporary.add(found[1])
+                if match := _BEING_WRITTEN.fullmatch(line):
+                    listed.temporary.add(match[1])
                 elif line.startswith(_FOLDER):
                     listed.folders.add(line.removeprefix(_FOLDER))
-                elif found := _FILE.fullmatch(line):
-                    listed.files.setdefault(found[2], set()).add(found[1])
+                elif match := _FILE.fullmatch(line):
+                    listed.files.setdefault(match[2], set()).add(match[1])
         return listed
 
     def _append(self, line: str) -> None:
@@ -223,7 +225,7 @@ class OwnFiles:
             self._list.touch(exist_ok=False)
         if not self._is_listed():
             raise FileExistsError(f"{self._list} is no list of ntkdp's; move it away")
-        # The line end first: what a full disk cut short does not spoil the next line.
+        # The line end comes first, so that a line cut short by a full disk does not spoil the next.
         with open(self._list, "a", encoding="utf-8") as file:
             if file.tell() < len(_HEADER):
                 file.truncate(0)
@@ -240,23 +242,23 @@ class OwnFiles:
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names for an error, the first few of many."""
+    """Names for an error message; of many, only the first few."""
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
-def changed(path: Path, what: str, foreign: list[str]) -> str:
-    """Why a folder is not replaced."""
+def changed(path: Path, kind: str, foreign: list[str]) -> str:
+    """The reason why a folder is not replaced, for an error message."""
     return (
-        f"output folder {path} holds a {what}, and what ntkdp did not write there or what has "
-        f"changed since: {shown(foreign)}; nothing is removed: move it away, or choose another "
-        "--out"
+        f"output folder {path} holds a {kind}, and files that ntkdp did not write there or that "
+        f"have changed since: {shown(foreign)}; nothing is removed: move them away, or choose "
+        "another --out"
     )
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether it is a file and no link, which its owner may write to."""
+    """Whether the path is that of a file, not a link, which its owner may write to."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -269,7 +271,7 @@ def _is_own(path: Path, listed: _Listed) -> bool:
         return False
     if path.name in listed.temporary:
         return True
-    # What is not listed at all is not read: it may be large.
+    # A file that is not listed at all is not read, because it may be large.
     checksums = listed.files.get(path.name)
     try:
         return checksums is not None and _checksum(path) in checksums

@@ -1,12 +1,12 @@
-"""JSON for every reader: numbers that it has no word for are the texts "inf", "-inf" and "nan"."""
+"""JSON that every reader accepts: non-finite numbers are the texts "inf", "-inf" and "nan"."""
 
 import json
 import math
 from typing import Any
 
 
-def as_json(value: Any) -> Any:
-    """The same tree with such texts, which ``float`` reads; ``None`` is what does not apply."""
+def as_json(value: object) -> Any:
+    """The tree with such texts, which ``float`` reads; ``None`` stands for "does not apply"."""
     if isinstance(value, dict):
         return {name: as_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -16,6 +16,6 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def text_of(tree: Any) -> str:
-    """The tree as JSON text, ready for a file."""
+def as_text(tree: object) -> str:
+    """The tree as JSON text for a file."""
     return json.dumps(as_json(tree), indent=2, allow_nan=False)

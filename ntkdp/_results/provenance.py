@@ -1,15 +1,23 @@
-"""Where results come from: versions and machine, as every metrics.json has them."""
+"""The origin of results: versions and machine, for every metrics.json."""
 
 import platform
 from importlib.metadata import version
-from typing import Any
+from typing import TypedDict
 
 #: The version of ntkdp that is installed; pyproject.toml is the one place that states it.
 VERSION = version("ntkdp")
 
 
-def provenance(*packages: str) -> dict[str, Any]:
-    """Versions of ntkdp and of packages, and the machine, as a tree that JSON can hold."""
+class Provenance(TypedDict):
+    """Versions and machine, as JSON can hold them."""
+
+    ntkdp: str
+    versions: dict[str, str]
+    machine: dict[str, str]
+
+
+def provenance(*packages: str) -> Provenance:
+    """Versions of ntkdp and of these packages, and the machine, as a tree for JSON."""
     import jax
 
     return {

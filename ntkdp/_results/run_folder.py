@@ -1,11 +1,10 @@
-"""Run folders: whole or not at all, and never written over by accident."""
+"""Run folders: written whole or not at all, and never overwritten by accident."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ntkdp._backend.files import make_folder, read_json
 from ntkdp._backend.stopping import as_a_whole, undone_by
@@ -14,11 +13,11 @@ from ntkdp._results.out_path import check_path, check_writable
 from ntkdp._results.own_files import OwnFiles, changed, shown
 from ntkdp._results.provenance import VERSION
 
-#: The file by which a folder is known to hold a run.
+#: The file that shows that a folder holds a run.
 MARKER = "metrics.json"
-#: Those of folders that grow cell by cell, some of which have a ``metrics.json`` too.
-_OF_CELLS = ("sweep.json", "run.json")
-#: Where a run grows in a folder that is there already, and may be a mount point.
+#: The files that show that a folder grows cell by cell; it may have a ``metrics.json`` too.
+_CELL_MARKERS = ("sweep.json", "run.json")
+#: The folder in which a run grows if its output folder exists, which may be a mount point.
 _INSIDE = ".partial"
 
 
@@ -28,20 +27,20 @@ class RunFolder:
     Parameters
     ----------
     path : path
-        Where; it is made when the run is complete. If it is there already, it stays what it is, a
-        mount point or a link too, and files are put into it.
+        The folder, which is made when the run is complete. If it exists, files are put into it,
+        and it stays what it is, for instance a mount point or a link.
     overwrite : bool
-        Replace a run that is there. Only files that are as the program wrote them are removed: if
-        there are others, nothing is.
+        Replace the run that the folder holds. Only files that are as the program wrote them are
+        removed; if there are others, none is.
     finished : dict, optional
-        The configuration of a run that is resumed, and may be there: what was to be made is there
-        already.
+        The configuration of a run that is resumed. If the folder holds this run whole, nothing is
+        left to do.
 
     Attributes
     ----------
     partial : path
-        The folder in which the run may grow until it is complete: next to the folder, or in it if
-        it is there already.
+        The folder in which the run may grow until it is complete: next to the output folder, or
+        in it if that exists.
 
     Raises
     ------
@@ -55,39 +54,39 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, *, overwrite: bool = False, finished: dict[str, Any] | None = None
+        self, path: Path, *, overwrite: bool = False, finished: Mapping[str, object] | None = None
     ) -> None:
         check_path(path)
         self.path = path
         self.overwrite = overwrite
         target = path.absolute()
-        there = path.is_dir()
-        self.partial = target / _INSIDE if there else target.with_name(f".{target.name}-partial")
+        exists = path.is_dir()
+        self.partial = target / _INSIDE if exists else target.with_name(f".{target.name}-partial")
         self._resumed = finished is not None
-        #: Whether the run that was to be made is there.
+        #: Whether the folder holds the requested run already.
         self.is_finished = finished is not None and self._holds(finished)
         if not self.is_finished:
             self._check()
-        check_writable(path, target if there else target.parent)
+        check_writable(path, target if exists else target.parent)
 
-    def _run(self) -> dict[str, Any]:
-        """What the run that is there says of itself; nothing if there is none."""
+    def _run(self) -> Mapping[str, object]:
+        """The metrics of the run that the folder holds, empty if there is none."""
         try:
-            found = read_json(self.path / MARKER)
+            metrics = read_json(self.path / MARKER)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and "ntkdp" in found else {}
+        return metrics if isinstance(metrics, dict) and "ntkdp" in metrics else {}
 
-    def _holds(self, config: dict[str, Any]) -> bool:
+    def _holds(self, config: Mapping[str, object]) -> bool:
         run = self._run()
         same_version = run.get("ntkdp") == VERSION
         return same_version and bool(run.get("config") == json.loads(json.dumps(config)))
 
     def _check(self) -> None:
         files = OwnFiles(self.path)
-        # What grows in there has a list of its own, and is left alone.
+        # A run that grows in there has a list of its own, and is left alone.
         foreign = [name for name in files.foreign() if name != f"{_INSIDE}/"]
-        cells = [name for name in _OF_CELLS if (self.path / name).exists()]
+        cells = [name for name in _CELL_MARKERS if (self.path / name).exists()]
         is_run = bool(self._run()) and not cells
         if cells or (foreign and not is_run):
             raise FileExistsError(
@@ -98,7 +97,7 @@ class RunFolder:
             raise FileExistsError(changed(self.path, "run", foreign))
         if is_run and not self.overwrite:
             replace = (
-                "pass --overwrite beside --resume to replace it with what is resumed"
+                "pass --overwrite with --resume to replace it with the resumed run"
                 if self._resumed
                 else "pass --overwrite to replace it"
             )
@@ -108,14 +107,14 @@ class RunFolder:
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
-        """A temporary folder, whose files are put into place when the body ends well.
+        """A temporary folder, whose files are put into place when the body succeeds.
 
-        The body writes them as :class:`OwnFiles`, and so they are known when they are replaced.
+        The body writes them as :class:`OwnFiles`, so that they are known when they are replaced.
         """
         growing = OwnFiles(self.partial)
 
         def leave() -> None:
-            # What went wrong first is what is told.
+            # The user is told of the first error, not of this one.
             with suppress(OSError):
                 if not growing.finished():
                     growing.remove_with_folder()
@@ -134,8 +133,8 @@ class RunFolder:
     def _put(self, new: Path) -> None:
         target = self.path.absolute()
         if target.is_dir():
-            # A mount point or a link cannot be replaced, so its files are. Without a marker the
-            # folder is not taken for a whole run in between.
+            # A mount point or a link cannot be replaced, so its files are. In between, the folder
+            # has no marker and does not count as a whole run.
             there = OwnFiles(target)
             there.remove(first=MARKER)
             there.take(new, last=MARKER)

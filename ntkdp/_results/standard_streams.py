@@ -1,4 +1,4 @@
-"""Standard output and error on which no write fails, wherever they lead and whatever is written."""
+"""Standard output and error on which no write fails, whatever they lead to and is written."""
 
 import codecs
 import io
@@ -6,15 +6,15 @@ import os
 import sys
 from typing import Any
 
-#: What a terminal without these characters shows in their place.
+#: Replacements of characters that a terminal may lack.
 _SPELLED = {"±": "+-", "≤": "<=", "≥": ">=", "×": "x", "−": "-", "…": "..."}
 _HANDLER = "ntkdp.spelled"
 
 
 class Stream(io.RawIOBase):
-    """A file descriptor that remembers its first failed write, and takes what is written after it.
+    """A file descriptor that remembers its first failed write, and ignores all writes after it.
 
-    So the work that prints goes on to its end, and what went wrong is said once.
+    So the work that prints goes on to its end, and the error is reported once.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -35,7 +35,7 @@ class Stream(io.RawIOBase):
         return True
 
     def write(self, content: Any) -> int:
-        """Write what can be written."""
+        """Write the content, or nothing after a write has failed."""
         if self.error is None:
             try:
                 return os.write(self._descriptor, content)
@@ -45,7 +45,7 @@ class Stream(io.RawIOBase):
 
 
 def replace() -> Stream:
-    """Put such streams in the place of ``sys.stdout``, which is returned, and ``sys.stderr``."""
+    """Put such streams in the place of ``sys.stdout`` and ``sys.stderr``, and return the first."""
     _open_closed()
     codecs.register_error(_HANDLER, _spell)
     output, errors = Stream(1), Stream(2)
@@ -55,8 +55,8 @@ def replace() -> Stream:
 
 
 def _open_closed() -> None:
-    """Let no data file get the number of a standard stream that was closed before the start."""
-    # Output that nobody can get is an error, errors that nobody wants are none.
+    """Open closed standard streams, so that no data file gets their numbers."""
+    # Writing to standard output must fail then, but writing to standard error need not.
     for descriptor, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
@@ -64,11 +64,10 @@ def _open_closed() -> None:
             os.set_inheritable(os.open(os.devnull, mode), True)
 
 
-def _as_text(stream: Stream, former: Any, *, line_buffering: bool) -> io.TextIOWrapper:
+def _as_text(stream: Stream, former: object, *, line_buffering: bool) -> io.TextIOWrapper:
     encoding = getattr(former, "encoding", None) or "utf-8"
-    buffered: Any = io.BufferedWriter(stream)
     return io.TextIOWrapper(
-        buffered, encoding=encoding, errors=_HANDLER, line_buffering=line_buffering
+        io.BufferedWriter(stream), encoding=encoding, errors=_HANDLER, line_buffering=line_buffering
     )
 
 
@@ -89,7 +88,7 @@ def spelled(text: str, encoding: str) -> str:
 
 
 def printable(text: object) -> str:
-    """The text in one line, with control characters as backslash escapes: a terminal obeys none."""
+    """The text in one line, with control characters as escapes that a terminal does not obey."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in str(text)

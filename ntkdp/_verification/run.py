@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ntkdp import claims, table_one
 from ntkdp._results.console import add_row, literal, open_console, say
 from ntkdp._results.own_files import OwnFiles
-from ntkdp._results.plain_json import text_of
+from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import provenance
 from ntkdp._verification import page as verification_page
 from ntkdp.claims import Verdict
@@ -64,7 +64,7 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
 
 def as_json(verdicts: Sequence[Verdict]) -> str:
     """One JSON list of the verdicts."""
-    return text_of([verdict.as_dict() for verdict in verdicts])
+    return as_text([verdict.as_dict() for verdict in verdicts])
 
 
 def write(verification: Verification, folder: Path) -> None:
@@ -81,7 +81,7 @@ def write(verification: Verification, folder: Path) -> None:
     files = OwnFiles(folder)
     files.write("report.html", page)
     # Last, because a folder with metrics is complete.
-    files.write("metrics.json", text_of(metrics) + "\n")
+    files.write("metrics.json", as_text(metrics) + "\n")
 
 
 def print_verdicts(verification: Verification) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one verb a job, each writing a run folder."""
+"""The command line: one verb for each job, each of which can write a run folder."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The command ``ntkdp compare``: predicted against observed training, the main job."""
+"""The command ``ntkdp compare``: predicted against observed training."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ntkdp import experiment
-from ntkdp.cli._terminal import announce, explained, fields_help, folder_of, progress
+from ntkdp.cli._terminal import announce, explained, fields_help, output_folder, progress
 
 
 def compare(
@@ -21,7 +21,7 @@ def compare(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the killed run of --out: no finished case again."),
+        typer.Option("--resume", help="Continue the killed run in --out: finished cases stay."),
     ] = False,
     overwrite: Annotated[
         bool,
@@ -32,10 +32,10 @@ def compare(
 ) -> None:
     """Predict training under each clipping rule, run it, and show how far apart they are.
 
-    Writes metrics.json, trajectories.nc, pictures and report.html to the run folder, when all are
-    there. Until then finished cases are kept next to it, in .DIR-partial, or in its .partial if the
-    folder is there already. --overwrite removes files that are as ntkdp wrote them, and nothing at
-    all if there are others.
+    Writes metrics.json, trajectories.nc, pictures and report.html to the run folder, all at once.
+    Until then finished cases are kept next to it, in .DIR-partial, or in its .partial if the folder
+    exists. --overwrite removes files that are as ntkdp wrote them, and nothing at all if there are
+    others.
     """
     from ntkdp._results.checkpoints import CellFolder, resumable
     from ntkdp._results.run_folder import RunFolder
@@ -46,12 +46,12 @@ def compare(
             raise experiment.ConfigError("--resume needs --out, the folder of the run")
         settings_tree = settings.model_dump(mode="json")
         folder = RunFolder(
-            folder_of(settings.name, out),
+            output_folder(settings.name, out),
             overwrite=overwrite,
             finished=settings_tree if resume else None,
         )
         if folder.is_finished:
-            # Killed at the very end, a run leaves its cases; those of another run are not its own.
+            # A run that was killed at the very end has left its cases. Those of another run stay.
             with suppress(ValueError, FileExistsError, FileNotFoundError):
                 CellFolder(folder.partial, settings_tree, resume=True, kind="run").remove()
             announce(f"{folder.path} holds the finished run already")
@@ -72,7 +72,7 @@ def compare(
                 report,
                 folder=folder.partial,
                 resume=resume,
-                # What a run to be replaced has left half-done is not continued by mistake.
+                # Unfinished cases of a run that is replaced must not be continued.
                 overwrite=overwrite and not resume,
             )
             report("writing the report", 0.0)

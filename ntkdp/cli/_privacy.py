@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ntkdp._results.plain_json import text_of
+from ntkdp._results.plain_json import as_text
 from ntkdp.cli._terminal import fail
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Accountant(StrEnum):
-    """Methods that give a guarantee."""
+    """Methods of accounting that give a guarantee."""
 
     pld = "pld"
     rdp = "rdp"
@@ -35,7 +35,7 @@ def privacy(
         float | None,
         typer.Option(
             help="Budget of Gaussian privacy; gives the noise multiplier that spends it: exactly "
-            "with full batches, else by the central limit theorem, which is no guarantee.",
+            "with full batches, otherwise by the central limit theorem, which is no guarantee.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def privacy(
         ),
     ] = None,
     accountant: Annotated[
-        Accountant, typer.Option(help="By which the budget of --epsilon is kept.")
+        Accountant, typer.Option(help="The method that keeps the budget of --epsilon.")
     ] = Accountant.pld,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON in place of a table.")
@@ -90,7 +90,7 @@ def privacy(
         fail(error)
     note = "the default, the smaller of 1e-5 and 1/(10 n)" if delta is None else "as asked"
     if as_json:
-        print(text_of(report.as_dict() | {"delta_note": note}))
+        print(as_text(report.as_dict() | {"delta_note": note}))
         return
     _print_table(report)
     if delta is None:
@@ -131,7 +131,7 @@ def _steps(steps: int | None, epochs: float | None, rate: float) -> int:
     count = epochs / rate
     if count == math.inf:
         raise ValueError(f"--epochs is too large for a sampling rate of {rate}, got {epochs}")
-    # A whole number of steps must not become one more by rounding.
+    # Rounding errors must not add a step to a whole number of them.
     return max(1, math.ceil(count * (1 - 1e-12)))
 
 

@@ -1,4 +1,4 @@
-"""The bar that a terminal shows during long work: what is being done, and the time it all takes."""
+"""The progress bar of a terminal during long work: current task, time since the start."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from ntkdp._results.standard_streams import printable
 
 
 class _ElapsedColumn(ProgressColumn):
-    """Time since the start of the bar: rich's own stops at the first phase that is done."""
+    """Time since the start of the bar; rich's own column stops after the first phase."""
 
     def render(self, task: Task) -> Text:
         return Text(str(timedelta(seconds=int(task.elapsed or 0))), style="progress.elapsed")
@@ -29,7 +29,7 @@ class _ElapsedColumn(ProgressColumn):
 def progress_bar(
     console: Console, *, clock: Callable[[], float] | None = None
 ) -> Iterator[Callable[[str, float], None]]:
-    """A function (what, fraction done) that a bar shows; the bar goes when the body ends."""
+    """A function (task, fraction done) that updates a bar, which disappears after the body."""
     columns = (
         TextColumn("{task.description:<44}", markup=False),
         BarColumn(),
@@ -38,4 +38,4 @@ def progress_bar(
     )
     with Progress(*columns, console=console, transient=True, get_time=clock) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda what, done: bar.update(task, description=printable(what), completed=done)
+        yield lambda name, done: bar.update(task, description=printable(name), completed=done)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkdp import sweep as sweeping
-from ntkdp.cli._terminal import announce, explained, fields_help, folder_of, progress
+from ntkdp.cli._terminal import announce, explained, fields_help, output_folder, progress
 from ntkdp.experiment import ConfigError
 
 
@@ -22,7 +22,7 @@ def sweep(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the sweep in --out: no finished cell runs again."),
+        typer.Option("--resume", help="Continue the killed sweep in --out: finished cells stay."),
     ] = False,
     overwrite: Annotated[
         bool,
@@ -31,11 +31,12 @@ def sweep(
         ),
     ] = False,
     predict_only: Annotated[
-        bool, typer.Option("--predict-only", help="Train no cell: seconds in place of minutes.")
+        bool,
+        typer.Option("--predict-only", help="Only predict: seconds in place of minutes."),
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(help="In place of the field data.name, e.g. a file.", metavar="NAME"),
+        typer.Option(help="Replaces the field data.name, e.g. with a file.", metavar="NAME"),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -52,7 +53,8 @@ def sweep(
     """Predict accuracy, loss and calibration for a whole grid of learning rates and clipping
     norms, train every cell, and show both maps, how far they agree, and the cell to choose.
 
-    Cells land in the folder as they finish. Writes metrics.json, pictures and report.html.
+    Each cell is written to the folder as it finishes, and metrics.json, pictures and report.html
+    at the end.
     """
     with explained():
         settings = sweeping.SweepConfig() if config is None else sweeping.load_config(config)
@@ -67,14 +69,14 @@ def sweep(
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
         if workers is not None and scheduler != sweeping.LOCAL:
-            raise ConfigError("--workers needs --scheduler local: others have their own")
+            raise ConfigError("--workers needs --scheduler local: other clusters have their own")
 
         import jax
 
         from ntkdp._results.checkpoints import resumable
 
-    folder = folder_of(settings.name, out)
-    # Workers train, and nothing else.
+    folder = output_folder(settings.name, out)
+    # Workers only train, so that a prediction needs none.
     alone = scheduler is None or not settings.observe
     jax.config.update("jax_enable_x64", settings.dtype == "float64")
     with explained(lambda: f"--out {folder} --resume" if resumable(folder) else None):

@@ -1,4 +1,4 @@
-"""What commands show: a bar for long work, errors without a traceback, fields of a config."""
+"""Output of the commands: a bar for long work, errors in one line, fields of a configuration."""
 
 import os
 import signal
@@ -20,9 +20,9 @@ from ntkdp.sweep import TaskFailed
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """A function (what, fraction done) that shows a bar on a terminal and nothing in a pipe."""
+    """A function (task, fraction done) that shows a bar on a terminal and nothing in a pipe."""
     if not sys.stderr.isatty():
-        yield lambda what, done: None
+        yield lambda task, done: None
         return
     from rich.console import Console
 
@@ -33,18 +33,21 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 
 
 def announce(text: str, *, on_error: bool = False) -> None:
-    """One line on standard output, or error, whatever characters a file name in it has."""
+    """Print one line on standard output, or error, whatever characters a file name in it has."""
     print(printable(text), file=sys.stderr if on_error else sys.stdout)
 
 
-def folder_of(name: str, out: Path | None) -> Path:
-    """The folder that is asked for, by default one of this name and time."""
+def output_folder(name: str, out: Path | None) -> Path:
+    """The folder ``out``, by default a new one for this name and time."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}" if out is None else out
 
 
 @contextmanager
 def explained(continues: Callable[[], str | None] = lambda: None) -> Iterator[None]:
-    """What is wrong with input or machine in one line, and if work stops, what ``continues`` it."""
+    """Explain errors of input or machine in one line, and after Ctrl-C print how to continue.
+
+    ``continues`` returns the options that continue the work, or None.
+    """
     stopping.continued_by(continues)
     try:
         _check_backend()
@@ -75,7 +78,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _check_backend() -> None:
-    """Raise unless matplotlib can draw: of a wrong variable it would not say the name."""
+    """Raise unless matplotlib can draw; its own error would not name the environment variable."""
     if "MPLBACKEND" in os.environ:
         try:
             import matplotlib  # noqa: F401
@@ -90,8 +93,8 @@ def fail(error: BaseException | str) -> NoReturn:
 
 
 def fields_help(kind: type[BaseModel]) -> str:
-    """Every field of a configuration, a paragraph each: the help page keeps those apart."""
-    lines = ["[bold]Fields of CONFIG.toml[/bold] (default): what they mean"]
+    """Every field of a configuration, in paragraphs, which the help page keeps apart."""
+    lines = ["[bold]Fields of CONFIG.toml[/bold] (default): meaning"]
     for name, default, description in describe(kind):
         shown = f" ({default})" if default else ""
         field = f"{name}{shown}".replace("[", r"\[")

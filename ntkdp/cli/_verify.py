@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ntkdp.cli._terminal import announce, explained, folder_of, progress
+from ntkdp.cli._terminal import announce, explained, output_folder, progress
 
 
 def verify(
@@ -40,25 +40,25 @@ def verify(
     folder = None
     with explained():
         if out is not None or whole:
-            folder = RunFolder(folder_of("verify", out), overwrite=overwrite)
+            folder = RunFolder(output_folder("verify", out), overwrite=overwrite)
 
     with explained(), progress() as report:
         from ntkdp import claims
         from ntkdp._verification import run
 
         asked = claims.names() if whole else tuple(claims.get(name).name for name in names or ())
-        found = run.run(asked, table=whole, report=report)
+        verification = run.run(asked, table=whole, report=report)
         if folder is not None:
             with folder.replacing() as path:
-                run.write(found, path)
+                run.write(verification, path)
     if as_json:
-        print(run.as_json(found.verdicts))
+        print(run.as_json(verification.verdicts))
     else:
-        run.print_verdicts(found)
-        if found.table is not None:
-            run.print_table(found.table)
+        run.print_verdicts(verification)
+        if verification.table is not None:
+            run.print_table(verification.table)
     if folder is not None:
         written = f"written to {folder.path}: open {folder.path / 'report.html'}"
         announce(written, on_error=as_json)
-    if not found.holds:
+    if not verification.holds:
         raise typer.Exit(1)

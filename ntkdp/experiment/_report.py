@@ -18,7 +18,7 @@ from ntkdp._results.console import add_row, open_console, say
 from ntkdp._results.figure_style import LOOK, save_png
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.page import render
-from ntkdp._results.plain_json import text_of
+from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
 from ntkdp.experiment._predictions import KERNEL_OF, LABELS
@@ -242,7 +242,7 @@ def write_report(results: Results, folder: Path) -> None:
     pictures = _draw(results, files)
     files.write("report.html", _page(results, measured, pictures, folder))
     # Last, because a folder with metrics is a whole run.
-    files.write("metrics.json", text_of(measured) + "\n")
+    files.write("metrics.json", as_text(measured) + "\n")
 
 
 def _write_trajectories(results: Results, path: Path) -> None:

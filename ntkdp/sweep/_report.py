@@ -15,7 +15,7 @@ from ntkdp._results.figure_style import save_png
 from ntkdp._results.folder_lock import held
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.page import render
-from ntkdp._results.plain_json import text_of
+from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import provenance
 from ntkdp.comparison import CellMetrics
 from ntkdp.sweep._config import Plane
@@ -149,7 +149,7 @@ def write_report(results: Results, folder: Path) -> dict[str, Any]:
     with held(folder):
         pictures = _draw(results, measured, files)
         files.write("report.html", _page(results, measured, pictures, folder))
-        files.write("metrics.json", text_of(measured) + "\n")
+        files.write("metrics.json", as_text(measured) + "\n")
     return measured
 
 

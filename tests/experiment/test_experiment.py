@@ -436,7 +436,7 @@ def test_single_precision_follows_double(results: experiment.Results) -> None:
 
 def whole_case() -> dict[str, Any]:
     """A case as a folder holds it."""
-    path = _run._arrays(
+    path = _run._fields(
         ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
     )
     return {

@@ -29,14 +29,14 @@ def _strictly(text: str) -> Any:
 
 @given(NUMBERS)
 def test_no_number_is_lost(value: float) -> None:
-    read = _strictly(plain_json.text_of({"value": value, "other": np.float64(value)}))
+    read = _strictly(plain_json.as_text({"value": value, "other": np.float64(value)}))
     for entry in read.values():
         np.testing.assert_equal(float(entry), value)
 
 
 @given(TREES)
 def test_any_tree_is_valid_json_and_finite_ones_stay_as_they_are(tree: Any) -> None:
-    read = _strictly(plain_json.text_of(tree))
+    read = _strictly(plain_json.as_text(tree))
     if "nan" not in str(tree) and "inf" not in str(tree):
         assert read == tree
 

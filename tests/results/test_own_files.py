@@ -35,7 +35,7 @@ def grow(path: Path, **options: bool) -> None:
 def put(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """A run, with cases next to it or in it that go as it comes."""
     folder = RunFolder(path, overwrite=overwrite, finished=SETTINGS if resume else None)
-    cases = CellFolder(folder.partial, SETTINGS, overwrite=overwrite, resume=resume, what="run")
+    cases = CellFolder(folder.partial, SETTINGS, overwrite=overwrite, resume=resume, kind="run")
     with cases.growing():
         cases.write("00000", {"n": 3})
     with folder.replacing() as new:

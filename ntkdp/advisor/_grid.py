@@ -10,7 +10,7 @@ from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
 from ntkdp.comparison import CellMetrics, measure
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow import bytes_of_noise, final_outputs
 
@@ -102,7 +102,7 @@ def predict(
     >>> [round(loss, 4) for loss in grid.metrics.loss.tolist()], grid.metrics.diverged.tolist()
     ([9.68, 0.5832, 0.5, 9112.5], [False, False, False, True])
     """
-    check_flow(flow)
+    flow = check_kernel_flow(flow)
     rates = _axis(learning_rates=learning_rates)
     norms = _axis(clip_norms=clip_norms)
     steps = validate.count(steps=steps)
@@ -138,12 +138,6 @@ def predict(
         measured.append(measure(flow.loss, flow.reduction, initial_loss, train_pair, test_pair))
     metrics = jax.tree.map(lambda *pieces: np.concatenate(pieces), *measured)
     return Grid(rates, norms, metrics, initial_loss, sigma)
-
-
-def check_flow(flow: object) -> None:
-    """Raise unless it is a flow of outputs under a kernel."""
-    if not isinstance(flow, KernelFlow):
-        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
 
 
 def _axis(**named: ArrayLike) -> Float[np.ndarray, " N"]:

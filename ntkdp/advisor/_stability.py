@@ -9,9 +9,9 @@ import numpy as np
 from ntkdp import privacy
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, ScalarLike
-from ntkdp.advisor._grid import Grid, Initial, check_flow, predict
+from ntkdp.advisor._grid import Grid, Initial, predict
 from ntkdp.clipping import Abadi, NoClipping
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
 from ntkdp.ntk import LayerwiseKernel
 
 #: Rates tried at once, in each round of the search for the largest stable one.
@@ -80,7 +80,7 @@ def largest_stable_learning_rate(
     >>> 0.99 < rate / (2 / 4.0) <= 1
     True
     """
-    check_flow(flow)
+    flow = check_kernel_flow(flow)
     low, high, tolerance = (
         float(validate.scalar(**{name: validate.positive(**{name: value})}))
         for name, value in (("low", low), ("high", high), ("tolerance", tolerance))

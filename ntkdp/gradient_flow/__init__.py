@@ -10,9 +10,11 @@ enter these flows. Training in phases, groups frozen and released, rules that ch
 
 from ntkdp.gradient_flow._flow import Flow as Flow
 from ntkdp.gradient_flow._flow import LinearModelFlow as LinearModelFlow
+from ntkdp.gradient_flow._flow import check_linear_model_flow as check_linear_model_flow
 from ntkdp.gradient_flow._flow import setup_of as setup_of
 from ntkdp.gradient_flow._flow import with_steps as with_steps
 from ntkdp.gradient_flow._kernel_flow import KernelFlow as KernelFlow
+from ntkdp.gradient_flow._kernel_flow import check_kernel_flow as check_kernel_flow
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix as KernelMatrix
 from ntkdp.gradient_flow._kernel_matrix import SharedKernel as SharedKernel
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow as LinearisedFlow

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
+from jax.sharding import Mesh
 
 from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp._setup import Setup, described, number, rates
@@ -39,6 +40,12 @@ class Flow(eqx.Module):
 class TrainingFlow(HasTrainingSet, Flow):
     """The flow of a model that is trained on a `TrainingSet`."""
 
+    mesh: eqx.AbstractVar[Mesh | None]
+
+    @abstractmethod
+    def setup(self) -> Setup:
+        """What training it predicts, for comparisons."""
+
 
 class LinearModelFlow(TrainingFlow):
     """The flow of a model that is linear in its parameters, which also takes steps and noise."""
@@ -46,6 +53,21 @@ class LinearModelFlow(TrainingFlow):
     @abstractmethod
     def velocity(self, state: PyTree, weights: Float[Array, " n"] | None = None) -> PyTree:
         """Time derivative of the state, for a batch if the samples have ``weights``."""
+
+
+class WrappedFlow(Flow):
+    """A flow around another flow, which must not be wrapped itself."""
+
+    flow: eqx.AbstractVar[Flow]
+
+
+def check_linear_model_flow(flow: object, way_out: str = "") -> LinearModelFlow:
+    """``flow`` if it takes steps and noise."""
+    if not isinstance(flow, LinearModelFlow):
+        raise TypeError(
+            f"flow must be a KernelFlow or a LinearisedFlow, got {type(flow).__name__}{way_out}"
+        )
+    return flow
 
 
 def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: str = "sgd") -> Setup:

@@ -209,6 +209,13 @@ class KernelFlow(LinearModelFlow):
         return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 
 
+def check_kernel_flow(flow: object) -> KernelFlow:
+    """``flow`` if it is a KernelFlow."""
+    if not isinstance(flow, KernelFlow):
+        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    return flow
+
+
 def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:
     outputs = validate.array(**{name: outputs})
     if outputs.ndim != 2 or outputs.shape[0] != n or n_outputs not in (None, outputs.shape[1]):

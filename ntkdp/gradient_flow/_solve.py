@@ -12,9 +12,7 @@ from ntkdp._backend import program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, PyTree, as_constant
-from ntkdp.gradient_flow._flow import Flow, with_steps
-from ntkdp.gradient_flow._kernel_flow import KernelFlow
-from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
+from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow, with_steps
 from ntkdp.trajectory import Measurement, Outcome, Stepping, Trajectory, from_measurements
 
 _DEFAULT_MAX_STEPS = 100_000
@@ -118,7 +116,11 @@ def solve(
     >>> round(path.outputs[-1, 0, 0].item(), 4)
     0.0249
     """
-    _check_flow(flow)
+    if not isinstance(flow, Flow):
+        raise TypeError(
+            "flow must be a KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow, "
+            f"got {type(flow).__name__}"
+        )
     start, times = validate.times_from(start, times)
     rtol = as_constant(validate.scalar(rtol=validate.positive(rtol=rtol)))
     atol = as_constant(validate.scalar(atol=validate.positive(atol=atol)))
@@ -203,7 +205,7 @@ def _integrate(
 
 
 def recursion(
-    flow: KernelFlow | LinearisedFlow,
+    flow: LinearModelFlow,
     initial: PyTree,
     *,
     learning_rate: Any,
@@ -257,10 +259,7 @@ def recursion(
     >>> [round(f, 4) for f in path.outputs[:, 0, 0].tolist()]
     [1.0, 0.6, 0.36]
     """
-    if not isinstance(flow, KernelFlow | LinearisedFlow):
-        raise TypeError(
-            f"flow must be a KernelFlow or a LinearisedFlow, got {type(flow).__name__}; use solve"
-        )
+    flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as listener:
@@ -277,7 +276,7 @@ def recursion(
 
 @eqx.filter_jit
 def _recur(
-    flow: KernelFlow | LinearisedFlow,
+    flow: LinearModelFlow,
     state: PyTree,
     stepping: Stepping,
     outputs: bool,
@@ -293,11 +292,3 @@ def _recur(
         step, lambda state: flow.measure(state, outputs), state, listener
     )
     return measured
-
-
-def _check_flow(flow: Any) -> None:
-    if not isinstance(flow, Flow):
-        raise TypeError(
-            "flow must be a KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow, "
-            f"got {type(flow).__name__}"
-        )

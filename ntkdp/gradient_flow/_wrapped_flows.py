@@ -10,14 +10,19 @@ import jax.numpy as jnp
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, PyTree, as_constant
 from ntkdp._setup import Setup, number, rates
-from ntkdp.gradient_flow._flow import Flow
-from ntkdp.gradient_flow._kernel_flow import KernelFlow
-from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
-from ntkdp.gradient_flow._weight_flow import WeightFlow
+from ntkdp.gradient_flow._flow import Flow, WrappedFlow
 from ntkdp.trajectory import Measurement
 
 
-class HeavyBallFlow(Flow):
+def _check_inner(flow: object) -> None:
+    if not isinstance(flow, Flow) or isinstance(flow, WrappedFlow):
+        raise TypeError(
+            "flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got "
+            f"{type(flow).__name__}"
+        )
+
+
+class HeavyBallFlow(WrappedFlow):
     r"""A flow with inertia: :math:`\ddot w + \alpha \dot w = -G(w)` for :math:`\dot w = -G(w)`.
 
     The limit of gradient descent with momentum beta (``v <- beta v + G``, ``w <- w - eta v``) for
@@ -56,10 +61,7 @@ class HeavyBallFlow(Flow):
     friction: Any = eqx.field(converter=as_constant)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.flow, KernelFlow | WeightFlow | LinearisedFlow):
-            raise TypeError(
-                f"flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got {self.flow!r}"
-            )
+        _check_inner(self.flow)
         validate.non_negative(friction=self.friction)
 
     def init(self, initial: PyTree) -> tuple[PyTree, PyTree]:
@@ -88,7 +90,7 @@ class HeavyBallFlow(Flow):
         return self.flow.measure(state[0], outputs)
 
 
-class ModifiedFlow(Flow):
+class ModifiedFlow(WrappedFlow):
     r"""The modified equation of steps of length eta, :math:`\dot w = -(G + \tfrac\eta2 DG\,G)`.
 
     For a flow :math:`\dot w = -G(w)`, steps :math:`w^+ = w - \eta G(w)` follow this to order
@@ -136,10 +138,7 @@ class ModifiedFlow(Flow):
     learning_rate: Array
 
     def __init__(self, flow: Flow, learning_rate: Any) -> None:
-        if not isinstance(flow, Flow) or isinstance(flow, HeavyBallFlow | ModifiedFlow):
-            raise TypeError(
-                f"flow must be a KernelFlow, a WeightFlow or a LinearisedFlow, got {flow!r}"
-            )
+        _check_inner(flow)
         if callable(learning_rate):
             raise TypeError(
                 "learning_rate must be a number, got a schedule, whose modified equation changes "

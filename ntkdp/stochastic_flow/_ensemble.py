@@ -11,7 +11,14 @@ from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
-from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, with_steps
+from ntkdp.gradient_flow import (
+    KernelFlow,
+    LinearisedFlow,
+    LinearModelFlow,
+    check_kernel_flow,
+    check_linear_model_flow,
+    with_steps,
+)
 from ntkdp.stochastic_flow._output_noise import noise_covariance, sampling, square_root
 from ntkdp.stochastic_flow._weight_noise import deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
@@ -151,8 +158,7 @@ def ensemble(
     >>> runs.loss.shape
     (100, 4)
     """
-    if not isinstance(flow, KernelFlow | LinearisedFlow):
-        raise TypeError(f"flow must be a KernelFlow or a LinearisedFlow, got {type(flow).__name__}")
+    flow = check_linear_model_flow(flow)
     stepping = Stepping(learning_rate, steps, record_every)
     noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
@@ -173,7 +179,7 @@ def ensemble(
 
 
 def noise_of_step(
-    flow: KernelFlow | LinearisedFlow,
+    flow: LinearModelFlow,
     noise_multiplier: Any,
     sample_rate: Any,
     noise_kernel: Any,
@@ -193,6 +199,7 @@ def noise_of_step(
         if bool(jnp.any(stds > 0)):
             added = _WeightNoise([stds[group] / divisor for group in groups.leaf_to_group])
     else:
+        flow = check_kernel_flow(flow)
         covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
         if covariance is not None:
             factor = square_root(covariance, flow.mesh)
@@ -201,7 +208,7 @@ def noise_of_step(
 
 
 def draw_within_memory(
-    flow: KernelFlow | LinearisedFlow,
+    flow: LinearModelFlow,
     noise: _Noise,
     state: Any,
     per_seed: bool,
@@ -225,7 +232,7 @@ def draw_within_memory(
 
 @eqx.filter_jit
 def draw(
-    flow: KernelFlow | LinearisedFlow,
+    flow: LinearModelFlow,
     noise: _Noise,
     state: Any,
     per_seed: bool,

@@ -15,7 +15,7 @@ from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
 from ntkdp.clipping import NoClipping
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
 from ntkdp.stochastic_flow import _sharded_points
 from ntkdp.stochastic_flow._output_noise import (
     eigh,
@@ -112,8 +112,7 @@ def final_outputs(
     >>> [round(f, 4) for f in found.train[:, 0, 0].tolist()]
     [1.0, 1.0]
     """
-    if not isinstance(flow, KernelFlow):
-        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    flow = check_kernel_flow(flow)
     if isinstance(flow.clipping, NoClipping):
         raise ValueError(
             "flow must have a rule with a clipping norm, got NoClipping; for none take Abadi and a "

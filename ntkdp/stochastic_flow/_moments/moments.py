@@ -13,7 +13,7 @@ from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, as_constant
 from ntkdp.clipping import Batch, Global
-from ntkdp.gradient_flow import KernelFlow
+from ntkdp.gradient_flow import check_kernel_flow
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
@@ -305,8 +305,7 @@ def _closure(
     rank: Any,
 ) -> tuple[Closure, Array]:
     """The closure of a flow, and the mean of all points at the start."""
-    if not isinstance(flow, KernelFlow):
-        raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    flow = check_kernel_flow(flow)
     if isinstance(flow.clipping, Global | Batch):
         raise ValueError(
             "flow must have a rule that is continuous and looks at one sample, got "

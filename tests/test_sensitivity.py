@@ -155,7 +155,7 @@ def problem(
                 family.apply, x, y, loss, rule, learning_rate=1.0, reduction="sum",
                 gradients=gradients, microbatch_size=microbatch,
             )  # fmt: skip
-            found.append(jax.tree.leaves(algorithm._clipped_sum(params, None)[0]))
+            found.append(jax.tree.leaves(algorithm.clipped_sum(params, None)[0]))
         return found
 
     def with_one_more(x: Any, y: Any) -> list[list[Any]]:
@@ -310,7 +310,7 @@ def test_one_more_of_thousands_moves_the_sum_by_no_more(dtype: str, gradients: A
             lambda p, x: x @ p, x[rows], y[rows], losses.Custom(linear_loss), Abadi(R),
             learning_rate=1.0, reduction="sum", gradients=gradients,
         )  # fmt: skip
-        return np.asarray(algorithm._clipped_sum(params, None)[0], np.float64)
+        return np.asarray(algorithm.clipped_sum(params, None)[0], np.float64)
 
     moved = np.linalg.norm(summed(slice(None)) - summed(slice(-1)))
     np.testing.assert_allclose(moved, R, rtol=5e-3)

@@ -1,7 +1,7 @@
 """One step of DP-SGD: sample, clip, add noise, update."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,13 +13,24 @@ from jax.sharding import Mesh
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.norms import wide
-from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp._backend.types import (
+    ApplyFn,
+    Array,
+    LearningRate,
+    Params,
+    PRNGKeyArray,
+    PyTree,
+    ScalarLike,
+)
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp.dp_sgd import _plain_gradients
 from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping, TrainingSet
+
+#: Learning rate to optax transformation.
+Optimizer: TypeAlias = Callable[[LearningRate], optax.GradientTransformation]
 
 
 class State(NamedTuple):
@@ -62,10 +73,10 @@ class Algorithm(HasTrainingSet):
     x: Array
     test_x: Array | None
     data: TrainingSet
-    learning_rate: Any
-    noise_multiplier: Any
-    groups: Any
-    optimizer: Callable[[Any], optax.GradientTransformation]
+    learning_rate: LearningRate
+    noise_multiplier: ScalarLike
+    groups: PyTree
+    optimizer: Optimizer
     sample_rate: float = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
@@ -128,7 +139,7 @@ class Algorithm(HasTrainingSet):
 
     def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         """One step of clipped, noised gradient descent."""
-        state, info, _, present = self._step(key, state)
+        state, info, _, present = self.step_with_outputs(key, state)
         return state, self._marked(info, present)
 
     def _marked(self, info: Info, present: Array) -> Info:
@@ -151,7 +162,7 @@ class Algorithm(HasTrainingSet):
             leaves: list[Array], key: PRNGKeyArray, state: State
         ) -> tuple[State, Info, Array]:
             whole: Algorithm = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
-            state, info, _, present = whole._step(key, state)
+            state, info, _, present = whole.step_with_outputs(key, state)
             return state, info, present
 
         def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
@@ -166,14 +177,16 @@ class Algorithm(HasTrainingSet):
             return _groups.resolve(self._split(params)[0], lambda path: "all")
         return _groups.resolve(params, self.groups).select(self.trainable)
 
-    def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array, Array]:
+    def step_with_outputs(
+        self, key: PRNGKeyArray, state: State
+    ) -> tuple[State, Info, Array, Array]:
         """State, diagnostics with the norms of all places, outputs, and which places are filled."""
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
         drawn = None
         if self.sample_rate < 1:
             drawn = jax.random.bernoulli(sampling_key, self.sample_rate, (n,))
-        clipped, outputs, norms, factors, present = self._clipped_sum(params, drawn)
+        clipped, outputs, norms, factors, present = self.clipped_sum(params, drawn)
 
         trained, frozen = self._split(params)
         groups = self._resolve(params)
@@ -219,7 +232,7 @@ class Algorithm(HasTrainingSet):
         ]
         return jax.tree.unflatten(treedef, noise)
 
-    def _clipped_sum(
+    def clipped_sum(
         self, params: Params, drawn: Array | None
     ) -> tuple[Params, Array, Array, Array, Array]:
         """``sum_i C_i g_i`` over the samples that are drawn, None for all of them.

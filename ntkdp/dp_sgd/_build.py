@@ -1,34 +1,83 @@
 """An algorithm from what a run is told, all of it checked."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import optax
 from jax.sharding import Mesh
 
 from ntkdp import privacy
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import ApplyFn, as_constant, is_traced
+from ntkdp._backend.types import (
+    ApplyFn,
+    ArrayLike,
+    LearningRate,
+    PyTree,
+    ScalarLike,
+    as_constant,
+    is_traced,
+)
 from ntkdp.clipping import ClippingRule
-from ntkdp.dp_sgd._algorithm import Algorithm
+from ntkdp.dp_sgd._algorithm import Algorithm, Optimizer
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.trajectory import TrainingSet, as_samples, as_trainable
+
+#: Chance per step that a Poisson batch outgrows the memory planned for it.
+_OVERFLOW_PROBABILITY = 1e-12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Model, data and loss, as a run is given them."""
+
+    apply_fn: ApplyFn
+    x: ArrayLike
+    targets: ArrayLike
+    loss: Loss | SampleLoss
+    reduction: Reduction
+    test_x: ArrayLike | None
+    test_targets: ArrayLike | None
+    mesh: Mesh | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How gradients are drawn, taken and applied, as a run is given it: alike in all phases."""
+
+    sample_rate: ScalarLike
+    optimizer: Optimizer | None
+    groups: PyTree
+    gradients: Literal["structured", "vmap"]
+    noise_per_group: bool
+    microbatch_size: int | None
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What a phase may change, as it is given: rule, learning rate, noise, groups that train."""
+
+    clipping: ClippingRule
+    learning_rate: LearningRate
+    noise_multiplier: ScalarLike | privacy.Budget
+    trainable: Iterable[str] | None = None
 
 
 def build(
     apply_fn: ApplyFn,
-    x: Any,
-    targets: Any,
-    loss: Any,
+    x: ArrayLike,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     clipping: ClippingRule,
     *,
-    learning_rate: Any,
-    noise_multiplier: Any = 0.0,
+    learning_rate: LearningRate,
+    noise_multiplier: ScalarLike = 0.0,
     sample_rate: float = 1.0,
-    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
-    groups: Any = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    test_x: Any = None,
-    test_targets: Any = None,
+    optimizer: Optimizer | None = None,
+    groups: PyTree = None,
+    reduction: Reduction = "mean",
+    test_x: ArrayLike | None = None,
+    test_targets: ArrayLike | None = None,
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
@@ -67,61 +116,90 @@ def build(
     >>> state.params.item(), info.clip_fraction.item()
     (2.5, 1.0)
     """
-    x = as_samples(x=x)
-    test_x = None if test_x is None else as_samples(test_x=test_x)
-    data = TrainingSet(targets, loss, clipping, reduction, test_targets)
-    data = data.fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
-    validate.choice(("structured", "vmap"), gradients=gradients)
-    sample_rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps=None)
-    noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
-    noise_multiplier = as_constant(validate.scalar(noise_multiplier=noise_multiplier))
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable)
+    return algorithm_of(problem, method, mechanism)
+
+
+def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algorithm:
+    """The algorithm of a phase, from parts that are checked here."""
+    x = as_samples(x=problem.x)
+    test_x = None if problem.test_x is None else as_samples(test_x=problem.test_x)
+    rule = mechanism.clipping
+    data = TrainingSet(
+        problem.targets, problem.loss, rule, problem.reduction, problem.test_targets
+    ).fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
+    validate.choice(("structured", "vmap"), gradients=method.gradients)
+    sample_rate = validate.scalar(sample_rate=validate.fraction(sample_rate=method.sample_rate))
+    noise_multiplier = _noise_multiplier(mechanism)
     noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
-    if noisy and not clipping.bounds_each_sample:
+    if noisy and not rule.bounds_each_sample:
         raise ValueError(
-            f"noise_multiplier must be 0 with {type(clipping).__name__}, whose sensitivity is "
+            f"noise_multiplier must be 0 with {type(rule).__name__}, whose sensitivity is "
             f"unbounded, got {noise_multiplier}; clip each sample, e.g. with Abadi"
         )
-    if optimizer is not None and not callable(optimizer):
-        raise TypeError(
-            "optimizer must be a function of the learning rate, e.g. optax.adam, "
-            f"got {type(optimizer).__name__}"
-        )
-    if noise_per_group and clipping.scope == "flat":
+    if method.noise_per_group and rule.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
-    if microbatch_size is not None:
-        microbatch_size = validate.count(microbatch_size=microbatch_size)
-        if clipping.needs_total_norm:
-            raise ValueError(
-                f"microbatch_size must be None with {type(clipping).__name__}, which needs the "
-                f"norm of the whole sum, got {microbatch_size}"
-            )
-    if not callable(learning_rate):
-        learning_rate = validate.positive(learning_rate=learning_rate)
-        learning_rate = as_constant(validate.scalar(learning_rate=learning_rate))
-    mesh = devices.as_mesh(mesh)
+    mesh = devices.as_mesh(problem.mesh)
     devices.check_divides(mesh, x=x.shape[0])
     n_devices = 1 if mesh is None else mesh.size
     spread_test = test_x is not None and test_x.shape[0] % n_devices == 0
     place_test = devices.spread if spread_test else devices.everywhere
     return Algorithm(
-        apply_fn=apply_fn,
+        apply_fn=problem.apply_fn,
         x=devices.spread(mesh, x),
-        test_x=place_test(mesh, test_x),
+        test_x=None if test_x is None else place_test(mesh, test_x),
         data=data.place(mesh, spread=True, spread_test=spread_test),
-        learning_rate=learning_rate,
+        learning_rate=_learning_rate(mechanism.learning_rate),
         noise_multiplier=noise_multiplier,
-        groups=groups,
-        optimizer=optax.sgd if optimizer is None else optimizer,
-        sample_rate=sample_rate,
-        capacity=_capacity(x.shape[0] // n_devices, sample_rate, n_devices),
-        gradients=gradients,
-        noise_per_group=noise_per_group,
-        microbatch_size=microbatch_size,
+        groups=method.groups,
+        optimizer=_optimizer(method.optimizer),
+        sample_rate=float(sample_rate),
+        capacity=_capacity(x.shape[0] // n_devices, float(sample_rate), n_devices),
+        gradients=method.gradients,
+        noise_per_group=method.noise_per_group,
+        microbatch_size=_microbatch_size(method.microbatch_size, rule),
         noisy=noisy,
-        trainable=as_trainable(trainable),
+        trainable=as_trainable(mechanism.trainable),
         mesh=mesh,
     )
+
+
+def _noise_multiplier(mechanism: Mechanism) -> ScalarLike:
+    sigma = privacy.as_noise_multiplier(mechanism.noise_multiplier, steps=None)
+    sigma = validate.non_negative(noise_multiplier=sigma)
+    return as_constant(validate.scalar(noise_multiplier=sigma))
+
+
+def _learning_rate(learning_rate: LearningRate) -> LearningRate:
+    if callable(learning_rate):
+        return learning_rate
+    rate = validate.positive(learning_rate=learning_rate)
+    return as_constant(validate.scalar(learning_rate=rate))
+
+
+def _optimizer(optimizer: Optimizer | None) -> Optimizer:
+    if optimizer is None:
+        return optax.sgd
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function of the learning rate, e.g. optax.adam, "
+            f"got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def _microbatch_size(microbatch_size: int | None, rule: ClippingRule) -> int | None:
+    if microbatch_size is None:
+        return None
+    size = validate.count(microbatch_size=microbatch_size)
+    if rule.needs_total_norm:
+        raise ValueError(
+            f"microbatch_size must be None with {type(rule).__name__}, which needs the norm of "
+            f"the whole sum, got {size}"
+        )
+    return size
 
 
 def _capacity(n: int, sample_rate: float, n_devices: int) -> int:
@@ -131,7 +209,3 @@ def _capacity(n: int, sample_rate: float, n_devices: int) -> int:
     from scipy.stats import binom
 
     return max(1, min(n, int(binom.isf(_OVERFLOW_PROBABILITY / n_devices, n, sample_rate))))
-
-
-#: Chance per step that a Poisson batch outgrows the memory planned for it.
-_OVERFLOW_PROBABILITY = 1e-12

@@ -1,23 +1,33 @@
 """Runs of DP-SGD, of one phase or several, for one seed or many."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
+from jaxtyping import UInt32
 
 from ntkdp import privacy
 from ntkdp._backend import devices, validate
 from ntkdp._backend import progress as _progress
-from ntkdp._backend.types import ApplyFn, Params
+from ntkdp._backend.types import (
+    ApplyFn,
+    Array,
+    ArrayLike,
+    Key,
+    LearningRate,
+    Params,
+    Progress,
+    PyTree,
+    ScalarLike,
+)
 from ntkdp.clipping import ClippingRule
-from ntkdp.dp_sgd._algorithm import Algorithm
-from ntkdp.dp_sgd._build import build
+from ntkdp.dp_sgd._algorithm import Algorithm, Optimizer
+from ntkdp.dp_sgd._build import Mechanism, Method, Problem, algorithm_of
 from ntkdp.dp_sgd._seeds import trained
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.trajectory import (
-    Measurement,
     Phase,
     Stepping,
     Trajectory,
@@ -30,28 +40,28 @@ from ntkdp.trajectory import (
 def run(
     apply_fn: ApplyFn,
     params: Params,
-    x: Any,
-    targets: Any,
-    loss: Any,
+    x: ArrayLike,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     clipping: ClippingRule,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
-    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
-    groups: Any = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    test_x: Any = None,
-    test_targets: Any = None,
+    optimizer: Optimizer | None = None,
+    groups: PyTree = None,
+    reduction: Reduction = "mean",
+    test_x: ArrayLike | None = None,
+    test_targets: ArrayLike | None = None,
     record_every: int = 1,
     outputs: bool = False,
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
     mesh: Mesh | None = None,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: Key[Array, "*seeds"] | UInt32[Array, "*seeds words"],
 ) -> Trajectory:
     r"""Train with DP-SGD and record what happens.
 
@@ -134,55 +144,35 @@ def run(
     ([0.0, 0.5, 1.0], [4.5, 3.125, 2.0])
     """
     stepping = Stepping(learning_rate, steps, record_every)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    algorithm = build(
-        apply_fn,
-        x,
-        targets,
-        loss,
-        clipping,
-        learning_rate=learning_rate,
-        noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate,
-        optimizer=optimizer,
-        groups=groups,
-        reduction=reduction,
-        test_x=test_x,
-        test_targets=test_targets,
-        gradients=gradients,
-        noise_per_group=noise_per_group,
-        microbatch_size=microbatch_size,
-        mesh=mesh,
-    )
-    keys = devices.everywhere(algorithm.mesh, validate.keys(key=key))
-    start = algorithm.init(params).params
-    with _progress.listening(progress, "training with DP-SGD") as listener:
-        _, measured = trained(algorithm, start, False, keys, stepping, outputs, listener)
-        return _trajectory(algorithm, stepping, measured)
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    algorithm = algorithm_of(problem, method, Mechanism(clipping, learning_rate, sigma))
+    return _recorded([(algorithm, stepping)], params, key, outputs, progress)
 
 
 def run_phases(
     apply_fn: ApplyFn,
     params: Params,
-    x: Any,
-    targets: Any,
-    loss: Any,
+    x: ArrayLike,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     phases: Iterable[Phase],
     *,
     sample_rate: float = 1.0,
-    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
-    groups: Any = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    test_x: Any = None,
-    test_targets: Any = None,
+    optimizer: Optimizer | None = None,
+    groups: PyTree = None,
+    reduction: Reduction = "mean",
+    test_x: ArrayLike | None = None,
+    test_targets: ArrayLike | None = None,
     record_every: int = 1,
     outputs: bool = False,
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     microbatch_size: int | None = None,
     mesh: Mesh | None = None,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: Key[Array, "*seeds"] | UInt32[Array, "*seeds words"],
 ) -> Trajectory:
     r"""Train with DP-SGD phase by phase, each from the parameters that the one before left.
 
@@ -233,44 +223,43 @@ def run_phases(
     ([0.0, 0.5, 1.0, 1.5], [3.0, 2.5, 2.0, 1.293])
     """
     phases = check_phases(phases)
-    keys = validate.keys(key=key)
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
     algorithms = [
-        build(
-            apply_fn,
-            x,
-            targets,
-            loss,
-            phase.clipping,
-            learning_rate=phase.learning_rate,
-            noise_multiplier=phase.mechanism(sample_rate)[0],
-            sample_rate=sample_rate,
-            optimizer=optimizer,
-            groups=groups,
-            reduction=reduction,
-            test_x=test_x,
-            test_targets=test_targets,
-            gradients=gradients,
-            noise_per_group=noise_per_group,
-            microbatch_size=microbatch_size,
-            trainable=phase.trainable,
-            mesh=mesh,
+        algorithm_of(
+            problem,
+            method,
+            Mechanism(
+                phase.clipping,
+                phase.learning_rate,
+                phase.mechanism(sample_rate)[0],
+                phase.trainable,
+            ),
         )
         for phase in phases
     ]
-    keys = devices.everywhere(algorithms[0].mesh, keys)
-    # All are checked before the first begins.
-    params, *_ = [algorithm.init(params).params for algorithm in algorithms]
+    parts = list(zip(algorithms, steppings(phases, record_every), strict=True))
+    return _recorded(parts, params, key, outputs, progress)
+
+
+def _recorded(
+    phases: list[tuple[Algorithm, Stepping]],
+    params: Params,
+    key: Key[Array, "*seeds"] | UInt32[Array, "*seeds words"],
+    outputs: bool,
+    progress: Progress,
+) -> Trajectory:
+    """Train phase by phase, each from where the one before ended, and record it."""
+    keys = devices.everywhere(phases[0][0].mesh, validate.keys(key=key))
+    # All phases are checked before the first begins.
+    params, *_ = [algorithm.init(params).params for algorithm, _ in phases]
     paths: list[Trajectory] = []
     with _progress.listening(progress, "training with DP-SGD") as listener:
-        for algorithm, stepping in zip(algorithms, steppings(phases, record_every), strict=True):
+        for algorithm, stepping in phases:
             per_seed = bool(paths) and keys.ndim > 0
             params, measured = trained(
                 algorithm, params, per_seed, keys, stepping, outputs, listener
             )
-            paths.append(_trajectory(algorithm, stepping, measured))
+            recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
+            paths.append(from_measurements(stepping.times, measured, steps=recorded, setup=setup))
         return functools.reduce(Trajectory.then, paths)
-
-
-def _trajectory(algorithm: Algorithm, stepping: Stepping, measured: Measurement) -> Trajectory:
-    recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
-    return from_measurements(stepping.times, measured, steps=recorded, setup=setup)

@@ -1,11 +1,7 @@
 """The loop of DP-SGD, compiled, with what it records."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from ntkdp import clipping
 from ntkdp._backend import program_memory
@@ -53,53 +49,31 @@ def run(
     listener: Listener,
 ) -> tuple[Params, Measurement]:
     """Parameters at the end and what was measured, from parameters of all seeds or of each."""
-    full_batch = algorithm.sample_rate >= 1
-    record_every = stepping.record_every
 
-    def observe(params: Params) -> tuple[Array, Array]:
-        _, train, _, factors, _ = algorithm._clipped_sum(params, None)
-        return train, clipping.clip_fraction(factors)
+    def measure(state: State) -> Measurement:
+        _, train, _, factors, _ = algorithm.clipped_sum(state.params, None)
+        return algorithm.measure(state.params, train, clipping.clip_fraction(factors), outputs)
 
     def one_run(key: PRNGKeyArray, params: Params) -> tuple[Params, Measurement]:
-        def key_of(step: Any) -> PRNGKeyArray:
-            return jax.random.fold_in(key, stepping.number(step))
+        def key_of(k: Array | int) -> PRNGKeyArray:
+            return jax.random.fold_in(key, stepping.number(k))
 
-        def proceed(state: State, start: Any, count: int) -> State:
-            if not count:
-                return state  # A loop of no steps is compiled like any other.
+        def step(k: Array | int, state: State) -> State:
+            return algorithm.step(key_of(k), state)[0]
 
-            # A fixed count, so that reverse-mode differentiation works.
-            def step(j: Any, state: State) -> State:
-                return algorithm.step(key_of(start + j), state)[0]
+        def step_and_measure(k: Array | int, state: State) -> tuple[State, Measurement]:
+            after, info, train, _ = algorithm.step_with_outputs(key_of(k), state)
+            return after, algorithm.measure(state.params, train, info.clip_fraction, outputs)
 
-            return lax.fori_loop(0, count, step, state)
-
-        def record(state: State, start: Any, count: int) -> tuple[State, Measurement]:
-            params = state.params
-            if not full_batch:
-                measured = algorithm.measure(params, *observe(params), outputs)
-                return proceed(state, start, count), measured
-            # The step computes the outputs of all samples anyway.
-            state, info, train, _ = algorithm._step(key_of(start), state)
-            measured = algorithm.measure(params, train, info.clip_fraction, outputs)
-            return proceed(state, start + 1, count - 1), measured
-
-        def record_and_tell(state: State, start: Array) -> tuple[State, Measurement]:
-            if listener is not None:
-                stepping.tell(listener, start)
-            return record(state, start, record_every)
-
-        full, rest = divmod(stepping.steps, record_every)
-        state = algorithm.start(params)
-        state, measured = lax.scan(record_and_tell, state, record_every * jnp.arange(full))
-        ends = []
-        if rest:
-            state, one = record(state, full * record_every, rest)
-            ends.append(one)
-        ends.append(algorithm.measure(state.params, *observe(state.params), outputs))
-        return state.params, jax.tree.map(
-            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
+        # A step on the full batch computes the outputs of all samples anyway.
+        end, measured = stepping.walk_to_end(
+            step,
+            measure,
+            algorithm.start(params),
+            listener,
+            step_and_measure if algorithm.sample_rate >= 1 else None,
         )
+        return end.params, measured
 
     if keys.ndim == 0:
         return one_run(keys, params)

@@ -127,27 +127,41 @@ class Stepping(eqx.Module):
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
         listener: Listener,
+        step_and_measure: Callable[[Array | int, PyTree], tuple[PyTree, PyTree]] | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """The state after the last step, and the measurements."""
+        """The state after the last step, and the measurements.
+
+        ``step_and_measure(k, state)`` is the state after step k and the measurement before it, for
+        steps that find on the way what is measured.
+        """
         steps, record_every = self.steps, self.record_every
 
-        def proceed(state: PyTree, start: Any, count: int) -> PyTree:
+        def proceed(state: PyTree, start: Array | int, count: int) -> PyTree:
+            if not count:
+                return state  # A loop of no steps is compiled like any other.
             # A fixed count, so that reverse-mode differentiation works.
             return lax.fori_loop(0, count, lambda j, state: step(start + j, state), state)
 
-        def record(state: PyTree, start: Array) -> tuple[PyTree, PyTree]:
+        def record(state: PyTree, start: Array | int, count: int) -> tuple[PyTree, PyTree]:
+            if step_and_measure is None:
+                return proceed(state, start, count), measure(state)
+            state, measured = step_and_measure(start, state)
+            return proceed(state, start + 1, count - 1), measured
+
+        def tell_and_record(state: PyTree, start: Array) -> tuple[PyTree, PyTree]:
             if listener is not None:
                 self.tell(listener, start)
-            return proceed(state, start, record_every), measure(state)
+            return record(state, start, record_every)
 
         full, rest = divmod(steps, record_every)
-        end, measured = lax.scan(record, state, record_every * jnp.arange(full))
-        ends = [measure(end)]
+        end, measured = lax.scan(tell_and_record, state, record_every * jnp.arange(full))
+        ends = []
         if rest:
-            end = proceed(end, full * record_every, rest)
-            ends.append(measure(end))
+            end, last = record(end, full * record_every, rest)
+            ends.append(last)
+        ends.append(measure(end))
         return end, jax.tree.map(
-            lambda path, *one: jnp.concatenate([path, jnp.stack(one)]), measured, *ends
+            lambda path, *last: jnp.concatenate([path, jnp.stack(last)]), measured, *ends
         )
 
 

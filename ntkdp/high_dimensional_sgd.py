@@ -43,12 +43,11 @@ from jax.scipy.stats import norm
 from ntkdp import clipping
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, as_constant, is_traced
-from ntkdp.trajectory import Outcome, recorded_steps
+from ntkdp.trajectory import Outcome, message, recorded_steps, succeeded
 
 _MAX_STEPS = 100_000
 
 _ADVICE = {
-    Outcome.SUCCESS: "success",
     Outcome.SOLVER_FAILED: (
         "the solver gave up before the last time: the risk blows up, or changes too fast; lower "
         "the learning rate, shorten the horizon, or loosen rtol and atol"
@@ -195,14 +194,13 @@ class Path(eqx.Module):
 
     @property
     def successful(self) -> bool:
-        """Whether every number is what was asked for."""
-        return bool(np.all(np.asarray(self.outcome) == Outcome.SUCCESS))
+        """Whether every number is valid."""
+        return succeeded(self.outcome)
 
     @property
     def message(self) -> str:
         """What went wrong and what to do about it, or ``"success"``."""
-        codes = sorted({int(code) for code in np.atleast_1d(np.asarray(self.outcome))} - {0})
-        return "; ".join(_ADVICE[Outcome(code)] for code in codes) or _ADVICE[Outcome.SUCCESS]
+        return message(self.outcome, _ADVICE)
 
 
 def _path(problem: HighDimensionalSGD, times: Array, modes: Array, outcome: Any) -> Path:

@@ -1,6 +1,8 @@
 """What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
 
 from ntkdp.trajectory._outcome import Outcome
+from ntkdp.trajectory._outcome import message as message
+from ntkdp.trajectory._outcome import succeeded as succeeded
 from ntkdp.trajectory._phase import Phase as Phase
 from ntkdp.trajectory._phase import as_trainable as as_trainable
 from ntkdp.trajectory._phase import check_phases as check_phases

@@ -1,6 +1,11 @@
 """How the work behind a trajectory ended, and what to do about it."""
 
+from collections.abc import Mapping
 from enum import IntEnum
+
+import numpy as np
+
+from ntkdp._backend.types import ArrayLike
 
 
 class Outcome(IntEnum):
@@ -21,7 +26,6 @@ class Outcome(IntEnum):
 
 
 ADVICE = {
-    Outcome.SUCCESS: "success",
     Outcome.MAX_STEPS: (
         "the solver reached max_steps before the last time; raise max_steps, loosen rtol and atol, "
         "shorten the horizon, or for a stiff kernel pass an implicit solver such as "
@@ -40,3 +44,14 @@ ADVICE = {
         "did not converge); try tighter tolerances or solver=diffrax.Tsit5()"
     ),
 }
+
+
+def succeeded(outcome: ArrayLike) -> bool:
+    """Whether the work ended well, for every seed."""
+    return bool(np.all(np.asarray(outcome) == Outcome.SUCCESS))
+
+
+def message(outcome: ArrayLike, advice: Mapping[Outcome, str]) -> str:
+    """What went wrong and what to do about it, or ``"success"``."""
+    codes = sorted({int(code) for code in np.atleast_1d(np.asarray(outcome))} - {0})
+    return "; ".join(advice[Outcome(code)] for code in codes) or "success"

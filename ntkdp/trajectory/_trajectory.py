@@ -16,7 +16,7 @@ from ntkdp._backend.files import replacing
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, is_traced
 from ntkdp._setup import Setup
-from ntkdp.trajectory._outcome import ADVICE, Outcome
+from ntkdp.trajectory._outcome import ADVICE, Outcome, message, succeeded
 from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
 from ntkdp.trajectory._training_set import Measurement
 
@@ -79,14 +79,13 @@ class Trajectory(eqx.Module):
 
     @property
     def successful(self) -> bool:
-        """Whether every recorded number, of every seed, is what was asked for."""
-        return bool(np.all(np.asarray(self.outcome) == Outcome.SUCCESS))
+        """Whether every recorded number, of every seed, is valid."""
+        return succeeded(self.outcome)
 
     @property
     def message(self) -> str:
         """What went wrong and what to do about it, or ``"success"``."""
-        codes = sorted({int(code) for code in np.atleast_1d(np.asarray(self.outcome))} - {0})
-        return "; ".join(ADVICE[Outcome(code)] for code in codes) or ADVICE[Outcome.SUCCESS]
+        return message(self.outcome, ADVICE)
 
     def rescale_time(self, factor: float) -> "Trajectory":
         """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""

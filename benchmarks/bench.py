@@ -1,4 +1,4 @@
-"""Times ntkdp beside its peers on this machine: ``make bench``.
+"""Times ntkdp next to its peers on this machine: ``make bench``.
 
 Every peer runs in a process and an environment of its own; within a comparison all take turns of a
 quarter of a second, so that a drift of the machine's speed meets all. Prints medians and ratios,
@@ -30,12 +30,16 @@ OLD_JAX = ("neural-tangents==0.6.5", "jax==0.4.25", "jaxlib==0.4.25", "numpy<2",
 OPACUS = ("torch==2.13.0", "opacus==1.6.0")
 JAX_PRIVACY = ("jax-privacy==2.0.0", "jax==0.10.2", "jaxlib==0.10.2", "optax==0.2.8")
 
-#: A contender is given at least so many turns, and no more than so many or so many seconds.
-FEWEST_TURNS, MOST_TURNS, MOST_SECONDS = 3, 15, 15.0
+#: Least number of turns of a contender.
+FEWEST_TURNS = 3
+#: Largest number of turns of a contender.
+MOST_TURNS = 15
+#: Seconds after which a contender gets no further turn.
+MOST_SECONDS = 15.0
 
 
 class Contender(NamedTuple):
-    """Who does the work, in which environment, and how fast ntkdp means to be beside it."""
+    """Who does the work, in which environment, and the goal for ntkdp relative to it."""
 
     label: str
     environment: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Writes docs/claims.md, every claim with what its check measures: `python docs/claims_page.py`."""
+"""Writes docs/claims.md, each claim with the numbers of its check: `python docs/claims_page.py`."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ last digits of what is drawn at random depend on the processor.
 
 
 def static_part(claim: Claim) -> str:
-    """What the code says of a claim without running it."""
+    """The part of a claim that the code states without running it."""
     file = claim.check.__module__.replace(".", "/") + ".py"
     function = claim.check.__name__
     return (
@@ -40,7 +40,7 @@ def static_part(claim: Claim) -> str:
 
 
 def numbers(findings: Iterable[Finding]) -> str:
-    """Every number that the check measures, beside the expected one."""
+    """Every number that the check measures, next to the expected one."""
     lines = ["| quantity | measured | expected |", "|---|---:|---:|"]
     for finding in findings:
         relation = {"=": "", "<=": "≤ ", ">=": "≥ "}[finding.relation]
@@ -52,7 +52,7 @@ def numbers(findings: Iterable[Finding]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as it is: nothing in it is markup."""
+    """Text with its markup escaped."""
     return re.sub(r"([\\*_\[\]<>$`|])", r"\\\1", text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import api_pages  # noqa: E402  (it lies beside this file)
+import api_pages  # noqa: E402  (it lies next to this file)
 
 import ntkdp  # noqa: E402
 
@@ -38,12 +38,12 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autosummary_generate = False
-# Every reference must lead somewhere; those to other libraries are text.
+# Every reference must lead somewhere; references to other libraries are plain text.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|enum|equinox|flax|jax|jaxlib|jaxtyping|xarray)\..*"),
     ("py:obj", r"(neural_tangents|nnx|stax)\..*"),
-    ("py:class", r"ntkdp\._.*|'\d*'"),
+    ("py:class", r"ntkdp\.(\w+\.)?_.*|'\d*'"),
 ]
 
 html_theme = "pydata_sphinx_theme"
@@ -53,7 +53,7 @@ html_static_path = ["_static"]
 html_css_files = ["narrow.css"]
 html_show_sourcelink = False
 html_copy_source = False
-# Pages without others below them need no room for a list.
+# Pages without subpages need no room for a list.
 html_sidebars = {page: [] for page in ("install", "limits", "peers")}
 html_context = {"default_mode": "auto"}
 html_theme_options = {

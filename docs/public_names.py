@@ -5,6 +5,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import ntkdp
@@ -53,12 +54,19 @@ def names_in(source: str) -> list[str]:
     return [name for name in found if not name.startswith("_")]
 
 
+def _source_of(module: ModuleType) -> str:
+    """The source of a module's face, which is its stub if it loads its names lazily."""
+    path = Path(module.__file__ or "")
+    stub = path.with_suffix(".pyi")
+    return (stub if stub.exists() else path).read_text(encoding="utf-8")
+
+
 def public_names() -> Iterator[PublicName]:
     """All public names once each: those of the public modules, then the package's own."""
     homes = set()
     for module_name in MODULES:
         module = importlib.import_module(f"ntkdp.{module_name}")
-        for name in names_in(Path(module.__file__ or "").read_text(encoding="utf-8")):
+        for name in names_in(_source_of(module)):
             value = getattr(module, name)
             homes.add(id(value))
             yield PublicName(f"ntkdp.{module_name}", name, value)

@@ -172,6 +172,7 @@ def test_public_names_follow_the_source() -> None:
     assert {name for name in ntkdp.__all__ if name not in public_names.MODULES} <= {
         name.name for name in NAMES
     }
+    assert {f"ntkdp.{module}" for module in public_names.MODULES} <= {name.module for name in NAMES}
 
 
 def _names_in_tests() -> Iterator[str]:

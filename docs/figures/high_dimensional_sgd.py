@@ -78,7 +78,7 @@ def final_risks(noise_multiplier: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def risk_table(risks: dict[float, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Equation and runs beside each other at the simulated thresholds."""
+    """Equation and runs next to each other at the simulated thresholds."""
     heads = [f"sigma = {noise:g} | simulated" for noise in risks]
     rows = [f"| c | {' | '.join(heads)} |", "|---" * (1 + 2 * len(risks)) + "|"]
     predicted = {

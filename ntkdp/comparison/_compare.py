@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,9 @@ from ntkdp.trajectory import Trajectory, mean_over_seeds
 
 #: Two times are the same if they differ by less than this many roundings of the coarser dtype.
 _TIME_ROUNDINGS = 8
+
+#: Prediction and run by quantity, each with time as its first axis.
+Pairs: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
 
 _OUTPUTS = ("outputs", "test_outputs")
 _LOSSES = ("loss", "test_loss")
@@ -89,13 +92,8 @@ def compare(
     >>> ntkdp.compare(prediction, run).sup_relative_error < 0.02
     True
     """
-    for name, given in (("prediction", prediction), ("run", run)):
-        if not isinstance(given, Trajectory):
-            raise TypeError(
-                f"{name} must be a Trajectory, as solve, recursion or dp_sgd.run give, "
-                f"got {type(given).__name__}"
-            )
-        _check_shape(name, given)
+    _check_trajectory("prediction", prediction)
+    _check_trajectory("run", run)
     differences = _setup.differences(prediction.setup, run.setup)
     _check_allowed(differences, allow)
     predicted_at, observed_at = _shared_times(prediction.times, run.times)
@@ -108,47 +106,62 @@ def compare(
             f"{range_of(prediction.times)}, run has {range_of(run.times)}; predict at the times of "
             "the run, solve(flow, initial, run.times)"
         )
-    predicted, observed = _at(prediction, predicted_at), _at(run, observed_at)
     times = run_times[observed_at][after_start]
-
-    errors: dict[str, Errors] = {}
-    per_output: dict[str, np.ndarray | None] = dict.fromkeys(_OUTPUTS)
-    for name in QUANTITIES:
-        pair = [mean_over_seeds(side, name) for side in (predicted, observed)]
-        if pair[0] is None or pair[1] is None:
-            continue
-        if pair[0].shape != pair[1].shape:
-            raise ValueError(
-                f"prediction and run must have {name} of the same shape, "
-                f"got {pair[0].shape} and {pair[1].shape}"
-            )
-        p, o = pair[0][after_start], pair[1][after_start]
-        if name in _OUTPUTS:
-            per_output[name] = np.max(_relative_distance(p, o, axis=1), axis=0)
-            over_time = _relative_distance(p, o, axis=(1, 2))
-        elif name in SHARES:
-            over_time = _distance(p, o)
-        else:
-            over_time = _relative_distance(p[:, None], o[:, None], axis=1)
-        worst = int(np.argmax(over_time))
-        errors[name] = Errors(
-            over_time,
-            float(over_time[worst]),
-            float(np.mean(over_time)),
-            float(times[worst]),
-            _of_fall(p, o, _at_start(name, (run, prediction), start)) if name in _LOSSES else None,
-        )
+    predicted, observed = _at(prediction, predicted_at), _at(run, observed_at)
+    pairs = _recorded_pairs(predicted, observed, after_start)
+    initial = {name: _at_start(name, (run, prediction), start) for name in _LOSSES if name in pairs}
     return Comparison(
         times=times,
         predicted=predicted,
         observed=observed,
-        errors=errors,
-        output_errors=per_output["outputs"],
-        test_output_errors=per_output["test_outputs"],
+        errors={name: _errors(name, *pair, times, initial) for name, pair in pairs.items()},
+        output_errors=_error_of_each(pairs.get("outputs")),
+        test_output_errors=_error_of_each(pairs.get("test_outputs")),
         coverage=len(times) / int(np.sum(run_times > start)),
         differences=differences,
         neglected=_setup.neglected(prediction.setup, run.setup),
     )
+
+
+def _recorded_pairs(predicted: Trajectory, observed: Trajectory, after_start: np.ndarray) -> Pairs:
+    """Quantities that both recorded, averaged over seeds, at the shared times after the start."""
+    pairs: Pairs = {}
+    for name in QUANTITIES:
+        p, o = (mean_over_seeds(side, name) for side in (predicted, observed))
+        if p is None or o is None:
+            continue
+        if p.shape != o.shape:
+            raise ValueError(
+                f"prediction and run must have {name} of the same shape, "
+                f"got {p.shape} and {o.shape}"
+            )
+        pairs[name] = p[after_start], o[after_start]
+    return pairs
+
+
+def _errors(
+    name: str, p: np.ndarray, o: np.ndarray, times: np.ndarray, initial: dict[str, float | None]
+) -> Errors:
+    """Errors of one quantity; ``initial`` holds the losses at the start."""
+    if name in _OUTPUTS:
+        over_time = _relative_distance(p, o, axis=(1, 2))
+    elif name in SHARES:
+        over_time = _distance(p, o)
+    else:
+        over_time = _relative_distance(p[:, None], o[:, None], axis=1)
+    worst = int(np.argmax(over_time))
+    return Errors(
+        over_time=over_time,
+        sup=float(over_time[worst]),
+        mean=float(np.mean(over_time)),
+        time_of_sup=float(times[worst]),
+        of_fall=_share_of_fall(p, o, initial[name]) if name in _LOSSES else None,
+    )
+
+
+def _error_of_each(pair: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray | None:
+    """The largest error over time of each output alone."""
+    return None if pair is None else np.max(_relative_distance(*pair, axis=1), axis=0)
 
 
 def _check_allowed(differences: dict[str, str], allow: str | Iterable[str]) -> None:
@@ -179,7 +192,7 @@ def _at_start(name: str, sides: tuple[Trajectory, ...], start: float) -> float |
     return None
 
 
-def _of_fall(p: np.ndarray, o: np.ndarray, initial: float | None) -> float | None:
+def _share_of_fall(p: np.ndarray, o: np.ndarray, initial: float | None) -> float | None:
     """Largest difference, divided by the most that ``o`` has moved from ``initial``."""
     if initial is None:
         return None
@@ -190,7 +203,13 @@ def _of_fall(p: np.ndarray, o: np.ndarray, initial: float | None) -> float | Non
     return difference / fall if np.isfinite(fall) and fall > 0 else np.inf
 
 
-def _check_shape(name: str, trajectory: Trajectory) -> None:
+def _check_trajectory(name: str, trajectory: object) -> None:
+    """Raise unless it is a trajectory, with times and a loss at each of them."""
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(
+            f"{name} must be a Trajectory, as solve, recursion or dp_sgd.run give, "
+            f"got {type(trajectory).__name__}"
+        )
     n_times = np.shape(trajectory.times)
     shape = np.shape(trajectory.loss)
     if len(n_times) != 1 or n_times[0] == 0 or len(shape) not in (1, 2) or shape[-1:] != n_times:

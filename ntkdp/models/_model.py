@@ -1,7 +1,7 @@
 """The class of all models, and the check that their outputs are matrices."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, final
 
 import jax
@@ -14,19 +14,23 @@ InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
 KernelFn: TypeAlias = Callable[..., Any]
 #: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
 LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
+#: Covariances (c_tt, c_ts, c_ss) of the weights between times t and s, by the name of the layer.
+Covariances: TypeAlias = Mapping[str, tuple[Array, Array, Array]]
+#: ``kernel(x1, x2, covariances)``: covariance of the outputs, and terms of the tangent kernel.
+TwoTimeKernelFn: TypeAlias = Callable[[Array, Array, Covariances], tuple[Array, dict[str, Array]]]
 
 
 class TwoTimeRule(NamedTuple):
     """Infinite-width kernels between times at which noise has been added to the weights.
 
-    ``check(x)`` raises unless the layers have such kernels, and names those with parameters.
-    ``kernel(x1, x2, covariances)`` gives the covariance of the outputs ``(n1, n2)`` and the terms
-    ``{name: (n1, n2)}`` of the tangent kernel, for covariances (c_tt, c_ts, c_ss) of the weights of
-    each layer by name.
+    ``check(x)`` raises unless the layers have such kernels, and returns the names of the layers
+    with parameters. ``kernel(x1, x2, covariances)`` returns the covariance of the outputs
+    ``(n1, n2)`` and the terms ``{name: (n1, n2)}`` of the tangent kernel, for covariances
+    (c_tt, c_ts, c_ss) of the weights of each layer by name.
     """
 
     check: Callable[[Array], tuple[str, ...]]
-    kernel: Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
+    kernel: TwoTimeKernelFn
 
 
 @final
@@ -37,9 +41,10 @@ class Model:
     Attributes
     ----------
     init
-        ``init(key, x) -> params``; of the example batch ``x`` (n, ...) only the shape is used.
+        ``init(key, x) -> params``; only the shape of the example batch ``x`` (n, ...) is used.
     apply
-        ``apply(params, x) -> outputs``, (n, K). Hashable, so a static argument of ``jit``.
+        ``apply(params, x) -> outputs``, (n, K). It is hashable, so it can be a static argument of
+        ``jit``.
     kernel_fn
         ``kernel_fn(x1, x2, get)``, the infinite-width kernel in neural-tangents' sense, (n1, n2)
         meaning Theta (x) I_K, or None for a model without one.
@@ -79,7 +84,7 @@ def checked_model(
     layer_kernel_fn: LayerKernelFn | None = None,
     two_time: TwoTimeRule | None = None,
 ) -> Model:
-    """A `Model` whose outputs are checked to be (n, K), already on ``init``."""
+    """A `Model` whose outputs are checked to be (n, K), for the first time in ``init``."""
 
     def checked_apply(params: Params, x: Array) -> Outputs:
         outputs = apply(params, x)
@@ -107,15 +112,15 @@ def checked_model(
 
 
 def _sizes(init: InitFn, key: PRNGKeyArray, x: Array) -> Params:
-    """What stands for the parameters; nothing if JAX cannot follow how they are made."""
+    """Shapes and dtypes of the parameters, or None if JAX cannot follow how they are made."""
     try:
         return jax.eval_shape(init, key, x)
-    except Exception:  # of the model's own, whatever it is: raised again when it is called
+    except Exception:  # any error of the model: it is raised again when the model is called
         return None
 
 
 def _require_room(params: Params) -> None:
-    """Raise unless parameters fit, and the random numbers that the largest is made of."""
+    """Raise unless parameters fit, and the random numbers that the largest is made from."""
     leaves = jax.tree.leaves(params)
     largest = max(map(program_memory.bytes_of, leaves), default=0)
     memory.require(

@@ -1,7 +1,5 @@
 """Kernels of a network at its parameters, whole, by layer and preconditioned."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp._backend import devices, program_memory, validate
-from ntkdp._backend.types import ApplyFn, Array, Float, Params, Real
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, Real
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample
 from ntkdp._gradients.check_model import check_inputs, check_model, check_preconditioner
@@ -36,14 +34,14 @@ def empirical_ntk(
     Parameters
     ----------
     apply_fn : callable
-        ``apply_fn(params, x) -> (n, K)``, one sample independent of another.
+        ``apply_fn(params, x) -> (n, K)``, which treats each sample on its own.
     params : pytree
-        Parameters, floating-point arrays.
+        Parameters: floating-point arrays.
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
     batch_size : int, optional
-        Rows and columns of a block. By default as many samples as make a block of about 100 MiB;
-        peak memory is at most twice the result and two blocks.
+        Rows and columns of a block. By default a block takes about 100 MiB; peak memory is at most
+        twice the result and two blocks.
     mesh : jax.sharding.Mesh, optional
         Devices that compute the kernel, each its share of the rows; n1 must divide over them. The
         result stays where it was computed.
@@ -57,9 +55,10 @@ def empirical_ntk(
     Raises
     ------
     ValueError
-        Empty or mismatched inputs, NaN or infinities, a model that couples samples.
+        If inputs are empty, do not match or hold NaN or infinities, or if the model couples
+        samples.
     MemoryError
-        If the result does not fit, with the bytes needed and available.
+        If the result does not fit; the message gives the bytes needed and available.
 
     Notes
     -----
@@ -83,7 +82,7 @@ def layerwise_ntk(
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
-    groups: Any = None,
+    groups: _groups.GroupSpec = None,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> LayerwiseKernel:
@@ -94,7 +93,7 @@ def layerwise_ntk(
     apply_fn, params, x1, x2, batch_size, mesh
         As for :func:`empirical_ntk`.
     groups : pytree prefix of labels, or callable from key path to label, optional
-        By default the layers.
+        The groups; by default the layers.
 
     Returns
     -------
@@ -104,7 +103,7 @@ def layerwise_ntk(
     Raises
     ------
     ValueError, MemoryError
-        As for :func:`empirical_ntk`; groups that do not fit the parameters.
+        As for :func:`empirical_ntk`; also if the groups do not fit the parameters.
 
     Notes
     -----
@@ -154,7 +153,8 @@ def preconditioned_ntk(
     Raises
     ------
     ValueError
-        As for :func:`empirical_ntk`; a preconditioner of another structure or not positive.
+        As for :func:`empirical_ntk`; also if the preconditioner has another structure than the
+        parameters or is not positive.
 
     Notes
     -----
@@ -181,35 +181,35 @@ def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Ar
 def _kernel(
     apply_fn: ApplyFn,
     params: Params,
-    x1: Any,
-    x2: Any,
+    x1: ArrayLike,
+    x2: ArrayLike | None,
     groups: _groups.Groups,
     batch_size: int | None,
     mesh: Mesh | None,
     whole: bool = False,
 ) -> Array:
-    """Terms of the kernel, ``(R, n1, n2, K, K)``, or of a single group its term alone."""
+    """Terms of the kernel, ``(R, n1, n2, K, K)``, or the term alone if there is a single group."""
     mesh = devices.as_mesh(mesh)
-    x1, output = check_model(apply_fn, params, x1, "x1")
-    columns = x1 if x2 is None else check_inputs(apply_fn, params, x2, "x2")
-    if x1.shape[1:] != columns.shape[1:]:
+    rows, output = check_model(apply_fn, params, x1, "x1")
+    columns = rows if x2 is None else check_inputs(apply_fn, params, x2, "x2")
+    if rows.shape[1:] != columns.shape[1:]:
         raise ValueError(
-            f"x2 must have samples of the shape of x1's, {x1.shape[1:]}, got {columns.shape[1:]}"
+            f"x2 must have samples of the shape of x1's, {rows.shape[1:]}, got {columns.shape[1:]}"
         )
-    devices.check_divides(mesh, x1=x1.shape[0])
-    # The parts of several devices have no diagonal in common to mirror.
-    x2 = None if x2 is None and mesh is None else columns
+    devices.check_divides(mesh, x1=rows.shape[0])
     if batch_size is not None:
         batch_size = validate.count(batch_size=batch_size)
-    shape = (groups.size, x1.shape[0], columns.shape[0], output.shape[1], output.shape[1])
     n_outputs = output.shape[1]
-    params, x2 = devices.everywhere(mesh, (params, x2))
-    return program_memory.call(
+    shape = (groups.size, rows.shape[0], columns.shape[0], n_outputs, n_outputs)
+    # The parts of several devices have no diagonal in common to mirror.
+    others = None if x2 is None and mesh is None else columns
+    params, others = devices.everywhere(mesh, (params, others))
+    kernel: Array = program_memory.call(
         _kernel_in_blocks,
         apply_fn,
         params,
-        devices.spread(mesh, x1),
-        x2,
+        devices.spread(mesh, rows),
+        others,
         groups,
         batch_size,
         n_outputs,
@@ -221,6 +221,7 @@ def _kernel(
             mesh, int(np.prod(shape, dtype=object)) * output.dtype.itemsize
         ),
     )
+    return kernel
 
 
 @eqx.filter_jit
@@ -247,4 +248,7 @@ def _kernel_in_blocks(
         # Here the reshape is free; outside, it would copy the kernel.
         return result.reshape(result.shape[1:]) if whole else result
 
-    return devices.over_samples(rows, mesh, (None, 0, None), 0 if whole else 1)(params, x1, x2)
+    kernel: Array = devices.over_samples(rows, mesh, (None, 0, None), 0 if whole else 1)(
+        params, x1, x2
+    )
+    return kernel

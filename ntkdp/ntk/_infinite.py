@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -12,20 +12,24 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend.precision import in_double
-from ntkdp._backend.types import Array, Float, Real, common_dtype, is_traced
+from ntkdp._backend.types import Array, ArrayLike, Float, Real, common_dtype, is_traced
 from ntkdp._gradients import groups
+from ntkdp.models import Model
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
-#: Size of a block of rows between all positions of its samples.
+#: A kernel, or a pytree of kernels.
+Kernels = TypeVar("Kernels")
+
+#: Bytes of a block of rows, between all positions of its samples.
 _BLOCK_BYTES = 2**24
-#: Each block computes the variances of all columns anew, as much work as one row.
+#: Least rows of a block: each computes the variances of all columns anew, as much work as one row.
 _LEAST_ROWS = 8
 
 _WAYS_OUT = "use fewer samples or float32"
 
 
 def infinite_ntk(
-    model: Any,
+    model: Model,
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
@@ -36,7 +40,7 @@ def infinite_ntk(
     Parameters
     ----------
     model : Model
-        A model with a ``kernel_fn``, for instance of :func:`ntkdp.models.mlp`.
+        A model with a ``kernel_fn``, for instance from :func:`ntkdp.models.mlp`.
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
     mesh : jax.sharding.Mesh, optional
@@ -50,8 +54,8 @@ def infinite_ntk(
     Raises
     ------
     ValueError
-        A model that has no infinite-width kernel; empty or non-finite inputs; entries beyond the
-        range of the dtype. Inside ``jit`` such entries stay infinite.
+        If the model has no infinite-width kernel, if inputs are empty or not finite, or if entries
+        are beyond the range of the dtype. Inside ``jit`` such entries stay infinite.
     MemoryError
         If the kernel, or the work for it, does not fit.
 
@@ -60,14 +64,14 @@ def infinite_ntk(
     Jacot et al. (2018); computed by neural-tangents.
 
     The kernel is computed in float64 and rounded once to the dtype of the inputs, because its rules
-    subtract numbers that are nearly equal. Of float32 inputs entries are right to a few units in
-    the last place, also where JAX's 64-bit mode is off. Derivatives of such a kernel are in reverse
+    subtract numbers that are nearly equal. For float32 inputs the entries are right to a few units
+    in the last place, even if JAX's 64-bit mode is off. Such a kernel has derivatives in reverse
     mode only (``grad``, ``jacrev``).
 
-    Of a sample with itself a relu network's kernel holds half the digits of float64 (about 1e-8):
-    its rule has the arc cosine of 1, whose slope is infinite. The rules of erf and similar
-    activations lose digits in proportion to the variance v of what enters the activation: the
-    relative error is about 1e-16 v, that is 1e-6 for features of size 1e5.
+    Between a sample and itself, the kernel of a relu network has half the digits of float64 (about
+    1e-8): its rule has the arc cosine of 1, where the slope is infinite. The rules of erf and
+    similar activations lose digits in proportion to the variance v of the activation's input: the
+    relative error is about 1e-16 v, which is 1e-6 for features of size 1e5.
 
     Examples
     --------
@@ -76,7 +80,7 @@ def infinite_ntk(
     >>> ntkdp.infinite_ntk(model, jnp.eye(3)).shape
     (3, 3)
     """
-    if getattr(model, "kernel_fn", None) is None:
+    if not isinstance(model, Model) or model.kernel_fn is None:
         raise ValueError(
             f"model must have an infinite-width kernel, got {type(model).__name__} with "
             "kernel_fn=None; use empirical_ntk, or a model built with ntkdp.models.mlp, cnn, "
@@ -84,11 +88,12 @@ def infinite_ntk(
         )
     x1, x2 = check_infinite_inputs(x1, x2)
     x1, x2, mesh = place_inputs(1, x1, x2, mesh)
-    return check_range(_called(model.kernel_fn, mesh, x1, x2, "ntk"))
+    kernel: Array = check_range(_called(model.kernel_fn, mesh, x1, x2, "ntk"))
+    return kernel
 
 
 def layerwise_infinite_ntk(
-    model: Any,
+    model: Model,
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
@@ -113,7 +118,7 @@ def layerwise_infinite_ntk(
     Raises
     ------
     ValueError
-        A model without an infinite-width kernel or without layer terms.
+        If the model has no infinite-width kernel or no layer terms.
     MemoryError
         As for :func:`infinite_ntk`.
 
@@ -128,7 +133,7 @@ def layerwise_infinite_ntk(
     >>> ntkdp.layerwise_infinite_ntk(model, jnp.eye(3)).names
     ('0', '2')
     """
-    if getattr(model, "layer_kernel_fn", None) is None:
+    if not isinstance(model, Model) or model.layer_kernel_fn is None:
         raise ValueError(
             f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"
@@ -140,31 +145,39 @@ def layerwise_infinite_ntk(
     return LayerwiseKernel(tuple(terms), jnp.stack(list(terms.values())))
 
 
-def _called(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *get: str) -> Any:
+def _called(
+    kernel_fn: Callable[..., Kernels], mesh: Mesh | None, x1: Array, x2: Array | None, *get: str
+) -> Kernels:
     """The kernel, if there is room for the work, which for images may be all pairs of positions."""
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     pairs = math.prod(shape) * math.prod(x1.shape[1:-1]) ** 2
-    return program_memory.call(
+    kernels: Kernels = program_memory.call(
         _compiled, kernel_fn, mesh, x1, x2, *get,
         what=f"the work for a kernel of shape {shape}", ways_out=_WAYS_OUT,
         work=pairs * x1.dtype.itemsize,
     )  # fmt: skip
+    return kernels
 
 
 @eqx.filter_jit
-def _compiled(kernel_fn: Any, mesh: Mesh | None, x1: Array, x2: Array | None, *get: str) -> Any:
-    # Op by op, neural-tangents compiles a hundred small programs.
-    def rows(x1: Array, x2: Array | None) -> Any:
+def _compiled(
+    kernel_fn: Callable[..., Kernels], mesh: Mesh | None, x1: Array, x2: Array | None, *get: str
+) -> Kernels:
+    # Without jit, neural-tangents would compile a hundred small programs, one for each operation.
+    def rows(x1: Array, x2: Array | None) -> Kernels:
         return by_blocks(lambda x1, x2: kernel_fn(x1, x2, *get), x1, x2)
 
-    return devices.over_samples(rows, mesh, (0, None), 0)(x1, x2)
+    kernels: Kernels = devices.over_samples(rows, mesh, (0, None), 0)(x1, x2)
+    return kernels
 
 
-def by_blocks(kernels: Callable[..., Any], x1: Array, x2: Array | None, *settings: Array) -> Any:
+def by_blocks(
+    kernels: Callable[..., Kernels], x1: Array, x2: Array | None, *settings: Array
+) -> Kernels:
     """Kernels ``(n1, n2)``, each block of rows computed in float64 and rounded at once.
 
-    Float64 would else double the memory that is taken, of which a convolution between all positions
-    of two images takes far more than its kernel.
+    Otherwise float64 would double the memory of the work: a convolution between all positions of
+    two images takes far more than its kernel.
     """
     columns = x1 if x2 is None else x2
     n, row_bytes = len(x1), 8 * len(columns) * math.prod(x1.shape[1:-1]) ** 2
@@ -177,10 +190,11 @@ def by_blocks(kernels: Callable[..., Any], x1: Array, x2: Array | None, *setting
         lambda rows: in_double(kernels, rows, columns, *settings),
         filled.reshape(n_blocks, size, *x1.shape[1:]),
     )
-    return jax.tree.map(lambda block: block.reshape(n_blocks * size, -1)[:n], blocks)
+    joined: Kernels = jax.tree.map(lambda block: block.reshape(n_blocks * size, -1)[:n], blocks)
+    return joined
 
 
-def check_range(kernel: Any) -> Any:
+def check_range(kernel: Kernels) -> Kernels:
     """A pytree of kernels, if all entries are finite or are not known yet."""
     leaves = [leaf for leaf in jax.tree.leaves(kernel) if not is_traced(leaf)]
     bad = sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in leaves)
@@ -212,19 +226,21 @@ def place_inputs(
     return devices.spread(mesh, x1), devices.everywhere(mesh, x1 if x2 is None else x2), mesh
 
 
-def check_infinite_inputs(x1: Any, x2: Any) -> tuple[Array, Array | None]:
-    checked: list[Any] = []
-    for name, x in (("x1", x1), ("x2", x2)):
-        if x is None:
-            checked.append(None)
-            continue
-        x = validate.array(**{name: x})
-        if x.ndim < 2 or x.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {x.shape}")
-        checked.append(validate.finite(**{name: x}))
-    if checked[1] is not None and checked[0].shape[1:] != checked[1].shape[1:]:
+def check_infinite_inputs(x1: ArrayLike, x2: ArrayLike | None) -> tuple[Array, Array | None]:
+    """Inputs as arrays of samples of one shape, or an error."""
+    rows = _checked_inputs(x1=x1)
+    columns = None if x2 is None else _checked_inputs(x2=x2)
+    if columns is not None and rows.shape[1:] != columns.shape[1:]:
         raise ValueError(
-            f"x2 must have samples of the shape of x1's, {checked[0].shape[1:]}, "
-            f"got {checked[1].shape[1:]}"
+            f"x2 must have samples of the shape of x1's, {rows.shape[1:]}, got {columns.shape[1:]}"
         )
-    return checked[0], checked[1]
+    return rows, columns
+
+
+def _checked_inputs(**named: ArrayLike) -> Array:
+    (name,) = named
+    samples = validate.array(**named)
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (n, ...) with n >= 1, got {samples.shape}")
+    finite: Array = validate.finite(**{name: samples})
+    return finite

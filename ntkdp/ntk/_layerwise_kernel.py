@@ -1,4 +1,4 @@
-"""A kernel as a sum of terms, one a parameter group."""
+"""A kernel as a sum of terms, one for each parameter group."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ from ntkdp._backend.types import Array
 
 
 class LayerwiseKernel(eqx.Module):
-    """A kernel as a sum of one term a parameter group; a pytree.
+    """A kernel as a sum of one term for each parameter group; a pytree.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class LayerwiseKernel(eqx.Module):
     def __check_init__(self) -> None:
         ndim = getattr(self.values, "ndim", None)
         if ndim is None:
-            return  # a pytree transformation holds the place of the array
+            return  # a pytree transformation put a placeholder here
         if ndim not in (3, 5):
             raise ValueError(
                 f"values must have shape (R, n1, n2, K, K) or (R, n1, n2), got {self.values.shape}"
@@ -50,12 +50,12 @@ class LayerwiseKernel(eqx.Module):
         return jnp.sum(self.values, axis=0)
 
     def select(self, names: Iterable[str]) -> "LayerwiseKernel":
-        """The kernel of some groups alone, those of the others frozen; in the order they have here.
+        """The kernel if only these groups are trained, in the order that they have here.
 
         Raises
         ------
         ValueError
-            A name that is not known, naming those that are, or none at all.
+            If a name is not known, with those that are, or if there is none at all.
 
         Examples
         --------

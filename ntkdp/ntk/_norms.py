@@ -1,7 +1,5 @@
 """Norms of per-sample gradients, and how each parameter of a network is used."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 
@@ -15,13 +13,14 @@ from ntkdp._gradients.check_model import check_inputs, check_model
 def gradient_structure(
     apply_fn: ApplyFn, params: Params, x: Real[Array, "n ..."]
 ) -> dict[str, str]:
-    r"""How the gradient of each parameter is computed, for those who wonder about speed.
+    r"""How the gradient of each parameter is computed, which tells why it is fast or slow.
 
-    A parameter that meets data in a *product*, a *convolution* or a *lookup* of rows is handled by
-    what entered there and the cotangent of what left, never by its gradient alone; several such
-    uses add up if they lie in the parameter alike, or apart. *Element by element* is a bias or a
-    scale, whose gradient is as small as its cotangent. All else says *per-sample Jacobian*, and
-    why: that parameter, and only it, takes n K times its size in memory for a block of n samples.
+    If a parameter meets data in a *product*, a *convolution* or a *lookup* of rows, its gradient is
+    not formed but kept as the input there and the cotangent of the output. Several such uses add up
+    if they lie in the parameter alike, or apart. *Element by element* is a bias or a scale, whose
+    gradient is as small as its cotangent. For any other use the description is *per-sample
+    Jacobian*, with the reason: that parameter, and only it, takes n K times its size in memory for
+    a block of n samples.
 
     Parameters
     ----------
@@ -31,7 +30,7 @@ def gradient_structure(
     Returns
     -------
     dict
-        From the key path of each parameter to a description.
+        A description of each parameter by its key path.
 
     Raises
     ------
@@ -62,7 +61,7 @@ def per_sample_gradient_norms(
     x: Real[Array, "n ..."],
     output_gradient: Float[Array, "n K"],
     *,
-    groups: Any = None,
+    groups: _groups.GroupSpec = None,
 ) -> Float[Array, "*groups n"]:
     r"""Norms of the per-sample gradients :math:`g_i = J_i^\top a_i`, without forming them.
 
@@ -74,7 +73,7 @@ def per_sample_gradient_norms(
         :math:`a_i`, shape ``(n, K)``: the gradient of each sample's own loss in its outputs, never
         divided by n.
     groups : pytree prefix of labels, or callable from key path to label, optional
-        With it, one norm a group; without it, one over all parameters.
+        With it, one norm for each group; without it, one over all parameters.
 
     Returns
     -------
@@ -84,12 +83,12 @@ def per_sample_gradient_norms(
     Raises
     ------
     ValueError
-        As for :func:`empirical_ntk`; an output gradient that is not ``(n, K)``.
+        As for :func:`empirical_ntk`; also if the output gradient is not ``(n, K)``.
 
     Notes
     -----
-    For a layer that is a product, the norm is the product of the norms of its input and of its
-    output's cotangent (Goodfellow 2015); :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`.
+    If a layer is a product, the norm is the product of the norms of its input and of its output's
+    cotangent (Goodfellow 2015); :math:`\|g_i\|^2 = a_i^\top H_{ii} a_i`.
 
     Examples
     --------

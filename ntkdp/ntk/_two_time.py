@@ -1,6 +1,6 @@
 """Infinite-width kernels between two times at which noise has moved the weights."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, ArrayLike, Float
+from ntkdp.models import Model, TwoTimeKernelFn, TwoTimeRule
 from ntkdp.ntk._infinite import by_blocks, check_infinite_inputs, check_range, place_inputs
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
@@ -18,7 +19,7 @@ class TwoTimeKernel(NamedTuple):
 
     ``ntk`` holds the terms of :math:`\Theta(t, s) = J(w_t) J(w_s)^\top`, values ``(R, n1, n2)``
     meaning :math:`\otimes I_K`, and ``nngp`` ``(n1, n2)`` the covariance :math:`\Sigma(t, s)` of
-    the outputs of a network whose weights are its random initial ones and noise.
+    the outputs of a network whose weights are its random initial ones plus noise.
 
     Made by :func:`two_time_kernel`.
     """
@@ -28,12 +29,12 @@ class TwoTimeKernel(NamedTuple):
 
 
 def two_time_kernel(
-    model: Any,
-    x1: Any,
-    x2: Any = None,
+    model: Model,
+    x1: ArrayLike,
+    x2: ArrayLike | None = None,
     *,
-    variance1: Any,
-    variance2: Any,
+    variance1: ArrayLike,
+    variance2: ArrayLike,
     mesh: Mesh | None = None,
 ) -> TwoTimeKernel:
     r"""Kernels at infinite width between two times of training under noise.
@@ -60,7 +61,7 @@ def two_time_kernel(
         at both.
     variance1, variance2 : float or array
         :math:`v_t` and :math:`v_s`, variances of the noise that each weight has gathered, at least
-        0; one, or one for each layer with parameters ``(R,)``. The weights at the start have
+        0: one number, or one for each layer with parameters ``(R,)``. The initial weights have
         variance one.
     mesh : jax.sharding.Mesh, optional
         Devices that compute the kernels, each its share of the rows; n1 must divide over them.
@@ -68,21 +69,21 @@ def two_time_kernel(
     Returns
     -------
     TwoTimeKernel
-        Its ``ntk`` is named as the parameter groups of the model.
+        The names of its ``ntk`` are those of the model's parameter groups.
 
     Raises
     ------
     ValueError
-        A model without such kernels, a negative variance, inputs that are empty or not finite, an
-        n1 that does not divide over the mesh, entries beyond the range of the dtype.
+        If the model has no such kernels, a variance is negative, inputs are empty or not finite, n1
+        does not divide over the mesh, or entries are beyond the range of the dtype.
     MemoryError
-        Kernels that do not fit.
+        If the kernels do not fit.
 
     Notes
     -----
     *Derived*; for unclipped Langevin training compare the neural dynamical kernel of Avidan, Li
-    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width. Precision is
-    that of :func:`infinite_ntk`.
+    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width. The
+    precision is as in :func:`infinite_ntk`.
 
     Examples
     --------
@@ -93,7 +94,7 @@ def two_time_kernel(
     (('0', '2'), (3, 3))
     """
     x1, x2 = check_infinite_inputs(x1, x2)
-    names = check_two_time(model, x1)
+    names, rule = check_two_time(model, x1), _rule_of(model)
     variances = [
         _by_layer(validate.non_negative(**{name: value}), len(names), name)
         for name, value in (("variance1", variance1), ("variance2", variance2))
@@ -101,13 +102,13 @@ def two_time_kernel(
     x1, x2, mesh = place_inputs(len(names) + 1, x1, x2, mesh)
     v1, v2 = devices.everywhere(mesh, variances)
     x2 = x1 if x2 is None else x2
-    return check_range(_compiled(model.two_time.kernel, names, x1, x2, v1, v2, mesh))
+    return check_range(_compiled(rule.kernel, names, x1, x2, v1, v2, mesh))
 
 
-def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
-    """Names of the layers of a ``model`` of ``x`` that have parameters.
+def check_two_time(model: Model, x: ArrayLike) -> tuple[str, ...]:
+    """Names of the layers with parameters of a ``model`` that takes ``x``.
 
-    Raises if it has no kernels between times.
+    An error is raised if the model has no kernels between times.
 
     Examples
     --------
@@ -115,17 +116,20 @@ def check_two_time(model: Any, x: Any) -> tuple[str, ...]:
     >>> ntkdp.ntk.check_two_time(ntkdp.models.mlp([8], 1), jnp.eye(3))
     ('0', '2')
     """
-    if getattr(model, "two_time", None) is None:
+    return _rule_of(model).check(jnp.asarray(x))
+
+
+def _rule_of(model: Model) -> TwoTimeRule:
+    if not isinstance(model, Model) or model.two_time is None:
         raise ValueError(
             f"model must have layers that are known, for kernels between times, got "
             f"{type(model).__name__} without; build it with ntkdp.models.mlp, cnn or serial"
         )
-    names: tuple[str, ...] = model.two_time.check(jnp.asarray(x))
-    return names
+    return model.two_time
 
 
 def between_times(
-    kernel: Any,
+    kernel: TwoTimeKernelFn,
     names: tuple[str, ...],
     x1: Array,
     x2: Array,
@@ -135,7 +139,8 @@ def between_times(
 ) -> TwoTimeKernel:
     """The kernels between ``x1`` and ``x2`` at weight noise ``v1`` and ``v2``, ``(R,)`` by layer.
 
-    ``kernel`` is that of a model's rule, ``names`` those of its layers; rows are over ``mesh``.
+    ``kernel`` is the one of a model's two-time rule, ``names`` are the names of its layers, and the
+    rows are spread over ``mesh``.
 
     Examples
     --------
@@ -147,19 +152,18 @@ def between_times(
     (3, 3)
     """
 
-    def of_block(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, dict[str, Array]]:
+    def block(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, dict[str, Array]]:
         covariances = {
             name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r])
             for r, name in enumerate(names)
         }
-        found: tuple[Array, dict[str, Array]] = kernel(x1, x2, covariances)
-        return found
+        return kernel(x1, x2, covariances)
 
-    def of_rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
-        nngp, terms = by_blocks(of_block, x1, x2, v1, v2)
+    def rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
+        nngp, terms = by_blocks(block, x1, x2, v1, v2)
         return jnp.stack([terms[name] for name in names]), nngp
 
-    over_devices = devices.over_samples(of_rows, mesh, (0, None, None, None), (1, 0))
+    over_devices = devices.over_samples(rows, mesh, (0, None, None, None), (1, 0))
     values, nngp = over_devices(x1, x2, v1, v2)
     return TwoTimeKernel(LayerwiseKernel(names, values), nngp)
 
@@ -167,8 +171,8 @@ def between_times(
 _compiled = eqx.filter_jit(between_times)
 
 
-def _by_layer(variance: Any, n_layers: int, name: str) -> Array:
-    shape = np.shape(variance)
+def _by_layer(variance: ArrayLike, n_layers: int, name: str) -> Array:
+    shape = np.shape(cast(Array, variance))
     if shape not in ((), (n_layers,)):
         raise ValueError(
             f"{name} must be one number, or one for each of the {n_layers} layers with "

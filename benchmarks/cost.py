@@ -28,7 +28,7 @@ from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
 from ntkdp.dp_sgd import _seeds
 from ntkdp.gradient_flow import _solve
-from ntkdp.stochastic_flow import _output_noise
+from ntkdp.stochastic_flow import _noise_covariance
 from ntkdp.stochastic_flow._ensemble import draw, noise_of_step
 from ntkdp.trajectory._stepping import Stepping
 
@@ -165,7 +165,7 @@ def noise_memory(shape, devices):
         )
     else:
         flow = make()
-        covariance = _output_noise.noise_covariance(flow, 1.0, None, False)
+        covariance = _noise_covariance.noise_covariance(flow, 1.0, None, False)
         held = alive()
         plan = distributed_eigh.eigh.lower(flow.mesh, covariance).compile().memory_analysis()
         peak = held + plan.output_size_in_bytes + plan.temp_size_in_bytes

@@ -155,6 +155,9 @@ ROWS = [
     Row("schedule of two rates", lambda t: train(learning_rate=lambda k: jnp.ones(2)), V, "learning_rate must be a schedule.*one number"),
     Row("schedule of none", lambda t: train(learning_rate=lambda k: None), V, "learning_rate must be a schedule.*got None"),
     # -------------------------------------------------------------------- dtypes
+    Row("no flow", lambda t: ntkdp.stochastic_flow.ensemble(None, Y, learning_rate=0.1, steps=1, key=key()), T, "flow must be a KernelFlow or a LinearisedFlow, got NoneType"),
+    Row("no flow for cells", lambda t: ntkdp.stochastic_flow.final_outputs(None, Y, learning_rates=0.1, clip_norms=1.0, steps=1), T, "flow must be a KernelFlow"),
+    Row("a number for a key", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=1, key=3), T, "key must be a JAX PRNG key"),
     Row("text for targets", lambda t: squared().check([["a"], ["b"], ["c"]], 3, 1), T, "targets must be real numbers.*<U1"),
     Row("complex targets", lambda t: squared().check(Y * 1j, 3, 1), T, "targets must be real.*complex128"),
     Row("text labels", lambda t: ntkdp.losses.SoftmaxCrossEntropy().check(["a", "b", "c"], 3, 2), T, "targets must be real numbers"),

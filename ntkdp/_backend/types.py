@@ -33,6 +33,8 @@ ArrayLike: TypeAlias = (
 )
 #: A learning rate: a number, or a schedule of optax, which maps the number of a step to one.
 LearningRate: TypeAlias = ScalarLike | Callable[[Array], ScalarLike]
+#: A random key of the old or the new style as an argument, or several.
+KeyLike: TypeAlias = PRNGKeyArray | Array | np.ndarray
 #: Whether to show a bar, or a function that is called with the fraction of the work done.
 Progress: TypeAlias = bool | ProgressCallback
 
@@ -60,6 +62,7 @@ __all__ = [
     "ArrayLike",
     "Float",
     "Key",
+    "KeyLike",
     "LearningRate",
     "Outputs",
     "PRNGKeyArray",

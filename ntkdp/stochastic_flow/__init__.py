@@ -33,7 +33,7 @@ with.
 from ntkdp.stochastic_flow._ensemble import ensemble
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
-from ntkdp.stochastic_flow._output_noise import bytes_of_noise as bytes_of_noise
+from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow

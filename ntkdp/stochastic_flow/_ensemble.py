@@ -1,16 +1,28 @@
 """Noisy runs of the linearised model, drawn from its kernel or without one."""
 
-from typing import Any
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ntkdp import privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    Float,
+    Key,
+    KeyLike,
+    LearningRate,
+    PRNGKeyArray,
+    Progress,
+    PyTree,
+    ScalarLike,
+)
 from ntkdp.gradient_flow import (
     KernelFlow,
     LinearisedFlow,
@@ -19,37 +31,45 @@ from ntkdp.gradient_flow import (
     check_linear_model_flow,
     with_steps,
 )
-from ntkdp.stochastic_flow._output_noise import noise_covariance, sampling, square_root
-from ntkdp.stochastic_flow._weight_noise import deviations
+from ntkdp.ntk import LayerwiseKernel
+from ntkdp.stochastic_flow._matrix_root import square_root
+from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._sampling import batch_weights, sampling
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
+
+#: Outputs of training points, and of test points if there are any.
+_Outputs: TypeAlias = tuple[Array, Array | None]
 
 
 class _OutputNoise(eqx.Module):
     """Noise of the outputs, through a factor of its covariance."""
 
     factor: Float[Array, "N N"]
-    divisor: Any
+    divisor: float
 
-    def draw(self, flow: KernelFlow, drift: Any, key: PRNGKeyArray) -> Any:
-        """What a step adds to the velocity of train and test outputs."""
+    def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
+        """Draw what noise adds to the velocity of train and test outputs."""
         train, test = drift
         n, n_outputs = train.shape
-        columns = flow.drive.columns(n_outputs)
-        z = jax.random.normal(key, (self.factor.shape[0], columns), train.dtype)
-        moved: Array = devices.everywhere(flow.mesh, self.factor @ z)
-        noise = moved.reshape(-1, n_outputs) / self.divisor
+        n_rows = self.factor.shape[0]
+        # One column, or one for each output if the outputs share the factor.
+        columns = (train.size + (0 if test is None else test.size)) // n_rows
+        z = jax.random.normal(key, (n_rows, columns), train.dtype)
+        noise = devices.everywhere(mesh, self.factor @ z)
+        noise = noise.reshape(-1, n_outputs) / self.divisor
         return noise[:n], None if test is None else noise[n:]
 
 
 class _WeightNoise(eqx.Module):
-    """Noise of the weights, of its own deviation in each leaf."""
+    """Noise of the weights, with a standard deviation for each leaf."""
 
     deviations: list[Array]
 
-    def draw(self, flow: Any, drift: Any, key: PRNGKeyArray) -> Any:
-        """What a step adds to the velocity of the weights."""
+    def draw(self, mesh: Mesh | None, drift: PyTree, key: PRNGKeyArray) -> PyTree:
+        """Draw what noise adds to the velocity of the weights."""
         leaves, treedef = jax.tree.flatten(drift)
-        # Noise of a gradient that is descended, with a key a leaf: what a run would draw.
+        # As in a run: a key for each leaf, and noise of the gradient, which is descended.
         noise = [
             -deviation.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype)
             for deviation, leaf, own in zip(
@@ -59,93 +79,94 @@ class _WeightNoise(eqx.Module):
         return jax.tree.unflatten(treedef, noise)
 
 
-class _Noise(eqx.Module):
-    """What a step draws: the batch, and noise of what moves."""
+class StepNoise(eqx.Module):
+    """The randomness of a step: the batch, and the noise of the outputs or of the weights."""
 
     added: _OutputNoise | _WeightNoise | None
     sample_rate: float = eqx.field(static=True)
 
-    def velocity(self, flow: Any, state: Any, key: PRNGKeyArray) -> Any:
-        """The step over the learning rate."""
-        of_batch, of_noise = jax.random.split(key)
+    def velocity(self, flow: LinearModelFlow, state: PyTree, key: PRNGKeyArray) -> PyTree:
+        """A random step, divided by the learning rate."""
+        batch_key, noise_key = jax.random.split(key)
         weights = None
         if self.sample_rate < 1:
-            drawn = jax.random.bernoulli(of_batch, self.sample_rate, flow.targets.shape[:1])
             dtype = jnp.result_type(*jax.tree.leaves(state))
-            weights = drawn.astype(dtype) / self.sample_rate
-        drift = flow.velocity(state, weights)
+            weights = batch_weights(batch_key, self.sample_rate, flow.targets.shape[0], dtype)
+        drift: PyTree = flow.velocity(state, weights)
         if self.added is None:
             return drift
-        return jax.tree.map(jnp.add, drift, self.added.draw(flow, drift, of_noise))
+        return jax.tree.map(jnp.add, drift, self.added.draw(flow.mesh, drift, noise_key))
 
 
 def ensemble(
-    flow: Any,
-    initial: Any,
+    flow: KernelFlow | LinearisedFlow,
+    initial: PyTree,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: Any = None,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: KeyLike,
 ) -> Trajectory:
     r"""Draw noisy runs, from a kernel or without one: the law of DP-SGD on the linearised model.
 
     Parameters
     ----------
     flow : KernelFlow or LinearisedFlow
-        Kernel or linearised model, targets, loss and clipping; without a preconditioner.
+        Kernel or linearised model, with targets, loss and clipping, but no preconditioner.
     initial : array, pair or pytree
-        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel; parameters for a
-        LinearisedFlow.
+        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel; the parameters
+        for a LinearisedFlow.
     learning_rate : float or optax schedule
         Step size of the reduced loss's gradient.
     steps : int
         At least 1.
     noise_multiplier : float or privacy.Budget
         :math:`\sigma`: the noise of the summed gradient has standard deviation :math:`\sigma S` on
-        every weight, S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is
-        spent on all the steps.
+        every weight, with S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise). A
+        budget is spent on all the steps.
     sample_rate : float
-        q in (0, 1]: 1 for full batches, below it Poisson sampling.
+        q in (0, 1]: 1 for full batches, less for Poisson sampling.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
-        with noise if the flow has a test kernel, since the same noise moves both. None with a
-        LinearisedFlow, whose weights the noise moves.
+        with noise if the flow has a test kernel, since the same noise moves both. It must be None
+        with a LinearisedFlow, where the noise moves the weights.
     noise_per_group : bool
-        Layerwise only: noise of group r in proportion to its own R_r, as in ``dp_sgd.run``.
+        For layerwise clipping: the noise of group r is in proportion to its own R_r, as in
+        ``dp_sgd.run``.
     record_every : int
-        Record every so many steps, and the last.
+        Record every so many steps, and the last one.
     outputs : bool
         Record the outputs too.
     progress : bool or callable
-        True for a bar on a terminal; a function is called with the fraction done.
+        True shows a bar on a terminal; a function is called with the fraction done.
     key : PRNG key
-        One, or an array of S keys: S runs, a leading seed axis.
+        One key, or an array of S keys for S runs, which get a leading seed axis.
 
     Returns
     -------
     Trajectory
-        Times are the running sum of the learning rate.
+        Its times are the running sum of the learning rate.
 
     Raises
     ------
     ValueError, TypeError
-        As for ``dp_sgd.run``; a preconditioned flow; a noise kernel that does not fit.
+        As for ``dp_sgd.run``; if the flow is preconditioned, or the noise kernel does not fit it.
 
     Notes
     -----
     *Derived* from the step of DP-SGD; exact in law for a model that is linear in its parameters, at
-    any step size. A KernelFlow draws hundreds in one batched product, with the full covariance:
-    memory and, once, time of the eigenvalues of an ``(n K, n K)`` matrix, or ``(n, n)`` if the
-    kernel means ``(x) I_K``. A LinearisedFlow takes for each run the memory of its weights and a
-    batch, and a velocity over all samples a step, with Poisson sampling too; with the same key it
-    is, but for rounding, the run that ``dp_sgd.run`` makes of the linearised model.
+    any step size. A KernelFlow draws hundreds of runs in one batched product, with the full
+    covariance. It takes the memory and, once, the time of the eigenvalues of an ``(n K, n K)``
+    matrix, or ``(n, n)`` if the kernel means ``(x) I_K``. A LinearisedFlow takes, for each run, the
+    memory of its weights and of a batch, and, for each step, a velocity over all samples, also with
+    Poisson sampling. With the same key its run is, up to rounding, the run that ``dp_sgd.run``
+    makes of the linearised model.
 
     Examples
     --------
@@ -158,10 +179,10 @@ def ensemble(
     >>> runs.loss.shape
     (100, 4)
     """
-    flow = check_linear_model_flow(flow)
+    check_linear_model_flow(flow)
     stepping = Stepping(learning_rate, steps, record_every)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    noise = noise_of_step(flow, noise_multiplier, sample_rate, noise_kernel, noise_per_group)
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    noise = noise_of_step(flow, sigma, sample_rate, noise_kernel, noise_per_group)
     state = flow.init(initial)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
@@ -172,79 +193,76 @@ def ensemble(
             stepping.times,
             measured,
             steps=jnp.asarray(stepping.recorded),
-            setup=with_steps(
-                flow.setup(), stepping, noise_multiplier, sample_rate, noise_per_group
-            ),
+            setup=with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group),
         )
 
 
 def noise_of_step(
     flow: LinearModelFlow,
-    noise_multiplier: Any,
-    sample_rate: Any,
-    noise_kernel: Any,
+    noise_multiplier: ScalarLike,
+    sample_rate: float,
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
-) -> _Noise:
-    """What a step draws, checked against the flow."""
-    sample_rate, divisor = sampling(flow, sample_rate)
-    added: _OutputNoise | _WeightNoise | None = None
-    if isinstance(flow, LinearisedFlow):
-        if noise_kernel is not None:
-            raise ValueError(
-                "noise_kernel must be None with a LinearisedFlow, whose noise is that of the "
-                f"weights and moves the outputs with them, got {type(noise_kernel).__name__}"
-            )
-        groups = flow.weight_groups()
-        stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
-        if bool(jnp.any(stds > 0)):
-            added = _WeightNoise([stds[group] / divisor for group in groups.leaf_to_group])
-    else:
-        flow = check_kernel_flow(flow)
-        covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
-        if covariance is not None:
-            factor = square_root(covariance, flow.mesh)
-            added = _OutputNoise(factor, divisor)
-    return _Noise(added, sample_rate)
+) -> StepNoise:
+    """The randomness of a step, checked against the flow."""
+    rate, divisor = sampling(flow, sample_rate)
+    if not isinstance(flow, LinearisedFlow):
+        kernel_flow = check_kernel_flow(flow)
+        covariance = noise_covariance(kernel_flow, noise_multiplier, noise_kernel, per_group)
+        if covariance is None:
+            return StepNoise(None, rate)
+        return StepNoise(_OutputNoise(square_root(covariance, kernel_flow.mesh), divisor), rate)
+    if noise_kernel is not None:
+        raise ValueError(
+            "noise_kernel must be None with a LinearisedFlow, where the noise of the weights moves "
+            f"the outputs too, got {type(noise_kernel).__name__}"
+        )
+    groups = flow.weight_groups()
+    stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
+    if not bool(jnp.any(stds > 0)):
+        return StepNoise(None, rate)
+    stds_of_leaves = [stds[group] / divisor for group in groups.leaf_to_group]
+    return StepNoise(_WeightNoise(stds_of_leaves), rate)
 
 
 def draw_within_memory(
     flow: LinearModelFlow,
-    noise: _Noise,
-    state: Any,
+    noise: StepNoise,
+    state: PyTree,
     per_seed: bool,
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
     listener: Listener,
-) -> tuple[Any, Measurement]:
-    """The same as :func:`draw`, if there is room for it."""
-    of_one = jax.tree.map(lambda leaf: leaf[0], state) if per_seed else state
-    found: tuple[Any, Measurement] = program_memory.call(
+) -> tuple[PyTree, Measurement]:
+    """:func:`draw`, if there is memory for it."""
+    one_state = jax.tree.map(lambda leaf: leaf[0], state) if per_seed else state
+    state, measured = program_memory.call(
         draw, flow, noise, state, per_seed, stepping, keys, outputs, listener,
         what=f"drawing {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="draw fewer runs at a time (keys), record fewer steps or without outputs, or use "
         "float32",
-        results=stepping.bytes_of_record(flow.measure, of_one, outputs),
-        work=program_memory.bytes_of(of_one), n_runs=keys.size,
+        results=stepping.bytes_of_record(flow.measure, one_state, outputs),
+        work=program_memory.bytes_of(one_state), n_runs=keys.size,
     )  # fmt: skip
-    return found
+    return state, measured
 
 
 @eqx.filter_jit
 def draw(
     flow: LinearModelFlow,
-    noise: _Noise,
-    state: Any,
+    noise: StepNoise,
+    state: PyTree,
     per_seed: bool,
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
     listener: Listener,
-) -> tuple[Any, Measurement]:
-    """State at the end and what was measured, from one state for all seeds or one for each."""
+) -> tuple[PyTree, Measurement]:
+    """Final state and measurements of runs that start from one state, or from one for each seed."""
 
-    def one_run(key: PRNGKeyArray, state: Any) -> tuple[Any, Measurement]:
-        def step(k: Any, state: Any) -> Any:
+    def one_run(key: PRNGKeyArray, state: PyTree) -> tuple[PyTree, Measurement]:
+        def step(k: Array, state: PyTree) -> PyTree:
             rate = stepping.rate(k)
             velocity = noise.velocity(flow, state, jax.random.fold_in(key, stepping.number(k)))
             return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)

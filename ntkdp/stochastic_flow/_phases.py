@@ -1,38 +1,43 @@
 """Ensembles over phases of training."""
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
+from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
 from ntkdp.gradient_flow import flows_of_phases, one_a_phase, with_steps
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction
+from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
+#: One kernel for all phases, or one for each.
+_Kernels: TypeAlias = ArrayLike | LayerwiseKernel | Sequence[ArrayLike | LayerwiseKernel]
+
 
 def ensemble_phases(
-    kernel: Any,
-    targets: Any,
-    loss: Any,
+    kernel: _Kernels,
+    targets: ArrayLike,
+    loss: Loss | Callable[..., Array],
     phases: Iterable[Phase],
-    initial: Any,
+    initial: PyTree,
     *,
     sample_rate: float = 1.0,
     reduction: Reduction = "mean",
-    test_kernel: Any = None,
-    test_targets: Any = None,
-    noise_kernel: Any = None,
+    test_kernel: _Kernels | None = None,
+    test_targets: ArrayLike | None = None,
+    noise_kernel: _Kernels | None = None,
     noise_per_group: bool = False,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: KeyLike,
 ) -> Trajectory:
-    r"""Draw noisy runs in phases from kernels: the law of DP-SGD on the model linear in each phase.
+    r"""Draw noisy runs in phases: the law of DP-SGD on a model that is linear in each phase.
 
     In a phase that trains the groups A the kernel is :math:`H_A = \sum_{r \in A} H_r`, for the
     drift, for the norms and for the covariance of the noise.
@@ -41,34 +46,34 @@ def ensemble_phases(
     ----------
     kernel, test_kernel, noise_kernel : LayerwiseKernel or array, or a list of them
         As for :class:`ntkdp.KernelFlow` and :func:`ensemble`: one for all phases, or one for each,
-        taken anew where a phase begins. A phase that freezes groups needs a LayerwiseKernel.
+        taken where the phase begins. A phase that freezes groups needs a LayerwiseKernel.
     targets, loss, reduction, test_targets
         As for :class:`ntkdp.KernelFlow`.
     phases : sequence of Phase
-        Clipping rule, learning rate, noise, steps and trainable groups of each.
+        Clipping rule, learning rate, noise, steps and trainable groups of each phase.
     initial : array or pair
         Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
     record_every : int
-        Record every so many steps of each phase, its first state and its last.
+        Record every so many steps of each phase, and its first and last state.
     sample_rate, noise_per_group, outputs, progress, key
-        As for :func:`ensemble`. Every run goes on from its own state at the end of a phase.
+        As for :func:`ensemble`. Every run continues from its own state at the end of a phase.
 
     Returns
     -------
     Trajectory
-        Of all phases, times and steps added up. The state between two phases is recorded once, with
-        the clip fraction that the later phase begins with.
+        All phases in one, with times and steps added up. The state between two phases is recorded
+        once, with the clip fraction that the later phase begins with.
 
     Raises
     ------
     ValueError, TypeError
-        As for :func:`ensemble`; no phases, a group that the kernel does not have, a list of kernels
-        that is not one a phase.
+        As for :func:`ensemble`; if there are no phases, if the kernel lacks a group, or if a list
+        of kernels does not have one for each phase.
 
     Notes
     -----
     *Derived*. Exact in law for a model that is linear in its parameters, with one kernel
-    throughout; linear probing is such a model whatever the network is. A single phase is
+    throughout; in linear probing any network is such a model. A single phase gives
     :func:`ensemble`, draw by draw.
 
     Examples
@@ -91,11 +96,11 @@ def ensemble_phases(
     state = flows[0].init(initial)
     paths: list[Trajectory] = []
     with _progress.listening(progress, "drawing runs") as listener:
-        for phase, flow, stepping, over_all in zip(
+        for phase, flow, stepping, phase_noise_kernel in zip(
             phases, flows, steppings(phases, record_every), noise_kernels, strict=True
         ):
             sigma, _, _ = phase.mechanism(sample_rate)
-            noise = noise_of_step(flow, sigma, sample_rate, over_all, noise_per_group)
+            noise = noise_of_step(flow, sigma, sample_rate, phase_noise_kernel, noise_per_group)
             per_seed = bool(paths) and keys.ndim > 0
             state, measured = draw_within_memory(
                 flow, noise, state, per_seed, stepping, keys, outputs, listener

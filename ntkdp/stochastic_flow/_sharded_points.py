@@ -1,23 +1,26 @@
-"""The points whose outputs are followed, in parts over the devices of a mesh.
+"""The points whose outputs are predicted, in parts over the devices of a mesh.
 
-Each device has equal parts of the training points and of the test points, and its training points
-come first: the devices' order. On one device that is train before test, as elsewhere.
+Each device has equal parts of the training points and of the test points, its training points
+first: this is the devices' order. On one device it is train before test, as elsewhere.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp._backend import devices
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
-class FollowedPoints(NamedTuple):
-    """Numbers of training points and of all, and the devices that they are spread over."""
+
+class ShardedPoints(NamedTuple):
+    """Numbers of training points and of all points, and the devices that they are spread over."""
 
     n_samples: int
     n_points: int
@@ -41,53 +44,57 @@ class FollowedPoints(NamedTuple):
         """A device's training or test points among its own."""
         return slice(self.own_samples, None) if test else slice(0, self.own_samples)
 
-    def on_devices(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
-        """``function`` on each device's parts."""
+    def on_devices(
+        self,
+        function: Callable[_Arguments, _Result],
+        in_axes: tuple[int | None, ...],
+        out_axes: devices.OutAxes,
+    ) -> Callable[_Arguments, _Result]:
+        """Run ``function`` on each device's parts; axes as for :func:`devices.over_samples`."""
         return devices.over_samples(function, self.mesh, in_axes, out_axes)
 
-    def by_point(self, function: Callable[..., Array], in_axes: Any, *args: Any) -> Array:
-        """What each device finds of its points, of all of them, train before test."""
+    def by_point(
+        self, function: Callable[_Arguments, Array], in_axes: tuple[int | None, ...]
+    ) -> Callable[_Arguments, Array]:
+        """Run ``function`` on each device's points; returns the rows of all, train before test."""
 
-        def parts(*args: Any) -> Array:
-            found = function(*args)
-            train, test = (found[self.part(which)] for which in (False, True))
+        def rows_of_all(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Array:
+            rows = function(*args, **kwargs)
+            train, test = (rows[self.part(which)] for which in (False, True))
             return jnp.concatenate([devices.gathered(self.mesh, part) for part in (train, test)])
 
-        by_point: Array = self.on_devices(parts, in_axes, None)(*args)
-        return by_point
+        return self.on_devices(rows_of_all, in_axes, None)
 
-    def in_devices_order(self, matrix: Array) -> Array:
-        """Rows and columns of a covariance of the points, its rows over the devices."""
-        return self._reordered(matrix, self._order())
+    def in_devices_order(self, covariance: Float[Array, "NK NK"]) -> Float[Array, "NK NK"]:
+        """A covariance with rows and columns in the devices' order, its rows over the devices."""
+        return self._reordered(covariance, self._order())
 
-    def in_order(self, matrix: Array) -> Array:
-        """The same taken back: train before test."""
-        return self._reordered(matrix, np.argsort(self._order()))
+    def in_order(self, covariance: Float[Array, "NK NK"]) -> Float[Array, "NK NK"]:
+        """A covariance in the devices' order brought back to train before test."""
+        return self._reordered(covariance, np.argsort(self._order()))
 
-    def blocks(self, matrix: Array) -> tuple[Array, Array, Array]:
-        """Of a covariance: train with train, test with train, and test with test."""
-        n_outputs = len(matrix) // self.n_points
+    def blocks(self, covariance: Float[Array, "NK NK"]) -> tuple[Array, Array, Array]:
+        """Covariances of train with train, test with train, and test with test points."""
+        n_outputs = len(covariance) // self.n_points
         index = _by_output(self._order(), n_outputs)
         own, n = self.own_samples * n_outputs, self.n_samples * n_outputs
 
         def cut(rows: Array) -> tuple[Array, Array, Array]:
-            turned = _rows_in_order(self.mesh, rows, index)
-            return turned[:own, :n], turned[own:, :n], turned[own:, n:]
+            reordered = _reordered_rows(self.mesh, rows, index)
+            return reordered[:own, :n], reordered[own:, :n], reordered[own:, n:]
 
-        found: tuple[Array, Array, Array] = self.on_devices(cut, (0,), (0, 0, 0))(
-            devices.spread(self.mesh, matrix)
-        )
-        return found
+        return self.on_devices(cut, (0,), (0, 0, 0))(devices.spread(self.mesh, covariance))
 
     def _reordered(self, matrix: Array, order: np.ndarray) -> Array:
-        spread: Array = devices.spread(self.mesh, matrix)
+        spread = devices.spread(self.mesh, matrix)
         if np.array_equal(order, np.arange(self.n_points)):
             return spread
         index = _by_output(order, len(matrix) // self.n_points)
-        turned: Array = self.on_devices(
-            lambda rows: _rows_in_order(self.mesh, rows, index)[:, index], (0,), 0
-        )(spread)
-        return turned
+
+        def reorder(rows: Array) -> Array:
+            return _reordered_rows(self.mesh, rows, index)[:, index]
+
+        return self.on_devices(reorder, (0,), 0)(spread)
 
     def _order(self) -> np.ndarray:
         train = np.arange(self.n_samples).reshape(self.n_devices, -1)
@@ -95,17 +102,17 @@ class FollowedPoints(NamedTuple):
         return np.concatenate([train, test], axis=1).ravel()
 
 
-def of_flow(flow: KernelFlow) -> FollowedPoints:
-    """The points of a flow."""
+def points_of(flow: KernelFlow) -> ShardedPoints:
+    """The training and test points of a flow."""
     n = flow.targets.shape[0]
     n_test = 0 if flow.test_drive is None else flow.test_drive.n_points
-    return FollowedPoints(n, n + n_test, flow.mesh)
+    return ShardedPoints(n, n + n_test, flow.mesh)
 
 
-def operator(flow: KernelFlow) -> Array:
-    """What moves all points, ``(N K, R n K)`` or ``(N, R n)``, in the devices' order.
+def operator_of(flow: KernelFlow) -> Array:
+    """The kernel matrix that moves all points, in the devices' order, over the divisor of the loss.
 
-    Over the divisor of the reduction.
+    Its shape is ``(N K, R n K)``, or ``(N, R n)`` for a kernel that means ``(x) I_K``.
     """
 
     def rows(train: Array, test: Array | None) -> Array:
@@ -113,18 +120,17 @@ def operator(flow: KernelFlow) -> Array:
         return both / flow.targets.shape[0] if flow.reduction == "mean" else both
 
     test = None if flow.test_drive is None else flow.test_drive.matrix
-    matrix: Array = devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.matrix, test)
-    return matrix
+    return devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.matrix, test)
 
 
 def _by_output(order: np.ndarray, n_outputs: int) -> np.ndarray:
-    """An order of points as one of their outputs."""
+    """An order of points as an order of their outputs."""
     return (order[:, None] * n_outputs + np.arange(n_outputs)).ravel()
 
 
-def _rows_in_order(mesh: Mesh | None, rows: Array, index: np.ndarray) -> Array:
+def _reordered_rows(mesh: Mesh | None, rows: Array, index: np.ndarray) -> Array:
     """A device's rows of a symmetric matrix whose rows are put in another order.
 
-    They are exchanged as the columns that they also are, so that no device holds them all.
+    They are exchanged as columns, which are equal to them, so that no device holds all rows.
     """
     return devices.transposed(mesh, rows[:, index])

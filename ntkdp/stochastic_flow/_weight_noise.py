@@ -1,25 +1,27 @@
 """The noise that DP-SGD adds to the weights, and how it accumulates."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import privacy
 from ntkdp._backend import memory, validate
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, Float, LearningRate, ScalarLike
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Reduction
 from ntkdp.trajectory import check_learning_rate, check_steps, times_of_steps
 
-#: Numbers of each step, and of each group in it, that are alive at once.
+#: Noise over sensitivity, or a budget that fixes it.
+NoiseMultiplier: TypeAlias = ScalarLike | privacy.Budget
+#: Arrays over steps and groups that are alive at once.
 _ARRAYS = 4
 
 
 def deviations(
-    rule: ClippingRule, noise_multiplier: Any, n_groups: int, per_group: bool
+    rule: ClippingRule, noise_multiplier: ScalarLike, n_groups: int, per_group: bool
 ) -> Float[Array, " R"]:
-    """Standard deviations of the noise of the summed gradient by group, zero without noise."""
+    """Standard deviations by group of the noise of the summed gradient; zero without noise."""
     sigma = validate.non_negative(noise_multiplier=noise_multiplier)
     sigma = jnp.asarray(validate.scalar(noise_multiplier=sigma), jnp.result_type(float))
     if per_group and rule.scope == "flat":
@@ -40,46 +42,47 @@ def weight_noise_variance(
     rule: ClippingRule,
     n_samples: int,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: Any,
+    noise_multiplier: NoiseMultiplier,
     sample_rate: float = 1.0,
     n_groups: int = 1,
     noise_per_group: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Array, "T R"]:
-    r"""Variance of the noise that every weight has gathered, :math:`v_k = \sum_j s_j^2`.
+    r"""Variance of the noise that every weight has accumulated, :math:`v_k = \sum_j s_j^2`.
 
-    With :math:`s_j = \eta_j \sigma S / (q n)`, or :math:`\eta_j \sigma S / q` for the sum form.
-    In NTK parameterisation weights start with variance one, so v says when noise moves the kernel:
-    a frozen one is good while v is small beside one, at any width.
+    Here :math:`s_j = \eta_j \sigma S / (q n)`, or :math:`\eta_j \sigma S / q` with
+    ``reduction="sum"``. In NTK parameterisation weights start with variance one, so v says when
+    noise moves the kernel: a frozen one is accurate while v is small compared with one, at any
+    width.
 
     Parameters
     ----------
     rule : ClippingRule
-        Gives the sensitivity S.
+        The clipping rule, which has the sensitivity S.
     n_samples : int
-        n.
+        Number of samples n.
     learning_rate : float or optax schedule
-        :math:`\eta_j`.
+        The learning rate :math:`\eta_j`.
     steps : int
         At least 1.
     noise_multiplier : float or privacy.Budget
-        :math:`\sigma`; a budget is spent on all the steps.
+        Noise over sensitivity, :math:`\sigma`; a budget is spent on all the steps.
     sample_rate : float
-        q in (0, 1].
+        The sampling rate q in (0, 1].
     n_groups : int
-        Parameter groups, for a layerwise rule.
+        Number of parameter groups R, for a layerwise rule.
     noise_per_group : bool
         Noise of group r in proportion to its own R_r, as in ``dp_sgd.run``.
     reduction : {"mean", "sum"}
-        Of the loss.
+        Whether the loss is averaged over samples or summed.
 
     Returns
     -------
     array
-        ``(steps + 1, R)``, from 0 at the start, a column a group; equal ones unless
-        ``noise_per_group``.
+        ``(steps + 1, R)``: a row for each step, zero at the start, and a column for each group. The
+        columns are equal without ``noise_per_group``.
 
     Raises
     ------
@@ -88,8 +91,8 @@ def weight_noise_variance(
 
     Notes
     -----
-    *Derived*. Full batches with :math:`\mu`-GDP over the horizon T: :math:`v(T) = (T S/(n \mu))^2`
-    whatever the learning rate is.
+    *Derived*. For full batches that are :math:`\mu`-GDP over the horizon T,
+    :math:`v(T) = (T S/(n \mu))^2` whatever the learning rate is.
 
     Examples
     --------
@@ -109,12 +112,12 @@ def weight_noise_variance(
     learning_rate = check_learning_rate(learning_rate, steps)
     q = validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate))
     validate.choice(("mean", "sum"), reduction=reduction)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, steps, float(q))
-    stds = deviations(rule, noise_multiplier, n_groups, noise_per_group)
+    sigma = privacy.as_noise_multiplier(noise_multiplier, steps, float(q))
+    stds = deviations(rule, sigma, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))
     divisor = q * (n if reduction == "mean" else 1)
-    gathered = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)
-    return jnp.concatenate([jnp.zeros((1, n_groups), gathered.dtype), gathered])
+    accumulated = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)
+    return jnp.concatenate([jnp.zeros((1, n_groups), accumulated.dtype), accumulated])
 
 
 def variance_of_budget(
@@ -125,7 +128,7 @@ def variance_of_budget(
     n_groups: int,
     reduction: Reduction,
 ) -> float:
-    """Variance that every weight gathers where full batches spend a budget over a horizon."""
+    """Variance that every weight accumulates if full batches spend a budget over a horizon."""
     if not rule.bounds_each_sample:
         raise ValueError(
             f"variance must be a number with {type(rule).__name__}, whose sensitivity is "

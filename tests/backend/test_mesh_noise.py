@@ -28,8 +28,8 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
+from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._moments import moments
-from ntkdp.stochastic_flow._output_noise import square_root
 from ntkdp.trajectory._stepping import Stepping
 
 slow = pytest.mark.slow

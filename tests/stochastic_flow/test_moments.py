@@ -457,6 +457,35 @@ def test_without_noise_the_mean_is_the_recursion() -> None:
     np.testing.assert_allclose(found.loss_std, 0, atol=1e-7)
 
 
+@pytest.mark.parametrize("nan_is_an_error", [False, True])
+def test_times_that_a_solve_does_not_reach_are_nan_with_advice(nan_is_an_error: bool) -> None:
+    """The outputs obey df/dt = 4 f^3 but for the noise, and are infinite at t = 1/8."""
+
+    def loss(f: jax.Array, y: jax.Array) -> jax.Array:
+        return -jnp.sum(f**4)
+
+    flow = ntkdp.KernelFlow(
+        jnp.eye(1), jnp.zeros((1, 1)), loss, clipping.NoClipping(), reduction="sum"
+    )
+    with jax.debug_nans(nan_is_an_error):
+        found = stochastic_flow.moment_flow(
+            flow, jnp.ones((1, 1)), [0.0, 0.05, 1.0], learning_rate=1e-3
+        )
+    assert not found.successful
+    assert "loosen rtol and atol" in found.message
+    assert np.all(np.isfinite(found.loss[:2]))
+    assert np.isnan(found.loss[2])
+    assert np.isnan(found.loss_std[2])
+
+
+def test_a_solve_that_reaches_all_times_is_successful() -> None:
+    found = stochastic_flow.moment_flow(
+        one_sample(), jnp.ones((1, 1)), [0.0, 1.0], learning_rate=0.1
+    )
+    assert found.successful
+    assert found.message == "success"
+
+
 @pytest.mark.parametrize("rule", [clipping.Global(1.0), clipping.Batch(1.0)])
 def test_moments_need_a_continuous_rule_of_one_sample(rule: Any) -> None:
     with pytest.raises(ValueError, match=r"flow must have a rule.*use stochastic_flow.ensemble"):

@@ -1,52 +1,60 @@
-"""How the covariance of noisy outputs is represented: what the moments ask of it."""
+"""What the moments need of a covariance of noisy outputs, however it is represented."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import TypeAlias
 
 import equinox as eqx
 
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp.stochastic_flow._moments.excess_variance import Links
+
+#: A covariance of all points, as its form represents it.
+Covariance: TypeAlias = PyTree
 
 
 class CovarianceForm(eqx.Module):
-    """How the covariance of all points is represented: a pytree whose steps this knows."""
+    """A representation of the covariance of all points as a pytree, and how a step changes it."""
 
     @abstractmethod
-    def zero(self) -> Any:
-        """Covariance of outputs that are known."""
+    def zero(self) -> Covariance:
+        """The covariance of outputs that are known exactly."""
 
     @abstractmethod
-    def own_blocks(self, covariance: Any) -> Float[Array, "N K K"]:
+    def own_blocks(self, covariance: Covariance) -> Float[Array, "N K K"]:
         """Each point's own covariance."""
 
     @abstractmethod
     def drift(self, clipped: Float[Array, "n R K"]) -> Float[Array, "N K"]:
-        """Velocity of the mean, of mean clipped gradients."""
+        """Velocity of the mean under mean clipped gradients."""
 
     @abstractmethod
-    def step(self, covariance: Any, slope: Array, spread: Array, rate: Array) -> Any:
-        """After a step; ``spread`` is the covariance of each sample's part, ``(n, R, K, R, K)``."""
+    def step(self, covariance: Covariance, slope: Array, spread: Array, rate: Array) -> Covariance:
+        """The covariance after a step.
 
-    @abstractmethod
-    def velocity(self, covariance: Any, slope: Array, spread: Array, rate: Array) -> Any:
-        """In flow time."""
-
-    @abstractmethod
-    def variance(self, covariance: Any, test: bool, g: Array, W: Array) -> Array:
-        r"""Variance of :math:`\sum_i g_i^\top x_i + \tfrac12 x_i^\top W_i x_i`.
-
-        Over the training points, or the test points.
+        ``spread`` is the covariance of each sample's clipped gradient, ``(n, R, K, R, K)``.
         """
 
     @abstractmethod
-    def links(self, covariance: Any, test: bool, g: Array, W: Array) -> Links:
-        """How each training sample bears on that sum."""
+    def velocity(
+        self, covariance: Covariance, slope: Array, spread: Array, rate: Array
+    ) -> Covariance:
+        """Time derivative of the covariance in flow time."""
 
     @abstractmethod
-    def matrix(self, covariance: Any) -> Float[Array, "NK NK"]:
-        """The whole covariance."""
+    def variance(self, covariance: Covariance, test: bool, g: Array, W: Array) -> Array:
+        r"""Variance of :math:`\sum_i g_i^\top x_i + \tfrac12 x_i^\top W_i x_i`.
+
+        The sum is over the training points, or over the test points.
+        """
 
     @abstractmethod
-    def truncation(self, covariance: Any) -> Float[Array, ""]:
-        """Share of the variance whose correlations are dropped."""
+    def links(self, covariance: Covariance, test: bool, g: Array, W: Array) -> Links:
+        """How each training sample affects the sum of :meth:`variance`."""
+
+    @abstractmethod
+    def matrix(self, covariance: Covariance) -> Float[Array, "NK NK"]:
+        """The covariance as a matrix, train before test."""
+
+    @abstractmethod
+    def truncation(self, covariance: Covariance) -> Float[Array, ""]:
+        """Share of the variance whose correlations this representation drops."""

@@ -1,18 +1,18 @@
-r"""What the variance of the loss has over that of a Gaussian of the same mean and covariance.
+r"""Excess of the loss's variance over that of a Gaussian of the same mean and covariance.
 
-Gaussian closure follows means and covariances well, and misses the fourth moments: where clipping
-bends the drift, or the noise of sampling grows with the outputs, the loss spreads by more than that
-of a Gaussian. But the loss has an equation of its own, with :math:`u = H^\top \nabla L` and per
-unit of time
+Gaussian closure follows means and covariances well but misses the fourth moments: if clipping bends
+the drift, or the noise of sampling grows with the outputs, the loss spreads by more than a Gaussian
+does. But the loss has an equation of its own, with :math:`u = H^\top \nabla L` and per unit of
+time
 
 .. math:: \frac{d}{dt} \operatorname{Var} L = -2 \operatorname{Cov}(L, u^\top \varphi)
           + E[\nabla L^\top Q\, \nabla L],
 
-of whose right-hand side Gaussian closure keeps what is left with linear :math:`\varphi` and with
-the sampling noise of the mean square. So the excess D obeys :math:`\dot D = 2 b D + S` with S that
-difference, a sum over samples of integrals over each one's own outputs, given which the others are
-Gaussian; and b the coefficient of regression of the loss's drift on the loss. *Derived*, with the
-loss expanded to second order.
+Gaussian closure keeps the right-hand side for linear :math:`\varphi` and for the sampling noise of
+the mean square. So the excess D obeys :math:`\dot D = 2 b D + S`. Here S is the difference to the
+full right-hand side, a sum over samples of integrals over each sample's own outputs, given which
+the others are Gaussian; b is the coefficient of regression of the loss's drift on the loss.
+*Derived*, with the loss expanded to second order.
 """
 
 from typing import NamedTuple
@@ -21,14 +21,14 @@ import jax.numpy as jnp
 
 from ntkdp._backend.types import Array, Float
 
-#: Deviation, relative to the largest of a sample, below which a direction counts as certain.
+#: Standard deviation, relative to a sample's largest, below which a direction counts as certain.
 _CERTAIN = 1e-6
 
 
 class Links(NamedTuple):
-    r"""How each sample's drift bears on the loss :math:`g^\top x + \tfrac12 x^\top W x`.
+    r"""How each sample's drift affects the loss :math:`g^\top x + \tfrac12 x^\top W x`.
 
-    With O_j the sample's columns of the operator and :math:`\Sigma_j` of the covariance:
+    With :math:`O_j` and :math:`\Sigma_j` the sample's columns of the operator and the covariance:
     ``pull`` :math:`O_j^\top g`, ``turn`` :math:`O_j^\top W \Sigma_j`, ``slope``
     :math:`\Sigma_j^\top g`, ``bend`` :math:`\Sigma_j^\top W \Sigma_j`, ``far_pull``
     :math:`O_j^\top W \Sigma g` and ``far_turn`` :math:`O_j^\top W \Sigma W \Sigma_j`.
@@ -50,7 +50,7 @@ def of_sample(
     points: Float[Array, "p K"],
     weights: Float[Array, " p"],
 ) -> Float[Array, "3"]:
-    """One sample's part of Cov(drift of L, L), of S without sampling, and of that with it."""
+    """One sample's part of Cov(drift of L, L), and of S from bending and from sampling."""
     wide = deviations > _CERTAIN * jnp.max(deviations)
     inverse = jnp.where(wide, 1 / jnp.where(wide, deviations, 1.0), 0.0)
     scaled = (points * inverse[None]) @ axes.T
@@ -80,7 +80,7 @@ def of_sample(
 def rates(
     parts: Float[Array, "n 3"], variance: Array, sample_rate: float, rate: Array
 ) -> tuple[Array, Array]:
-    """b and S, of the samples' parts and the variance of a Gaussian."""
+    """b and S from the samples' parts and the variance of a Gaussian."""
     drift, bending, sampling = jnp.sum(parts, axis=0)
     certain = variance <= 0
     coefficient = jnp.where(certain, 0.0, drift / jnp.where(certain, 1.0, variance))

@@ -9,22 +9,20 @@ from jax import lax
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
-from ntkdp.stochastic_flow import _sharded_points
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
-from ntkdp.stochastic_flow._sharded_points import FollowedPoints
+from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
 
 class Full(CovarianceForm):
-    """The whole covariance, ``(N K, N K)``; noise and operator over the reduction's divisor."""
+    """The whole covariance, ``(N K, N K)``; noise and operator are over the divisor of the loss."""
 
     noise: Float[Array, "NK NK"]
     operator: Float[Array, "NK R n K"]
-    points: FollowedPoints = eqx.field(static=True)
+    points: ShardedPoints = eqx.field(static=True)
 
     def zero(self) -> Array:
-        zero: Array = self.points.on_devices(jnp.zeros_like, (0,), 0)(self.noise)
-        return zero
+        return self.points.on_devices(_zeros_like, (0,), 0)(self.noise)
 
     def _split(self, rows: Array) -> Float[Array, "points K devices own K"]:
         """A device's rows, by point and output."""
@@ -44,22 +42,22 @@ class Full(CovarianceForm):
             own = lax.dynamic_index_in_dim(self._split(rows), device, 2, keepdims=False)
             return jnp.moveaxis(jnp.diagonal(own, axis1=0, axis2=2), -1, 0)
 
-        return self.points.by_point(blocks, (0,), covariance)
+        return self.points.by_point(blocks, (0,))(covariance)
 
     def drift(self, clipped: Array) -> Array:
         def velocity(operator: Array, clipped: Array) -> Array:
             moved = -jnp.einsum("arnk,nrk->a", operator, clipped)
             return moved.reshape(-1, clipped.shape[-1])
 
-        return self.points.by_point(velocity, (0, None), self.operator, clipped)
+        return self.points.by_point(velocity, (0, None))(self.operator, clipped)
 
     def _linear_map(self, operator: Array, slope: Array) -> Array:
-        """A device's rows of it."""
+        """A device's rows of the linear map A."""
         n_rows, n_outputs = operator.shape[0], operator.shape[-1]
         towards = -jnp.einsum("arnk,nrkl->anl", operator, slope)
         towards = towards.reshape(n_rows, self.points.n_devices, -1, n_outputs)
-        beside = self.points.own_points - self.points.own_samples
-        padded = jnp.pad(towards, ((0, 0), (0, 0), (0, beside), (0, 0)))
+        n_test = self.points.own_points - self.points.own_samples
+        padded = jnp.pad(towards, ((0, 0), (0, 0), (0, n_test), (0, 0)))
         return padded.reshape(n_rows, -1)
 
     def _diffusion(self, operator: Array, noise: Array, spread: Array) -> Array:
@@ -77,17 +75,21 @@ class Full(CovarianceForm):
         spread: Array,
         rate: Array,
     ) -> Array:
-        """What ``rows`` makes of a device's rows of covariance, linear map and diffusion."""
+        """Apply ``rows`` to each device's rows of covariance, linear map and diffusion."""
 
-        def of_device(covariance: Array, operator: Array, noise: Array, *small: Array) -> Array:
-            slope, spread, rate = small
+        def own_rows(
+            covariance: Array,
+            operator: Array,
+            noise: Array,
+            slope: Array,
+            spread: Array,
+            rate: Array,
+        ) -> Array:
             linear_map = self._linear_map(operator, slope)
             return rows(covariance, linear_map, self._diffusion(operator, noise, spread), rate)
 
-        evolved: Array = self.points.on_devices(of_device, (0, 0, 0, None, None, None), 0)(
-            covariance, self.operator, self.noise, slope, spread, rate
-        )
-        return evolved
+        over_devices = self.points.on_devices(own_rows, (0, 0, 0, None, None, None), 0)
+        return over_devices(covariance, self.operator, self.noise, slope, spread, rate)
 
     def step(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
         mesh = self.points.mesh
@@ -112,7 +114,7 @@ class Full(CovarianceForm):
         return self._evolved(rows, covariance, slope, spread, rate)
 
     def variance(self, covariance: Array, test: bool, g: Array, W: Array) -> Array:
-        def of_device(
+        def own_terms(
             rows: Array, own_g: Array, own_W: Array, g: Array, W: Array
         ) -> Float[Array, ""]:
             block = self._columns(rows, test)[self.points.part(test)]
@@ -121,12 +123,11 @@ class Full(CovarianceForm):
             right = jnp.einsum("ikjl,jml->ikjm", block, W)
             return devices.total(self.points.mesh, linear + 0.5 * jnp.sum(left * right))
 
-        in_axes = (0, 0, 0, None, None)
-        variance: Array = self.points.on_devices(of_device, in_axes, None)(covariance, g, W, g, W)
-        return variance
+        over_devices = self.points.on_devices(own_terms, (0, 0, 0, None, None), None)
+        return over_devices(covariance, g, W, g, W)
 
     def links(self, covariance: Array, test: bool, g: Array, W: Array) -> Links:
-        def of_device(
+        def own_terms(
             rows: Array, operator: Array, own_g: Array, own_W: Array, g: Array, W: Array
         ) -> Links:
             n_outputs = operator.shape[-1]
@@ -149,14 +150,10 @@ class Full(CovarianceForm):
                 far_pull=jnp.einsum("abrnl,abim,im->nrl", turned, block, g),
                 far_turn=jnp.einsum("abrnl,abnm->nrlm", turned, far),
             )
-            links: Links = devices.total(self.points.mesh, own)
-            return links
+            return devices.total(self.points.mesh, own)
 
-        in_axes = (0, 0, 0, 0, None, None)
-        links: Links = self.points.on_devices(of_device, in_axes, None)(
-            covariance, self.operator, g, W, g, W
-        )
-        return links
+        over_devices = self.points.on_devices(own_terms, (0, 0, 0, 0, None, None), None)
+        return over_devices(covariance, self.operator, g, W, g, W)
 
     def matrix(self, covariance: Array) -> Array:
         return self.points.in_order(covariance)
@@ -166,8 +163,8 @@ class Full(CovarianceForm):
 
 
 def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
-    """The whole covariance; ``noise`` is that of the flow's shape, None without."""
-    points = _sharded_points.of_flow(flow)
+    """The form of the whole covariance; ``noise`` is a matrix as the flow's kernel, or None."""
+    points = points_of(flow)
     shared_by = flow.drive.columns(n_outputs)
     n_groups, n = flow.diagonal.shape[:2]
 
@@ -183,6 +180,9 @@ def full(flow: KernelFlow, noise: Array | None, n_outputs: int) -> Full:
         return noise, operator
 
     noise = None if noise is None else points.in_devices_order(noise)
-    operator = _sharded_points.operator(flow)
-    noise, operator = points.on_devices(rows, (0, 0), (0, 0))(operator, noise)
-    return Full(noise, operator, points)
+    noise, operator = points.on_devices(rows, (0, 0), (0, 0))(operator_of(flow), noise)
+    return Full(noise=noise, operator=operator, points=points)
+
+
+def _zeros_like(rows: Array) -> Array:
+    return jnp.zeros_like(rows)

@@ -11,13 +11,14 @@ with :math:`\bar\varphi = E \varphi` and :math:`G = E\,\partial\varphi` over eac
 Gaussian. These are numerical integrals, so the mean is corrected to second order and beyond, and
 the kinks of clipping are averaged. Q holds the noise, :math:`(\sigma S/B)^2 H`, the sampling,
 :math:`\tfrac{1}{n^2}(\tfrac1q - 1) \sum_i E\, d_i d_i^\top` with
-:math:`d_i = \sum_r H_r(\cdot, i) \varphi_{ir}`, and, step by step, what the linear part leaves of
-the variance of :math:`\varphi`. In flow time
-:math:`\dot\Sigma = A\Sigma + \Sigma A^\top + \eta Q`. What the spread of the loss has over that
-of a Gaussian is followed beside it, see ``_excess_variance``.
+:math:`d_i = \sum_r H_r(\cdot, i) \varphi_{ir}`, and, in discrete steps, the variance of
+:math:`\varphi` that its linear part does not explain. In flow time
+:math:`\dot\Sigma = A\Sigma + \Sigma A^\top + \eta Q`. The excess of the loss's variance over that
+of a Gaussian has an equation of its own, see ``excess_variance``.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -27,22 +28,30 @@ from jax import lax
 
 from ntkdp._backend import devices
 from ntkdp._backend.norms import through_kernel
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp.gradient_flow import KernelFlow
 from ntkdp.stochastic_flow._moments import excess_variance
-from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.covariance import Covariance, CovarianceForm
+from ntkdp.stochastic_flow._moments.excess_variance import Links
 
-#: Nodes of the Gauss-Hermite rule for one output and, an axis, for two; points for more.
-_NODES, _NODES_OF_TWO, _POINTS = 101, 21, 256
-#: Outputs up to which the points are dense enough for Stein's identity, and the deviation, relative
-#: to one and the gradients, below which it would lose digits.
-_MOST_OF_STEIN, _NARROW = 2, 1e-6
-#: Numbers that the integrals of some samples may take at once.
+#: Nodes of the Gauss-Hermite rule for one output.
+_NODES = 101
+#: Nodes of the Gauss-Hermite rule on each axis for two outputs.
+_NODES_OF_TWO = 21
+#: Quasi-random points for more than two outputs.
+_POINTS = 256
+#: Number of outputs up to which the points are dense enough for Stein's identity.
+_MOST_OF_STEIN = 2
+#: Standard deviation, relative to one and the gradients, below which Stein's identity loses digits.
+_NARROW = 1e-6
+#: Most numbers that the integrals of the samples may hold at once.
 _NUMBERS = 2**25
+
+_Result = TypeVar("_Result")
 
 
 class Statistics(NamedTuple):
-    """What is recorded of a Gaussian state; a leading time axis once stacked."""
+    """Statistics of a Gaussian state, as in :class:`Moments`; stacked, with a leading time axis."""
 
     loss: Array
     loss_std: Array
@@ -56,11 +65,53 @@ class Statistics(NamedTuple):
 
 
 class State(NamedTuple):
-    """Mean ``(N, K)``, covariance as the form has it, excess variances of the summed losses."""
+    """Mean ``(N, K)``, covariance in its form, and excess variances of the summed losses."""
 
     mean: Array
-    covariance: Any
+    covariance: Covariance
     excess: Array
+
+
+class Integrals(NamedTuple):
+    """Integrals of the samples' clipped gradients over each sample's own Gaussian.
+
+    ``unexplained`` is the covariance of the gradients that their linear part does not explain.
+    """
+
+    mean: Float[Array, "*n R K"]
+    slope: Float[Array, "*n R K K"]
+    second_moment: Float[Array, "*n R K R K"]
+    unexplained: Float[Array, "*n R K R K"]
+
+
+class _Drawn(NamedTuple):
+    """Integration points of a sample's Gaussian, standard ones and in its outputs, and its axes."""
+
+    axes: Float[Array, "K K"]
+    deviations: Float[Array, " K"]
+    standard: Float[Array, "p K"]
+    outputs: Float[Array, "p K"]
+
+
+class _LossExpansion(NamedTuple):
+    """Samples' mean losses, expanded about the mean outputs to second order, and accuracies.
+
+    ``excess`` is the variance of a sample's own loss in excess of the expansion's.
+    """
+
+    mean: Float[Array, "*n"]
+    gradient: Float[Array, "*n K"]
+    hessian: Float[Array, "*n K K"]
+    excess: Float[Array, "*n"]
+    accuracy: Float[Array, "*n"] | None
+
+
+class _Part(NamedTuple):
+    """The training or the test points: rows of the mean, and targets of the loss."""
+
+    test: bool
+    rows: slice
+    targets: Array
 
 
 class Closure(eqx.Module):
@@ -79,153 +130,163 @@ class Closure(eqx.Module):
         factors = flow.clipping.by_group(through_kernel(diagonal[:, None], a[None]))[:, 0]
         return factors[:, None] * a[None]
 
-    def _draw(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:
-        """Axes of a sample's Gaussian, deviations and standard points along them; its points.
+    def _draw(self, mean: Array, own: Array) -> _Drawn:
+        """Integration points of a sample's Gaussian.
 
-        The symmetric root of the covariance, which does not depend on who finds the axes, and
-        moves smoothly with it.
+        They are mapped by the symmetric root of the covariance ``own``, which does not depend on
+        the choice of its axes and varies smoothly with it.
         """
         axes, deviations = _principal_axes(own)
         points = self.points @ axes
-        return axes, deviations, points, mean[None] + (points * deviations[None]) @ axes.T
+        return _Drawn(
+            axes=axes,
+            deviations=deviations,
+            standard=points,
+            outputs=mean[None] + (points * deviations[None]) @ axes.T,
+        )
 
     def _mean_slope(
-        self, axes: Array, deviations: Array, points: Array, clipped: Array, slopes: Array
-    ) -> Array:
-        r"""E of the derivative of one sample's clipped gradients, ``(R, K, K)``.
+        self, drawn: _Drawn, clipped: Float[Array, "p R K"], slopes: Float[Array, "p R K K"]
+    ) -> Float[Array, "R K K"]:
+        r"""Expected derivative of one sample's clipped gradients.
 
-        By Stein's identity, :math:`E\,\partial\varphi = E[\varphi\,(f - m)^\top] \Sigma^{-1}`:
-        where the Gaussian is wide, the derivative is a spike that falls between the points. Where
-        it is narrow the derivative itself is taken.
+        If the Gaussian is wide the derivative is a spike that falls between the points, so Stein's
+        identity is used, :math:`E\,\partial\varphi = E[\varphi\,(f - m)^\top] \Sigma^{-1}`. If it
+        is narrow the derivative itself is integrated.
         """
+        axes, deviations = drawn.axes, drawn.deviations
         direct = jnp.einsum("p,prkl->rkl", self.weights, slopes)
         if self.points.shape[1] > _MOST_OF_STEIN:
             return direct
         wide = deviations > _NARROW * (1 + jnp.max(jnp.abs(clipped)))
-        products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, points)
+        products = jnp.einsum("p,prk,pl->rkl", self.weights, clipped, drawn.standard)
         along = jnp.where(
             wide, products / jnp.where(wide, deviations, 1.0)[None, None], direct @ axes
         )
         return along @ axes.T
 
-    def integrals(self, mean: Array, own: Array) -> tuple[Array, Array, Array, Array]:
-        """Of clipped gradients over each sample's Gaussian, whose covariance is ``own``.
-
-        Mean ``(n, R, K)``, mean derivative ``(n, R, K, K)``, second moment ``(n, R, K, R, K)``, and
-        what the linear part leaves of the covariance.
-        """
+    def integrals(self, mean: Array, own: Array) -> Integrals:
+        """Integrals of clipped gradients over each sample's Gaussian, of covariance ``own``."""
         flow = self.flow
 
-        def of_sample(sample: tuple[Array, ...]) -> tuple[Array, Array, Array, Array]:
+        def integrate(sample: tuple[Array, Array, Array, Array]) -> Integrals:
             mean, own, targets, diagonal = sample
 
-            def at(outputs: Array) -> Array:
+            def clip(outputs: Array) -> Array:
                 return self._clipped(outputs, targets, diagonal)
 
-            axes, deviations, points, drawn = self._draw(mean, own)
-            clipped, slopes = jax.vmap(at)(drawn), jax.vmap(jax.jacfwd(at))(drawn)
+            drawn = self._draw(mean, own)
+            clipped = jax.vmap(clip)(drawn.outputs)
+            slopes = jax.vmap(jax.jacfwd(clip))(drawn.outputs)
             first = jnp.einsum("p,prk->rk", self.weights, clipped)
-            slope = self._mean_slope(axes, deviations, points, clipped, slopes)
+            slope = self._mean_slope(drawn, clipped, slopes)
             second = jnp.einsum("p,prk,psl->rksl", self.weights, clipped, clipped)
             linear = jnp.einsum("rka,ab,slb->rksl", slope, own, slope)
             centred = second - jnp.einsum("rk,sl->rksl", first, first)
-            return first, slope, second, centred - linear
+            return Integrals(
+                mean=first, slope=slope, second_moment=second, unexplained=centred - linear
+            )
 
         n = flow.targets.shape[0]
         samples = (mean[:n], own[:n], flow.targets, jnp.moveaxis(flow.diagonal, 1, 0))
-        found: tuple[Array, Array, Array, Array] = self._of_samples(of_sample, samples)
-        return found
+        return self._over_samples(integrate, samples)
 
-    def _of_samples(self, function: Any, samples: Any) -> Any:
-        """Of each sample, as many at a time as fit in little memory."""
+    def _over_samples(self, function: Callable[[PyTree], _Result], samples: PyTree) -> _Result:
+        """Map ``function`` over samples, as many at a time as fit in little memory."""
         n_groups, n_outputs = self.flow.n_terms, self.points.shape[1]
         numbers = self.weights.size * n_groups * n_outputs * (n_outputs + 1)
         at_a_time = max(1, _NUMBERS // numbers)
 
         mesh = self.flow.mesh
 
-        def of_device(samples: Any) -> Any:
+        def map_own(samples: PyTree) -> _Result:
             if at_a_time >= jax.tree.leaves(samples)[0].shape[0]:
-                found = jax.vmap(function)(samples)
+                mapped = jax.vmap(function)(samples)
             else:
-                found = lax.map(function, samples, batch_size=at_a_time)
-            return jax.tree.map(lambda own: devices.gathered(mesh, own), found)
+                mapped = lax.map(function, samples, batch_size=at_a_time)
+            whole: _Result = jax.tree.map(lambda own: devices.gathered(mesh, own), mapped)
+            return whole
 
-        return devices.over_samples(of_device, mesh, (0,), None)(samples)
+        return devices.over_samples(map_own, mesh, (0,), None)(samples)
 
     def zero(self, mean: Array) -> State:
-        """Outputs that are known."""
+        """The state of outputs that are known exactly."""
         count = 1 if self.flow.test_targets is None else 2
         return State(mean, self.form.zero(), jnp.zeros(count, mean.dtype))
 
     def step(self, state: State, rate: Array) -> State:
-        """One discrete step."""
+        """The state after a discrete step."""
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
-        first, slope, second, left_over = self.integrals(mean, own)
-        spread = (1 / self.sample_rate - 1) * second + left_over
+        integrals = self.integrals(mean, own)
+        spread = (1 / self.sample_rate - 1) * integrals.second_moment + integrals.unexplained
         coefficients, source = self._excess_rates(state, own, rate)
         factors = jnp.maximum(1 + rate * coefficients, 0)
         return State(
-            mean + rate * self.form.drift(first),
-            self.form.step(covariance, slope, spread, rate),
-            factors**2 * excess + rate * source,
+            mean=mean + rate * self.form.drift(integrals.mean),
+            covariance=self.form.step(covariance, integrals.slope, spread, rate),
+            excess=factors**2 * excess + rate * source,
         )
 
     def velocity(self, state: State, rate: Array) -> State:
-        """In flow time, of the process whose noise belongs to this learning rate."""
+        """Time derivative in flow time, with the noise that belongs to this learning rate."""
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
-        first, slope, second, _ = self.integrals(mean, own)
-        sampled = (1 / self.sample_rate - 1) * second
+        integrals = self.integrals(mean, own)
+        sampled = (1 / self.sample_rate - 1) * integrals.second_moment
         coefficients, source = self._excess_rates(state, own, rate)
         return State(
-            self.form.drift(first),
-            self.form.velocity(covariance, slope, sampled, rate),
-            2 * coefficients * excess + source,
+            mean=self.form.drift(integrals.mean),
+            covariance=self.form.velocity(covariance, integrals.slope, sampled, rate),
+            excess=2 * coefficients * excess + source,
         )
 
-    def _parts(self) -> list[tuple[bool, slice, Array]]:
-        """Whether it is the test part, rows and targets of the losses."""
+    def _parts(self) -> list[_Part]:
+        """The training points, and the test points if they have targets."""
         n = self.flow.targets.shape[0]
-        parts = [(False, slice(0, n), self.flow.targets)]
+        parts = [_Part(False, slice(0, n), self.flow.targets)]
         if self.flow.test_targets is not None:
             rows = slice(n, n + self.flow.test_targets.shape[0])
-            parts.append((True, rows, self.flow.test_targets))
+            parts.append(_Part(True, rows, self.flow.test_targets))
         return parts
 
     def _excess_rates(self, state: State, own: Array, rate: Array) -> tuple[Array, Array]:
         """Coefficient and source of the excess variance of each loss."""
         flow, n = self.flow, self.flow.targets.shape[0]
 
-        def of_sample(sample: tuple[Any, ...]) -> Array:
+        def integrate(sample: tuple[Array, Array, Array, Array, Links]) -> Array:
             mean, own, targets, diagonal, links = sample
-            axes, deviations, points, drawn = self._draw(mean, own)
-            clipped = jax.vmap(lambda outputs: self._clipped(outputs, targets, diagonal))(drawn)
-            return excess_variance.of_sample(links, axes, deviations, clipped, points, self.weights)
+            drawn = self._draw(mean, own)
+            clipped = jax.vmap(lambda outputs: self._clipped(outputs, targets, diagonal))(
+                drawn.outputs
+            )
+            return excess_variance.of_sample(
+                links, drawn.axes, drawn.deviations, clipped, drawn.standard, self.weights
+            )
 
-        found = []
-        for test, rows, targets in self._parts():
-            _, g, W, *_ = self._expand(state.mean[rows], own[rows], targets)
-            links = self.form.links(state.covariance, test, g, W)
+        rates = []
+        for part in self._parts():
+            expansion = self._expand(state.mean[part.rows], own[part.rows], part.targets)
+            around = (state.covariance, part.test, expansion.gradient, expansion.hessian)
+            links = self.form.links(*around)
             diagonal = jnp.moveaxis(flow.diagonal, 1, 0)
             samples = (state.mean[:n], own[:n], flow.targets, diagonal, links)
-            variance = self.form.variance(state.covariance, test, g, W)
-            parts = self._of_samples(of_sample, samples)
-            found.append(excess_variance.rates(parts, variance, self.sample_rate, rate))
-        coefficients, sources = zip(*found, strict=True)
+            variance = self.form.variance(*around)
+            terms = self._over_samples(integrate, samples)
+            rates.append(excess_variance.rates(terms, variance, self.sample_rate, rate))
+        coefficients, sources = zip(*rates, strict=True)
         return jnp.stack(coefficients), jnp.stack(sources)
 
     def measure(self, state: State, outputs: bool) -> Statistics:
-        """Mean and standard deviation of the losses, mean accuracies."""
+        """Mean and standard deviation of the losses, and mean accuracies."""
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
-        found = [
-            self._loss_statistics(covariance, test, mean[rows], own[rows], more, targets)
-            for (test, rows, targets), more in zip(self._parts(), excess, strict=True)
+        losses = [
+            self._loss_statistics(state, own, part, part_excess)
+            for part, part_excess in zip(self._parts(), excess, strict=True)
         ]
-        loss, std, accuracy = found[0]
-        test_loss, test_std, test_accuracy = found[1] if len(found) == 2 else (None, None, None)
+        loss, std, accuracy = losses[0]
+        test_loss, test_std, test_accuracy = losses[1] if len(losses) == 2 else (None, None, None)
         return Statistics(
             loss=loss,
             loss_std=std,
@@ -239,34 +300,30 @@ class Closure(eqx.Module):
         )
 
     def _loss_statistics(
-        self,
-        covariance: Any,
-        test: bool,
-        mean: Array,
-        own: Array,
-        excess: Array,
-        targets: Array,
+        self, state: State, own: Array, part: _Part, excess: Array
     ) -> tuple[Array, Array, Array | None]:
         """Mean and standard deviation of the reduced loss, and mean accuracy.
 
-        The covariance of two samples' losses is that of their second-order expansions, a sample's
-        own variance is integrated.
+        The covariance of two samples' losses is taken from their second-order expansions; a
+        sample's own variance is integrated.
         """
-        first, g, W, more, accuracy = self._expand(mean, own, targets)
-        total = self.form.variance(covariance, test, g, W) + jnp.sum(more) + excess
-        scale = 1 / first.shape[0] if self.flow.reduction == "mean" else 1.0
+        expansion = self._expand(state.mean[part.rows], own[part.rows], part.targets)
+        variance = self.form.variance(
+            state.covariance, part.test, expansion.gradient, expansion.hessian
+        )
+        total = variance + jnp.sum(expansion.excess) + excess
+        scale = 1 / expansion.mean.shape[0] if self.flow.reduction == "mean" else 1.0
         std = scale * jnp.sqrt(jnp.maximum(total, 0.0))
-        return scale * jnp.sum(first), std, None if accuracy is None else jnp.mean(accuracy)
+        accuracy = None if expansion.accuracy is None else jnp.mean(expansion.accuracy)
+        return scale * jnp.sum(expansion.mean), std, accuracy
 
-    def _expand(self, mean: Array, own: Array, targets: Array) -> tuple[Any, ...]:
-        """Samples' mean losses, mean first and second derivatives, what the variance has over that
-        of the expansion, and mean accuracies.
-        """
+    def _expand(self, mean: Array, own: Array, targets: Array) -> _LossExpansion:
+        """Expand the losses of samples over each one's Gaussian, of covariance ``own``."""
         loss = self.flow.loss
 
-        def of_sample(sample: tuple[Array, ...]) -> tuple[Any, ...]:
+        def expand(sample: tuple[Array, Array, Array]) -> _LossExpansion:
             mean, own, target = sample
-            *_, drawn = self._draw(mean, own)
+            drawn = self._draw(mean, own).outputs
             repeated = jnp.broadcast_to(target, (drawn.shape[0], *target.shape))
             values = loss(drawn, repeated)
 
@@ -278,16 +335,20 @@ class Closure(eqx.Module):
             W = jnp.einsum("p,pkl->kl", self.weights, jax.vmap(jax.jacfwd(gradient))(drawn))
             through = W @ own
             expanded = g @ own @ g + 0.5 * jnp.sum(through * through.T)
-            more = (values - first) ** 2 @ self.weights - expanded
             correct = loss.correct(drawn, repeated)
-            return first, g, W, more, None if correct is None else correct @ self.weights
+            return _LossExpansion(
+                mean=first,
+                gradient=g,
+                hessian=W,
+                excess=(values - first) ** 2 @ self.weights - expanded,
+                accuracy=None if correct is None else correct @ self.weights,
+            )
 
-        found: tuple[Any, ...] = self._of_samples(of_sample, (mean, own, targets))
-        return found
+        return self._over_samples(expand, (mean, own, targets))
 
 
 def _principal_axes(covariance: Float[Array, "K K"]) -> tuple[Array, Array]:
-    """Columns of unit length, and the deviations on them."""
+    """Axes as columns of unit length, and the standard deviations along them."""
     values, vectors = jnp.linalg.eigh(covariance)
     return vectors, jnp.sqrt(jnp.maximum(values, 0))
 
@@ -306,7 +367,7 @@ def integration_points(n_outputs: int) -> tuple[np.ndarray, np.ndarray]:
 
     half = norm.ppf(qmc.Sobol(n_outputs, seed=0).random(_POINTS // 2))
     points = np.concatenate([half, -half])
-    # Mean zero by symmetry; covariance one by a linear map.
+    # The mean is zero by symmetry; a linear map makes the covariance one.
     values, vectors = np.linalg.eigh(points.T @ points / len(points))
     points = points @ (vectors / np.sqrt(values)) @ vectors.T
     return points, np.full(len(points), 1 / len(points))

@@ -1,20 +1,20 @@
 r"""Covariance of noisy outputs in the eigenbasis of the noise.
 
-All that moves the outputs about their mean is in the range of the kernel: noise :math:`J z`,
+Everything that moves the outputs about their mean is in the range of the kernel: noise :math:`J z`,
 sampling :math:`d_i = \sum_r H_r(\cdot, i)\varphi_{ir}`, and the drift. So beyond a few thousand
-outputs the covariance is held as :math:`U S U^\top + \sum_k u_k s_k u_k^\top`, with U the leading
-eigenvectors of the covariance of the noise, in which S is followed as the whole covariance is, and
-:math:`u_k` the others, each of which is followed by itself: what is dropped are the correlations of
-the latter, with one another and with the leading. In trials with DP noise the spread of the loss is
-wrong by less than their share of the variance; where sampling is all the noise, which is far from
-diagonal in this basis, by about the square root of it. If the kernel means
+outputs the covariance is held as :math:`U S U^\top + \sum_k u_k s_k u_k^\top`. U are the leading
+eigenvectors of the noise's covariance, and S evolves as the whole covariance does. The
+:math:`u_k` are the other eigenvectors, and each :math:`s_k` evolves by itself: the correlations of
+these with one another and with the leading ones are dropped. In trials with DP noise the error of
+the loss's spread was less than their share of the variance. If sampling is the only noise, which is
+far from diagonal in this basis, it was about the square root of that share. If the kernel means
 :math:`\Theta \otimes I_K` a :math:`u_k` has K coordinates, and :math:`s_k` is a block.
 
-With a mesh, rows of the modes are over the devices, what is followed of them is whole on each.
+With a mesh, the rows of the modes are spread over the devices; S and the :math:`s_k` are whole on
+each.
 """
 
 from abc import abstractmethod
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,14 +23,15 @@ import jax.numpy as jnp
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow, SharedKernel
-from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._matrix_root import eigh
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
-from ntkdp.stochastic_flow._output_noise import eigh
-from ntkdp.stochastic_flow._sharded_points import FollowedPoints
+from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
-#: Part of the trace of the noise that the leading eigenvectors hold, and the most of them.
-_SHARE, _MOST = 0.99, 500
+#: Part of the trace of the noise that the leading eigenvectors hold by default,
+_SHARE = 0.99
+#: unless there would be more of them than this.
+_MOST = 500
 
 
 class Modes(eqx.Module):
@@ -146,9 +147,9 @@ class BlockModes(Modes):
 
 
 class LowRank(CovarianceForm):
-    """Leading modes with all their correlations, the others each by itself.
+    """Leading modes with all their correlations, and the others each by itself.
 
-    The state is a pair, ``(a, i, a, i)`` and ``(b, i, i)``.
+    The covariance is a pair, ``(a i, a i)`` of the leading modes and ``(b, i, i)`` of the others.
     """
 
     operator: Float[Array, "..."]
@@ -159,7 +160,7 @@ class LowRank(CovarianceForm):
     n_outputs: int = eqx.field(static=True)
     #: Coordinates of a mode, i.
     inner: int = eqx.field(static=True)
-    points: FollowedPoints = eqx.field(static=True)
+    points: ShardedPoints = eqx.field(static=True)
 
     def zero(self) -> tuple[Array, Array]:
         a, b, i = self.leading_noise.size, self.others_noise.size, self.inner
@@ -171,32 +172,32 @@ class LowRank(CovarianceForm):
             of_leading = leading.between(leading.vectors, S, leading.vectors)
             return of_leading + others.own_blocks(s)
 
-        modes = self.leading, self.others
-        return self.points.by_point(blocks, (0, 0, None, None), *modes, *covariance)
+        over_devices = self.points.by_point(blocks, (0, 0, None, None))
+        return over_devices(self.leading, self.others, *covariance)
 
     def drift(self, clipped: Array) -> Array:
         def velocity(operator: Array, clipped: Array) -> Array:
             weighted = jnp.moveaxis(clipped, 1, 0).reshape(-1, self.inner)
             return -(operator @ weighted).reshape(-1, self.n_outputs)
 
-        return self.points.by_point(velocity, (0, None), self.operator, clipped)
+        return self.points.by_point(velocity, (0, None))(self.operator, clipped)
 
     def _parts(self, slope: Array, spread: Array) -> tuple[Array, Array, Array, Array]:
-        """Linear map and diffusion of the leading modes, and of each other."""
+        """Linear map and diffusion of the leading modes together, and of each other mode."""
 
-        def of_device(leading: Modes, others: Modes, slope: Array, spread: Array) -> Any:
-            parts = [
-                modes.linear_map(slope, each=each)
-                if what is slope
-                else modes.spread(what, each=each)
-                for modes, each in ((leading, False), (others, True))
-                for what in (slope, spread)
-            ]
-            return devices.total(self.points.mesh, tuple(parts))
+        def own_terms(
+            leading: Modes, others: Modes, slope: Array, spread: Array
+        ) -> tuple[Array, Array, Array, Array]:
+            parts = (
+                leading.linear_map(slope, each=False),
+                leading.spread(spread, each=False),
+                others.linear_map(slope, each=True),
+                others.spread(spread, each=True),
+            )
+            return devices.total(self.points.mesh, parts)
 
-        maps, moved, own_maps, own = self.points.on_devices(of_device, (0, 0, 0, 0), None)(
-            self.leading, self.others, slope, spread
-        )
+        over_devices = self.points.on_devices(own_terms, (0, 0, 0, 0), None)
+        maps, moved, own_maps, own = over_devices(self.leading, self.others, slope, spread)
         size = self.leading_noise.size * self.inner
         noise = jnp.diag(jnp.repeat(self.leading_noise, self.inner))
         eye = jnp.eye(self.inner, dtype=slope.dtype)
@@ -208,31 +209,33 @@ class LowRank(CovarianceForm):
     ) -> tuple[Array, Array]:
         maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
 
-        def one(covariance: Array, maps: Array, diffusion: Array) -> Array:
+        def after_step(covariance: Array, maps: Array, diffusion: Array) -> Array:
             eye = jnp.broadcast_to(jnp.eye(maps.shape[-1], dtype=maps.dtype), maps.shape)
             moved = eye + rate * maps
             after = moved @ covariance @ jnp.swapaxes(moved, -1, -2) + rate**2 * diffusion
             return (after + jnp.swapaxes(after, -1, -2)) / 2
 
         S, s = covariance
-        return one(S, maps, diffusion), one(s, own_maps, own_diffusion)
+        return after_step(S, maps, diffusion), after_step(s, own_maps, own_diffusion)
 
     def velocity(
         self, covariance: tuple[Array, Array], slope: Array, spread: Array, rate: Array
     ) -> tuple[Array, Array]:
         maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
 
-        def one(covariance: Array, maps: Array, diffusion: Array) -> Array:
+        def velocity_of(covariance: Array, maps: Array, diffusion: Array) -> Array:
             half = maps @ covariance
             return half + jnp.swapaxes(half, -1, -2) + rate * diffusion
 
         S, s = covariance
-        return one(S, maps, diffusion), one(s, own_maps, own_diffusion)
+        return velocity_of(S, maps, diffusion), velocity_of(s, own_maps, own_diffusion)
 
     def _expanded(self, test: bool, g: Array, W: Array) -> tuple[Array, Array, Array, Array]:
-        """Gradient and Hessian of a sum over points, in the leading modes and in each other."""
+        """Gradient and Hessian of a sum over points, in the leading modes and in each other one."""
 
-        def of_device(leading: Modes, others: Modes, g: Array, W: Array) -> Any:
+        def own_terms(
+            leading: Modes, others: Modes, g: Array, W: Array
+        ) -> tuple[Array, Array, Array, Array]:
             part = self.points.part(test)
             parts = (
                 leading.gradient(part, g).reshape(-1),
@@ -242,28 +245,29 @@ class LowRank(CovarianceForm):
             )
             return devices.total(self.points.mesh, parts)
 
-        gradient, hessian, *own = self.points.on_devices(of_device, (0, 0, 0, 0), None)(
+        over_devices = self.points.on_devices(own_terms, (0, 0, 0, 0), None)
+        gradient, hessian, own_gradients, own_hessians = over_devices(
             self.leading, self.others, g, W
         )
-        return gradient, hessian.reshape(len(gradient), -1), own[0], own[1]
+        return gradient, hessian.reshape(len(gradient), -1), own_gradients, own_hessians
 
     def variance(self, covariance: tuple[Array, Array], test: bool, g: Array, W: Array) -> Array:
         S, s = covariance
-        of_leading, hessian, of_others, own_hessian = self._expanded(test, g, W)
-        through, own = hessian @ S, own_hessian @ s
+        gradient, hessian, own_gradients, own_hessians = self._expanded(test, g, W)
+        through, own = hessian @ S, own_hessians @ s
         return (
-            of_leading @ S @ of_leading
-            + jnp.einsum("ak,akl,al->", of_others, s, of_others)
+            gradient @ S @ gradient
+            + jnp.einsum("ak,akl,al->", own_gradients, s, own_gradients)
             + 0.5 * (jnp.sum(through * through.T) + jnp.einsum("akl,alk->", own, own))
         )
 
     def links(self, covariance: tuple[Array, Array], test: bool, g: Array, W: Array) -> Links:
-        """Of the leading modes."""
+        """How each training sample affects the sum through the leading modes."""
         S, _ = covariance
         gradient, hessian, _, _ = self._expanded(test, g, W)
         mesh = self.points.mesh
 
-        def of_device(leading: Modes, S: Array, gradient: Array, hessian: Array) -> Links:
+        def own_links(leading: Modes, S: Array, gradient: Array, hessian: Array) -> Links:
             turned = hessian @ S
             vectors = leading.vectors[: self.points.own_samples]
 
@@ -285,24 +289,21 @@ class LowRank(CovarianceForm):
             whole: Links = jax.tree.map(lambda part: devices.gathered(mesh, part), own)
             return whole
 
-        over_devices = self.points.on_devices(of_device, (0, None, None, None), None)
-        links: Links = over_devices(self.leading, S, gradient, hessian)
-        return links
+        over_devices = self.points.on_devices(own_links, (0, None, None, None), None)
+        return over_devices(self.leading, S, gradient, hessian)
 
     def matrix(self, covariance: tuple[Array, Array]) -> Array:
         def rows(leading: Modes, others: Modes, S: Array, s: Array) -> Array:
-            of_leading = leading.coordinates(self.n_outputs)
-            of_others = others.coordinates(self.n_outputs)
-            split = of_others.reshape(len(of_others), *s.shape[:2])
-            spread = jnp.einsum("nak,akl->nal", split, s).reshape(of_others.shape)
-            return devices.outer(self.points.mesh, of_leading @ S, of_leading) + devices.outer(
-                self.points.mesh, spread, of_others
+            kept = leading.coordinates(self.n_outputs)
+            others_coordinates = others.coordinates(self.n_outputs)
+            split = others_coordinates.reshape(len(others_coordinates), *s.shape[:2])
+            spread = jnp.einsum("nak,akl->nal", split, s).reshape(others_coordinates.shape)
+            return devices.outer(self.points.mesh, kept @ S, kept) + devices.outer(
+                self.points.mesh, spread, others_coordinates
             )
 
-        found = self.points.on_devices(rows, (0, 0, None, None), 0)(
-            self.leading, self.others, *covariance
-        )
-        return self.points.in_order(found)
+        over_devices = self.points.on_devices(rows, (0, 0, None, None), 0)
+        return self.points.in_order(over_devices(self.leading, self.others, *covariance))
 
     def truncation(self, covariance: tuple[Array, Array]) -> Array:
         kept = jnp.trace(covariance[0])
@@ -312,12 +313,12 @@ class LowRank(CovarianceForm):
 
 
 def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | None) -> LowRank:
-    """Of this rank, by default what holds 99% of the trace, up to 500.
+    """The form of this rank; by default, of the rank that holds 99% of the trace, up to 500.
 
-    Without noise the basis is that of the kernel's square, as sampling has it.
+    Without noise the basis is the eigenbasis of the kernel's square, as for sampling.
     """
-    points, mesh = _sharded_points.of_flow(flow), flow.mesh
-    operator = _sharded_points.operator(flow)
+    points, mesh = points_of(flow), flow.mesh
+    operator = operator_of(flow)
     n_groups, n = flow.diagonal.shape[:2]
     if noise is None:
         square = points.on_devices(lambda rows: devices.outer(mesh, rows, rows), (0,), 0)
@@ -348,5 +349,13 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     first, rest = slice(0, kept), slice(kept, None)
     kind = SharedModes if shared else BlockModes
     leading, others = (kind(vectors[..., part], drive[..., part]) for part in (first, rest))
-    noises = noise_of_modes[first], noise_of_modes[rest]
-    return LowRank(operator, leading, others, *noises, n_outputs, per_mode, points)
+    return LowRank(
+        operator=operator,
+        leading=leading,
+        others=others,
+        leading_noise=noise_of_modes[first],
+        others_noise=noise_of_modes[rest],
+        n_outputs=n_outputs,
+        inner=per_mode,
+        points=points,
+    )

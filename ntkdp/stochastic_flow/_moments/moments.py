@@ -1,27 +1,54 @@
 """Mean and spread of noisy training, without drawing a run."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
+from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, as_constant
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    LearningRate,
+    Progress,
+    PyTree,
+    ScalarLike,
+    as_constant,
+)
 from ntkdp.clipping import Batch, Global
-from ntkdp.gradient_flow import check_kernel_flow
+from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
-from ntkdp.stochastic_flow._output_noise import noise_covariance, sampling
-from ntkdp.trajectory import Stepping
+from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._sampling import sampling
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
+from ntkdp.trajectory import Outcome, Stepping, message, succeeded
 
-#: Outputs, of all points, up to which the whole covariance is followed.
+#: Number of outputs, over all points, up to which the whole covariance is kept by default.
 _LARGEST_FULL = 3000
+#: Steps of the solver before it gives up.
+_MAX_STEPS = 100_000
+#: How a solve may end early, and what to do about it.
+_ADVICE = {
+    Outcome.MAX_STEPS: (
+        f"the solver made {_MAX_STEPS:,} steps before the last time; loosen rtol and atol, shorten "
+        "the horizon, or use stochastic_flow.moments, which makes steps of the learning rate"
+    ),
+    Outcome.STEP_TOO_SMALL: (
+        "the solver's step size shrank to rounding; the moments may blow up near there, or the "
+        "tolerances are below what this dtype resolves: loosen rtol and atol, or use float64"
+    ),
+    Outcome.SOLVER_FAILED: "the solver gave up; loosen rtol and atol, or shorten the horizon",
+}
 _WAYS_OUT = (
     "use fewer samples, a smaller rank, float32, fewer recorded steps or no outputs, or "
     "stochastic_flow.ensemble"
@@ -31,11 +58,13 @@ _WAYS_OUT = (
 class Moments(NamedTuple):
     """Predicted statistics over time; a pytree.
 
-    ``loss`` and ``loss_std`` are mean and standard deviation of the reduced training loss,
-    ``accuracy`` the mean accuracy, with test twins; ``mean`` ``(T, N, K)`` and ``covariance``
-    ``(T, N K, N K)`` those of the outputs, train before test, on request. ``truncation`` is the
-    share of the variance whose correlations are dropped, 0 with the whole covariance. ``steps`` is
-    None in flow time.
+    ``loss`` and ``loss_std`` are the mean and standard deviation of the reduced training loss and
+    ``accuracy`` is the mean accuracy; ``test_loss``, ``test_loss_std`` and ``test_accuracy`` are
+    those of the test points. ``mean`` ``(T, N, K)`` and ``covariance`` ``(T, N K, N K)`` are those
+    of the outputs, train before test, on request. ``truncation`` is the share of the variance whose
+    correlations are dropped, 0 with the whole covariance. ``steps`` is None in flow time.
+    ``outcome`` is a :class:`ntkdp.trajectory.Outcome`; at times that a solver did not reach the
+    statistics are NaN, and ``message`` says what to do.
 
     Made by :func:`moments`, :func:`moment_flow` and :func:`fixed_privacy_flow`.
     """
@@ -51,9 +80,20 @@ class Moments(NamedTuple):
     mean: Array | None
     covariance: Array | None
     truncation: Array
+    outcome: Array | int = int(Outcome.SUCCESS)
 
-    def band(self, level: float = 0.9, *, test: bool = False) -> tuple[Any, Any]:
-        """Lower and upper quantile of the loss: of the gamma law with its mean and deviation."""
+    @property
+    def successful(self) -> bool:
+        """Whether all times were reached."""
+        return succeeded(self.outcome)
+
+    @property
+    def message(self) -> str:
+        """Why times were not reached and what to do about it, or ``"success"``."""
+        return message(self.outcome, _ADVICE)
+
+    def band(self, level: float = 0.9, *, test: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper quantile of the loss, by the gamma law with its mean and deviation."""
         from scipy.stats import gamma
 
         level = float(validate.fraction(level=level))
@@ -71,19 +111,19 @@ class Moments(NamedTuple):
 
 
 def moments(
-    flow: Any,
-    initial: Any,
+    flow: KernelFlow,
+    initial: PyTree,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: Any = None,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     rank: int | None = None,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
+    progress: Progress = False,
 ) -> Moments:
     r"""Mean and spread of noisy training, step by step, without drawing a run.
 
@@ -93,84 +133,83 @@ def moments(
     noise_per_group, record_every, progress
         As for :func:`ensemble`.
     rank : int, optional
-        Modes of the noise that are followed with all their correlations; the others are followed
-        each by itself. By default all of them up to N K = 3000 outputs of train and test points,
-        beyond it as many as hold 99% of the noise's trace, up to 500; N K means all.
+        Number of modes of the noise whose correlations are all kept; each other mode evolves by
+        itself. The default is all of them up to N K = 3000 outputs of train and test points, and
+        beyond that as many as hold 99% of the noise's trace, up to 500; N K means all.
     outputs : bool
         Record mean and covariance of the outputs too.
 
     Returns
     -------
     Moments
-        Times are the running sum of the learning rate.
+        Its times are the running sum of the learning rate.
 
     Raises
     ------
     ValueError, TypeError
-        As for :func:`ensemble`; a rule with jumps (`Global`) or that couples the samples (`Batch`),
-        for which :func:`ensemble` is the way.
+        As for :func:`ensemble`; if the rule jumps (`Global`) or couples the samples (`Batch`), when
+        :func:`ensemble` is to be used.
 
     Notes
     -----
     *Derived*: Gaussian closure, exact in the mean and covariance for squared loss while nothing is
-    clipped; see the modules ``_gaussian_closure`` for the equations, ``_excess_variance`` for the
-    spread of the loss and ``_low_rank_covariance`` for that of low rank. A step takes about ten
-    products of ``(N K, N K)`` matrices with the whole covariance, ``n K rank^2`` with a rank.
+    clipped. The modules ``gaussian_closure``, ``excess_variance`` and ``low_rank_covariance`` have
+    the equations, the spread of the loss, and the covariance of low rank. A step takes about ten
+    products of ``(N K, N K)`` matrices with the whole covariance, and ``n K rank^2`` operations
+    with a rank.
 
     Examples
     --------
     >>> import jax.numpy as jnp, ntkdp
     >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
     ...                         ntkdp.clipping.Abadi(10.0), reduction="sum")
-    >>> found = ntkdp.stochastic_flow.moments(
+    >>> predicted = ntkdp.stochastic_flow.moments(
     ...     flow, jnp.array([[1.0]]), learning_rate=0.5, steps=1, noise_multiplier=0.1)
-    >>> [round(v, 4) for v in found.loss.tolist()]
+    >>> [round(v, 4) for v in predicted.loss.tolist()]
     [0.5, 0.25]
     """
     stepping = Stepping(learning_rate, steps, record_every)
-    noise_multiplier = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    closure, mean = _closure(
-        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
-    )
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    closure, mean = _closure(flow, initial, sigma, sample_rate, noise_kernel, noise_per_group, rank)
     with _progress.listening(progress, "stepping the moments") as listener:
-        found = program_memory.call(
+        statistics = program_memory.call(
             _step_moments, closure, mean, stepping, outputs, listener,
             what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
             results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
             work=mean.size**2 * mean.dtype.itemsize,
         )  # fmt: skip
-        return Moments(stepping.times, jnp.asarray(stepping.recorded), *devices.whole(found))
+        return _over_time(stepping.times, jnp.asarray(stepping.recorded), statistics)
 
 
 def moment_flow(
-    flow: Any,
-    initial: Any,
-    times: Any,
+    flow: KernelFlow,
+    initial: PyTree,
+    times: ArrayLike,
     *,
-    learning_rate: float,
-    start: Any = 0.0,
-    noise_multiplier: Any = 0.0,
+    learning_rate: ScalarLike,
+    start: ScalarLike = 0.0,
+    noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: Any = None,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     rank: int | None = None,
     outputs: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-8,
+    rtol: ScalarLike = 1e-5,
+    atol: ScalarLike = 1e-8,
 ) -> Moments:
     r"""Mean and spread of noisy training in flow time.
 
-    The noise of a learning rate :math:`\eta` enters as :math:`\sqrt\eta\, Q^{1/2} dB`, the drift is
-    that of the flow: what is left of :func:`moments` to first order in the learning rate.
+    The noise of a learning rate :math:`\eta` enters as :math:`\sqrt\eta\, Q^{1/2} dB` and the drift
+    is the flow's: this is :func:`moments` to first order in the learning rate.
 
     Parameters
     ----------
     flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank, outputs
         As for :func:`moments`.
     times : array
-        Increasing, none before ``start``. In units of learning rate times steps.
+        Increasing, none before ``start``, in units of learning rate times steps.
     learning_rate : float
-        The learning rate whose noise it is.
+        The learning rate that sets the size of the noise.
     start : float
         Time of the initial state, 0 as in a run; it need not be among ``times``.
     rtol, atol : float
@@ -179,25 +218,26 @@ def moment_flow(
     Returns
     -------
     Moments
-        ``steps`` is None.
+        With ``steps=None``. If the solver does not reach all times, ``successful`` is False and
+        ``message`` says what to do.
 
     Raises
     ------
     ValueError, TypeError
-        As for :func:`moments`; times that do not increase or begin before the start.
+        As for :func:`moments`; if times do not increase, or begin before the start.
 
     Notes
     -----
-    *Derived*; by diffrax.
+    *Derived*; solved by diffrax.
 
     Examples
     --------
     >>> import jax.numpy as jnp, ntkdp
     >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
     ...                         ntkdp.clipping.Abadi(100.0), reduction="sum")
-    >>> found = ntkdp.stochastic_flow.moment_flow(
+    >>> predicted = ntkdp.stochastic_flow.moment_flow(
     ...     flow, jnp.zeros((1, 1)), [0.0, 20.0], learning_rate=0.1, noise_multiplier=0.01)
-    >>> round(found.loss[-1].item(), 4)
+    >>> round(predicted.loss[-1].item(), 4)
     0.025
     """
     start, times = validate.times_from(start, times)
@@ -206,29 +246,29 @@ def moment_flow(
     closure, mean = _closure(
         flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
     )
-    found = program_memory.call(
+    statistics, outcome = program_memory.call(
         _solve_moments, closure, mean, start, times, rate, as_constant(rtol), as_constant(atol),
         outputs,
         what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
         results=len(times) * _bytes_at_a_time(mean, outputs),
         work=mean.size**2 * mean.dtype.itemsize,
     )  # fmt: skip
-    return Moments(times, None, *devices.whole(found))
+    return _over_time(times, None, statistics, outcome)
 
 
 def fixed_privacy_flow(
-    flow: Any,
-    initial: Any,
-    times: Any,
+    flow: KernelFlow,
+    initial: PyTree,
+    times: ArrayLike,
     *,
-    mu: Any,
-    start: Any = 0.0,
-    noise_kernel: Any = None,
+    mu: NoiseMultiplier,
+    start: ScalarLike = 0.0,
+    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     rank: int | None = None,
     outputs: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-8,
+    rtol: ScalarLike = 1e-5,
+    atol: ScalarLike = 1e-8,
 ) -> Moments:
     r"""Mean and spread of full-batch training as the step shrinks at a fixed privacy budget.
 
@@ -242,23 +282,23 @@ def fixed_privacy_flow(
     flow, initial, noise_kernel, noise_per_group, rank, outputs, rtol, atol
         As for :func:`moment_flow`.
     times : array
-        Increasing, none before ``start``. From the start to the last of them is the horizon T that
-        the budget is spent on.
+        Increasing, none before ``start``. The budget is spent on the horizon T from the start to
+        the last time.
     mu : float or privacy.Budget
-        :math:`\mu`-GDP, neighbours differing by one sample added or removed. Of an (epsilon, delta)
-        budget its ``mu``, which is exact for full batches.
+        :math:`\mu`-GDP, where neighbours differ by one sample added or removed. An (epsilon, delta)
+        budget stands for its ``mu``, which is exact for full batches.
     start : float
         Time of the initial state, 0 as in a run; it need not be among ``times``.
 
     Returns
     -------
     Moments
-        ``steps`` is None.
+        As for :func:`moment_flow`.
 
     Raises
     ------
     ValueError, TypeError
-        As for :func:`moment_flow`; mu not positive.
+        As for :func:`moment_flow`; if mu is not positive.
 
     Notes
     -----
@@ -269,23 +309,23 @@ def fixed_privacy_flow(
     >>> import jax.numpy as jnp, ntkdp
     >>> flow = ntkdp.KernelFlow(jnp.eye(1), jnp.zeros((1, 1)), ntkdp.losses.SquaredError(),
     ...                         ntkdp.clipping.Abadi(100.0), reduction="sum")
-    >>> found = ntkdp.stochastic_flow.fixed_privacy_flow(
+    >>> predicted = ntkdp.stochastic_flow.fixed_privacy_flow(
     ...     flow, jnp.zeros((1, 1)), [0.0, 25.0], mu=1000.0)
-    >>> round(found.loss[-1].item(), 4)  # S^2 T / (4 mu^2)
+    >>> round(predicted.loss[-1].item(), 4)  # S^2 T / (4 mu^2)
     0.0625
     """
     start, times = validate.times_from(start, times)
-    mu = mu.mu if isinstance(mu, privacy.Budget) else mu
-    mu = validate.scalar(mu=validate.positive(mu=mu))
+    given = mu.mu if isinstance(mu, privacy.Budget) else mu
+    checked = validate.scalar(mu=validate.positive(mu=given))
     horizon = float(times[-1]) - float(start)
     return moment_flow(
         flow,
         initial,
         times,
-        # Steps of any length do: the noise over a unit of time is the same.
+        # Steps of any length will do: the noise over a unit of time is the same.
         learning_rate=1.0,
         start=start,
-        noise_multiplier=np.sqrt(horizon) / mu,
+        noise_multiplier=np.sqrt(horizon) / checked,
         noise_kernel=noise_kernel,
         noise_per_group=noise_per_group,
         rank=rank,
@@ -296,13 +336,13 @@ def fixed_privacy_flow(
 
 
 def _closure(
-    flow: Any,
-    initial: Any,
-    sigma: Any,
-    sample_rate: Any,
-    noise_kernel: Any,
+    flow: KernelFlow,
+    initial: PyTree,
+    sigma: NoiseMultiplier,
+    sample_rate: float,
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
-    rank: Any,
+    rank: int | None,
 ) -> tuple[Closure, Array]:
     """The closure of a flow, and the mean of all points at the start."""
     flow = check_kernel_flow(flow)
@@ -312,7 +352,7 @@ def _closure(
             f"{type(flow.clipping).__name__}; use stochastic_flow.ensemble"
         )
     rank = None if rank is None else validate.count(rank=rank)
-    sample_rate, divisor = sampling(flow, sample_rate)
+    rate, divisor = sampling(flow, sample_rate)
     train, test = flow.init(initial)
     mean = train if test is None else jnp.concatenate([train, test])
     covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
@@ -326,7 +366,7 @@ def _closure(
     closure = Closure(
         flow=flow,
         form=form,
-        sample_rate=sample_rate,
+        sample_rate=rate,
         points=jnp.asarray(points, mean.dtype),
         weights=jnp.asarray(weights, mean.dtype),
     )
@@ -334,15 +374,27 @@ def _closure(
 
 
 def _bytes_at_a_time(mean: Array, outputs: bool) -> int:
-    """Bytes that are recorded at a time: mean and covariance of the outputs, on request."""
+    """Bytes that are recorded at each time: mean and covariance of the outputs, on request."""
     return (mean.size + mean.size**2 if outputs else 1) * mean.dtype.itemsize
+
+
+def _over_time(
+    times: Array, steps: Array | None, statistics: Statistics, outcome: Array | int = 0
+) -> Moments:
+    """Statistics of all times by name, NaN at those that a solver did not reach."""
+    # The solver fills them with infinity.
+    reached = jax.tree.map(
+        lambda v: nan_unless((outcome == Outcome.SUCCESS) | ~jnp.isinf(v), v),
+        devices.whole(statistics),
+    )
+    return Moments(times=times, steps=steps, **reached._asdict(), outcome=outcome)
 
 
 @eqx.filter_jit
 def _step_moments(
     closure: Closure, mean: Array, stepping: Stepping, outputs: bool, listener: Listener
 ) -> Statistics:
-    def step(k: Any, state: State) -> State:
+    def step(k: Array, state: State) -> State:
         return closure.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
 
     measured: Statistics = stepping.walk(
@@ -358,10 +410,10 @@ def _solve_moments(
     start: Array,
     times: Array,
     rate: Array,
-    rtol: Any,
-    atol: Any,
+    rtol: Array | np.ndarray,
+    atol: Array | np.ndarray,
     outputs: bool,
-) -> Statistics:
+) -> tuple[Statistics, Array]:
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, state, args: closure.velocity(state, rate)),
         diffrax.Tsit5(),
@@ -370,8 +422,22 @@ def _solve_moments(
         dt0=None,
         y0=closure.zero(mean),
         saveat=diffrax.SaveAt(ts=times, fn=lambda t, state, args: closure.measure(state, outputs)),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-        max_steps=100_000,
+        stepsize_controller=diffrax.PIDController(
+            rtol=rtol,
+            atol=atol,
+            dtmin=4 * jnp.finfo(times.dtype).eps * jnp.maximum(jnp.abs(start), jnp.abs(times[-1])),
+            force_dtmin=False,
+        ),
+        max_steps=_MAX_STEPS,
+        throw=False,
     )
-    found: Statistics = solution.ys
-    return found
+    outcome = jnp.select(
+        [
+            solution.result == diffrax.RESULTS.successful,
+            solution.result == diffrax.RESULTS.max_steps_reached,
+            solution.result == diffrax.RESULTS.dt_min_reached,
+        ],
+        [int(Outcome.SUCCESS), int(Outcome.MAX_STEPS), int(Outcome.STEP_TOO_SMALL)],
+        int(Outcome.SOLVER_FAILED),
+    )
+    return solution.ys, outcome

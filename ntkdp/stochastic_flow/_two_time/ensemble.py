@@ -1,7 +1,5 @@
 """Noisy runs of an infinitely wide network, hundreds in one batched product."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,34 +7,49 @@ import numpy as np
 from ntkdp import privacy
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend import progress as _progress
-from ntkdp._backend.types import Float
+from ntkdp._backend.types import (
+    ArrayLike,
+    Float,
+    KeyLike,
+    LearningRate,
+    Progress,
+    PyTree,
+    ScalarLike,
+)
 from ntkdp.gradient_flow import with_steps
 from ntkdp.stochastic_flow._two_time import volterra
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._two_time.gaussian_process import output_process
-from ntkdp.stochastic_flow._weight_noise import variance_of_budget, weight_noise_variance
+from ntkdp.stochastic_flow._weight_noise import (
+    NoiseMultiplier,
+    variance_of_budget,
+    weight_noise_variance,
+)
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
-#: Numbers at nodes, over points, up to which every step is a node or all modes are kept together.
-_MOST_AT_EVERY_STEP, _MOST_TOGETHER = 4096, 8192
+#: Number of nodes times points up to which, by default, every step is a node.
+_MOST_AT_EVERY_STEP = 4096
+#: Number of nodes times modes that are kept together by default.
+_MOST_TOGETHER = 8192
+#: Fewest nodes by default, if there are as many steps.
 _FEWEST_NODES = 16
 
 
 def two_time_ensemble(
     flow: TwoTimeFlow,
-    initial: Any = None,
+    initial: PyTree = None,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: Any = 0.0,
+    noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
     noise_per_group: bool = False,
     nodes: int | None = None,
     rank: int | None = None,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: KeyLike,
 ) -> Trajectory:
     r"""Draw runs of DP-SGD on an infinitely wide network, whose kernel noise moves.
 
@@ -44,7 +57,7 @@ def two_time_ensemble(
         f_k = g_k - \frac{\eta}{n} \sum_{j < k} \sum_r \Theta_r(k, j)\, C_{ir}(j)\, a(j), \qquad
         g \sim GP(0, \Sigma(k, j) \otimes I_K),
 
-    with the norms of clipping from :math:`\Theta(j, j)`.
+    where clipping takes the norms from :math:`\Theta(j, j)`.
 
     Parameters
     ----------
@@ -52,35 +65,36 @@ def two_time_ensemble(
         Network, data, loss and clipping.
     initial : array or pair, optional
         Outputs ``(n, K)`` of a given network, or a (train, test) pair with test inputs: every run
-        starts there. Without, each run has random outputs of its own, as networks drawn at random.
+        starts there. By default each run starts from random outputs of its own, like networks
+        drawn at random.
     learning_rate, steps, noise_multiplier, sample_rate, noise_per_group, record_every, outputs, \
     progress
         As for :func:`ensemble`; the groups are the layers.
     nodes : int, optional
-        Times at which kernels are computed, at least 2; between them they are interpolated. By
-        default every step while that is cheap, then 16 or more.
+        Number of times at which kernels are computed, at least 2; between them they are
+        interpolated. The default is every step while that is cheap, and 16 or more otherwise.
     rank : int, optional
-        Leading modes of the outputs' covariance that are kept together at all times, the others
-        each for itself. By default all while that is cheap.
+        Number of leading modes of the outputs' covariance that are kept together at all times; each
+        of the others is kept by itself. The default is all of them while that is cheap.
     key : PRNG key
-        One, or an array of S keys: S runs, a leading seed axis.
+        One key, or an array of S keys for S runs, which get a leading seed axis.
 
     Returns
     -------
     Trajectory
-        Times are the running sum of the learning rate.
+        Its times are the running sum of the learning rate.
 
     Raises
     ------
     ValueError, TypeError
         As for :func:`ensemble`.
     MemoryError
-        Kernels or paths that do not fit.
+        If kernels or paths do not fit.
 
     Notes
     -----
-    *Derived*. Exact at infinite width with a node at every step. The cost of a step is that of a
-    product of ``(N, 3 n)`` with ``(3 n, S K)``, and of two nodes that of a kernel ``(N, N)``.
+    *Derived*. Exact at infinite width with a node at every step. A step costs a product of
+    ``(N, 3 n)`` with ``(3 n, S K)``, and every two nodes a kernel ``(N, N)``.
 
     Examples
     --------
@@ -107,12 +121,12 @@ def two_time_ensemble(
         noise_per_group=noise_per_group,
         reduction=flow.reduction,
     )
-    every = times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1))
+    step_times = times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1))
     recorded = stepping.recorded
     measured = draw(
         flow,
         initial,
-        np.asarray(every, np.float64),
+        np.asarray(step_times, np.float64),
         np.asarray(variances, np.float64),
         recorded,
         nodes=nodes,
@@ -125,22 +139,24 @@ def two_time_ensemble(
     )
     sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
-    return from_measurements(every[recorded], measured, steps=jnp.asarray(recorded), setup=setup)
+    return from_measurements(
+        step_times[recorded], measured, steps=jnp.asarray(recorded), setup=setup
+    )
 
 
 def two_time_flow(
     flow: TwoTimeFlow,
-    initial: Any,
-    times: Any,
+    initial: PyTree,
+    times: ArrayLike,
     *,
-    variance: Any,
-    start: Any = 0.0,
+    variance: ArrayLike | privacy.Budget,
+    start: ScalarLike = 0.0,
     steps: int = 200,
     nodes: int | None = None,
     rank: int | None = None,
     outputs: bool = False,
-    progress: Any = False,
-    key: Any,
+    progress: Progress = False,
+    key: KeyLike,
 ) -> Trajectory:
     r"""Draw noisy paths of an infinitely wide network in flow time, the limit of small steps.
 
@@ -153,14 +169,14 @@ def two_time_flow(
     times : array
         ``(T,)``, increasing, none before ``start``.
     variance : float, array or privacy.Budget
-        :math:`v(T)`, variance of the noise that each weight has gathered by the last time, one or
-        one a layer ``(R,)``. Of a budget, spent on full batches from the start to the last time,
-        it is :math:`(T S/(n \mu))^2` with the mean loss and :math:`(T S/\mu)^2` with the sum, S
-        the sensitivity.
+        :math:`v(T)`, the variance of the noise that each weight has accumulated by the last time:
+        one number, or one for each layer ``(R,)``. A budget, spent on full batches from the start
+        to the last time, gives :math:`(T S/(n \mu))^2` with the mean loss and
+        :math:`(T S/\mu)^2` with the sum, with S the sensitivity.
     start : float
         Time of the initial state, 0 as in a run; it need not be among ``times``.
     steps : int
-        Steps of the trapezoidal rule over the whole horizon, about.
+        Approximate number of steps of the trapezoidal rule over the whole horizon.
 
     Returns
     -------
@@ -170,7 +186,7 @@ def two_time_flow(
     Raises
     ------
     ValueError, TypeError, MemoryError
-        As for :func:`two_time_ensemble`; a budget with a rule of unbounded sensitivity.
+        As for :func:`two_time_ensemble`; if a budget is given with a rule of unbounded sensitivity.
 
     Notes
     -----
@@ -232,7 +248,7 @@ def two_time_flow(
 
 def draw(
     flow: TwoTimeFlow,
-    initial: Any,
+    initial: PyTree,
     times: Float[np.ndarray, " steps"],
     variances: Float[np.ndarray, "steps R"],
     recorded: np.ndarray,
@@ -242,10 +258,10 @@ def draw(
     sample_rate: float,
     trapezoidal: bool,
     outputs: bool,
-    progress: Any,
-    key: Any,
+    progress: Progress,
+    key: KeyLike,
 ) -> Measurement:
-    """Measurements of runs on a grid of times, at the recorded places of it."""
+    """Measurements of runs on a grid of times, at its recorded places."""
     keys = validate.keys(key=key)
     start = flow.initial(initial)
     n_points = flow.points.shape[0]
@@ -256,7 +272,7 @@ def draw(
         raise ValueError(f"nodes must be at least 2, the start and the end, got {nodes!r}")
     nodes = min(nodes, steps + 1)
     rank = _MOST_TOGETHER // nodes if rank is None else validate.count(rank=rank)
-    # The last step stands inside a cell, so that all that is recorded does.
+    # The last step is inside a cell, and so is every step that is recorded.
     per_cell = -(-steps // (nodes - 1))
     n_cells = steps // per_cell + 1
     n_columns = keys.size * flow.n_outputs
@@ -273,7 +289,7 @@ def draw(
     )
     at_nodes = variances[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
     process = output_process(flow, at_nodes, start, rank)
-    # In proportion to each other, the layers' variances mark the same places.
+    # The layers' variances are in proportion, so their sum marks the same places.
     steps_of_cells = volterra.grid(times, variances.sum(1), recorded, per_cell)
     variances_of_nodes, steps_of_cells, keys_of_seeds = devices.everywhere(
         flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
@@ -291,10 +307,13 @@ def draw(
             outputs,
             listener,
         )
-    measured = jax.tree.map(lambda path: jnp.swapaxes(path, 0, 1), measured)
-    return jax.tree.map(lambda path: path[0], measured) if keys.ndim == 0 else measured
+    by_seed: Measurement = jax.tree.map(lambda path: jnp.swapaxes(path, 0, 1), measured)
+    if keys.ndim:
+        return by_seed
+    single: Measurement = jax.tree.map(lambda path: path[0], by_seed)
+    return single
 
 
-def _check_flow(flow: Any) -> None:
+def _check_flow(flow: object) -> None:
     if not isinstance(flow, TwoTimeFlow):
         raise TypeError(f"flow must be a TwoTimeFlow, got {type(flow).__name__}; see ensemble")

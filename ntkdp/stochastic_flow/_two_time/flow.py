@@ -1,8 +1,9 @@
 """DP training of an infinitely wide network, whose kernel noise moves."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,13 +13,17 @@ from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, norms, validate
-from ntkdp._backend.types import Array, Float, common_dtype
+from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, common_dtype
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import setup_of
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction
+from ntkdp.models import Model
 from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
 from ntkdp.trajectory import HasTrainingSet, Measurement, TrainingSet
+
+#: The covariance of outputs and the terms of the tangent kernel between two times, of a model.
+_KernelBetween: TypeAlias = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 class TwoTimeFlow(HasTrainingSet):
@@ -34,25 +39,25 @@ class TwoTimeFlow(HasTrainingSet):
     Parameters
     ----------
     model : Model
-        Layers that are known, in NTK parameterisation: :func:`ntkdp.models.mlp`, ``cnn``, or
-        ``serial``.
+        A model whose layers are known, in NTK parameterisation: :func:`ntkdp.models.mlp`, ``cnn``
+        or ``serial``.
     x : array
         Training inputs ``(n, ...)``.
     targets : array
-        As the loss wants them.
+        Targets as the loss takes them.
     loss : Loss or callable
         One of :mod:`ntkdp.losses`, or a function of one sample's outputs and target.
     clipping : ClippingRule
-        One of :mod:`ntkdp.clipping` but `Batch`; with ``scope="layerwise"`` a group is a layer.
+        One of :mod:`ntkdp.clipping` except `Batch`; with ``scope="layerwise"`` a group is a layer.
     reduction : {"mean", "sum"}
         Loss and drift are averaged over samples, or summed (the paper's form).
     test_x : array, optional
         Test inputs ``(m, ...)``.
     test_targets : array, optional
-        Needed for a test loss.
+        Targets of the test inputs, needed for a test loss.
     frozen : bool
         Keep the kernels of the start, :math:`\Theta(0, 0)` and
-        :math:`\Sigma(0, 0) + \min(v_t, v_s) \Theta(0, 0)`: first order in the variance, for
+        :math:`\Sigma(0, 0) + \min(v_t, v_s) \Theta(0, 0)`: the first order in the variance, for
         comparison.
     mesh : jax.sharding.Mesh, optional
         Devices that share the rows of all kernels and covariances; n and m must divide over them.
@@ -60,8 +65,8 @@ class TwoTimeFlow(HasTrainingSet):
     Raises
     ------
     ValueError, TypeError
-        A model without kernels between times, shapes that do not fit, a rule that couples samples,
-        numbers of samples that do not divide over the mesh.
+        If the model has no kernels between times, shapes do not fit, the rule couples samples, or
+        the numbers of samples do not divide over the mesh.
 
     Notes
     -----
@@ -82,9 +87,9 @@ class TwoTimeFlow(HasTrainingSet):
 
     points: Array
     data: TrainingSet
-    #: The kernels of the start between all points, where they are kept.
+    #: The kernels of the start between all points, if they are kept.
     start: TwoTimeKernel | None
-    model: Any = eqx.field(static=True)
+    model: Model = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
     n_outputs: int = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
@@ -92,15 +97,15 @@ class TwoTimeFlow(HasTrainingSet):
 
     def __init__(
         self,
-        model: Any,
-        x: Any,
-        targets: Any,
-        loss: Any,
+        model: Model,
+        x: ArrayLike,
+        targets: ArrayLike,
+        loss: Loss | Callable[[Array, Array], Array],
         clipping: ClippingRule,
         *,
         reduction: Reduction = "mean",
-        test_x: Any = None,
-        test_targets: Any = None,
+        test_x: ArrayLike | None = None,
+        test_targets: ArrayLike | None = None,
         frozen: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
@@ -135,8 +140,8 @@ class TwoTimeFlow(HasTrainingSet):
                 "use fewer samples or float32",
             )
             none = devices.everywhere(mesh, jnp.zeros(len(self.names), self.points.dtype))
-            kernel, points = model.two_time.kernel, self.points
-            self.start = _compiled(kernel, self.names, points, points, none, none, mesh)
+            points = self.points
+            self.start = _compiled(self._kernel, self.names, points, points, none, none, mesh)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons; noise and sampling are those of its runs."""
@@ -152,7 +157,7 @@ class TwoTimeFlow(HasTrainingSet):
         """Terms of the kernel that clipping tells apart: 1 flat, R layerwise."""
         return 1 if self.clipping.scope == "flat" else len(self.names)
 
-    def initial(self, initial: Any) -> Float[Array, "N K"] | None:
+    def initial(self, initial: PyTree) -> Float[Array, "N K"] | None:
         """Initial outputs of all points, checked; None stands for random ones."""
         if initial is None:
             return None
@@ -170,13 +175,16 @@ class TwoTimeFlow(HasTrainingSet):
                     f"initial must have outputs of shape {(rows, self.n_outputs)}, got {part.shape}"
                 )
         outputs = jnp.concatenate(parts)
-        finite = validate.finite(initial=outputs.astype(self.points.dtype))
-        placed: Array = devices.everywhere(self.mesh, finite)
-        return placed
+        finite: Array = validate.finite(initial=outputs.astype(self.points.dtype))
+        return devices.everywhere(self.mesh, finite)
+
+    @property
+    def _kernel(self) -> _KernelBetween:
+        assert self.model.two_time is not None
+        return self.model.two_time.kernel
 
     def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
-        kernel = self.model.two_time.kernel
-        return _in_precision(kernel, self.names, self.points, x, v1, v2, self.mesh)
+        return _in_precision(self._kernel, self.names, self.points, x, v1, v2, self.mesh)
 
     def covariance(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "N N"]:
         """Covariance of the undriven outputs of all points, between noise variances by layer."""
@@ -186,7 +194,7 @@ class TwoTimeFlow(HasTrainingSet):
         return start.nngp + jnp.tensordot(jnp.minimum(v1, v2), start.ntk.values, axes=1)
 
     def drive(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "T N n"]:
-        """Tangent kernel of all points with the training points, by the terms that count."""
+        """Tangent kernel of all points with the training points, by the terms of clipping."""
         n = self.n_samples
         if self.start is None:
             terms = self._between(self.points[:n], v1, v2).ntk.values
@@ -214,7 +222,7 @@ class TwoTimeFlow(HasTrainingSet):
 
 
 def _in_precision(
-    kernel: Any,
+    kernel: _KernelBetween,
     names: tuple[str, ...],
     points: Array,
     x: Array,
@@ -222,18 +230,20 @@ def _in_precision(
     v2: Array,
     mesh: Mesh | None,
 ) -> TwoTimeKernel:
-    """Kernels between times in the precision of the points; neural-tangents' is the highest."""
-    found = between_times(kernel, names, points, x, v1, v2, mesh)
-    return jax.tree.map(lambda leaf: leaf.astype(points.dtype), found)
+    """Kernels between times, from neural-tangents' highest precision to that of the points."""
+    highest = between_times(kernel, names, points, x, v1, v2, mesh)
+    kernels: TwoTimeKernel = jax.tree.map(lambda leaf: leaf.astype(points.dtype), highest)
+    return kernels
 
 
 _compiled = eqx.filter_jit(_in_precision)
 
 
-def _inputs(x: Any, like: Array | None, name: str) -> Array:
+def _inputs(x: ArrayLike, like: Array | None, name: str) -> Array:
     x = jnp.asarray(x)
     x = x.astype(common_dtype(x, np.float32))
     if x.ndim < 2 or x.shape[0] == 0 or (like is not None and x.shape[1:] != like.shape[1:]):
         samples = "(n, ...)" if like is None else f"(m, {', '.join(map(str, like.shape[1:]))})"
         raise ValueError(f"{name} must have shape {samples} and not be empty, got {x.shape}")
-    return validate.finite(**{name: x})
+    finite: Array = validate.finite(**{name: x})
+    return finite

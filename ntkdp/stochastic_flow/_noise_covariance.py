@@ -1,0 +1,87 @@
+"""Covariance, under a frozen kernel, of the outputs' noise that the noise of DP-SGD causes."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ntkdp import privacy
+from ntkdp._backend import compiled, devices, memory, validate
+from ntkdp._backend.types import Array, ArrayLike, Float
+from ntkdp.gradient_flow import KernelFlow
+from ntkdp.ntk import LayerwiseKernel, as_matrices
+from ntkdp.stochastic_flow import _sharded_points
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
+
+#: Matrices alive while a square root is found on one device: the covariance, its eigenvectors and
+#: the workspace of LAPACK.
+_ROOT_COPIES = 4
+#: Matrices alive while a square root is found on several devices, which pass parts around.
+_ROOT_COPIES_IN_PARTS = 6
+
+
+def noise_covariance(
+    flow: KernelFlow,
+    noise_multiplier: NoiseMultiplier,
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    per_group: bool,
+) -> Float[Array, "N N"] | None:
+    """Covariance of the outputs' noise from a noisy summed gradient; None without noise."""
+    sigma = privacy.as_noise_multiplier(noise_multiplier, steps=None)
+    stds = deviations(flow.clipping, sigma, flow.n_terms, per_group)
+    if not bool(jnp.any(stds > 0)):
+        return None
+    if flow.preconditioned:
+        raise ValueError(
+            "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
+            "function of the kernels"
+        )
+    memory.require(
+        bytes_of_noise(flow),
+        "noise of the outputs, whose covariance and its square root are matrices over all points,",
+        "use fewer samples, float32, or ensemble with a LinearisedFlow, which needs no covariance",
+    )
+    if noise_kernel is not None:
+        return _weighted(_given_terms(flow, noise_kernel), stds**2)
+    if flow.test_drive is not None:
+        raise ValueError(
+            "noise_kernel must be the kernel of train and test points with each other, since "
+            "the flow has a test_kernel, got None"
+        )
+    return _weighted_of_flow(flow, stds**2)
+
+
+def bytes_of_noise(flow: KernelFlow) -> int:
+    """Bytes on this host at the peak of finding the noise's covariance and its square root."""
+    rows = flow.drive.per_point * _sharded_points.points_of(flow).n_points
+    copies = _ROOT_COPIES if flow.mesh is None else _ROOT_COPIES_IN_PARTS
+    return devices.bytes_on_host(flow.mesh, copies * rows**2 * flow.operator.matrix.dtype.itemsize)
+
+
+def _given_terms(flow: KernelFlow, noise_kernel: ArrayLike | LayerwiseKernel) -> Array:
+    """Terms of a given kernel over all points, train before test, checked."""
+    if isinstance(noise_kernel, LayerwiseKernel):
+        layered = flow.clipping.scope == "layerwise"
+        terms = noise_kernel.values if layered else noise_kernel.total[None]
+    else:
+        terms = validate.array(noise_kernel=noise_kernel)[None]
+    n_points = _sharded_points.points_of(flow).n_points
+    expected = (flow.n_terms, n_points, n_points, *flow.diagonal.shape[2:])
+    if terms.shape != expected:
+        raise ValueError(
+            f"noise_kernel must have terms of shape {expected}, train before test, "
+            f"got {terms.shape}"
+        )
+    finite: Array = validate.finite(noise_kernel=terms)
+    return finite.astype(flow.operator.matrix.dtype)
+
+
+# Compiled, so that the result is the only copy that is made.
+@compiled.jit()
+def _weighted(terms: Array, weights: Float[Array, " R"]) -> Float[Array, "N N"]:
+    """Weighted sum of the terms of a kernel, as a matrix."""
+    kernel = jnp.tensordot(weights.astype(terms.dtype), terms, axes=1)
+    return as_matrices(kernel[None])[0]
+
+
+@eqx.filter_jit
+def _weighted_of_flow(flow: KernelFlow, weights: Float[Array, " R"]) -> Float[Array, "N N"]:
+    return _weighted(flow.terms(), weights)

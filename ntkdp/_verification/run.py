@@ -20,7 +20,7 @@ Report = Callable[[str, float], None]
 
 
 class Verification(NamedTuple):
-    """Verdicts, the table if it was asked for, and how long it all took."""
+    """Verdicts, the table if it was requested, and the seconds that all took."""
 
     verdicts: tuple[Verdict, ...]
     table: Table | None
@@ -34,10 +34,10 @@ class Verification(NamedTuple):
 
 
 def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
-    """Verify the named claims, and rebuild the table if asked; names must be known.
+    """Verify the named claims, which must exist, and rebuild the table if requested.
 
-    Most of the time goes into compilation, which uses one core, so several claims are verified at
-    a time, in threads.
+    Most of the time is spent on compilation, which uses one core, so several claims are verified
+    at a time, in threads.
     """
     start = time.perf_counter()
     report("compiling the first claims", 0.0)
@@ -45,13 +45,13 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
         # The table takes longest: it starts first.
         rebuilt = threads.submit(table_one.compute) if table else None
         verdicts = [threads.submit(claims.verify, name) for name in names]
-        whats: dict[Future[Any], str] = dict(zip(verdicts, names, strict=True))
+        tasks: dict[Future[Any], str] = dict(zip(verdicts, names, strict=True))
         if rebuilt is not None:
-            whats[rebuilt] = "Table 1, computed"
+            tasks[rebuilt] = "Table 1, computed"
         try:
-            for number, done in enumerate(as_completed(whats)):
+            for number, done in enumerate(as_completed(tasks)):
                 done.result()
-                report(f"{whats[done]} done", (number + 1) / len(whats))
+                report(f"{tasks[done]} done", (number + 1) / len(tasks))
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
@@ -70,7 +70,7 @@ def as_json(verdicts: Sequence[Verdict]) -> str:
 def write(verification: Verification, folder: Path) -> None:
     """Write metrics.json and report.html."""
     table = verification.table
-    metrics: dict[str, Any] = {
+    metrics: dict[str, object] = {
         **provenance("jax", "diffrax", "neural-tangents"),
         "holds": verification.holds,
         "seconds": round(verification.seconds, 1),
@@ -85,7 +85,7 @@ def write(verification: Verification, folder: Path) -> None:
 
 
 def print_verdicts(verification: Verification) -> None:
-    """One line a claim, and below a claim that fails the numbers that do."""
+    """Print one line for each claim, then the numbers that fail."""
     from rich.table import Table as Grid
 
     console = open_console()
@@ -128,7 +128,7 @@ def expected(verdict: Verdict) -> str:
 
 
 def print_table(table: Table) -> None:
-    """The table in a terminal: the paper's answers, marked where more is known."""
+    """Print the table: the paper's answers, with notes where more is known."""
     from rich.table import Table as Grid
 
     console = open_console()

@@ -2,5 +2,5 @@
 
 import lazy_loader as _lazy_loader
 
-# Settings are read and checked before JAX and matplotlib are imported, which takes seconds.
+# Importing JAX and matplotlib takes seconds, so settings are read and checked before.
 __getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)

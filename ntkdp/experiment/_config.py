@@ -1,4 +1,4 @@
-"""The configuration of an experiment: TOML in, checked fields out, every error naming its field."""
+"""The configuration of an experiment: TOML in, checked fields out; errors name their field."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -10,13 +10,13 @@ from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
 from ntkdp.trajectory import MOST_STEPS
 
-#: Bytes that the name of a run may have.
+#: The most bytes in the name of a run.
 _LONGEST_NAME = 150
 PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
 
 
 class DataConfig(Section):
-    """What to train on."""
+    """The data to train on."""
 
     name: str = Field(
         "digits",
@@ -104,7 +104,7 @@ class TrainingConfig(Section):
         return self.noise_multiplier > 0 or self.epsilon is not None or self.mu is not None
 
     def sigma(self, steps: int) -> float:
-        """The noise multiplier of a run of so many steps, of a budget if there is one."""
+        """The noise multiplier of a run of so many steps, from the budget if there is one."""
         if self.epsilon is None and self.mu is None:
             return self.noise_multiplier
         budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
@@ -142,12 +142,11 @@ class ClippingConfig(Section):
         return f"{self.scope} {self.rule}{norm}"
 
     def learning_rate_in(self, training: TrainingConfig) -> float:
-        """The rule's own learning rate if it has one, else that of all rules."""
+        """The rule's own learning rate if it has one, otherwise that of all rules."""
         return training.learning_rate if self.learning_rate is None else self.learning_rate
 
 
-#: The rules that are compared where a configuration names none, each with a learning rate that
-#: suits it.
+#: The rules that are compared if a configuration names none, each with a suitable learning rate.
 _DEFAULT_RULES = [
     ClippingConfig(scope="flat", clip_norm=0.4, learning_rate=2.5),
     ClippingConfig(scope="flat", clip_norm=1000.0),
@@ -157,9 +156,9 @@ _DEFAULT_RULES = [
 
 
 def _folder_name(name: str) -> str:
-    """The name, if it is one that a folder of any disk can have, and that is not hidden."""
+    """Return the name if a folder on any disk can have it and is not hidden."""
     is_path = any(separator in name for separator in "/\\")
-    # Of bytes, for which disks have a limit of 255; a time is added.
+    # Disks limit a name to 255 bytes, and a time is appended.
     too_long = len(name.encode(errors="replace")) > _LONGEST_NAME
     if is_path or too_long or not name.isprintable() or not name.strip() or name.startswith("."):
         raise ValueError(
@@ -170,7 +169,7 @@ def _folder_name(name: str) -> str:
 
 
 class ProblemConfig(Section):
-    """What every verb that trains needs: network, data and loss."""
+    """The settings of every verb that trains: network, data and loss."""
 
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
         "digits", description="what the run folder is called: a name, not a path"
@@ -215,7 +214,7 @@ class Config(ProblemConfig):
         if "clipping" not in self.model_fields_set and (
             "learning_rate" in self.training.model_fields_set
         ):
-            # What is written goes before what suits the default rules.
+            # A learning rate in the file takes precedence over those of the default rules.
             rules = [rule.model_copy(update={"learning_rate": None}) for rule in self.clipping]
             object.__setattr__(self, "clipping", rules)
         labels = [rule.label for rule in self.clipping]
@@ -223,7 +222,7 @@ class Config(ProblemConfig):
         if twice:
             raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
         if self.training.momentum > 0 and "predictions" not in self.model_fields_set:
-            # A configuration is frozen for its users; its defaults are still being found here.
+            # A configuration is frozen for its users, but its defaults are not complete yet.
             without = [name for name in self.predictions if name != "recursion"]
             object.__setattr__(self, "predictions", without)
         if self.training.momentum > 0 and "recursion" in self.predictions:

@@ -1,4 +1,4 @@
-"""Predictions of an experiment: which there are, what each needs, and making them."""
+"""Predictions of an experiment: their names, the kernels that each needs, and their computation."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import gradient_flow, ntk, stochastic_flow
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, Params, Progress
 from ntkdp._gradients import groups
 from ntkdp.clipping import ClippingRule
 from ntkdp.experiment._config import ClippingConfig, Config
@@ -17,9 +17,9 @@ from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, rec
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
-#: What a prediction needs to know of the network: the kernel's name in results, or None.
+#: The kernel that a prediction needs, by its name in results, or None.
 KERNEL_OF = {"exact": None, "frozen": "empirical", "infinite": "infinite", "recursion": "empirical"}
-#: How predictions are called in tables and pictures.
+#: Names of predictions in tables and pictures.
 LABELS = {
     "exact": "exact flow",
     "frozen": "frozen kernel",
@@ -28,14 +28,14 @@ LABELS = {
 }
 
 
-#: Outputs, of training and test points, up to which the noise of both is drawn together.
+#: The most outputs, of training and test points together, whose noise is drawn jointly.
 _MOST_WITH_TEST = 4000
 
 
 class Kernel(NamedTuple):
-    """A kernel of the training set, of the test set against it, and how long they took.
+    """A kernel of the training set, of the test set against it, and the seconds that they took.
 
-    ``whole`` is that of all points with each other, where the noise of both is drawn.
+    ``whole`` is the kernel of all points with each other, if the noise of both sets is drawn.
 
     Made by :func:`ntkdp.experiment.kernel_of`.
     """
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
 
 
 class Mechanism(NamedTuple):
-    """What a run does besides clipping."""
+    """The parts of a run besides clipping."""
 
     learning_rate: float
     steps: int
@@ -55,7 +55,7 @@ class Mechanism(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, case: ClippingConfig) -> "Mechanism":
-        """Of one rule, which may have its own learning rate and steps."""
+        """The mechanism for one rule, which may have its own learning rate and steps."""
         training = config.training
         steps = case.steps or training.steps
         return cls(case.learning_rate_in(training), steps, training.sigma(steps))
@@ -68,7 +68,7 @@ def needed_kernels(config: Config) -> set[str]:
 
 
 def _moves(config: Config, name: str) -> bool:
-    """Whether the prediction follows a kernel that noise moves, and so makes its own."""
+    """Whether the prediction follows a kernel that noise moves, which it computes itself."""
     training = config.training
     noise_has_a_limit = config.model.parameterization == "ntk" and training.momentum == 0
     return name == "infinite" and training.noisy and noise_has_a_limit
@@ -122,7 +122,7 @@ def needs_whole_kernel(config: Config, problem: Problem) -> bool:
 def compute_kernel(
     problem: Problem, kind: str, *, by_layer: bool, whole: bool, batch_size: int | None
 ) -> Kernel:
-    """A kernel of training and test points, ``whole`` or just what drives the outputs."""
+    """A kernel of training and test points, ``whole`` or only the part that drives the outputs."""
     start = time.perf_counter()
     model, x, test_x, n = problem.model, problem.x, problem.test_x, len(problem.x)
 
@@ -161,7 +161,7 @@ def predict(
 ) -> tuple[Trajectory, float]:
     """A prediction at the recorded times of a run, and the seconds that it took.
 
-    With noise or sampling, what follows them is an ensemble, with a leading seed axis.
+    With noise or sampling, a prediction that follows them is an ensemble with a leading seed axis.
     """
     training = config.training
     steps: Any = {
@@ -176,7 +176,7 @@ def predict(
         "key": jax.random.split(jax.random.key(config.seed + 2), training.n_predicted),
     }
     start = time.perf_counter()
-    initial: Any = (problem.outputs, problem.test_outputs)
+    initial: Array | tuple[Array, Array] = (problem.outputs, problem.test_outputs)
     if _moves(config, name):
         two_times = stochastic_flow.TwoTimeFlow(
             problem.model,
@@ -217,10 +217,10 @@ def _solved(
     times: Array,
     progress: Callable[[float], None],
 ) -> tuple[Trajectory, float]:
-    """A flow without noise."""
+    """Solve a flow without noise."""
     kind = KERNEL_OF[name]
     flow: Flow
-    initial: Any
+    initial: Params
     if kind is None:
         initial = problem.params
         flow = WeightFlow(
@@ -242,12 +242,12 @@ def _solved(
         unit = mechanism.learning_rate**0.5
         flow = HeavyBallFlow(flow, (1 - config.training.momentum) / unit)
 
-    def solved(times: Array, progress: Any) -> Trajectory:
+    def solved(times: Array, progress: Progress) -> Trajectory:
         path = solve(flow, initial, times, rtol=config.rtol, atol=config.atol, progress=progress)
         jax.block_until_ready(path.loss)
         return path
 
-    # A horizon this short takes a few steps: it compiles the program that is timed next.
+    # So short a horizon takes a few steps; it compiles the program that is timed next.
     solved(times / unit * 1e-9, progress)
     start = time.perf_counter()
     predicted = solved(times / unit, progress)

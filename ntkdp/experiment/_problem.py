@@ -38,7 +38,7 @@ def rules_of(config: Config) -> list[ClippingRule]:
     Raises
     ------
     ConfigError
-        An unknown rule or a parameter that is wrong or does not belong to the rule.
+        If a rule is unknown, or a parameter is wrong or does not belong to its rule.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def problem_of(config: ProblemConfig) -> Problem:
     Raises
     ------
     ConfigError
-        Data or a model that cannot be had, a loss that does not fit the targets.
+        If the data or the model cannot be made, or the loss does not fit the targets.
 
     Examples
     --------

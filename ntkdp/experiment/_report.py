@@ -1,4 +1,4 @@
-"""What a run folder holds: metrics, trajectories, pictures, and a page that shows them."""
+"""The files of a run folder: metrics, trajectories, pictures, and a page that shows them."""
 
 import json
 import math
@@ -10,10 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from ntkdp import plotting
+from ntkdp._backend.types import Array
 from ntkdp._results.console import add_row, open_console, say
 from ntkdp._results.figure_style import LOOK, save_png
 from ntkdp._results.own_files import OwnFiles
@@ -33,7 +35,7 @@ _LARGEST_SPECTRUM = 1024
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """Everything measured, as a tree of plain numbers and text."""
+    """All measurements, as a tree of plain numbers and text."""
     entries = []
     for case in results.cases:
         for name, prediction in case.predictions.items():
@@ -56,7 +58,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
-                    "initial_clip_fraction": _last_or_first(case.run.clip_fraction, 0),
+                    "initial_clip_fraction": _mean_at(case.run.clip_fraction, 0),
                     "final": {
                         "predicted": _final(prediction.trajectory),
                         "observed": _final(case.run),
@@ -84,7 +86,7 @@ def metrics(results: Results) -> dict[str, Any]:
 
 
 def _band(compared: Comparison) -> dict[str, Any] | None:
-    """How the runs lie in the predicted band at the last time; None for a single path."""
+    """The place of the runs in the predicted band at the last time; None for a single path."""
     covered, crps, z = compared.band_coverage, compared.mean_crps, compared.standardised_error
     if covered is None or crps is None:
         return None
@@ -97,18 +99,19 @@ def _band(compared: Comparison) -> dict[str, Any] | None:
     }
 
 
-def _last_or_first(values: Any, index: int) -> float:
+def _mean_at(values: Array, index: int) -> float:
+    """The mean over seeds of recorded values at one place in time."""
     return float(jnp.mean(values[..., index]))
 
 
 def _final(path: Trajectory) -> dict[str, float | None]:
-    final = {"loss": _last_or_first(path.loss, -1), "accuracy": None}
+    final = {"loss": _mean_at(path.loss, -1), "accuracy": None}
     if path.accuracy is not None:
-        final["accuracy"] = _last_or_first(path.accuracy, -1)
+        final["accuracy"] = _mean_at(path.accuracy, -1)
     if path.test_loss is not None:
-        final["test_loss"] = _last_or_first(path.test_loss, -1)
+        final["test_loss"] = _mean_at(path.test_loss, -1)
     if path.test_accuracy is not None:
-        final["test_accuracy"] = _last_or_first(path.test_accuracy, -1)
+        final["test_accuracy"] = _mean_at(path.test_accuracy, -1)
     return final
 
 
@@ -162,21 +165,21 @@ def _percent(error: float | None) -> str:
 
 
 def _in_band(compared: Comparison) -> str:
-    """Share of the runs in the predicted band over all times, beside what is expected."""
+    """The share of the runs in the predicted band over all times, and the expected share."""
     covered = compared.band_coverage
     if covered is None:
         return ""
     return f"{np.mean(covered.share):.0%} of {covered.level:.0%}"
 
 
-def _with_spread(values: Any) -> str:
-    values = np.atleast_1d(np.asarray(values))
-    spread = f" ± {np.std(values, ddof=1):.4f}" if values.size > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
+def _with_spread(values: Array) -> str:
+    runs = np.atleast_1d(np.asarray(values))
+    spread = f" ± {np.std(runs, ddof=1):.4f}" if runs.size > 1 else ""
+    return f"{np.mean(runs):.4f}{spread}"
 
 
 def print_table(results: Results) -> None:
-    """The errors of all predictions, on standard output, and what went wrong if anything did."""
+    """Print the errors of all predictions, and warnings if there are any."""
     console = open_console()
     shown = range(len(_COLUMNS)) if console.width >= 160 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
@@ -221,15 +224,15 @@ def _warnings(results: Results) -> list[str]:
             "The noisy kernel recursion leaves out the test points, whose noise would be drawn "
             "with that of the training points: too many outputs."
         )
-    for what in ("noise", "sampling"):
+    for neglected in ("noise", "sampling"):
         without = {
             LABELS[name]: None
             for case in results.cases
             for name, prediction in case.predictions.items()
-            if what in prediction.comparison.neglected
+            if neglected in prediction.comparison.neglected
         }
         if without:
-            warnings.append(f"Without the {what}: {', '.join(without)}.")
+            warnings.append(f"Without the {neglected}: {', '.join(without)}.")
     return warnings
 
 
@@ -253,12 +256,12 @@ def _write_trajectories(results: Results, path: Path) -> None:
         tree[f"/{case.clipping.label}/observed"] = case.run.to_xarray()
         for name, prediction in case.predictions.items():
             tree[f"/{case.clipping.label}/{name}"] = prediction.trajectory.to_xarray()
-    # In memory first: HDF5 crashes the process after a file that it could not write.
+    # The file is made in memory first, because HDF5 crashes the process if it cannot write one.
     path.write_bytes(xr.DataTree.from_dict(tree).to_netcdf(engine="h5netcdf"))
 
 
 def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
-    """Draw every picture; (file name, caption) in the order of the page."""
+    """Draw every picture, and return (file name, caption) in the order of the page."""
     panels = {}
     for case in results.cases:
         scope, _, rule = case.title.partition(" ")
@@ -272,7 +275,7 @@ def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
         )
         for title, (run, paths) in panels.items()
     }
-    figures: dict[str, tuple[Any, str]] = {
+    figures: dict[str, tuple[Figure | Axes, str]] = {
         "loss.png": (
             plotting.comparison_grid(panels),
             "Training loss, predicted and observed, with the largest relative error of each "
@@ -308,8 +311,8 @@ def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
     return [(name, caption) for name, (_, caption) in figures.items()]
 
 
-def _each(panels: Panels, draw: Callable[..., Any]) -> Figure:
-    """One picture of every case, side by side."""
+def _each(panels: Panels, draw: Callable[..., Axes]) -> Figure:
+    """One panel for every case, side by side."""
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     with mpl.rc_context(LOOK):
@@ -321,14 +324,15 @@ def _each(panels: Panels, draw: Callable[..., Any]) -> Figure:
     return figure
 
 
-def _drawable(kernel: Any) -> Any:
-    """The kernel on so many samples that its eigenvalues take seconds."""
-    if not isinstance(kernel, LayerwiseKernel):
-        return _drawable(LayerwiseKernel(("all",), kernel[None])).values[0]
-    values = kernel.values
+def _drawable(kernel: Array | LayerwiseKernel) -> Array | LayerwiseKernel:
+    """The kernel on the first samples, so few that its eigenvalues take only seconds."""
+    values = kernel.values if isinstance(kernel, LayerwiseKernel) else kernel[None]
     n_outputs = values.shape[-1] if values.ndim == 5 else 1
-    kept = max(1, _LARGEST_SPECTRUM // n_outputs)
-    return LayerwiseKernel(kernel.names, values[:, :kept, :kept])
+    n_kept = max(1, _LARGEST_SPECTRUM // n_outputs)
+    values = values[:, :n_kept, :n_kept]
+    if isinstance(kernel, LayerwiseKernel):
+        return LayerwiseKernel(kernel.names, values)
+    return values[0]
 
 
 def _page(

@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from distributed import Client
 
-#: The name that stands for a cluster on this machine, where else is an address.
+Result = TypeVar("Result")
+
+#: The name of a cluster on this machine; any other one is an address.
 LOCAL = "local"
-#: Seconds until a scheduler has answered, and until it has a worker.
+#: The longest wait for the answer of a scheduler.
 _SECONDS_TO_CONNECT = 5
+#: The longest wait for the first worker.
 _SECONDS_TO_A_WORKER = 60
 
 
@@ -26,10 +30,10 @@ def connected(scheduler: str, n_workers: int | None = None) -> "Iterator[Client]
     Parameters
     ----------
     scheduler : str
-        Such as ``"tcp://host:8786"``, or ``"local"``: worker processes of one thread each, which
-        end with the body.
+        An address such as ``"tcp://host:8786"``, or ``"local"`` for worker processes of one thread
+        each, which end with the body.
     n_workers : int, optional
-        Of a local cluster, by default as many as there are cores.
+        Workers of a local cluster, by default one for each core.
 
     Raises
     ------
@@ -40,7 +44,7 @@ def connected(scheduler: str, n_workers: int | None = None) -> "Iterator[Client]
 
     Notes
     -----
-    Asks the scheduler in an event loop of its own, so that it is not for notebooks: there, make a
+    The scheduler is asked in a new event loop, which notebooks do not allow; there, make a
     ``distributed.Client``.
     """
     distributed = _distributed()
@@ -59,17 +63,17 @@ def connected(scheduler: str, n_workers: int | None = None) -> "Iterator[Client]
 
 
 async def _check_scheduler(address: str) -> None:
-    """Raise unless a scheduler answers. A client would wait long for what is something else."""
+    """Raise unless a scheduler answers. A client would wait long if something else did."""
     distributed = _distributed()
     arguments = distributed.Security().get_connection_args("client")
     try:
         if not address:
             raise ValueError("no address")
         async with distributed.rpc(address, connection_args=arguments) as remote:
-            found = await asyncio.wait_for(remote.identity(), _SECONDS_TO_CONNECT)
-        if found["type"] != "Scheduler":
-            raise ValueError(f"a {found['type'].lower()} is there")
-    # What is no scheduler may send what reads as the length of an enormous message.
+            identity = await asyncio.wait_for(remote.identity(), _SECONDS_TO_CONNECT)
+        if identity["type"] != "Scheduler":
+            raise ValueError(f"a {identity['type'].lower()} is there")
+    # Bytes of another program may read as the length of an enormous message.
     except (OSError, TypeError, ValueError, MemoryError) as error:
         raise ConnectionError(
             f"no scheduler at {address!r} ({_reason(error)}); start one with `dask scheduler`, "
@@ -80,7 +84,7 @@ async def _check_scheduler(address: str) -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"nothing answers within {_SECONDS_TO_CONNECT} s"
-    return "what answers is something else" if isinstance(error, MemoryError) else str(error)
+    return "another program answers" if isinstance(error, MemoryError) else str(error)
 
 
 def check_client(client: "Client") -> None:
@@ -104,14 +108,14 @@ def check_client(client: "Client") -> None:
 
 
 def results(
-    client: "Client", function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]
-) -> Iterator[tuple[str, Any]]:
-    """Results of ``function(*arguments)`` of every task, with its name, as they finish.
+    client: "Client", function: Callable[..., Result], tasks: Mapping[str, tuple[object, ...]]
+) -> Iterator[tuple[str, Result]]:
+    """Results of ``function(*arguments)`` for every task, with its name, as they finish.
 
-    What a lost worker had is given to another by the scheduler, until it is lost as often as the
-    scheduler's setting ``allowed-failures`` says; results that had not come back are computed
-    again. When the iteration ends early, what has not begun is cancelled, and what has begun runs
-    on.
+    The scheduler gives the tasks of a lost worker to another one, until a task has been lost as
+    often as the scheduler's setting ``allowed-failures`` says; results that had not come back are
+    computed again. If the iteration ends early, tasks that have not begun are cancelled, and the
+    others run on.
 
     Raises
     ------
@@ -125,7 +129,7 @@ def results(
     check_client(client)
     if not tasks:
         return
-    assert client.scheduler is not None  # But of a closed client.
+    assert client.scheduler is not None  # Only a closed client has none.
     address = client.scheduler.address
     try:
         client.wait_for_workers(1, timeout=_SECONDS_TO_A_WORKER)
@@ -153,7 +157,7 @@ def results(
                 raise ConnectionError(
                     f"the scheduler at {address} was lost during {name}"
                 ) from error
-            # As long as somebody holds a future, its result is computed again when it is lost.
+            # While somebody holds a future, its result is computed again if it is lost.
             del names[future]
             future.release()
             yield name, result
@@ -172,7 +176,7 @@ def _failure(name: str, error: BaseException) -> TaskFailed:
     return TaskFailed(f"{name}: {type(error).__name__}: {error}")
 
 
-def _distributed() -> Any:
+def _distributed() -> ModuleType:
     try:
         import distributed
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The configuration of a sweep: axes of the grid, what each cell trains, how it is predicted."""
+"""The configuration of a sweep: axes of the grid, training of a cell, and its prediction."""
 
 import os
 from typing import Any, Literal, NamedTuple
@@ -34,7 +34,7 @@ class GridConfig(Section):
         [], description="budgets that set the noise; 8.0 if there are no noise_multipliers either"
     )
     noise_multipliers: list[float] = Field(
-        [], description="sigmas, beside the budgets or in their place; 0 for no noise"
+        [], description="sigmas, besides the budgets or instead of them; 0 for no noise"
     )
 
     @model_validator(mode="after")
@@ -54,12 +54,12 @@ class GridConfig(Section):
 
     @property
     def budgets(self) -> list[float]:
-        """The epsilons: one by default, where nothing sets the noise."""
+        """The epsilons; there is one by default if nothing sets the noise."""
         return self.epsilons or ([] if self.noise_multipliers else [_DEFAULT_EPSILON])
 
 
 class SweepTrainingConfig(Section):
-    """What every cell trains with, apart from the axes."""
+    """The settings that all cells share in training."""
 
     steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     delta: float = Field(1e-4, gt=0, lt=1, description="of the budget")
@@ -109,7 +109,7 @@ class SweepConfig(ProblemConfig):
 
 
 class Plane(NamedTuple):
-    """A rule, a scope and a noise: one map of learning rate against clipping norm.
+    """One map of learning rate against clipping norm, with its rule, scope and noise.
 
     An entry of ``planes`` in the results of :func:`ntkdp.sweep.run`.
     """
@@ -129,7 +129,7 @@ class Plane(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One combination of the axes, with its plane's place among the planes.
+    """One combination of the axes; ``plane`` is the index of its plane among the planes.
 
     An entry of ``cells`` in the results of :func:`ntkdp.sweep.run`.
     """
@@ -160,7 +160,7 @@ def planes(config: SweepConfig) -> list[Plane]:
 
 
 def cells(config: SweepConfig, n_planes: int) -> list[Cell]:
-    """Every cell: planes, in them learning rates, in them clipping norms."""
+    """Every cell, in the order of planes, then learning rates, then clipping norms."""
     return [
         Cell(plane, rate, norm)
         for plane in range(n_planes)

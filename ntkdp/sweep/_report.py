@@ -1,9 +1,9 @@
-"""What the folder of a sweep holds beside its cells: metrics, maps, and a page that shows them."""
+"""The files of a sweep besides its cells: metrics, maps, and a page that shows them."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -20,8 +20,9 @@ from ntkdp._results.provenance import provenance
 from ntkdp.comparison import CellMetrics
 from ntkdp.sweep._config import Plane
 from ntkdp.sweep._run import Results
+from ntkdp.sweep._workers import Metrics
 
-#: How metrics are called in tables and in the advice.
+#: Names of metrics in tables and in the advice.
 _LABELS = {
     "loss": "training loss",
     "accuracy": "training accuracy",
@@ -32,11 +33,49 @@ _LABELS = {
     "test_ece": "test ECE",
     "test_mce": "test MCE",
 }
+#: Metrics that an advised cell may be best in.
 _OBJECTIVES = ("test_accuracy", "test_loss", "test_ece")
 
 
+class AdviceEntry(TypedDict, total=False):
+    """The advised cell for an objective, or a message if there is none."""
+
+    message: str
+    index: int
+    learning_rate: float
+    clip_norm: float
+    at_the_edge: list[str]
+    predicted: Metrics
+    observed: Metrics
+    regret: float
+
+
+class MetricAgreement(TypedDict):
+    """The agreement of predicted and observed cells in one metric."""
+
+    spearman: float
+    median_difference: float
+    largest_difference: float
+
+
+class AgreementEntry(TypedDict):
+    """The agreement of predicted and observed cells of a plane."""
+
+    metrics: dict[str, MetricAgreement]
+    divergence_called_right: float
+    n_cells: int
+    n_converged: int
+
+
+class PlaneEntry(TypedDict):
+    """The part of an entry of a plane in the metrics that tables show."""
+
+    agreement: AgreementEntry | None
+    advice: dict[str, AdviceEntry]
+
+
 def metrics(results: Results) -> dict[str, Any]:
-    """Everything measured, as a tree of plain numbers and text."""
+    """All measurements, as a tree of plain numbers and text."""
     entries = []
     for number, plane in enumerate(results.planes):
         predicted = results.predicted[number]
@@ -74,9 +113,9 @@ def metrics(results: Results) -> dict[str, Any]:
 
 
 def _agreement(predicted: CellMetrics, observed: CellMetrics) -> dict[str, Any]:
-    found = comparison.agreement(predicted, observed)
-    metrics_ = {name: one._asdict() for name, one in found.metrics.items()}
-    return {**found._asdict(), "metrics": metrics_}
+    agreement = comparison.agreement(predicted, observed)
+    by_metric = {name: metric._asdict() for name, metric in agreement.metrics.items()}
+    return {**agreement._asdict(), "metrics": by_metric}
 
 
 def _speed_up(results: Results) -> float | None:
@@ -87,39 +126,39 @@ def _speed_up(results: Results) -> float | None:
 
 
 def _objectives(results: Results, number: int) -> list[str]:
-    """Objectives that apply, that of the configuration first."""
+    """Objectives that apply, with that of the configuration first."""
     wanted = f"test_{results.config.objective}"
     predicted = dict(results.predicted[number].items())
     known = [name for name in _OBJECTIVES if predicted[name] is not None]
     return sorted(known, key=lambda name: name != wanted)
 
 
-def _advice(results: Results, number: int) -> dict[str, Any]:
-    """The advised cell by objective, what it is predicted to reach, and its observed regret."""
-    advised = {}
+def _advice(results: Results, number: int) -> dict[str, AdviceEntry]:
+    """The advised cell by objective, with its predicted metrics and its observed regret."""
+    advised: dict[str, AdviceEntry] = {}
     for objective in _objectives(results, number):
         try:
-            found = advisor.advise(_grid(results, number), objective=objective)
+            advice = advisor.advise(_grid(results, number), objective=objective)
         except ValueError as error:
             advised[objective] = {"message": str(error)}
             continue
-        entry: dict[str, Any] = {
-            "index": found.index,
-            "learning_rate": found.learning_rate,
-            "clip_norm": found.clip_norm,
-            "at_the_edge": _edges(results, found),
-            "predicted": found.predicted,
+        entry: AdviceEntry = {
+            "index": advice.index,
+            "learning_rate": advice.learning_rate,
+            "clip_norm": advice.clip_norm,
+            "at_the_edge": _edges(results, advice),
+            "predicted": advice.predicted,
         }
         if results.observed is not None:
             observed = results.observed[number]
-            entry["observed"] = observed.cell(found.index)
-            entry["regret"] = advisor.regret(observed, found.index, objective=objective)
+            entry["observed"] = observed.cell(advice.index)
+            entry["regret"] = advisor.regret(observed, advice.index, objective=objective)
         advised[objective] = entry
     return advised
 
 
 def _edges(results: Results, advice: advisor.Advice) -> list[str]:
-    """Ends of the axes that the advised cell lies on, beyond which there may be a better one."""
+    """Ends of the axes on which the advised cell lies; a better one may lie beyond."""
     grid = results.config.grid
     ends = []
     for name, chosen, axis in (
@@ -143,7 +182,7 @@ def _grid(results: Results, number: int) -> advisor.Grid:
 
 
 def write_report(results: Results, folder: Path) -> dict[str, Any]:
-    """Write pictures, the page and, last, the metrics, which are returned, into the folder."""
+    """Write pictures, the page and, last, the metrics into the folder, and return the metrics."""
     measured = metrics(results)
     files = OwnFiles(folder)
     with held(folder):
@@ -156,7 +195,7 @@ def write_report(results: Results, folder: Path) -> dict[str, Any]:
 def _draw(
     results: Results, measured: dict[str, Any], files: OwnFiles
 ) -> list[list[tuple[str, str]]]:
-    """Pictures of each plane: (file name, caption)."""
+    """Draw the pictures of each plane, and return (file name, caption) of each."""
     pictures = []
     grid = results.config.grid
     for number, plane in enumerate(results.planes):
@@ -190,20 +229,19 @@ _AGREEMENT_COLUMNS = ("metric", "rank correlation", "median difference", "larges
 _ADVICE_COLUMNS = ("best in", "learning rate", "clip norm", "predicted", "observed", "regret")
 
 
-def _agreement_rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    found = entry["agreement"]
+def _agreement_rows(agreement: AgreementEntry) -> list[tuple[str, ...]]:
     return [
         (
             _LABELS[name],
-            _text(one["spearman"], ".3f"),
-            _amount(name, one["median_difference"]),
-            _amount(name, one["largest_difference"]),
+            _text(metric["spearman"], ".3f"),
+            _amount(name, metric["median_difference"]),
+            _amount(name, metric["largest_difference"]),
         )
-        for name, one in found["metrics"].items()
+        for name, metric in agreement["metrics"].items()
     ]
 
 
-def _advice_rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
+def _advice_rows(entry: PlaneEntry) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for objective, advised in entry["advice"].items():
         if "message" in advised:
@@ -223,8 +261,8 @@ def _advice_rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _at_the_edge(entry: dict[str, Any]) -> list[str]:
-    """Where the advice lies at the end of an axis."""
+def _at_the_edge(entry: PlaneEntry) -> list[str]:
+    """A sentence for each advised cell that lies at the end of an axis."""
     return [
         f"The cell best in {_LABELS[objective]} has the {' and the '.join(ends)} of the grid: "
         "there may be a better one beyond."
@@ -237,8 +275,8 @@ def _text(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "not finite"
 
 
-def _amount(name: str, value: float) -> str:
-    return _text(value, ".4f" if "loss" in name else ".2%")
+def _amount(name: str, value: float | None) -> str:
+    return "" if value is None else _text(value, ".4f" if "loss" in name else ".2%")
 
 
 def _summary(results: Results) -> list[str]:
@@ -271,16 +309,15 @@ def _summary(results: Results) -> list[str]:
     return lines
 
 
-def _divergence(entry: dict[str, Any]) -> str:
-    found = entry["agreement"]
+def _divergence(agreement: AgreementEntry) -> str:
     return (
-        f"Divergence called right in {found['divergence_called_right']:.1%} of "
-        f"{found['n_cells']} cells; {found['n_converged']} converge in both."
+        f"Divergence called right in {agreement['divergence_called_right']:.1%} of "
+        f"{agreement['n_cells']} cells; {agreement['n_converged']} converge in both."
     )
 
 
 class _Section(NamedTuple):
-    """The part of the page on one plane; without a run it has no agreement."""
+    """The part of the page about one plane; without a run it has no agreement."""
 
     label: str
     advice: list[tuple[str, ...]]
@@ -291,15 +328,15 @@ class _Section(NamedTuple):
 
 
 def _section(
-    plane: Plane, entry: dict[str, Any], pictures: list[tuple[str, str]], folder: Path
+    plane: Plane, entry: PlaneEntry, pictures: list[tuple[str, str]], folder: Path
 ) -> _Section:
-    is_observed = entry["agreement"] is not None
+    agreement = entry["agreement"]
     return _Section(
         plane.label,
         _advice_rows(entry),
         _at_the_edge(entry),
-        _agreement_rows(entry) if is_observed else None,
-        _divergence(entry) if is_observed else "",
+        None if agreement is None else _agreement_rows(agreement),
+        "" if agreement is None else _divergence(agreement),
         [(folder / name, caption) for name, caption in pictures],
     )
 
@@ -326,7 +363,7 @@ def _page(
 
 
 def print_table(results: Results, measured: dict[str, Any]) -> None:
-    """Advice and agreement of every plane, as :func:`write` returned them, on standard output."""
+    """Print advice and agreement of every plane, as :func:`write_report` returned them."""
     console = open_console()
     for line in _summary(results):
         say(console, line)
@@ -335,9 +372,9 @@ def print_table(results: Results, measured: dict[str, Any]) -> None:
         for line in _at_the_edge(entry):
             say(console, line)
         if entry["agreement"] is not None:
-            rows = _agreement_rows(entry)
+            rows = _agreement_rows(entry["agreement"])
             _print_rows(console, "Predicted against observed", _AGREEMENT_COLUMNS, rows)
-            say(console, _divergence(entry))
+            say(console, _divergence(entry["agreement"]))
     for note in results.notes:
         say(console, note)
 

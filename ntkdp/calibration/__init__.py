@@ -1,4 +1,4 @@
-r"""Calibration: do predicted probabilities come true as often as they say.
+r"""Calibration: whether predicted probabilities come true as often as they say.
 
 Probabilities are ``(n, K)``, rows that sum to one, or, for two classes, ``(n,)`` or ``(n, 1)``
 meaning P(y = 1); labels are integers ``(n,)`` in ``0 .. K-1`` (two classes: 0 or 1, or bool). The
@@ -7,10 +7,10 @@ probability is its **confidence**; for P(y = 1) = p the confidence is max(p, 1 -
 one half.
 
 Bin edges are closed above, ``(lo, hi]``; the first bin also holds its lower edge, hence confidence
-0. Everything measured works under ``jit``, ``vmap`` and, almost everywhere, ``grad`` with a fixed
-number of bins. A probability that is outside [0, 1] by rounding alone counts as 0 or 1. One that is
-further outside raises if the array is known before the program runs; inside ``jit`` it makes the
-result NaN. Probabilities in half precision are measured in float32.
+0. All measures work under ``jit``, ``vmap`` and, almost everywhere, ``grad`` with a fixed number of
+bins. A probability that is outside [0, 1] by rounding alone counts as 0 or 1. One that is further
+outside raises if the array is known before the program runs; inside ``jit`` it makes the result
+NaN. Probabilities in half precision are measured in float32.
 """
 
 from ntkdp.calibration._bins import Bins, reliability_bins

@@ -1,7 +1,7 @@
 """Samples grouped by confidence."""
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,10 @@ from jax import lax
 
 from ntkdp._backend import validate
 from ntkdp._backend.missing import nan_unless
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ArrayLike
 from ntkdp.calibration._probabilities import checked
 
 Binning: TypeAlias = Literal["width", "mass"]
-
-
 BINNINGS: tuple[Binning, ...] = ("width", "mass")
 
 
@@ -36,7 +34,7 @@ class Bins(NamedTuple):
 
 
 def reliability_bins(
-    probs: Any, labels: Any, n_bins: int = 15, *, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, n_bins: int = 15, *, binning: Binning = "width"
 ) -> Bins:
     """Counts, mean confidence and accuracy of samples binned by the confidence of the top label.
 
@@ -49,8 +47,8 @@ def reliability_bins(
     n_bins : int
         At least 1.
     binning : {"width", "mass"}
-        Bins of one width on [0, 1]; or bins of as equal counts as samples of one confidence, which
-        share a bin, allow: bin k ends at the ceil(k n / n_bins)-th smallest confidence.
+        Bins of one width on [0, 1]; or bins of equal counts, as far as samples of one confidence
+        allow, which share a bin: bin k ends at the ceil(k n / n_bins)-th smallest confidence.
 
     Returns
     -------
@@ -59,8 +57,8 @@ def reliability_bins(
     Raises
     ------
     ValueError, TypeError
-        Probabilities that are not in [0, 1] or do not sum to 1, NaN, labels that are no classes,
-        sizes that differ, no samples, n_bins below 1, an unknown binning.
+        If probabilities are NaN, not in [0, 1] or do not sum to 1, if labels are no classes, if
+        sizes differ, if there are no samples, if n_bins is below 1, or if the binning is unknown.
 
     Notes
     -----
@@ -82,13 +80,14 @@ def reliability_bins(
     return Bins(bins.edges, bins.counts, *means)
 
 
-def checked_binning(n_bins: Any, binning: Any) -> tuple[int, Binning]:
+def checked_binning(n_bins: object, binning: object) -> tuple[int, Binning]:
+    """Number and kind of the bins, or an error."""
     return validate.count(n_bins=n_bins), validate.choice(BINNINGS, binning=binning)
 
 
 @jax.jit
 def top_label(probs: Array, labels: Array) -> tuple[Array, Array]:
-    """Confidence of the top label, and one where it is right, zero where not."""
+    """Confidence of the top label, and one where it is right, zero where it is not."""
     correct = jnp.argmax(probs, axis=1).astype(labels.dtype) == labels
     return jnp.max(probs, axis=1), correct.astype(probs.dtype)
 
@@ -105,8 +104,8 @@ def binned(confidence: Array, n_bins: int, binning: Binning) -> tuple[Array, Arr
 
 
 def sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple[Array, ...]:
-    """Counts, summed confidences and numbers of right ones by bin."""
-    # Sums of about sqrt(n) terms, then their sums: float32 loses digits in a single long one.
+    """Counts, summed confidences and numbers of right labels by bin."""
+    # Sums of about sqrt(n) terms, then their sums: float32 loses digits in a single long sum.
     n = index.shape[0]
     parts = int(np.ceil(np.sqrt(n)))
     segment = index * parts + jnp.arange(n, dtype=index.dtype) % parts
@@ -118,7 +117,7 @@ def sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple[
 
 @partial(jax.jit, static_argnames=("n_bins", "binning"))
 def _reliability_bins(confidence: Array, correct: Array, n_bins: int, binning: Binning) -> Bins:
-    """The bins, with zero as the means of empty ones."""
+    """The bins; the means of empty ones are zero."""
     edges, index = binned(confidence, n_bins, binning)
     counts, sure, right = sums(confidence, correct, index, n_bins)
     counted = jnp.maximum(counts, 1).astype(sure.dtype)

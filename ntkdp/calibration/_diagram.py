@@ -1,17 +1,18 @@
 """The reliability diagram: accuracy against confidence."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ntkdp._backend.types import ArrayLike
 from ntkdp.calibration._bins import Binning, reliability_bins
+from ntkdp.calibration._errors import expected_calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from ntkdp.calibration._errors import expected_calibration_error
 
 
 def reliability_diagram(
-    probs: Any,
-    labels: Any,
+    probs: ArrayLike,
+    labels: ArrayLike,
     *,
     n_bins: int = 15,
     binning: Binning = "width",
@@ -21,14 +22,14 @@ def reliability_diagram(
 
     A bar reaches up to the accuracy of its bin; the gap between it and the bin's mean confidence
     is hatched, in one colour where the network is over-confident and in another where it is
-    under-confident. The expected calibration error and n stand in the picture.
+    under-confident. The title gives the expected calibration error and n.
 
     Parameters
     ----------
     probs, labels, n_bins, binning
         As for :func:`reliability_bins`.
     ax : Axes, optional
-        Where to draw; by default on a new figure, ``.figure`` of what is returned.
+        Where to draw; by default on a new figure, the ``.figure`` of the result.
 
     Returns
     -------
@@ -37,7 +38,7 @@ def reliability_diagram(
     Raises
     ------
     ValueError, TypeError
-        As for :func:`reliability_bins`; ``ax`` is no Axes.
+        As for :func:`reliability_bins`; also if ``ax`` is no Axes.
 
     Notes
     -----

@@ -1,26 +1,31 @@
 """The drawing of a reliability diagram."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+from ntkdp._backend.types import Array
 from ntkdp._results import figure_style
 
 if TYPE_CHECKING:
     from ntkdp.calibration._bins import Bins
 
+#: Colour of the bars.
 _ACCURACY = "0.80"
+#: Least width of a bar: a bin of equal confidences has none, and must be seen.
 _THINNEST = 0.015
-_OVER, _UNDER = figure_style.STYLES[1][0], figure_style.STYLES[0][0]
+#: Colour of the gap where the network is over-confident.
+_OVER = figure_style.STYLES[1][0]
+#: Colour of the gap where it is under-confident.
+_UNDER = figure_style.STYLES[0][0]
 
 
-def draw(bins: "Bins", error: Any, ax: Axes | None) -> Axes:
+def draw(bins: "Bins", error: Array, ax: Axes | None) -> Axes:
     """Bars of accuracy, the gaps to the mean confidence, the diagonal, the error and n."""
     edges, counts, confidence, accuracy = (np.asarray(v, np.float64) for v in bins)
     filled = counts > 0
-    # Equal confidences can be a bin of no width, which must be seen.
     width = np.maximum(np.diff(edges), _THINNEST)
     left, width = (0.5 * (edges[:-1] + edges[1:] - width))[filled], width[filled]
     confidence, accuracy = confidence[filled], accuracy[filled]

@@ -1,25 +1,24 @@
 """Errors and scores of predicted probabilities."""
 
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, ArrayLike, Float
 from ntkdp.calibration import _bins
 from ntkdp.calibration._bins import Binning
 from ntkdp.calibration._probabilities import checked
 
 Norm: TypeAlias = Literal["l1", "l2", "max"]
-
 NORMS = ("l1", "l2", "max")
 
 
 def expected_calibration_error(
-    probs: Any,
-    labels: Any,
+    probs: ArrayLike,
+    labels: ArrayLike,
     n_bins: int = 15,
     *,
     binning: Binning = "width",
@@ -42,12 +41,12 @@ def expected_calibration_error(
     Returns
     -------
     scalar
-        In [0, 1]. Of a finite sample it is biased upward, the more the fewer samples a bin holds.
+        In [0, 1]. It is biased upward, the more the fewer samples a bin holds.
 
     Raises
     ------
     ValueError, TypeError
-        As for :func:`reliability_bins`; an unknown norm.
+        As for :func:`reliability_bins`; also if the norm is unknown.
 
     Notes
     -----
@@ -64,17 +63,18 @@ def expected_calibration_error(
     probs, labels = checked(probs, labels)
     n_bins, binning = _bins.checked_binning(n_bins, binning)
     validate.choice(NORMS, norm=norm)
-    return _calibration_error(*_bins.top_label(probs, labels), n_bins, binning, norm)
+    error: Array = _calibration_error(*_bins.top_label(probs, labels), n_bins, binning, norm)
+    return error
 
 
 def maximum_calibration_error(
-    probs: Any, labels: Any, n_bins: int = 15, *, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, n_bins: int = 15, *, binning: Binning = "width"
 ) -> Float[Array, ""]:
-    r"""The largest gap of a bin, :math:`\max_b |\mathrm{acc}_b - \mathrm{conf}_b|`, none empty.
+    r"""The largest gap of a bin with samples, :math:`\max_b |\mathrm{acc}_b - \mathrm{conf}_b|`.
 
-    One sample can make it: with a few samples in some bin it is noisy and biased upward. Look at
-    the counts of :func:`reliability_bins`, or use ``binning="mass"``. Arguments, errors and source
-    as for :func:`expected_calibration_error`.
+    A single sample can decide it: if some bin has few samples, it is noisy and biased upward. Look
+    at the counts of :func:`reliability_bins`, or use ``binning="mass"``. Arguments, errors and
+    source are those of :func:`expected_calibration_error`.
 
     Examples
     --------
@@ -87,8 +87,8 @@ def maximum_calibration_error(
 
 
 def classwise_calibration_error(
-    probs: Any,
-    labels: Any,
+    probs: ArrayLike,
+    labels: ArrayLike,
     n_bins: int = 15,
     *,
     binning: Binning = "width",
@@ -96,9 +96,9 @@ def classwise_calibration_error(
 ) -> Float[Array, ""]:
     r"""Mean over classes of the calibration error of each class's own probability.
 
-    For class k the samples are binned by :math:`p_k` and its mean is held against the share of
-    samples of class k. Two classes given as P(y = 1) count as two columns. Arguments and errors:
-    as for :func:`expected_calibration_error`.
+    For class k the samples are binned by :math:`p_k`, and its mean is compared with the share of
+    samples of class k. Two classes given as P(y = 1) count as two columns. Arguments and errors are
+    those of :func:`expected_calibration_error`.
 
     Notes
     -----
@@ -116,16 +116,21 @@ def classwise_calibration_error(
     probs, labels = checked(probs, labels)
     n_bins, binning = _bins.checked_binning(n_bins, binning)
     validate.choice(NORMS, norm=norm)
-    errors = jax.vmap(lambda p, hit: _calibration_error(p, hit, n_bins, binning, norm), 1)
-    return jnp.mean(errors(probs, jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)))
+
+    def error(p: Array, hit: Array) -> Array:
+        of_class: Array = _calibration_error(p, hit, n_bins, binning, norm)
+        return of_class
+
+    hits = jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)
+    return jnp.mean(jax.vmap(error, 1)(probs, hits))
 
 
-def brier_score(probs: Any, labels: Any) -> Float[Array, ""]:
+def brier_score(probs: ArrayLike, labels: ArrayLike) -> Float[Array, ""]:
     r"""Mean squared distance of the probabilities from the labels.
 
     :math:`\tfrac1n \sum_i \sum_k (p_{ik} - 1[y_i = k])^2`, in [0, 2]; for two classes half of it,
     :math:`\tfrac1n \sum_i (p_i - y_i)^2`, in [0, 1], as scikit-learn has it. Arguments and errors
-    as for :func:`reliability_bins`.
+    are those of :func:`reliability_bins`.
 
     Notes
     -----
@@ -143,11 +148,11 @@ def brier_score(probs: Any, labels: Any) -> Float[Array, ""]:
     return score / 2 if probs.shape[1] == 2 else score
 
 
-def negative_log_likelihood(probs: Any, labels: Any) -> Float[Array, ""]:
+def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> Float[Array, ""]:
     r"""Mean of :math:`-\ln p_{i y_i}`, in nats; infinite if a label was given no probability.
 
     From logits :class:`ntkdp.losses.SoftmaxCrossEntropy` and :class:`ntkdp.losses.Logistic` are
-    more accurate. Arguments and errors as for :func:`reliability_bins`.
+    more accurate. Arguments and errors are those of :func:`reliability_bins`.
 
     Examples
     --------

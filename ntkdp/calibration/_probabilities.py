@@ -1,19 +1,17 @@
 """Probabilities and labels as calibration takes them, checked."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, Float, is_traced
+from ntkdp._backend.types import Array, ArrayLike, Float, is_traced
 
 
-def checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
+def checked(probs: ArrayLike, labels: ArrayLike) -> tuple[Float[Array, "n K"], Array]:
     """Probabilities ``(n, K)`` with K >= 2, and labels ``(n,)`` in 0..K-1."""
     probs, labels = validate.array(probs=probs), validate.array(labels=labels)
-    probs = validate.finite(probs=probs)
+    validate.finite(probs=probs)
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         probs = probs.astype(jnp.result_type(float))
     rounding = _rounding(float(jnp.finfo(probs.dtype).eps))
@@ -24,7 +22,7 @@ def checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
         )
     if labels.shape != probs.shape[:1]:
         raise ValueError(
-            f"labels must be classes of shape ({probs.shape[0]},), one a row of probs, "
+            f"labels must be classes of shape ({probs.shape[0]},), one for each row of probs, "
             f"got {labels.shape}" + ("; for one-hot labels take argmax" if labels.ndim > 1 else "")
         )
     if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
@@ -37,7 +35,7 @@ def checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
         if values.min() < -rounding or values.max() > 1 + rounding:
             raise ValueError(
                 f"probs must lie in [0, 1], got values from {values.min():g} to {values.max():g}; "
-                "of logits take jax.nn.softmax (one logit: jax.nn.sigmoid) first"
+                "take jax.nn.softmax of logits first (of a single logit jax.nn.sigmoid)"
             )
         if columns > 1 and np.max(np.abs(values.sum(axis=1) - 1)) > max(rounding, 1e-5):
             sums = values.sum(axis=1)
@@ -54,17 +52,17 @@ def checked(probs: Any, labels: Any) -> tuple[Float[Array, "n K"], Array]:
             )
     probs = _within_unit_interval(probs, rounding)
     if columns == 1:
-        of_one = probs.reshape(-1)
-        probs = jnp.stack([1 - of_one, of_one], axis=1)
+        positive = probs.reshape(-1)
+        probs = jnp.stack([1 - positive, positive], axis=1)
     return probs, labels.astype(jnp.int32)
 
 
 def _rounding(eps: float) -> float:
-    """How far a probability may be off: 100 eps, of half precision only 4, which is much."""
+    """How far a probability may be off: 100 eps, or 4 in half precision, where eps is large."""
     return max(4 * eps, min(100 * eps, 1e-3))
 
 
 def _within_unit_interval(probs: Array, rounding: float) -> Array:
-    """Values outside [0, 1] by rounding moved to its ends, those further outside made NaN."""
+    """Values with those outside [0, 1] by rounding moved to its ends, and others outside NaN."""
     near = jnp.where(probs < 0, 0.0, jnp.where(probs > 1, 1.0, probs)).astype(probs.dtype)
     return jnp.where((probs < -rounding) | (probs > 1 + rounding), jnp.nan, near)

@@ -1,12 +1,12 @@
 r"""Recalibration on held-out data: temperature and Platt scaling, plain and differentially private.
 
 Logits are ``(n, K)`` of a softmax, or ``(n,)`` or ``(n, 1)`` of a sigmoid; labels are whole numbers
-in ``0 .. K-1`` (one logit: 0 or 1). What is fitted minimises the mean negative log-likelihood of
-labels that the network was not trained on.
+in ``0 .. K-1`` (one logit: 0 or 1). The fit minimises the mean negative log-likelihood of labels
+that the network was not trained on.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -17,13 +17,22 @@ from jax import lax
 from ntkdp import clipping, losses
 from ntkdp._backend import norms as _norms
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Float, as_constant, is_traced
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    Float,
+    PRNGKeyArray,
+    ScalarLike,
+    as_constant,
+    is_traced,
+)
 
 #: Where the likelihood has lost all but this share of its curvature, it has no maximum.
 _FLAT = 1e-7
 
-#: Parameters of a scaling, and the logits that they make of logits.
-_Scaled: TypeAlias = Callable[[Any, Array], Array]
+#: ``scaled(theta, logits)``, the logits scaled by parameters.
+_Scaled: TypeAlias = Callable[[Array, Array], Array]
+_Number: TypeAlias = np.ndarray | Array
 
 
 class Temperature(eqx.Module):
@@ -41,9 +50,9 @@ class Temperature(eqx.Module):
     [2.0, -1.0]
     """
 
-    temperature: Any = eqx.field(converter=lambda T: _checked_temperature(T))
+    temperature: ScalarLike = eqx.field(converter=lambda T: _checked_temperature(T))
 
-    def __call__(self, logits: Any) -> Array:
+    def __call__(self, logits: ArrayLike) -> Array:
         logits = _floating(logits)
         return logits / jnp.asarray(self.temperature, logits.dtype)
 
@@ -69,34 +78,37 @@ class Platt(eqx.Module):
     scale: Float[Array, " K"] = eqx.field(converter=lambda v: _checked_column(scale=v))
     shift: Float[Array, " K"] = eqx.field(converter=lambda v: _checked_column(shift=v))
 
-    def __call__(self, logits: Any) -> Array:
+    def __call__(self, logits: ArrayLike) -> Array:
         logits = _floating(logits)
         return logits * self.scale.astype(logits.dtype) + self.shift.astype(logits.dtype)
 
 
-def _checked_temperature(T: Any) -> Any:
-    return as_constant(validate.positive_number(temperature=T))
+def _checked_temperature(T: ScalarLike) -> _Number:
+    number: _Number = as_constant(validate.positive_number(temperature=T))
+    return number
 
 
-def _checked_column(**named: Any) -> Any:
+def _checked_column(**named: ArrayLike) -> Array:
     ((name, value),) = named.items()
-    column = validate.finite(**{name: _floating(value, name)})
+    column: Array = validate.finite(**{name: _floating(value, name)})
     if column.ndim != 1:
-        raise ValueError(f"{name} must have shape (K,), one number a class, got {column.shape}")
+        raise ValueError(
+            f"{name} must have shape (K,), a number for each class, got {column.shape}"
+        )
     return column
 
 
-def _floating(logits: Any, name: str = "logits") -> Array:
-    logits = validate.array(**{name: logits})
-    is_floating = jnp.issubdtype(logits.dtype, jnp.floating)
-    return logits if is_floating else logits.astype(jnp.result_type(float))
+def _floating(logits: ArrayLike, name: str = "logits") -> Array:
+    array = validate.array(**{name: logits})
+    is_floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array if is_floating else array.astype(jnp.result_type(float))
 
 
-def fit_temperature(logits: Any, labels: Any) -> Temperature:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
     r"""The temperature of the largest likelihood on held-out data.
 
-    With :math:`\beta = 1/T` the negative log-likelihood is convex, its derivative
-    :math:`\tfrac1n \sum_i \langle f_i, p_i(\beta) - y_i \rangle`, the root of which is taken.
+    With :math:`\beta = 1/T` the negative log-likelihood is convex; the fit is the root of its
+    derivative, :math:`\tfrac1n \sum_i \langle f_i, p_i(\beta) - y_i \rangle`.
 
     Parameters
     ----------
@@ -112,9 +124,9 @@ def fit_temperature(logits: Any, labels: Any) -> Temperature:
     Raises
     ------
     ValueError, TypeError
-        Shapes that do not fit, NaN or infinities, labels that are no classes; no finite positive
-        temperature is best: every label is predicted (0 would be), or the logits predict the labels
-        no better than none (infinity would be).
+        If shapes do not fit, logits are NaN or infinite, or labels are no classes; or if no finite
+        positive temperature is best, because every label is predicted (0 would be best) or because
+        the logits predict the labels no better than equal ones (infinity would be best).
 
     Notes
     -----
@@ -132,18 +144,18 @@ def fit_temperature(logits: Any, labels: Any) -> Temperature:
     from scipy.optimize import root_scalar
 
     f, y = _fittable(logits, labels)
-    of_label = np.sum(f * y, axis=1)
+    label_logits = np.sum(f * y, axis=1)
     best = np.maximum(f[:, 0], 0) if f.shape[1] == 1 else np.max(f, axis=1)
 
     def slope(beta: float) -> float:
-        return float(np.mean(np.sum(f * _probabilities(beta * f), axis=1) - of_label))
+        return float(np.mean(np.sum(f * _probabilities(beta * f), axis=1) - label_logits))
 
     if slope(0.0) >= 0:
         raise ValueError(
             "logits must predict the labels better than equal ones for a temperature to be fitted, "
             "which would be infinite or negative; check that logits and labels belong together"
         )
-    if np.all(of_label == best):
+    if np.all(label_logits == best):
         raise ValueError(
             "labels must not all be predicted right for a temperature to be fitted, which would "
             "be 0; take more held-out data"
@@ -155,11 +167,12 @@ def fit_temperature(logits: Any, labels: Any) -> Temperature:
     return Temperature(1 / beta)
 
 
-def fit_platt(logits: Any, labels: Any) -> Platt:
+def fit_platt(logits: ArrayLike, labels: ArrayLike) -> Platt:
     r"""Scales and shifts of the largest likelihood on held-out data.
 
-    The negative log-likelihood of :math:`s \circ f_i + b` is convex in s and b. In directions that
-    it does not depend on, such as a shift of all logits of a softmax, s = 1 and b = 0 are kept.
+    The negative log-likelihood of :math:`s \circ f_i + b` is convex in s and b. It does not depend
+    on some directions, such as a shift of all logits of a softmax; along these, s = 1 and b = 0 are
+    kept.
 
     Parameters
     ----------
@@ -173,8 +186,8 @@ def fit_platt(logits: Any, labels: Any) -> Platt:
     Raises
     ------
     ValueError, TypeError
-        Shapes that do not fit, NaN or infinities, labels that are no classes; there is no maximum:
-        a class is missing, or scaled logits separate one from the others.
+        If shapes do not fit, logits are NaN or infinite, or labels are no classes; or if there is
+        no maximum, because a class is missing or scaled logits separate one from the others.
 
     Notes
     -----
@@ -202,16 +215,18 @@ def fit_platt(logits: Any, labels: Any) -> Platt:
 
     def gradient(theta: np.ndarray) -> np.ndarray:
         residual = _probabilities(np.sum(features * theta, axis=-1)) - y
-        return np.einsum("nk,nka->ka", residual, features).ravel() / n
+        slope: np.ndarray = np.einsum("nk,nka->ka", residual, features).ravel() / n
+        return slope
 
     def curvature(theta: np.ndarray) -> np.ndarray:
         p = _probabilities(np.sum(features * theta, axis=-1))
         own = np.einsum("nk,nka,nkb->kab", p, features, features) / n
         weighted = (p[..., None] * features).reshape(n, 2 * K)
-        return block_diag(*own) - weighted.T @ weighted / n
+        hessian: np.ndarray = block_diag(*own) - weighted.T @ weighted / n
+        return hessian
 
-    # Coordinates z in which the curvature at theta = 0 is the identity; what the likelihood does
-    # not depend on has none.
+    # Coordinates z in which the curvature at theta = 0 is the identity; directions that the
+    # likelihood does not depend on have no coordinate.
     values, vectors = np.linalg.eigh(curvature(np.zeros_like(start)))
     there = values > 1e-12 * values[-1]
     basis = vectors[:, there] / np.sqrt(values[there])
@@ -221,7 +236,8 @@ def fit_platt(logits: Any, labels: Any) -> Platt:
         return moved
 
     def curvature_in_z(z: np.ndarray) -> np.ndarray:
-        return basis.T @ curvature(theta_of(z)) @ basis
+        hessian: np.ndarray = basis.T @ curvature(theta_of(z)) @ basis
+        return hessian
 
     z = minimize(
         lambda z: np.mean(_losses(np.sum(features * theta_of(z), axis=-1), y)),
@@ -241,14 +257,14 @@ def fit_platt(logits: Any, labels: Any) -> Platt:
 
 
 def fit_temperature_privately(
-    logits: Any,
-    labels: Any,
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    noise_multiplier: Any,
-    clip_norm: Any,
+    noise_multiplier: ScalarLike,
+    clip_norm: ScalarLike,
     steps: int,
-    learning_rate: Any,
-    key: Any,
+    learning_rate: ScalarLike,
+    key: PRNGKeyArray,
 ) -> Temperature:
     r"""A temperature by noisy clipped gradient descent on held-out data.
 
@@ -256,10 +272,10 @@ def fit_temperature_privately(
     :math:`\theta^+ = \theta - \tfrac\eta n (\sum_i C_i g_i + \sigma R z)`, :math:`z \sim N(0, 1)`,
     with Abadi's factors :math:`C_i = \min(1, R / |g_i|)`, and 0 where :math:`|g_i|` is not finite.
 
-    **Privacy**: that of ``steps`` Gaussian mechanisms with this noise multiplier on the held-out
-    set (sampling rate 1; samples added or removed; n public), and of nothing else: what the
-    training of the network spent on its own data is not in it. The logits are those of a network
-    that did not see this set.
+    **Privacy**: the fit costs as much as ``steps`` Gaussian mechanisms with this noise multiplier
+    on the held-out set (sampling rate 1; samples added or removed; n public). The privacy that the
+    training of the network spent on its own data is not included. The network must not have seen
+    the held-out set.
 
     Parameters
     ----------
@@ -283,14 +299,15 @@ def fit_temperature_privately(
     Raises
     ------
     ValueError, TypeError
-        Shapes that do not fit, NaN or infinities, labels that are no classes, a noise multiplier
-        below 0, a clipping norm or learning rate not positive, steps below 1.
+        If shapes do not fit, logits are NaN or infinite, labels are no classes, the noise
+        multiplier is below 0, the clipping norm or learning rate is not positive, or steps are
+        below 1.
 
     Notes
     -----
     Temperature scaling by DP-SGD: Zhang, Li, Sen, Roukos, Hashimoto, *A Closer Look at the
     Calibration of Differentially Private Learners*, arXiv 2210.08248; full batches and
-    :math:`\ln T` are the choice made here.
+    :math:`\ln T` are choices made here.
 
     Examples
     --------
@@ -301,23 +318,23 @@ def fit_temperature_privately(
     >>> round(float(2 / scaling.temperature), 4) == round(float(jnp.log(3.0)), 4)
     True
     """
-    logits, labels, loss = _checked(logits, labels)
+    f, y, loss = _checked(logits, labels)
     theta = _descend(
-        _cooled, jnp.zeros((), logits.dtype), logits, labels, loss,
+        _cooled, jnp.zeros((), f.dtype), f, y, loss,
         noise_multiplier, clip_norm, steps, learning_rate, key,
     )  # fmt: skip
     return Temperature(jnp.exp(theta))
 
 
 def fit_platt_privately(
-    logits: Any,
-    labels: Any,
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    noise_multiplier: Any,
-    clip_norm: Any,
+    noise_multiplier: ScalarLike,
+    clip_norm: ScalarLike,
     steps: int,
-    learning_rate: Any,
-    key: Any,
+    learning_rate: ScalarLike,
+    key: PRNGKeyArray,
 ) -> Platt:
     r"""Scales and shifts by noisy clipped gradient descent on held-out data.
 
@@ -340,23 +357,25 @@ def fit_platt_privately(
     >>> [round(v, 4) for v in p.tolist()]
     [0.6667, 0.5]
     """
-    logits, labels, loss = _checked(logits, labels)
-    K = logits.shape[1]
-    start = jnp.stack([jnp.ones(K, logits.dtype), jnp.zeros(K, logits.dtype)])
+    f, y, loss = _checked(logits, labels)
+    K = f.shape[1]
+    start = jnp.stack([jnp.ones(K, f.dtype), jnp.zeros(K, f.dtype)])
     scale, shift = _descend(
-        _scaled, start, logits, labels, loss,
+        _scaled, start, f, y, loss,
         noise_multiplier, clip_norm, steps, learning_rate, key,
     )  # fmt: skip
     return Platt(scale, shift)
 
 
 def _cooled(theta: Array, logits: Array) -> Array:
-    return logits * jnp.exp(-theta)
+    cooled: Array = logits * jnp.exp(-theta)
+    return cooled
 
 
 def _scaled(theta: Array, logits: Array) -> Array:
     scale, shift = theta[:, None]
-    return logits * scale + shift
+    moved: Array = logits * scale + shift
+    return moved
 
 
 def _descend(
@@ -365,11 +384,11 @@ def _descend(
     logits: Array,
     labels: Array,
     loss: losses.Loss,
-    noise_multiplier: Any,
-    clip_norm: Any,
+    noise_multiplier: ScalarLike,
+    clip_norm: ScalarLike,
     steps: int,
-    learning_rate: Any,
-    key: Any,
+    learning_rate: ScalarLike,
+    key: PRNGKeyArray,
 ) -> Array:
     noise_multiplier = validate.non_negative(noise_multiplier=noise_multiplier)
     clip_norm = validate.positive_number(clip_norm=clip_norm)
@@ -380,7 +399,8 @@ def _descend(
     )
     steps = validate.count(steps=steps)
     rule, key = clipping.Abadi(clip_norm), validate.key(key=key)
-    return _noisy_descent(scaled, theta, logits, labels, loss, rule, numbers, steps, key)
+    fitted: Array = _noisy_descent(scaled, theta, logits, labels, loss, rule, numbers, steps, key)
+    return fitted
 
 
 @eqx.filter_jit
@@ -391,9 +411,9 @@ def _noisy_descent(
     labels: Array,
     loss: losses.Loss,
     rule: clipping.ClippingRule,
-    numbers: tuple[Any, Any],
+    numbers: tuple[_Number, _Number],
     steps: int,
-    key: Any,
+    key: PRNGKeyArray,
 ) -> Array:
     noise_multiplier, learning_rate = (jnp.asarray(v, theta.dtype) for v in numbers)
     std = noise_multiplier * jnp.asarray(rule.sensitivity(), theta.dtype)
@@ -401,12 +421,12 @@ def _noisy_descent(
     def loss_of(theta: Array, f: Array, y: Array) -> Array:
         return loss(scaled(theta, f[None]), y[None])[0]
 
-    def step(k: Any, theta: Array) -> Array:
+    def step(k: Array, theta: Array) -> Array:
         gradients = jax.vmap(jax.grad(loss_of), in_axes=(None, 0, 0))(theta, logits, labels)
         gradients = gradients.reshape(len(logits), -1)
         norms = _norms.by_sample(gradients).unscaled()
-        # Scaled logits may overflow. Zero times NaN is NaN: what is dropped must be zero before it
-        # is weighted.
+        # Scaled logits may overflow. Zero times NaN is NaN: gradients that are dropped must be zero
+        # before they are weighted.
         usable = jnp.isfinite(norms)
         gradients = jnp.where(usable[:, None], gradients, 0.0)
         factors = rule.factors(jnp.where(usable, norms, 0.0))
@@ -414,41 +434,42 @@ def _noisy_descent(
         clipped = (factors @ gradients).reshape(theta.shape)
         return theta - learning_rate * (clipped + noise) / len(logits)
 
-    return lax.fori_loop(0, steps, step, theta)
+    fitted: Array = lax.fori_loop(0, steps, step, theta)
+    return fitted
 
 
-def _checked(logits: Any, labels: Any) -> tuple[Array, Array, losses.Loss]:
+def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array, losses.Loss]:
     """Logits ``(n, K)``, labels as the loss wants them, and the loss."""
-    logits = validate.finite(logits=_floating(logits))
-    labels = validate.array(labels=labels)
-    logits = logits[:, None] if logits.ndim == 1 else logits
-    if logits.ndim != 2 or logits.size == 0:
+    f: Array = validate.finite(logits=_floating(logits))
+    y = validate.array(labels=labels)
+    f = f[:, None] if f.ndim == 1 else f
+    if f.ndim != 2 or f.size == 0:
         raise ValueError(
-            f"logits must have shape (n, K), or (n,) or (n, 1) of one logit, got {logits.shape}"
+            f"logits must have shape (n, K), or (n,) or (n, 1) of one logit, got {f.shape}"
         )
-    n, K = logits.shape
-    if labels.shape != (n,):
-        raise ValueError(f"labels must be classes of shape ({n},), got {labels.shape}")
-    labels = labels.astype(jnp.int32) if labels.dtype == bool else labels
+    n, K = f.shape
+    if y.shape != (n,):
+        raise ValueError(f"labels must be classes of shape ({n},), got {y.shape}")
+    y = y.astype(jnp.int32) if y.dtype == bool else y
     if K > 1:
         loss: losses.Loss = losses.SoftmaxCrossEntropy()
     else:
         loss = losses.Logistic()
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
-    return logits, loss.check(labels, n, K, "labels"), loss
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            raise TypeError(f"labels must be integers, got dtype {y.dtype}")
+    return f, loss.check(y, n, K, "labels"), loss
 
 
-def _fittable(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+def _fittable(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Float64 logits ``(n, K)`` and their targets, one-hot for a softmax."""
     if is_traced((logits, labels)):
         raise TypeError(
-            "logits and labels must be known, not traced: the fit is not under jit; "
-            "fit outside, and jit what uses the result"
+            "logits and labels must be known, not traced: the fit does not work under jit; "
+            "fit outside, and jit the code that uses the result"
         )
-    logits, labels, loss = _checked(logits, labels)
-    f = np.asarray(logits, np.float64)
-    y = np.asarray(labels)
+    checked_logits, checked_labels, loss = _checked(logits, labels)
+    f = np.asarray(checked_logits, np.float64)
+    y = np.asarray(checked_labels)
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         y = np.eye(f.shape[1])[y]
     return f, y.astype(np.float64)
@@ -463,5 +484,5 @@ def _probabilities(f: np.ndarray) -> np.ndarray:
 
 def _losses(f: np.ndarray, y: np.ndarray) -> np.ndarray:
     top = np.logaddexp(0.0, f[:, 0]) if f.shape[1] == 1 else np.logaddexp.reduce(f, axis=1)
-    found: np.ndarray = top - np.sum(f * y, axis=1)
-    return found
+    by_sample: np.ndarray = top - np.sum(f * y, axis=1)
+    return by_sample

@@ -180,6 +180,7 @@ ROWS = [
     Row("true for R", lambda t: abadi(True), T, "R must be a number, got True"),
     Row("text for R", lambda t: abadi("0.1"), T, "R must be a number, got '0.1'"),
     Row("None for R", lambda t: abadi(None), T, "R must be a number, got None"),
+    Row("text for flops", lambda t: ntkdp.plan(1, 1, 1, flops="fast"), T, "flops must be a number, got 'fast'"),
     Row("steps as a float", lambda t: train(steps=2.0), T, "steps must be a whole number, got 2.0"),
     Row("recorded steps as a float", lambda t: ntkdp.trajectory.recorded_steps(2.5, 1), T, "steps must be a whole number, got 2.5"),
     Row("groups as a float", lambda t: abadi(scope="layerwise").sensitivity(1.5), T, "n_groups must be a whole number, got 1.5"),

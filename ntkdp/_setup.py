@@ -4,14 +4,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._backend.types import is_traced
+from ntkdp._backend.types import LearningRate, ScalarLike, is_traced
 
 #: A rule or a loss by its fields: names, and numbers or text.
 Description = tuple[tuple[str, str | tuple[float, ...]], ...]
@@ -67,7 +66,7 @@ def described(part: eqx.Module) -> Description:
     return tuple(found)
 
 
-def _plain(value: Any) -> str | tuple[float, ...]:
+def _plain(value: object) -> str | tuple[float, ...]:
     if value is None or isinstance(value, str):
         return str(value)
     if callable(value):
@@ -75,16 +74,16 @@ def _plain(value: Any) -> str | tuple[float, ...]:
     return tuple(np.ravel(np.asarray(value, np.float64)).tolist())
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     return str(getattr(function, "__qualname__", type(function).__name__)).rpartition(".")[2]
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """A number if it is known by now."""
     return None if value is None or is_traced(value) else float(np.asarray(value))
 
 
-def rates(learning_rate: Any, steps: int) -> tuple[float, ...]:
+def rates(learning_rate: LearningRate, steps: int) -> tuple[float, ...]:
     """A learning rate, or a schedule at the steps 0, 1, 2, 4, ...; none if it is not known."""
     if callable(learning_rate):
         doubling = [0, *(2**k for k in range(steps.bit_length()))]
@@ -95,9 +94,9 @@ def rates(learning_rate: Any, steps: int) -> tuple[float, ...]:
     return tuple(np.ravel(np.asarray(learning_rate, np.float64)).tolist())
 
 
-def optimizer_of(optimizer: Callable[..., Any]) -> tuple[str, float | None]:
+def optimizer_of(optimizer: Callable[..., object]) -> tuple[str, float | None]:
     """Name of an optimizer, that of ``optax.sgd`` being "sgd", and its momentum if it is known."""
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     while isinstance(optimizer, functools.partial):
         options = optimizer.keywords | options
         optimizer = optimizer.func
@@ -113,11 +112,11 @@ def optimizer_of(optimizer: Callable[..., Any]) -> tuple[str, float | None]:
     return (f"{name}({shown})" if shown else name), momentum
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) else _name(value)
 
 
-def rescaled(setups: tuple[Setup, ...], factor: Any) -> tuple[Setup, ...]:
+def rescaled(setups: tuple[Setup, ...], factor: ScalarLike) -> tuple[Setup, ...]:
     """The same of a trajectory whose times are multiplied."""
     by = number(factor)
     return tuple(
@@ -136,7 +135,7 @@ def to_json(setups: tuple[Setup, ...]) -> str:
     return TypeAdapter(tuple[Setup, ...]).dump_json(setups).decode()
 
 
-def from_json(text: Any) -> tuple[Setup, ...]:
+def from_json(text: object) -> tuple[Setup, ...]:
     """The inverse of :func:`to_json`.
 
     Raises

@@ -9,7 +9,7 @@ Clipping norms are in units of a per-sample gradient's norm, :math:`s_i^2 = a_i^
 each sample's own loss, so the reduction over samples does not enter.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,16 +19,19 @@ from jaxtyping import Bool
 
 from ntkdp import clipping, losses
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Float
+from ntkdp._backend.types import Array, ArrayLike, Float
 from ntkdp.clipping import ClippingRule, NoClipping, Scope
+from ntkdp.losses import Loss, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.spectrum import as_matrices, is_positive_definite, symmetric_part, to_unit_diagonal
-from ntkdp.trajectory import Trajectory
+from ntkdp.trajectory import Trajectory, check_clipping
 
 __all__ = ["Certificates", "certify", "safe_clip_norm", "safe_clip_norm_bound"]
 
 
-def safe_clip_norm(kernel: Any, output_gradient: Any, *, scope: Scope = "flat") -> Float[Array, ""]:
+def safe_clip_norm(
+    kernel: ArrayLike | LayerwiseKernel, output_gradient: ArrayLike, *, scope: Scope = "flat"
+) -> Float[Array, ""]:
     r"""The smallest clipping norm above which decay is certified at a state.
 
     The smallest :math:`R_0` such that :math:`\mathrm{sym}(\sum_r H_r C_r(R)) > 0` for every
@@ -81,7 +84,7 @@ def safe_clip_norm(kernel: Any, output_gradient: Any, *, scope: Scope = "flat") 
 
 
 def safe_clip_norm_bound(
-    kernel: Any, output_gradient: Any, *, scope: Scope = "flat"
+    kernel: ArrayLike | LayerwiseKernel, output_gradient: ArrayLike, *, scope: Scope = "flat"
 ) -> Float[Array, ""]:
     r"""A cheap upper bound on the safe clipping norm, from condition numbers.
 
@@ -147,7 +150,11 @@ class Certificates(NamedTuple):
 
 
 def certify(
-    kernel: Any, trajectory: Trajectory, targets: Any, loss: Any, clipping: ClippingRule
+    kernel: ArrayLike | LayerwiseKernel,
+    trajectory: Trajectory,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
+    clipping: ClippingRule,
 ) -> Certificates:
     r"""Certificates of decay along a trajectory, under one kernel.
 
@@ -192,10 +199,7 @@ def certify(
         raise TypeError(f"trajectory must be a Trajectory, got {type(trajectory).__name__}")
     if trajectory.outputs is None:
         raise ValueError("trajectory records no outputs; pass outputs=True where it is made")
-    if not isinstance(clipping, ClippingRule):
-        raise TypeError(
-            f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
-        )
+    check_clipping(clipping)
     R = jnp.asarray(clipping.R)
     if R.ndim:
         raise ValueError(
@@ -213,16 +217,13 @@ def certify(
 
 @eqx.filter_jit
 def _along(
-    matrices: Array, outputs: Array, targets: Array, loss: losses.Loss, rule: ClippingRule
+    matrices: Array, outputs: Array, targets: Array, loss: Loss, rule: ClippingRule
 ) -> tuple[Array, Array, Array, Array]:
     def at(f: Array) -> tuple[Array, Array, Array, Array]:
         a = loss.output_gradient(f, targets).astype(matrices.dtype)
         norms = _norms(matrices, a)
         total = _total_norms(matrices, a) if rule.needs_total_norm else None
-        if rule.scope == "flat":
-            factors = rule.factors(norms[0], None if total is None else total[0])[None]
-        else:
-            factors = rule.factors(norms, total)
+        factors = rule.by_group(norms, total)
         symmetric = _symmetric(matrices, factors)
         return (
             _safe(matrices, norms),
@@ -285,7 +286,9 @@ def _bound(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float
     return jnp.where(jnp.all(jnp.isfinite(norms)), bound, jnp.nan)
 
 
-def _state(kernel: Any, output_gradient: Any, scope: str) -> tuple[Array, Array]:
+def _state(
+    kernel: ArrayLike | LayerwiseKernel, output_gradient: ArrayLike, scope: str
+) -> tuple[Array, Array]:
     """Terms ``(R, N, N)`` and norms ``(R, n)`` of a state, checked."""
     a = validate.finite(output_gradient=validate.array(output_gradient=output_gradient))
     if a.ndim != 2:
@@ -294,12 +297,14 @@ def _state(kernel: Any, output_gradient: Any, scope: str) -> tuple[Array, Array]
     return matrices, _norms(matrices, a.astype(matrices.dtype))
 
 
-def _terms(kernel: Any, n: int, n_outputs: int, scope: str) -> Array:
+def _terms(kernel: ArrayLike | LayerwiseKernel, n: int, n_outputs: int, scope: str) -> Array:
     """Terms ``(R, N, N)`` for outputs ``(n, K)``, N = n K, or n for a kernel ``(x) I_K``."""
     layerwise = validate.choice(clipping.SCOPES, scope=scope) == "layerwise"
     matrices = as_matrices(kernel, layerwise=layerwise)
     shape = (
-        jnp.shape(kernel.values)[1:] if isinstance(kernel, LayerwiseKernel) else jnp.shape(kernel)
+        jnp.shape(kernel.values)[1:]
+        if isinstance(kernel, LayerwiseKernel)
+        else validate.array(kernel=kernel).shape
     )
     if shape not in ((n, n), (n, n, n_outputs, n_outputs)):
         raise ValueError(

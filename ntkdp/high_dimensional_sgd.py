@@ -42,7 +42,16 @@ from jax.scipy.stats import norm
 
 from ntkdp import clipping
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, as_constant, is_traced
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    Float,
+    Key,
+    PRNGKeyArray,
+    ScalarLike,
+    as_constant,
+    is_traced,
+)
 from ntkdp.trajectory import Outcome, message, recorded_steps, succeeded
 
 _MAX_STEPS = 100_000
@@ -64,8 +73,9 @@ def _modes(name: str) -> Any:
 
 
 def _number(check: Callable[..., Any], name: str, **options: Any) -> Any:
-    def convert(value: Any) -> Any:
-        return as_constant(validate.scalar(**{name: check(**{name: value})}))
+    def convert(value: ScalarLike) -> ScalarLike:
+        constant: ScalarLike = as_constant(validate.scalar(**{name: check(**{name: value})}))
+        return constant
 
     return eqx.field(converter=convert, **options)
 
@@ -113,13 +123,13 @@ class HighDimensionalSGD(eqx.Module):
     [1.0, 0.606, 0.111]
     """
 
-    eigenvalues: Any = _modes("eigenvalues")
-    initial: Any = _modes("initial")
-    clip_norm: Any = _number(validate.positive, "clip_norm")
-    learning_rate: Any = _number(validate.positive, "learning_rate")
-    n_samples: Any = _number(validate.positive, "n_samples")
-    noise_multiplier: Any = _number(validate.non_negative, "noise_multiplier", default=0.0)
-    label_noise: Any = _number(validate.non_negative, "label_noise", default=0.0)
+    eigenvalues: Array | np.ndarray = _modes("eigenvalues")
+    initial: Array | np.ndarray = _modes("initial")
+    clip_norm: ScalarLike = _number(validate.positive, "clip_norm")
+    learning_rate: ScalarLike = _number(validate.positive, "learning_rate")
+    n_samples: ScalarLike = _number(validate.positive, "n_samples")
+    noise_multiplier: ScalarLike = _number(validate.non_negative, "noise_multiplier", default=0.0)
+    label_noise: ScalarLike = _number(validate.non_negative, "label_noise", default=0.0)
 
     def __check_init__(self) -> None:
         shape = np.shape(self.eigenvalues)
@@ -133,12 +143,12 @@ class HighDimensionalSGD(eqx.Module):
             validate.positive(**{"the sum of eigenvalues": float(np.sum(self.eigenvalues))})
 
     @property
-    def residual_threshold(self) -> Any:
+    def residual_threshold(self) -> Array:
         r""":math:`c = R / \sqrt{\sum_j \lambda_j}`, where the residual is clipped."""
-        return self.clip_norm / jnp.sqrt(jnp.sum(self.eigenvalues))
+        return jnp.divide(self.clip_norm, jnp.sqrt(jnp.sum(self.eigenvalues)))
 
     @property
-    def noise_std(self) -> Any:
+    def noise_std(self) -> ScalarLike:
         r""":math:`s = \sigma R`, per coordinate and step, of the noise of a clipped gradient."""
         return self.noise_multiplier * self.clip_norm
 
@@ -157,10 +167,10 @@ class HighDimensionalSGD(eqx.Module):
         kept, square = _clipped_residual(variance, self.residual_threshold)
         descent = -2 * self.learning_rate * kept * self.eigenvalues * modes
         noise = self.eigenvalues * square + self.noise_std**2
-        return descent + self.learning_rate**2 / self.n_samples * noise
+        return jnp.add(descent, self.learning_rate**2 / self.n_samples * noise)
 
 
-def _clipped_residual(variance: Array, threshold: Any) -> tuple[Array, Array]:
+def _clipped_residual(variance: Array, threshold: Array) -> tuple[Array, Array]:
     """P(|a| <= c) and E min(|a|, c)^2 of a Gaussian residual a."""
     # A residual of no variance is never clipped.
     ratio = threshold / jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
@@ -203,7 +213,7 @@ class Path(eqx.Module):
         return message(self.outcome, _ADVICE)
 
 
-def _path(problem: HighDimensionalSGD, times: Array, modes: Array, outcome: Any) -> Path:
+def _path(problem: HighDimensionalSGD, times: Array, modes: Array, outcome: Array | int) -> Path:
     risk = problem.risk(modes)
     finite = jnp.all(jnp.isfinite(risk), axis=-1)
     outcome = jnp.where((outcome == Outcome.SUCCESS) & ~finite, Outcome.NON_FINITE, outcome)
@@ -212,9 +222,9 @@ def _path(problem: HighDimensionalSGD, times: Array, modes: Array, outcome: Any)
 
 def solve(
     problem: HighDimensionalSGD,
-    times: Any,
+    times: ArrayLike,
     *,
-    start: Any = 0.0,
+    start: ScalarLike = 0.0,
     rtol: float = 1e-8,
     atol: float = 1e-10,
 ) -> Path:
@@ -264,7 +274,9 @@ def solve(
 
 
 @eqx.filter_jit
-def _solve(problem: HighDimensionalSGD, start: Array, times: Array, rtol: Any, atol: Any) -> Path:
+def _solve(
+    problem: HighDimensionalSGD, start: Array, times: Array, rtol: ScalarLike, atol: ScalarLike
+) -> Path:
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, modes, args: problem.velocity(modes).astype(modes.dtype)),
         diffrax.Tsit5(),
@@ -273,7 +285,7 @@ def _solve(problem: HighDimensionalSGD, start: Array, times: Array, rtol: Any, a
         dt0=None,
         y0=jnp.asarray(problem.initial, times.dtype),
         saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        stepsize_controller=diffrax.PIDController(rtol=jnp.asarray(rtol), atol=jnp.asarray(atol)),
         max_steps=_MAX_STEPS,
         throw=False,
     )
@@ -284,7 +296,9 @@ def _solve(problem: HighDimensionalSGD, start: Array, times: Array, rtol: Any, a
     return _path(problem, times, modes, outcome)
 
 
-def risk_by_clip_norm(problem: HighDimensionalSGD, clip_norms: Any, time: Any = 1.0) -> Array:
+def risk_by_clip_norm(
+    problem: HighDimensionalSGD, clip_norms: ArrayLike, time: ScalarLike = 1.0
+) -> Array:
     r"""Excess risk at a time, as a function of the clipping norm at a fixed noise multiplier.
 
     The noise is in proportion to R, the descent saturates with it: the risk is least in between,
@@ -338,7 +352,9 @@ def risk_by_clip_norm(problem: HighDimensionalSGD, clip_norms: Any, time: Any = 
     return jax.vmap(final)(clip_norms)
 
 
-def simulate(problem: HighDimensionalSGD, *, steps: int, record_every: int = 1, key: Any) -> Path:
+def simulate(
+    problem: HighDimensionalSGD, *, steps: int, record_every: int = 1, key: Key[Array, "*seeds"]
+) -> Path:
     """Run the SGD that the equation describes, with fresh Gaussian samples.
 
     Every gradient is clipped by its own norm; nothing is taken to be large.
@@ -394,7 +410,7 @@ def _simulate(
     recorded = recorded_steps(steps, record_every)
 
     def run(key: PRNGKeyArray) -> Array:
-        def step(k: Any, error: Array) -> Array:
+        def step(k: Array, error: Array) -> Array:
             # In the basis of the eigenvectors: sample, noise and label in one draw.
             draw = jax.random.normal(jax.random.fold_in(key, k), (2 * error.size + 1,), dtype)
             x, z = spread * draw[: error.size], draw[error.size : -1]
@@ -416,6 +432,6 @@ def _simulate(
     return _path(problem, times, modes, Outcome.SUCCESS)
 
 
-def _check(problem: Any) -> None:
+def _check(problem: object) -> None:
     if not isinstance(problem, HighDimensionalSGD):
         raise TypeError(f"problem must be a HighDimensionalSGD, got {type(problem).__name__}")

@@ -1,7 +1,7 @@
 """One step of DP-SGD: sample, clip, add noise, update."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -37,7 +37,7 @@ class State(NamedTuple):
     """What the next step needs: parameters, optimizer state and the number of steps done."""
 
     params: Params
-    optimizer_state: Any
+    optimizer_state: PyTree
     step: Array
 
 
@@ -242,7 +242,7 @@ class Algorithm(HasTrainingSet):
         """
         groups_first = int(self.clipping.scope == "layerwise")
 
-        def of_device(params: Params, x: Array, targets: Array, drawn: Array | None) -> Any:
+        def of_device(params: Params, x: Array, targets: Array, drawn: Array | None) -> PyTree:
             if drawn is None:
                 present = jnp.ones(x.shape[0], bool)
             else:
@@ -273,7 +273,7 @@ class Algorithm(HasTrainingSet):
         there = jnp.where(index < n, present[jnp.minimum(index, n - 1)], False)
         index = jnp.where(index < n, index, 0)
 
-        def block(total: Params, rows: tuple[Array, Array]) -> tuple[Params, Any]:
+        def block(total: Params, rows: tuple[Array, Array]) -> tuple[Params, PyTree]:
             which, is_there = rows
             clipped, *rest = self._clipped_sum_at_once(params, x[which], targets[which], is_there)
             return jax.tree.map(jnp.add, total, clipped), rest

@@ -169,19 +169,22 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
 def _noise_multiplier(mechanism: Mechanism) -> ScalarLike:
     sigma = privacy.as_noise_multiplier(mechanism.noise_multiplier, steps=None)
     sigma = validate.non_negative(noise_multiplier=sigma)
-    return as_constant(validate.scalar(noise_multiplier=sigma))
+    constant: ScalarLike = as_constant(validate.scalar(noise_multiplier=sigma))
+    return constant
 
 
 def _learning_rate(learning_rate: LearningRate) -> LearningRate:
     if callable(learning_rate):
         return learning_rate
     rate = validate.positive(learning_rate=learning_rate)
-    return as_constant(validate.scalar(learning_rate=rate))
+    constant: ScalarLike = as_constant(validate.scalar(learning_rate=rate))
+    return constant
 
 
 def _optimizer(optimizer: Optimizer | None) -> Optimizer:
     if optimizer is None:
-        return optax.sgd
+        default: Optimizer = optax.sgd
+        return default
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be a function of the learning rate, e.g. optax.adam, "

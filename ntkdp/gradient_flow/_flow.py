@@ -2,12 +2,11 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
 from jax.sharding import Mesh
 
-from ntkdp._backend.types import Array, Float, PyTree
+from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
 from ntkdp._setup import Setup, described, number, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
@@ -85,8 +84,8 @@ def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: st
 def with_steps(
     setup: Setup,
     stepping: Stepping,
-    noise_multiplier: Any = None,
-    sample_rate: Any = None,
+    noise_multiplier: ScalarLike | None = None,
+    sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
 ) -> Setup:
     """The same of so many steps, and, where they are given, of noise and sampling."""

@@ -1,7 +1,6 @@
 """The flow of the outputs under a frozen kernel."""
 
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,12 +11,12 @@ from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, Float, common_dtype, is_traced
+from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, common_dtype, is_traced
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix, kernel_matrix
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Measurement, TrainingSet
 
@@ -81,15 +80,15 @@ class KernelFlow(LinearModelFlow):
 
     def __init__(
         self,
-        kernel: Array | LayerwiseKernel,
-        targets: Any,
-        loss: Any,
+        kernel: ArrayLike | LayerwiseKernel,
+        targets: ArrayLike,
+        loss: Loss | SampleLoss,
         clipping: ClippingRule,
         *,
         reduction: Reduction = "mean",
-        test_kernel: Array | LayerwiseKernel | None = None,
-        test_targets: Any = None,
-        preconditioned_kernel: Array | LayerwiseKernel | None = None,
+        test_kernel: ArrayLike | LayerwiseKernel | None = None,
+        test_targets: ArrayLike | None = None,
+        preconditioned_kernel: ArrayLike | LayerwiseKernel | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         self.mesh = mesh = devices.as_mesh(mesh)
@@ -133,7 +132,7 @@ class KernelFlow(LinearModelFlow):
         optimizer = "preconditioned" if self.preconditioned else "sgd"
         return setup_of(self.clipping, self.loss, self.reduction, optimizer)
 
-    def init(self, initial: Any) -> tuple[Array, Array | None]:
+    def init(self, initial: PyTree) -> tuple[Array, Array | None]:
         """State of initial outputs ``(n, K)``, or of a (train, test) pair with a test kernel."""
         pair = isinstance(initial, tuple | list)
         if pair != (self.test_drive is not None):
@@ -216,17 +215,20 @@ def check_kernel_flow(flow: object) -> KernelFlow:
     return flow
 
 
-def _check_outputs(outputs: Any, n: int, n_outputs: int | None, name: str) -> Array:
+def _check_outputs(outputs: ArrayLike, n: int, n_outputs: int | None, name: str) -> Array:
     outputs = validate.array(**{name: outputs})
     if outputs.ndim != 2 or outputs.shape[0] != n or n_outputs not in (None, outputs.shape[1]):
         columns = "K" if n_outputs is None else n_outputs
         raise ValueError(f"{name} must have shape ({n}, {columns}), got {outputs.shape}")
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         outputs = outputs.astype(jnp.result_type(float))
-    return validate.finite(**{name: outputs})
+    finite: Array = validate.finite(**{name: outputs})
+    return finite
 
 
-def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Array:
+def _terms(
+    kernel: ArrayLike | LayerwiseKernel, rule: ClippingRule, name: str, mesh: Mesh | None
+) -> Array:
     """Terms as the scope needs them: layerwise with an axis of groups, flat their sum without."""
     layered = rule.scope == "layerwise"
     if isinstance(kernel, LayerwiseKernel):
@@ -250,7 +252,8 @@ def _terms(kernel: Any, rule: ClippingRule, name: str, mesh: Mesh | None) -> Arr
         values = values.astype(jnp.result_type(float))
     values = at_least_single(values)
     devices.check_divides(mesh, **{name: rows})
-    return validate.finite(**{name: devices.spread(mesh, values, axis=int(layered))})
+    finite: Array = validate.finite(**{name: devices.spread(mesh, values, axis=int(layered))})
+    return finite
 
 
 def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
@@ -258,14 +261,16 @@ def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
     return terms.shape if rule.scope == "layerwise" else (1, *terms.shape)
 
 
-def _require_room(layered: bool, mesh: Mesh | None, *kernels: Any) -> None:
+def _require_room(layered: bool, mesh: Mesh | None, *kernels: object) -> None:
     """Raise unless there is room for the kernels as matrices, besides those that are given."""
     if is_traced(kernels):
         return
     needed = 0
     for kernel in kernels:
-        summed = isinstance(kernel, LayerwiseKernel) and not layered
-        needed += program_memory.bytes_of(kernel) // (len(kernel.names) if summed else 1)
+        n_summed = 1
+        if isinstance(kernel, LayerwiseKernel) and not layered:
+            n_summed = len(kernel.names)
+        needed += program_memory.bytes_of(kernel) // n_summed
     memory.require(
         devices.bytes_on_host(mesh, needed),
         "a KernelFlow, which keeps its kernels as matrices besides the given ones,",
@@ -281,9 +286,10 @@ def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     return devices.diagonal(mesh, terms if layered else terms[None])
 
 
-def _check_names(kernel: Any, other: Any, name: str) -> None:
-    both = isinstance(kernel, LayerwiseKernel) and isinstance(other, LayerwiseKernel)
-    if both and kernel.names != other.names:
+def _check_names(kernel: object, other: object, name: str) -> None:
+    if not isinstance(kernel, LayerwiseKernel) or not isinstance(other, LayerwiseKernel):
+        return
+    if kernel.names != other.names:
         raise ValueError(
             f"{name} must have the groups of kernel, {kernel.names}, got {other.names}"
         )

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend.norms import wide
-from ntkdp._backend.types import ApplyFn, Array, Params
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, PyTree
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample as per_sample
@@ -21,7 +20,7 @@ from ntkdp._gradients.check_model import check_inputs, check_model
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.trajectory import Measurement, TrainingSet
 
 
@@ -87,7 +86,7 @@ class LinearisedFlow(LinearModelFlow):
     params: Params
     x: Array
     data: TrainingSet
-    groups: Any
+    groups: PyTree
     test_x: Array | None
     batch_size: int = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
@@ -96,15 +95,15 @@ class LinearisedFlow(LinearModelFlow):
         self,
         apply_fn: ApplyFn,
         params: Params,
-        x: Any,
-        targets: Any,
-        loss: Any,
+        x: ArrayLike,
+        targets: ArrayLike,
+        loss: Loss | SampleLoss,
         clipping: ClippingRule,
         *,
-        groups: Any = None,
+        groups: PyTree = None,
         reduction: Reduction = "mean",
-        test_x: Any = None,
-        test_targets: Any = None,
+        test_x: ArrayLike | None = None,
+        test_targets: ArrayLike | None = None,
         batch_size: int | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -134,8 +133,8 @@ class LinearisedFlow(LinearModelFlow):
 
     def init(self, initial: Params) -> Params:
         """State of initial parameters: how far they are from where the model is linearised."""
-        expected: Any = jax.tree.structure(self.params)
-        given: Any = jax.tree.structure(initial)
+        expected: object = jax.tree.structure(self.params)
+        given: object = jax.tree.structure(initial)
         if given != expected:
             raise ValueError(
                 f"initial must have the structure of params, {expected}, got {given}; "
@@ -274,7 +273,7 @@ class LinearisedFlow(LinearModelFlow):
             f, moved = self._push(self.params, x[rows], displacement)
             return f + moved
 
-        outputs = lax.map(batch, _batches(x.shape[0], self.batch_size))
+        outputs: Array = lax.map(batch, _batches(x.shape[0], self.batch_size))
         return outputs.reshape(-1, outputs.shape[-1])[: x.shape[0]]
 
 

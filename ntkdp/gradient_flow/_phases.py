@@ -1,32 +1,36 @@
 """Predictions of training in phases, each phase a flow of its own from where the last one ended."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import equinox as eqx
 
+from ntkdp._backend.types import ArrayLike, Progress, PyTree
 from ntkdp.gradient_flow._flow import Flow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._solve import recursion, solve
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, steppings
 
+#: One kernel for all phases, or one for each, as :class:`ntkdp.KernelFlow` takes them.
+KernelOfPhases: TypeAlias = ArrayLike | LayerwiseKernel | Sequence[ArrayLike | LayerwiseKernel]
+
 
 def recursion_phases(
-    kernel: Any,
-    targets: Any,
-    loss: Any,
+    kernel: KernelOfPhases,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     phases: Iterable[Phase],
-    initial: Any,
+    initial: PyTree,
     *,
     reduction: Reduction = "mean",
-    test_kernel: Any = None,
-    test_targets: Any = None,
+    test_kernel: KernelOfPhases | None = None,
+    test_targets: ArrayLike | None = None,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
+    progress: Progress = False,
 ) -> Trajectory:
     r"""Discrete steps in phases, each phase under the frozen kernel of the groups that it trains.
 
@@ -76,7 +80,7 @@ def recursion_phases(
     [1.0, 0.9, 0.54]
     """
 
-    def advance(flow: KernelFlow, initial: Any, stepping: Stepping) -> Trajectory:
+    def advance(flow: KernelFlow, initial: PyTree, stepping: Stepping) -> Trajectory:
         return recursion(
             flow,
             initial,
@@ -93,18 +97,18 @@ def recursion_phases(
 
 
 def solve_phases(
-    kernel: Any,
-    targets: Any,
-    loss: Any,
+    kernel: KernelOfPhases,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     phases: Iterable[Phase],
-    initial: Any,
+    initial: PyTree,
     *,
     reduction: Reduction = "mean",
-    test_kernel: Any = None,
-    test_targets: Any = None,
+    test_kernel: KernelOfPhases | None = None,
+    test_targets: ArrayLike | None = None,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
+    progress: Progress = False,
     **options: Any,
 ) -> Trajectory:
     r"""The flow in time, phase by phase: each lasts the running sum of its learning rate.
@@ -145,7 +149,7 @@ def solve_phases(
     [1.0, 0.3679, 0.0067]
     """
 
-    def advance(flow: KernelFlow, initial: Any, stepping: Stepping) -> Trajectory:
+    def advance(flow: KernelFlow, initial: PyTree, stepping: Stepping) -> Trajectory:
         return solve(
             flow, initial, stepping.times, start=0.0, outputs=True, progress=progress, **options
         )
@@ -157,9 +161,9 @@ def solve_phases(
 
 def _one_after_another(
     flows: list[KernelFlow],
-    initial: Any,
+    initial: PyTree,
     steps_of: list[Stepping],
-    advance: Callable[[KernelFlow, Any, Stepping], Trajectory],
+    advance: Callable[[KernelFlow, PyTree, Stepping], Trajectory],
     outputs: bool,
 ) -> Trajectory:
     """Each flow from the outputs at which the one before ended."""
@@ -182,13 +186,13 @@ def _one_after_another(
 
 
 def flows_of_phases(
-    kernel: Any,
-    targets: Any,
-    loss: Any,
+    kernel: KernelOfPhases,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     phases: tuple[Phase, ...],
     reduction: Reduction,
-    test_kernel: Any,
-    test_targets: Any,
+    test_kernel: KernelOfPhases | None,
+    test_targets: ArrayLike | None,
 ) -> list[KernelFlow]:
     """The flow of each phase; all are checked before the first begins."""
     return [
@@ -210,7 +214,7 @@ def flows_of_phases(
     ]
 
 
-def one_a_phase(kernel: Any, phases: tuple[Phase, ...], name: str) -> list[Any]:
+def one_a_phase(kernel: PyTree, phases: tuple[Phase, ...], name: str) -> list[PyTree]:
     """The kernel of the groups that each phase trains."""
     if not isinstance(kernel, list | tuple):
         kernel = [kernel] * len(phases)
@@ -222,7 +226,7 @@ def one_a_phase(kernel: Any, phases: tuple[Phase, ...], name: str) -> list[Any]:
     return [_of_phase(own, phase, name) for own, phase in zip(kernel, phases, strict=True)]
 
 
-def _of_phase(kernel: Any, phase: Phase, name: str) -> Any:
+def _of_phase(kernel: PyTree, phase: Phase, name: str) -> PyTree:
     if isinstance(kernel, Flow):
         raise TypeError(
             f"{name} must be a kernel, got a {type(kernel).__name__}: phases make flows of their "

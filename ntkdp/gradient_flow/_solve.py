@@ -6,12 +6,21 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ntkdp._backend import program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, PyTree, as_constant
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    LearningRate,
+    Progress,
+    PyTree,
+    ScalarLike,
+    as_constant,
+)
 from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow, with_steps
 from ntkdp.trajectory import Measurement, Outcome, Stepping, Trajectory, from_measurements
 
@@ -19,7 +28,7 @@ _DEFAULT_MAX_STEPS = 100_000
 _WAYS_OUT = "use fewer samples, record fewer times or without outputs, or use float32"
 
 
-class _Meter(diffrax.AbstractProgressMeter):
+class _Meter(diffrax.AbstractProgressMeter[Array]):
     """Passes the solver's progress on, a hundred times in all."""
 
     listener: Array
@@ -27,7 +36,7 @@ class _Meter(diffrax.AbstractProgressMeter):
     def init(self) -> Array:
         return jnp.zeros(())
 
-    def step(self, state: Array, progress: Any) -> Array:
+    def step(self, state: Array, progress: ScalarLike) -> Array:
         due = jnp.any(progress - state >= 0.01)
         lax.cond(due, lambda: _progress.report(self.listener, jnp.max(progress)), lambda: None)
         return jnp.where(due, progress, state)
@@ -40,9 +49,9 @@ class _Velocity(eqx.Module):
     """A flow on the leaves of its state: the solver takes no containers that are empty."""
 
     flow: Flow
-    structure: Any = eqx.field(static=True)
+    structure: jax.tree_util.PyTreeDef = eqx.field(static=True)
 
-    def __call__(self, t: Any, leaves: list[Array], args: Any) -> list[Array]:
+    def __call__(self, t: ScalarLike, leaves: list[Array], args: object) -> list[Array]:
         return jax.tree.leaves(self.flow.velocity(self.state(leaves)))
 
     def state(self, leaves: list[Array]) -> PyTree:
@@ -52,16 +61,16 @@ class _Velocity(eqx.Module):
 def solve(
     flow: Flow,
     initial: PyTree,
-    times: Any,
+    times: ArrayLike,
     *,
-    start: Any = 0.0,
-    solver: diffrax.AbstractSolver | None = None,
+    start: ScalarLike = 0.0,
+    solver: diffrax.AbstractSolver[Any] | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-9,
     max_steps: int = _DEFAULT_MAX_STEPS,
     outputs: bool = False,
-    progress: Any = False,
+    progress: Progress = False,
 ) -> Trajectory:
     """Integrate a flow from its initial state and measure it at the given times.
 
@@ -153,9 +162,9 @@ def _integrate(
     state: PyTree,
     start: Array,
     times: Array,
-    solver: diffrax.AbstractSolver,
+    solver: diffrax.AbstractSolver[Any],
     adjoint: diffrax.AbstractAdjoint,
-    tolerances: tuple[Any, Any],
+    tolerances: tuple[Array | np.ndarray, Array | np.ndarray],
     max_steps: int,
     outputs: bool,
     listener: Listener,
@@ -164,7 +173,7 @@ def _integrate(
     leaves, structure = jax.tree.flatten(state)
     velocity = _Velocity(flow, structure)
 
-    def measure(t: Any, at: list[Array], args: Any) -> Measurement:
+    def measure(t: ScalarLike, at: list[Array], args: object) -> Measurement:
         # Interpolation in double-precision times promotes a state of single precision.
         at = [found.astype(leaf.dtype) for found, leaf in zip(at, leaves, strict=True)]
         return flow.measure(velocity.state(at), outputs)
@@ -208,11 +217,11 @@ def recursion(
     flow: LinearModelFlow,
     initial: PyTree,
     *,
-    learning_rate: Any,
+    learning_rate: LearningRate,
     steps: int,
     record_every: int = 1,
     outputs: bool = False,
-    progress: Any = False,
+    progress: Progress = False,
 ) -> Trajectory:
     r"""Discrete steps of a frozen kernel, :math:`f_{k+1} = f_k - \tfrac\eta n \sum_r H_r C_r a`.
 
@@ -282,7 +291,7 @@ def _recur(
     outputs: bool,
     listener: Listener,
 ) -> Measurement:
-    def step(k: Any, state: PyTree) -> PyTree:
+    def step(k: Array | int, state: PyTree) -> PyTree:
         rate = stepping.rate(k)
         return jax.tree.map(
             lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, flow.velocity(state)

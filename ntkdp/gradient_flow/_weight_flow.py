@@ -1,7 +1,5 @@
 """The exact flow of the weights."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,14 +7,14 @@ from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import ApplyFn, Array, Params
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, PyTree
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_preconditioner
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import TrainingFlow, setup_of
-from ntkdp.losses import Reduction
+from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.trajectory import Measurement, TrainingSet, as_samples
 
 
@@ -63,7 +61,7 @@ class WeightFlow(TrainingFlow):
     apply_fn: ApplyFn
     x: Array
     data: TrainingSet
-    groups: Any
+    groups: PyTree
     test_x: Array | None
     preconditioner: Params | None
     mesh: Mesh | None = eqx.field(static=True)
@@ -71,15 +69,15 @@ class WeightFlow(TrainingFlow):
     def __init__(
         self,
         apply_fn: ApplyFn,
-        x: Any,
-        targets: Any,
-        loss: Any,
+        x: ArrayLike,
+        targets: ArrayLike,
+        loss: Loss | SampleLoss,
         clipping: ClippingRule,
         *,
-        groups: Any = None,
+        groups: PyTree = None,
         reduction: Reduction = "mean",
-        test_x: Any = None,
-        test_targets: Any = None,
+        test_x: ArrayLike | None = None,
+        test_targets: ArrayLike | None = None,
         preconditioner: Params | None = None,
         mesh: Mesh | None = None,
     ) -> None:

@@ -1,14 +1,13 @@
 """Flows around another flow: with inertia, and of the size of a step."""
 
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, PyTree, as_constant
+from ntkdp._backend.types import Array, PyTree, ScalarLike, as_constant
 from ntkdp._setup import Setup, number, rates
 from ntkdp.gradient_flow._flow import Flow, WrappedFlow
 from ntkdp.trajectory import Measurement
@@ -58,7 +57,7 @@ class HeavyBallFlow(WrappedFlow):
     """
 
     flow: Flow
-    friction: Any = eqx.field(converter=as_constant)
+    friction: ScalarLike = eqx.field(converter=as_constant)
 
     def __check_init__(self) -> None:
         _check_inner(self.flow)
@@ -137,7 +136,7 @@ class ModifiedFlow(WrappedFlow):
     flow: Flow
     learning_rate: Array
 
-    def __init__(self, flow: Flow, learning_rate: Any) -> None:
+    def __init__(self, flow: Flow, learning_rate: ScalarLike) -> None:
         _check_inner(flow)
         if callable(learning_rate):
             raise TypeError(

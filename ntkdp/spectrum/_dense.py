@@ -1,19 +1,18 @@
 """Spectra of kernels that fit the memory."""
 
-from typing import Any
-
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Inexact
 
 from ntkdp import ntk
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, Float, is_traced
+from ntkdp._backend.types import Array, ArrayLike, Float, is_traced
 from ntkdp.ntk import LayerwiseKernel
 
 
-def clipped_operator(kernel: Any, factors: Any = None) -> Float[Array, "N N"]:
+def clipped_operator(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Float[Array, "N N"]:
     r"""The operator that drives the outputs, :math:`HC` or :math:`\sum_r H_r C_r`, as a matrix.
 
     Parameters
@@ -50,7 +49,9 @@ def clipped_operator(kernel: Any, factors: Any = None) -> Float[Array, "N N"]:
     return _operator(*_terms_and_factors(kernel, factors))
 
 
-def eigenvalues(kernel: Any, factors: Any = None) -> Inexact[Array, " N"]:
+def eigenvalues(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Inexact[Array, " N"]:
     r"""Eigenvalues of the clipped operator, by real part, smallest first.
 
     Flat, they are those of the symmetric :math:`C^{1/2} H C^{1/2}`: real, and accurate. Layerwise
@@ -84,13 +85,16 @@ def eigenvalues(kernel: Any, factors: Any = None) -> Inexact[Array, " N"]:
     [0.0019, 1.0081]
     """
     terms, weights = _terms_and_factors(kernel, factors)
-    if len(terms) == 1 and np.ndim(factors) < 2:
-        return jnp.linalg.eigvalsh(_congruent(terms[0], weights[0]))
-    values = jnp.linalg.eigvals(_operator(terms, weights))
+    if len(terms) == 1 and not _by_group(factors):
+        real: Array = jnp.linalg.eigvalsh(_congruent(terms[0], weights[0]))
+        return real
+    values: Array = jnp.linalg.eigvals(_operator(terms, weights))
     return values[jnp.argsort(values.real)]
 
 
-def symmetric_eigenvalues(kernel: Any, factors: Any = None) -> Float[Array, " N"]:
+def symmetric_eigenvalues(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Float[Array, " N"]:
     r"""Eigenvalues of the clipped operator's symmetric part, smallest first.
 
     With A the operator, :math:`\mathrm{sym}(A) = (A + A^\top)/2`; the smallest one bounds the decay
@@ -118,10 +122,13 @@ def symmetric_eigenvalues(kernel: Any, factors: Any = None) -> Float[Array, " N"
     >>> [round(2 * v, 3) for v in ntkdp.spectrum.symmetric_eigenvalues(kernel, factors).tolist()]
     [-0.334, 2.354]
     """
-    return jnp.linalg.eigvalsh(symmetric_part(clipped_operator(kernel, factors)))
+    values: Array = jnp.linalg.eigvalsh(symmetric_part(clipped_operator(kernel, factors)))
+    return values
 
 
-def condition_number(kernel: Any, factors: Any = None) -> Float[Array, ""]:
+def condition_number(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Float[Array, ""]:
     r"""Largest over smallest modulus of the eigenvalues of the clipped operator.
 
     Flat, it is the condition number of :math:`C^{1/2} H C^{1/2}`, without factors that of H.
@@ -154,7 +161,9 @@ def condition_number(kernel: Any, factors: Any = None) -> Float[Array, ""]:
     return jnp.where(regular, largest / jnp.where(regular, smallest, 1.0), jnp.inf)
 
 
-def has_positive_quadratic_form(kernel: Any, factors: Any = None) -> Bool[Array, ""]:
+def has_positive_quadratic_form(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Bool[Array, ""]:
     r"""Whether the loss must fall: the symmetric part of the clipped operator is positive definite.
 
     Parameters
@@ -188,7 +197,9 @@ def has_positive_quadratic_form(kernel: Any, factors: Any = None) -> Bool[Array,
     return is_positive_definite(symmetric_part(clipped_operator(kernel, factors)))
 
 
-def has_positive_eigenvalues(kernel: Any, factors: Any = None) -> Bool[Array, ""]:
+def has_positive_eigenvalues(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None = None
+) -> Bool[Array, ""]:
     r"""Whether every eigenvalue of the clipped operator has a positive real part.
 
     Parameters
@@ -225,11 +236,14 @@ def has_positive_eigenvalues(kernel: Any, factors: Any = None) -> Bool[Array, ""
     return values[0].real > resolution
 
 
-def as_matrices(kernel: Any, *, layerwise: bool) -> Float[Array, "R N N"]:
+def as_matrices(kernel: ArrayLike | LayerwiseKernel, *, layerwise: bool) -> Float[Array, "R N N"]:
     """Terms of a kernel as matrices, or flat their sum; samples outside, outputs inside."""
-    is_layerwise = isinstance(kernel, LayerwiseKernel)
-    values = kernel.values if is_layerwise else validate.array(kernel=kernel)[None]
-    if layerwise and not is_layerwise:
+    values: Array
+    if isinstance(kernel, LayerwiseKernel):
+        values = kernel.values
+    elif not layerwise:
+        values = validate.array(kernel=kernel)[None]
+    else:
         raise ValueError(
             "kernel must be a LayerwiseKernel for layerwise clipping, got an array without layer "
             "terms; use layerwise_ntk or layerwise_infinite_ntk"
@@ -282,9 +296,15 @@ def is_positive_definite(matrix: Float[Array, "N N"]) -> Bool[Array, ""]:
     return jnp.all(jnp.diagonal(matrix) > 0) & jnp.all(jnp.isfinite(factor))
 
 
-def _terms_and_factors(kernel: Any, factors: Any) -> tuple[Array, Array]:
+def _by_group(factors: ArrayLike | None) -> bool:
+    return factors is not None and validate.array(factors=factors).ndim == 2
+
+
+def _terms_and_factors(
+    kernel: ArrayLike | LayerwiseKernel, factors: ArrayLike | None
+) -> tuple[Array, Array]:
     """Matrices ``(R, N, N)`` and a factor for each of their columns ``(R, N)``."""
-    terms = as_matrices(kernel, layerwise=np.ndim(factors) == 2)
+    terms = as_matrices(kernel, layerwise=_by_group(factors))
     values = kernel.values[0] if isinstance(kernel, LayerwiseKernel) else jnp.asarray(kernel)
     n = values.shape[0]
     if factors is None:

@@ -14,11 +14,12 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from ntkdp import losses
 from ntkdp._backend import validate
-from ntkdp._backend.types import ApplyFn, Array, Params, Real
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTree, Real
 from ntkdp._gradients.check_model import check_model
 from ntkdp.clipping import ClippingRule
-from ntkdp.losses import Loss
+from ntkdp.losses import Loss, SampleLoss
 from ntkdp.ntk import per_sample_gradient_norms
+from ntkdp.trajectory import check_clipping
 
 #: Up to this size a matrix is formed from its products: the iteration would span all of it.
 _DENSE_SIZE = 20
@@ -39,7 +40,7 @@ def extreme_eigenvalues(
     params: Params,
     x: Real[Array, "n ..."],
     *,
-    factors: Any = None,
+    factors: ArrayLike | None = None,
     batch_size: int | None = None,
     tolerance: float | None = None,
     max_iterations: int = 1000,
@@ -111,16 +112,16 @@ class Sharpness(NamedTuple):
     Made by :func:`sharpness`.
     """
 
-    hessian: Any
-    clipped_kernel: Any
+    hessian: float | Float[np.ndarray, " T"]
+    clipped_kernel: float | Float[np.ndarray, " T"]
 
 
 def sharpness(
     apply_fn: ApplyFn,
     params: Params,
     x: Real[Array, "n ..."],
-    targets: Any,
-    loss: Any,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     clipping: ClippingRule,
     *,
     reduction: Literal["mean", "sum"] = "mean",
@@ -182,10 +183,7 @@ def sharpness(
     x, outputs = check_model(apply_fn, params, x)
     n, n_outputs = outputs.shape
     loss = losses.as_loss(loss)
-    if not isinstance(clipping, ClippingRule):
-        raise TypeError(
-            f"clipping must be a rule of ntkdp.clipping, e.g. Abadi(1.0), got {clipping!r}"
-        )
+    check_clipping(clipping)
     if clipping.scope != "flat":
         raise ValueError(
             f"clipping must have scope='flat' here, got {clipping.scope!r}: sum_r H_r C_r is not "
@@ -220,8 +218,8 @@ def sharpness_along(
     apply_fn: ApplyFn,
     params_over_time: Params,
     x: Real[Array, "n ..."],
-    targets: Any,
-    loss: Any,
+    targets: ArrayLike,
+    loss: Loss | SampleLoss,
     clipping: ClippingRule,
     **options: Any,
 ) -> Sharpness:
@@ -273,7 +271,7 @@ def sharpness_along(
 def _largest_eigenvalue(
     product: Callable[[Array], Array],
     size: int,
-    dtype: Any,
+    dtype: np.dtype,
     tolerance: float | None,
     max_iterations: int,
     *,
@@ -285,7 +283,7 @@ def _largest_eigenvalue(
     tolerance = float(validate.positive(tolerance=tolerance))
     max_iterations = validate.count(max_iterations=max_iterations)
 
-    def on_host(vector: Any) -> np.ndarray:
+    def on_host(vector: np.ndarray) -> np.ndarray:
         image = np.asarray(product(jnp.asarray(np.ravel(vector), dtype)), np.float64)
         if not np.all(np.isfinite(image)):
             raise ValueError("derivatives of apply_fn must be finite, got NaN or infinity")
@@ -320,8 +318,8 @@ def _blocks(batch_size: int, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _sum_over_blocks(
-    function: Callable[..., Any], batch_size: int, *arrays: Array, present: Array
-) -> Any:
+    function: Callable[..., PyTree], batch_size: int, *arrays: Array, present: Array
+) -> PyTree:
     """Sum of ``function(*block, present)``; what fills up the last block is not present."""
     *blocks, present = _blocks(batch_size, *arrays, present)
     extra = jnp.arange(present.shape[0] * batch_size).reshape(-1, batch_size) >= arrays[0].shape[0]
@@ -332,7 +330,7 @@ def _sum_over_blocks(
         jax.eval_shape(function, *[block[0] for block in blocks], present[0]),
     )
 
-    def add(total: Any, block: tuple[Array, ...]) -> tuple[Any, None]:
+    def add(total: PyTree, block: tuple[Array, ...]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(*block)), None
 
     return lax.scan(add, zeros, (*blocks, present))[0]
@@ -357,7 +355,7 @@ def _kernel_product(
     weighted = roots * vector.reshape(x.shape[0], -1)
     direction = _pull_back(apply_fn, batch_size, params, x, weighted)
     (blocks,) = _blocks(batch_size, x)
-    images = lax.map(
+    images: Array = lax.map(
         lambda x: jax.jvp(lambda p: apply_fn(p, x), (params,), (direction,))[1], blocks
     )
     return (roots * images.reshape(-1, weighted.shape[1])[: x.shape[0]]).reshape(-1)
@@ -380,11 +378,12 @@ def _hessian_product(
         def summed(weights: Array) -> Array:
             return jnp.sum(present * loss(apply_fn(unravel(weights), x), targets))
 
-        return jax.jvp(jax.grad(summed), (weights,), (vector,))[1]
+        product: Array = jax.jvp(jax.grad(summed), (weights,), (vector,))[1]
+        return product
 
-    return _sum_over_blocks(
-        of_block, batch_size, x, targets, present=jnp.ones(x.shape[0], weights.dtype)
-    )
+    present = jnp.ones(x.shape[0], weights.dtype)
+    product: Array = _sum_over_blocks(of_block, batch_size, x, targets, present=present)
+    return product
 
 
 @eqx.filter_jit

@@ -19,6 +19,7 @@ from ntkdp.trajectory._training_set import HasTrainingSet as HasTrainingSet
 from ntkdp.trajectory._training_set import Measurement
 from ntkdp.trajectory._training_set import TrainingSet as TrainingSet
 from ntkdp.trajectory._training_set import as_samples as as_samples
+from ntkdp.trajectory._training_set import check_clipping as check_clipping
 from ntkdp.trajectory._trajectory import Trajectory, from_measurements
 
 __all__ = [

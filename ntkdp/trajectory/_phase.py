@@ -2,18 +2,18 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 import equinox as eqx
 
 from ntkdp import privacy
 from ntkdp._backend import validate
+from ntkdp._backend.types import LearningRate, ScalarLike
 from ntkdp.clipping import ClippingRule
 from ntkdp.trajectory._stepping import Stepping, check_learning_rate
 from ntkdp.trajectory._training_set import check_clipping
 
 
-def as_trainable(names: Any) -> tuple[str, ...] | None:
+def as_trainable(names: object) -> tuple[str, ...] | None:
     """Names of groups as a tuple, or None for all of them."""
     if names is None:
         return None
@@ -21,13 +21,13 @@ def as_trainable(names: Any) -> tuple[str, ...] | None:
         raise TypeError(
             f"trainable must be a sequence of names of groups, such as ('4',), got {names!r}"
         )
-    names = tuple(names)
-    if not names or not all(isinstance(name, str) for name in names):
+    groups: tuple[str, ...] = tuple(names)
+    if not groups or not all(isinstance(name, str) for name in groups):
         raise ValueError(
             "trainable must hold at least one group, each by its name, or be None for all of them, "
-            f"got {names!r}"
+            f"got {groups!r}"
         )
-    return names
+    return groups
 
 
 class Phase(eqx.Module):
@@ -78,16 +78,16 @@ class Phase(eqx.Module):
 
     steps: int = eqx.field(static=True)
     clipping: ClippingRule
-    learning_rate: Any
-    noise_multiplier: Any
+    learning_rate: LearningRate
+    noise_multiplier: ScalarLike | privacy.Budget
     trainable: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
         steps: int,
         clipping: ClippingRule,
-        learning_rate: Any,
-        noise_multiplier: Any = 0.0,
+        learning_rate: LearningRate,
+        noise_multiplier: ScalarLike | privacy.Budget = 0.0,
         trainable: Iterable[str] | None = None,
     ) -> None:
         self.steps = validate.count(steps=steps)
@@ -99,23 +99,23 @@ class Phase(eqx.Module):
             self.noise_multiplier = validate.scalar(noise_multiplier=sigma)
         self.trainable = as_trainable(trainable)
 
-    def mechanism(self, sample_rate: float = 1.0) -> tuple[Any, float, int]:
+    def mechanism(self, sample_rate: float = 1.0) -> tuple[ScalarLike, float, int]:
         """Noise multiplier, sampling rate and steps, for the accounting of privacy."""
         sigma = privacy.as_noise_multiplier(self.noise_multiplier, self.steps, sample_rate)
         return sigma, sample_rate, self.steps
 
 
-def check_phases(phases: Any) -> tuple[Phase, ...]:
+def check_phases(phases: object) -> tuple[Phase, ...]:
     """A sequence of at least one phase, as a tuple."""
     if isinstance(phases, Phase) or not isinstance(phases, Iterable):
         raise TypeError(f"phases must be a sequence of Phase, got {type(phases).__name__}")
-    phases = tuple(phases)
-    if not phases:
+    checked: tuple[Phase, ...] = tuple(phases)
+    if not checked:
         raise ValueError("phases must hold at least one Phase, got none")
-    for phase in phases:
+    for phase in checked:
         if not isinstance(phase, Phase):
             raise TypeError(f"phases must be a sequence of Phase, got one {type(phase).__name__}")
-    return phases
+    return checked
 
 
 def steppings(phases: tuple[Phase, ...], record_every: int) -> list[Stepping]:

@@ -1,11 +1,12 @@
 """Statistics over the seeds of repeated runs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ArrayLike
 from ntkdp.trajectory._training_set import Measurement
 from ntkdp.trajectory._trajectory import Trajectory
 
@@ -22,7 +23,7 @@ class Band(NamedTuple):
     quantiles: np.ndarray
 
 
-def band(values: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
+def band(values: ArrayLike, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Band:
     r"""Mean and spread over the leading seed axis.
 
     Parameters

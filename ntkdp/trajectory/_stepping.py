@@ -1,7 +1,7 @@
 """Discrete steps, of which every so many are recorded."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from jax import lax
 
 from ntkdp._backend import memory, program_memory, progress, validate
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, PyTree, is_traced
+from ntkdp._backend.types import Array, LearningRate, PyTree, ScalarLike, is_traced
 
 #: Steps are counted in 32 bits, by optimizers and where a step draws its own noise.
 MOST_STEPS = 2**31 - 1
@@ -19,7 +19,7 @@ MOST_STEPS = 2**31 - 1
 _RECORDED = 64
 
 
-def check_steps(steps: Any) -> int:
+def check_steps(steps: int) -> int:
     """A number of steps that can be counted."""
     number = validate.count(steps=steps)
     if number > MOST_STEPS:
@@ -47,7 +47,7 @@ class Stepping(eqx.Module):
         If a record of so many steps does not fit.
     """
 
-    learning_rate: Any
+    learning_rate: LearningRate
     steps: int = eqx.field(static=True)
     record_every: int = eqx.field(static=True)
     done: Array
@@ -55,9 +55,9 @@ class Stepping(eqx.Module):
 
     def __init__(
         self,
-        learning_rate: Any,
-        steps: Any,
-        record_every: Any,
+        learning_rate: LearningRate,
+        steps: int,
+        record_every: int,
         done: int = 0,
         total: int | None = None,
     ) -> None:
@@ -86,23 +86,23 @@ class Stepping(eqx.Module):
         """The running sum of the learning rate at the recorded steps."""
         return times_of_steps(self.learning_rate, self.recorded)
 
-    def bytes_of_record(self, measure: Callable[..., Any], state: Any, outputs: bool) -> int:
+    def bytes_of_record(self, measure: Callable[..., PyTree], state: PyTree, outputs: bool) -> int:
         """Bytes of what ``measure(state, outputs)`` records at the recorded steps."""
         n_recorded = -(-self.steps // self.record_every) + 1
         return program_memory.bytes_of_record(n_recorded, measure, state, outputs)
 
-    def rate(self, k: Any) -> Any:
+    def rate(self, k: Array | int) -> ScalarLike:
         """Learning rate of step k."""
         if not callable(self.learning_rate):
             return self.learning_rate
         # As optimizers count, in 32 bits: schedules divide by it, and so round in its precision.
         return self.learning_rate(jnp.asarray(k, jnp.int32))
 
-    def number(self, k: Any) -> Any:
+    def number(self, k: Array | int) -> Array:
         """Number of step k in the whole, which its random draws go by."""
         return self.done + k
 
-    def tell(self, listener: Array, k: Any) -> None:
+    def tell(self, listener: Array, k: Array | int) -> None:
         """Tell the listener of progress, from inside compiled code, that step k begins."""
         due = k % max(self.record_every, self.steps // 100) < self.record_every
         share = self.number(k) / self.total
@@ -110,7 +110,7 @@ class Stepping(eqx.Module):
 
     def walk(
         self,
-        step: Callable[[Any, PyTree], PyTree],
+        step: Callable[[Array | int, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
         listener: Listener,
@@ -123,7 +123,7 @@ class Stepping(eqx.Module):
 
     def walk_to_end(
         self,
-        step: Callable[[Any, PyTree], PyTree],
+        step: Callable[[Array | int, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
         listener: Listener,
@@ -178,7 +178,7 @@ def recorded_steps(steps: int, record_every: int) -> np.ndarray:
     return np.append(np.arange(0, steps, record_every), steps)
 
 
-def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
+def times_of_steps(learning_rate: LearningRate, recorded: np.ndarray) -> Array:
     """The running sum of ``learning_rate``, a number or a schedule, at the ``recorded`` steps.
 
     Examples
@@ -190,12 +190,12 @@ def times_of_steps(learning_rate: Any, recorded: np.ndarray) -> Array:
     if not callable(learning_rate):
         dtype = jnp.result_type(float)
         return jnp.asarray(recorded, dtype) * jnp.asarray(learning_rate, dtype)
-    rates = jax.vmap(learning_rate)(jnp.arange(recorded[-1]))
+    rates = cast(Array, jax.vmap(learning_rate)(jnp.arange(recorded[-1])))
     elapsed = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
     return elapsed[recorded]
 
 
-def check_learning_rate(learning_rate: Any, steps: int) -> Any:
+def check_learning_rate(learning_rate: LearningRate, steps: int) -> LearningRate:
     """``learning_rate`` if it is positive, or a schedule that is at every one of ``steps`` steps.
 
     Examples
@@ -205,8 +205,9 @@ def check_learning_rate(learning_rate: Any, steps: int) -> Any:
     0.5
     """
     if not callable(learning_rate):
-        return validate.positive(learning_rate=learning_rate)
-    rates = jax.vmap(learning_rate)(jnp.arange(steps))
+        rate: ScalarLike = validate.positive(learning_rate=learning_rate)
+        return rate
+    rates = cast(Array, jax.vmap(learning_rate)(jnp.arange(steps)))
     if getattr(rates, "shape", None) != (steps,):
         raise ValueError(
             "learning_rate must be a schedule that maps a step to one number, got "

@@ -73,7 +73,7 @@ class Trajectory(eqx.Module):
     test_loss: Array | None = None
     test_accuracy: Array | None = None
     test_outputs: Array | None = None
-    outcome: Any = 0
+    outcome: Array | np.ndarray | int = 0
     start: Array | None = None
     setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
 
@@ -275,7 +275,7 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _storable(value: Any) -> tuple[np.ndarray, dict[str, str]]:
+def _storable(value: Array) -> tuple[np.ndarray, dict[str, str]]:
     """An array in a dtype of netCDF; an attribute keeps the dtype of one in half precision."""
     array = np.asarray(value)
     if array.dtype.itemsize >= 4 or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -347,7 +347,7 @@ def from_measurements(
     times: Array,
     measured: Measurement,
     steps: Array | None = None,
-    outcome: Any = None,
+    outcome: Array | np.ndarray | int | None = None,
     start: Array | None = None,
     setup: Setup | None = None,
 ) -> Trajectory:

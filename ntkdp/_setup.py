@@ -1,4 +1,4 @@
-"""What a trajectory is of: the numbers by which a prediction and a run can be held together."""
+"""The training behind a trajectory: numbers that tell whether two of them can be compared."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from ntkdp._backend.types import LearningRate, ScalarLike, is_traced
 Description = tuple[tuple[str, str | tuple[float, ...]], ...]
 #: Numbers that differ by less are the same, in single precision too.
 _SAME = 1e-6
-#: What two trajectories may differ in, by the names that ``compare`` takes.
+#: Properties in which two trajectories may differ, by the names that ``compare`` takes.
 DIFFERENCES = (
     "clipping",
     "loss",
@@ -32,13 +32,13 @@ DIFFERENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a phase of training is, as far as it is known: plain numbers and text.
+    """A phase of training as far as it is known: plain numbers and text.
 
-    ``learning_rate`` is that of the steps 0, 1, 2, 4, ..., one number if it is constant, none for
-    a flow, which is of every small learning rate. None stands for what is not known, e.g. inside a
-    JAX transformation. ``neglects`` names what a prediction leaves out by its nature: ``"noise"``,
-    ``"sampling"``. ``friction`` is that of a flow with inertia, and ``time_scale`` what times were
-    multiplied by.
+    ``learning_rate`` holds the rates of the steps 0, 1, 2, 4, ...: one number if it is constant,
+    and none for a flow, which stands for every small learning rate. None stands for values that are
+    not known, e.g. inside a JAX transformation. ``neglects`` names what a prediction leaves out by
+    its nature: ``"noise"``, ``"sampling"``. ``friction`` belongs to a flow with inertia, and
+    ``time_scale`` is the number that times were multiplied by.
     """
 
     clipping: Description
@@ -57,7 +57,7 @@ class Setup:
 
 
 def described(part: eqx.Module) -> Description:
-    """A rule or a loss by its kind and its fields; what is only known later is left out."""
+    """A rule or a loss by its kind and its fields, without values that are only known later."""
     found: list[tuple[str, str | tuple[float, ...]]] = [("kind", type(part).__name__)]
     for field in fields(part):
         value = getattr(part, field.name)
@@ -95,7 +95,7 @@ def rates(learning_rate: LearningRate, steps: int) -> tuple[float, ...]:
 
 
 def optimizer_of(optimizer: Callable[..., object]) -> tuple[str, float | None]:
-    """Name of an optimizer, that of ``optax.sgd`` being "sgd", and its momentum if it is known."""
+    """Name of an optimizer, "sgd" for ``optax.sgd``, and its momentum if it is known."""
     options: dict[str, object] = {}
     while isinstance(optimizer, functools.partial):
         options = optimizer.keywords | options
@@ -117,7 +117,7 @@ def _shown(value: object) -> str:
 
 
 def rescaled(setups: tuple[Setup, ...], factor: ScalarLike) -> tuple[Setup, ...]:
-    """The same of a trajectory whose times are multiplied."""
+    """The setups of a trajectory after its times are multiplied by ``factor``."""
     by = number(factor)
     return tuple(
         replace(
@@ -141,7 +141,7 @@ def from_json(text: object) -> tuple[Setup, ...]:
     Raises
     ------
     ValueError
-        If it is not.
+        If it is no such text.
     """
     from pydantic import TypeAdapter
 
@@ -151,7 +151,7 @@ def from_json(text: object) -> tuple[Setup, ...]:
 
 
 def differences(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> dict[str, str]:
-    """What is known to differ, by the names of :data:`DIFFERENCES`, in words.
+    """Known differences in words, by the names of :data:`DIFFERENCES`.
 
     A single phase is compared with each of several.
     """
@@ -171,7 +171,7 @@ def differences(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> dict[s
 
 
 def neglected(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> tuple[str, ...]:
-    """What the run has and the prediction leaves out by its nature: "noise", "sampling"."""
+    """The parts of the run that the prediction leaves out by its nature: "noise", "sampling"."""
     has = {
         "noise": any((phase.noise_multiplier or 0.0) > 0 for phase in run),
         "sampling": any((phase.sample_rate or 1.0) < 1 for phase in run),
@@ -186,7 +186,7 @@ def _each(setups: tuple[Setup, ...], n_phases: int) -> tuple[Setup, ...]:
 
 
 def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
-    """Names of what differs, and what it is on either side."""
+    """Names of properties that differ, with their values on either side."""
     for name in ("clipping", "loss"):
         ours, theirs = getattr(prediction, name), getattr(run, name)
         if not _same_description(ours, theirs):

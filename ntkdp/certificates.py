@@ -130,14 +130,14 @@ def safe_clip_norm_bound(
 
 
 class Certificates(NamedTuple):
-    """What :func:`certify` found, at each recorded time of a trajectory.
+    """Certificates of decay at each recorded time of a trajectory, made by :func:`certify`.
 
     ``times`` and ``loss`` are the trajectory's, ``clip_norm`` is the R of the run, infinite without
-    clipping. ``safe_clip_norm`` and ``safe_clip_norm_bound`` are those of the rule min(1, R/s),
-    whatever rule the run has. ``smallest_eigenvalue`` is that of the symmetric part at the factors
-    of the run (in units of the kernel), and ``certified`` whether it is positive: the loss falls,
-    unless every output gradient is zero. All but ``times`` and ``clip_norm`` have a leading seed
-    axis if the trajectory has.
+    clipping. ``safe_clip_norm`` and ``safe_clip_norm_bound`` belong to the rule min(1, R/s),
+    whatever rule the run has. ``smallest_eigenvalue`` is the symmetric part's at the factors of the
+    run (in units of the kernel), and ``certified`` says whether it is positive: then the loss
+    falls, unless every output gradient is zero. All but ``times`` and ``clip_norm`` have a leading
+    seed axis if the trajectory has.
     """
 
     times: Float[Array, " T"]
@@ -210,16 +210,16 @@ def certify(
     *_, n, n_outputs = trajectory.outputs.shape
     targets = loss.check(targets, n, n_outputs)
     matrices = _terms(kernel, n, n_outputs, clipping.scope)
-    found = _along(matrices, trajectory.outputs, targets, loss, clipping)
+    columns = _along(matrices, trajectory.outputs, targets, loss, clipping)
     used = jnp.asarray(jnp.inf if isinstance(clipping, NoClipping) else R, matrices.dtype)
-    return Certificates(trajectory.times, trajectory.loss, used, *found)
+    return Certificates(trajectory.times, trajectory.loss, used, *columns)
 
 
 @eqx.filter_jit
 def _along(
     matrices: Array, outputs: Array, targets: Array, loss: Loss, rule: ClippingRule
 ) -> tuple[Array, Array, Array, Array]:
-    def at(f: Array) -> tuple[Array, Array, Array, Array]:
+    def certificates(f: Array) -> tuple[Array, Array, Array, Array]:
         a = loss.output_gradient(f, targets).astype(matrices.dtype)
         norms = _norms(matrices, a)
         total = _total_norms(matrices, a) if rule.needs_total_norm else None
@@ -232,8 +232,8 @@ def _along(
             is_positive_definite(symmetric),
         )
 
-    found = lax.map(at, outputs.reshape(-1, *outputs.shape[-2:]))
-    safe, bound, smallest, certified = (v.reshape(outputs.shape[:-2]) for v in found)
+    values = lax.map(certificates, outputs.reshape(-1, *outputs.shape[-2:]))
+    safe, bound, smallest, certified = (v.reshape(outputs.shape[:-2]) for v in values)
     return safe, bound, smallest, certified
 
 
@@ -248,7 +248,7 @@ def _safe(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[
     def lower_end_holds(k: Array) -> Array:
         return (k < norms.size) & is_positive_definite(symmetric_at(downwards[k + 1]))
 
-    # Stops at 0 at the latest, where what is clipped has vanished.
+    # Stops at R = 0 at the latest, where every clipped gradient has vanished.
     k = lax.while_loop(lower_end_holds, lambda k: k + 1, jnp.zeros((), int))
     upper, lower = downwards[k], downwards[k + 1]
     slope = _symmetric(matrices, jnp.where(norms >= upper, 1 / norms, 0.0))
@@ -258,11 +258,11 @@ def _safe(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[
     pencil = jsp.linalg.solve_triangular(factor, half.T, lower=True)
     root = upper - 1 / jnp.linalg.eigvalsh(pencil)[-1]
     # Cancellation may leave a root at the end, or past it.
-    found = jnp.where(root - lower > size * eps * upper, root, lower)
+    safe = jnp.where(root - lower > size * eps * upper, root, lower)
     # Below the least of positive norms all factors are R/s, and R changes no sign.
-    found = jnp.where(upper > jnp.min(norms), found, 0.0)
-    found = jnp.where(is_positive_definite(jnp.sum(matrices, axis=0)), found, jnp.inf)
-    return jnp.where(jnp.all(jnp.isfinite(norms)), found, jnp.nan)
+    safe = jnp.where(upper > jnp.min(norms), safe, 0.0)
+    safe = jnp.where(is_positive_definite(jnp.sum(matrices, axis=0)), safe, jnp.inf)
+    return jnp.where(jnp.all(jnp.isfinite(norms)), safe, jnp.nan)
 
 
 @eqx.filter_jit

@@ -245,7 +245,7 @@ def solve(
     -------
     Path
         Times, modes ``(T, d)`` and risk ``(T,)``; ``successful`` and ``message`` say what went
-        wrong, if anything did, and what was not reached is NaN then.
+        wrong, if anything did; times that were not reached are NaN then.
 
     Raises
     ------
@@ -357,7 +357,7 @@ def simulate(
 ) -> Path:
     """Run the SGD that the equation describes, with fresh Gaussian samples.
 
-    Every gradient is clipped by its own norm; nothing is taken to be large.
+    Every gradient is clipped by its own norm; no number is assumed to be large.
 
     Parameters
     ----------
@@ -366,7 +366,7 @@ def simulate(
     steps : int
         At least 1; ``n_samples`` steps are a unit of time. A sample each.
     record_every : int
-        Record every so many steps, and the last.
+        Record every ``record_every`` steps, and the last.
     key : PRNG key
         One, or an array of S keys: repeated runs in parallel, a leading axis.
 
@@ -378,7 +378,7 @@ def simulate(
     Raises
     ------
     ValueError, TypeError
-        Steps below 1, a key that is none.
+        Steps below 1, a key that is not a JAX PRNG key.
 
     Examples
     --------

@@ -34,7 +34,7 @@ Optimizer: TypeAlias = Callable[[LearningRate], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """What the next step needs: parameters, optimizer state and the number of steps done."""
+    """All that the next step needs: parameters, optimizer state and the number of steps done."""
 
     params: Params
     optimizer_state: PyTree
@@ -87,7 +87,7 @@ class Algorithm(HasTrainingSet):
     mesh: Mesh | None = eqx.field(static=True)
 
     def setup(self, stepping: Stepping) -> Setup:
-        """What training it is, in plain numbers, for comparisons."""
+        """The training in plain numbers, for comparisons."""
         optimizer, momentum = optimizer_of(self.optimizer)
         return Setup(
             clipping=described(self.clipping),
@@ -111,13 +111,13 @@ class Algorithm(HasTrainingSet):
         return self.start(params)
 
     def start(self, params: Params) -> State:
-        """The same, of parameters that were checked."""
+        """The state before the first step, for parameters that were checked."""
         trained, _ = self._split(params)
         optimizer_state = self._transformation(trained).init(trained)
         return State(params, optimizer_state, jnp.zeros((), jnp.int32))
 
     def _split(self, params: Params) -> tuple[Params, Params]:
-        """What is trained and what is frozen, each with None in place of the other."""
+        """Trained and frozen parameters, each tree with None in place of the other."""
         if self.trainable is None:
             return eqx.partition(params, True)
         kept = _groups.resolve(params, self.groups).leaves_of(self.trainable)
@@ -242,23 +242,24 @@ class Algorithm(HasTrainingSet):
         """
         groups_first = int(self.clipping.scope == "layerwise")
 
-        def of_device(params: Params, x: Array, targets: Array, drawn: Array | None) -> PyTree:
+        def on_device(
+            params: Params, x: Array, targets: Array, drawn: Array | None
+        ) -> tuple[Params, Array, Array, Array, Array]:
             if drawn is None:
                 present = jnp.ones(x.shape[0], bool)
             else:
                 (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
                 present = jnp.arange(self.capacity) < jnp.sum(drawn)
                 x, targets = x[index], targets[index]
-            clipped, *rest = self._clipped_sum_in_batches(params, x, targets, present)
-            return devices.total(self.mesh, clipped), *rest, present
+            clipped, outputs, norms, factors = self._clipped_sum_in_batches(
+                params, x, targets, present
+            )
+            return devices.total(self.mesh, clipped), outputs, norms, factors, present
 
         over_devices = devices.over_samples(
-            of_device, self.mesh, (None, 0, 0, 0), (None, 0, groups_first, groups_first, 0)
+            on_device, self.mesh, (None, 0, 0, 0), (None, 0, groups_first, groups_first, 0)
         )
-        found: tuple[Params, Array, Array, Array, Array] = over_devices(
-            params, self.x, self.targets, drawn
-        )
-        return found
+        return over_devices(params, self.x, self.targets, drawn)
 
     def _clipped_sum_in_batches(
         self, params: Params, x: Array, targets: Array, present: Array
@@ -301,12 +302,12 @@ class Algorithm(HasTrainingSet):
 
         samples = (trained, x, targets, present, total)
         if self.gradients == "vmap":
-            found = _plain_gradients.clipped_sum(
+            result = _plain_gradients.clipped_sum(
                 apply_fn, self.loss, self.clipping, groups.leaf_to_group, *samples
             )
         else:
-            found = clipped_sum.clipped_sum(apply_fn, self.loss, self.clipping, groups, *samples)
-        leaves, outputs, norms, factors = found
+            result = clipped_sum.clipped_sum(apply_fn, self.loss, self.clipping, groups, *samples)
+        leaves, outputs, norms, factors = result
         if self.clipping.scope == "flat":
             norms, factors = norms[0], factors[0]
         return jax.tree.unflatten(jax.tree.structure(trained), leaves), outputs, norms, factors
@@ -314,6 +315,6 @@ class Algorithm(HasTrainingSet):
     def measure(
         self, params: Params, train: Array, clip_fraction: Array, outputs: bool
     ) -> Measurement:
-        """What a run records at parameters whose training outputs are known."""
+        """The record at parameters whose training outputs are known."""
         test = None if self.test_x is None else self.apply_fn(params, self.test_x)
         return self.data.measure(train, test, clip_fraction, outputs)

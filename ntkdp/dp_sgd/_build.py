@@ -1,4 +1,4 @@
-"""An algorithm from what a run is told, all of it checked."""
+"""An algorithm from the arguments of a run, all of them checked."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _OVERFLOW_PROBABILITY = 1e-12
 
 @dataclass(frozen=True)
 class Problem:
-    """Model, data and loss, as a run is given them."""
+    """Model, data and loss of a run; not yet checked."""
 
     apply_fn: ApplyFn
     x: ArrayLike
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Method:
-    """How gradients are drawn, taken and applied, as a run is given it: alike in all phases."""
+    """How a run draws, takes and applies gradients, alike in all phases; not yet checked."""
 
     sample_rate: ScalarLike
     optimizer: Optimizer | None
@@ -55,7 +55,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What a phase may change, as it is given: rule, learning rate, noise, groups that train."""
+    """Rule, learning rate, noise and trained groups of a phase; not yet checked."""
 
     clipping: ClippingRule
     learning_rate: LearningRate
@@ -90,8 +90,8 @@ def build(
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, optimizer, \
     groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size, mesh
-        As for :func:`run`, but for a budget in place of ``noise_multiplier``: the number of steps
-        is not known here, so give ``budget.noise_multiplier(steps, sample_rate)``.
+        As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
+        of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
         Names of the groups that train, the others being frozen, as for :class:`ntkdp.Phase`.
 

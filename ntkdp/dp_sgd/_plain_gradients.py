@@ -36,8 +36,8 @@ def clipped_sum(
         f = apply_fn(params, x_i[None])
         return loss(f, y_i[None])[0], f[0]
 
-    of_samples = jax.vmap(jax.grad(loss_of, has_aux=True), in_axes=(None, 0, 0))
-    tree, outputs = of_samples(params, x, targets)
+    per_sample = jax.vmap(jax.grad(loss_of, has_aux=True), in_axes=(None, 0, 0))
+    tree, outputs = per_sample(params, x, targets)
     gradients = [leaf.astype(common_dtype(leaf.dtype, jnp.float32)) for leaf in _leaves(tree)]
     labels = range(max(leaf_to_group) + 1)
 
@@ -45,16 +45,16 @@ def clipped_sum(
         members = [_of_group(gradients, leaf_to_group, r) for r in labels]
         return jnp.stack([_norm(group) for group in members])
 
-    found = norms(gradients)
+    sizes = norms(gradients)
     usable = present
     if rule.bounds_each_sample:
-        usable &= jnp.all(jnp.isfinite(found), axis=0)
+        usable &= jnp.all(jnp.isfinite(sizes), axis=0)
     gradients = [_where(usable, leaf) for leaf in gradients]
     totals = None
     if rule.needs_total_norm:
         summed = total([jnp.sum(leaf, axis=0) for leaf in gradients])
         totals = norms([leaf[None] for leaf in summed])[:, 0]
-    factors = rule.by_group(jnp.where(usable, found, 0.0), totals)
+    factors = rule.by_group(jnp.where(usable, sizes, 0.0), totals)
     weights = jnp.where(usable, factors, 0.0)
     if rule.bounds_each_sample:
         weights = jnp.where(jnp.all(jnp.isfinite(weights), axis=0), weights, 0.0)
@@ -62,7 +62,7 @@ def clipped_sum(
         jnp.tensordot(weights[r], leaf, axes=1, precision="highest")
         for r, leaf in zip(leaf_to_group, gradients, strict=True)
     ]
-    return clipped, outputs, found, factors
+    return clipped, outputs, sizes, factors
 
 
 def _leaves(tree: Params) -> list[Array]:

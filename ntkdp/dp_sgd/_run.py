@@ -96,7 +96,7 @@ def run(
     test_x, test_targets : array, optional
         Measured along the way.
     record_every : int
-        Record every so many steps, and the last.
+        Record every ``record_every`` steps, and the last.
     outputs : bool
         Record the outputs too.
     gradients : {"structured", "vmap"}
@@ -184,7 +184,7 @@ def run_phases(
     groups : pytree prefix of labels, or callable from key path to label, optional
         Groups of layerwise clipping, and those that a phase may freeze; by default the layers.
     record_every : int
-        Record every so many steps of each phase, its first state and its last.
+        Record each phase after every ``record_every`` steps, and its first and last state.
     apply_fn, params, x, targets, loss, sample_rate, optimizer, reduction, test_x, test_targets, \
     outputs, gradients, noise_per_group, microbatch_size, mesh, progress, key
         As for :func:`run`. Steps draw their noise and batches by their number in the whole: a
@@ -193,8 +193,8 @@ def run_phases(
     Returns
     -------
     Trajectory
-        Of all phases, times and steps added up. The state between two phases is recorded once, with
-        the clip fraction that the later phase begins with.
+        All phases, with times and steps added up. The state between two phases is recorded once,
+        with the clip fraction that the later phase begins with.
 
     Raises
     ------

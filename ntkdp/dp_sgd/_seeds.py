@@ -20,22 +20,22 @@ def trained(
     outputs: bool,
     listener: Listener,
 ) -> tuple[Params, Measurement]:
-    """The same as :func:`run`, if there is room for it."""
-    of_one = jax.tree.map(lambda leaf: leaf[0], params) if per_seed else params
+    """The result of :func:`run`, or an error if there is no room for it."""
+    single = jax.tree.map(lambda leaf: leaf[0], params) if per_seed else params
 
     def measure(params: Params, outputs: bool) -> list[Array]:
         data = (algorithm.x, algorithm.test_x)
         return [algorithm.apply_fn(params, x) for x in data if x is not None]
 
-    found: tuple[Params, Measurement] = program_memory.call(
+    result: tuple[Params, Measurement] = program_memory.call(
         run, algorithm, params, per_seed, keys, stepping, outputs, listener,
         what=f"training {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="train fewer runs at a time (keys), set a microbatch_size, record fewer steps or "
         "without outputs, or use float32",
-        results=stepping.bytes_of_record(measure, of_one, outputs),
-        work=program_memory.bytes_of(of_one), n_runs=keys.size,
+        results=stepping.bytes_of_record(measure, single, outputs),
+        work=program_memory.bytes_of(single), n_runs=keys.size,
     )  # fmt: skip
-    return found
+    return result
 
 
 @eqx.filter_jit

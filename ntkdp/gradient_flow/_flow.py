@@ -1,4 +1,4 @@
-"""What every flow is: a velocity, and something to measure along the way."""
+"""The classes that flows belong to: a velocity, and something to measure along the way."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -32,7 +32,7 @@ class Flow(eqx.Module):
         """Losses, accuracies and clip fraction at a state, and outputs on request."""
 
     def setup(self) -> Setup | None:
-        """What training it predicts, for comparisons; None if that is not known."""
+        """The training that it predicts, for comparisons; None if that is not known."""
         return None
 
 
@@ -43,7 +43,7 @@ class TrainingFlow(HasTrainingSet, Flow):
 
     @abstractmethod
     def setup(self) -> Setup:
-        """What training it predicts, for comparisons."""
+        """The training that it predicts, for comparisons."""
 
 
 class LinearModelFlow(TrainingFlow):
@@ -70,7 +70,7 @@ def check_linear_model_flow(flow: object, way_out: str = "") -> LinearModelFlow:
 
 
 def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: str = "sgd") -> Setup:
-    """What a flow without noise predicts: no step, no noise, no sampling."""
+    """The training that a flow predicts: without steps, noise and sampling."""
     return Setup(
         clipping=described(rule),
         loss=described(loss),
@@ -88,8 +88,8 @@ def with_steps(
     sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
 ) -> Setup:
-    """The same of so many steps, and, where they are given, of noise and sampling."""
-    drawn = noise_multiplier is not None
+    """``setup`` with the steps of a run, and with noise and sampling if they are given."""
+    has_noise = noise_multiplier is not None
     return replace(
         setup,
         learning_rate=rates(stepping.learning_rate, stepping.steps),
@@ -97,5 +97,5 @@ def with_steps(
         noise_multiplier=number(noise_multiplier),
         sample_rate=number(sample_rate),
         noise_per_group=bool(noise_per_group),
-        neglects=() if drawn else setup.neglects,
+        neglects=() if has_noise else setup.neglects,
     )

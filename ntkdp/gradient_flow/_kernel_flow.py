@@ -128,12 +128,12 @@ class KernelFlow(LinearModelFlow):
         self.data = data.place(mesh, spread=False)
 
     def setup(self) -> Setup:
-        """What training it predicts, for comparisons."""
+        """The training that it predicts, for comparisons."""
         optimizer = "preconditioned" if self.preconditioned else "sgd"
         return setup_of(self.clipping, self.loss, self.reduction, optimizer)
 
     def init(self, initial: PyTree) -> tuple[Array, Array | None]:
-        """State of initial outputs ``(n, K)``, or of a (train, test) pair with a test kernel."""
+        """The state at initial outputs ``(n, K)``, or a (train, test) pair with a test kernel."""
         pair = isinstance(initial, tuple | list)
         if pair != (self.test_drive is not None):
             raise ValueError(
@@ -161,9 +161,8 @@ class KernelFlow(LinearModelFlow):
         return factors[0] if self.clipping.scope == "flat" else factors
 
     def through(self, kernel: KernelMatrix, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
-        """What clipped gradients of the training samples do to outputs, by ``drive`` or another."""
-        whole: Array = devices.everywhere(self.mesh, kernel.push(weighted))
-        return whole
+        """The change of the outputs that clipped gradients of the training samples cause."""
+        return devices.everywhere(self.mesh, kernel.push(weighted))
 
     def clipped_gradients(
         self, train: Float[Array, "n K"], weights: Float[Array, " n"] | None = None
@@ -171,7 +170,7 @@ class KernelFlow(LinearModelFlow):
         """Clipped output gradients by term of the kernel, over n with the mean loss."""
         a = self.loss.output_gradient(train, self.targets)
         if weights is not None:
-            # Those who are not drawn have no part in the norm of the sum either.
+            # Samples that are not drawn have no part in the norm of the sum either.
             a = jnp.where(weights[:, None] > 0, a, 0.0)
         factors = self._factors(a)
         factors = factors[None] if factors.ndim == 1 else factors
@@ -183,7 +182,7 @@ class KernelFlow(LinearModelFlow):
     def velocity(
         self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
     ) -> tuple[Array, Array | None]:
-        """Time derivative of the outputs, train and test; of a batch by ``weights`` of samples."""
+        """Time derivative of train and test outputs; for a batch if samples have ``weights``."""
         train, test = state
         weighted = self.clipped_gradients(train, weights)
         d_train = -self.through(self.drive, weighted)

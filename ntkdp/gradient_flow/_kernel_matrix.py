@@ -34,7 +34,7 @@ class KernelMatrix(eqx.Module):
 
     @abstractmethod
     def push(self, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
-        """What output gradients do to the outputs, each through its own term."""
+        """The change of the outputs that output gradients cause, each through its own term."""
 
     def norms_of_sum(self, a: Float[Array, "n K"]) -> Float[Array, " R"]:
         """Norms by term of the sum of all gradients, if the m points are the n samples."""
@@ -59,7 +59,7 @@ class SharedKernel(KernelMatrix):
         return 1
 
     def push(self, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
-        """What output gradients do to the outputs, each through its own term."""
+        """The change of the outputs that output gradients cause, each through its own term."""
         return self.matrix @ weighted.reshape(-1, weighted.shape[-1])
 
     def terms(self) -> Float[Array, "R n n"]:
@@ -80,7 +80,7 @@ class BlockKernel(KernelMatrix):
         return self.n_outputs
 
     def push(self, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
-        """What output gradients do to the outputs, each through its own term."""
+        """The change of the outputs that output gradients cause, each through its own term."""
         return (self.matrix @ weighted.reshape(-1)).reshape(-1, self.n_outputs)
 
     def terms(self) -> Float[Array, "R n n K K"]:
@@ -110,5 +110,4 @@ def _side_by_side(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
         rows = by_group.shape[1] * by_group.shape[3]
         return jnp.transpose(by_group, (1, 3, 0, 2, 4)).reshape(rows, -1)
 
-    matrix: Array = devices.over_samples(matrix_of, mesh, (int(layered),), 0)(terms)
-    return matrix
+    return devices.over_samples(matrix_of, mesh, (int(layered),), 0)(terms)

@@ -32,7 +32,7 @@ class LinearisedFlow(LinearModelFlow):
     :math:`\dot w = -\tfrac1n \sum_i C_i g_i`. In the outputs this is :class:`KernelFlow` with the
     empirical kernel at :math:`w_0`, whose :math:`(nK)^2` entries are never needed: outputs are
     Jacobian-vector products and gradients are clipped in factored form, a batch of samples at a
-    time. With P parameters a velocity takes O(nP) operations and O(P) memory besides that of one
+    time. With P parameters a velocity takes O(nP) operations, and O(P) memory besides that for one
     batch.
 
     Parameters
@@ -51,11 +51,11 @@ class LinearisedFlow(LinearModelFlow):
     test_x, test_targets : array, optional
         Measured along the way.
     batch_size : int, optional
-        Samples that pass through at once, at most; batches are of even size. By default so many
-        that their per-sample gradients take 64 MiB in factored form. Results do not depend on it.
+        The most samples that pass through at once; batches have equal sizes. By default their
+        per-sample gradients take 64 MiB in factored form. Results do not depend on it.
     mesh : jax.sharding.Mesh, optional
         Devices over which the training samples are spread; their number must divide over them.
-        Batches are then of each device.
+        Each device then has batches of its own.
 
     Raises
     ------
@@ -128,11 +128,11 @@ class LinearisedFlow(LinearModelFlow):
         self.data = data.place(mesh, spread=True)
 
     def setup(self) -> Setup:
-        """What training it predicts, for comparisons."""
+        """The training that it predicts, for comparisons."""
         return setup_of(self.clipping, self.loss, self.reduction)
 
     def init(self, initial: Params) -> Params:
-        """State of initial parameters: how far they are from where the model is linearised."""
+        """The state at initial parameters: their distance from where the model is linearised."""
         expected: object = jax.tree.structure(self.params)
         given: object = jax.tree.structure(initial)
         if given != expected:
@@ -163,13 +163,13 @@ class LinearisedFlow(LinearModelFlow):
         # A solver may carry the state in another precision than the network has.
         direction = jax.tree.map(lambda d, w0: d.astype(w0.dtype), displacement, params)
 
-        def one(x_i: Array) -> tuple[Array, Array]:
+        def push(x_i: Array) -> tuple[Array, Array]:
             f, moved = jax.jvp(lambda p: self.apply_fn(p, x_i[None]), (params,), (direction,))
             return f[0], moved[0]
 
         # Sample by sample, as per-sample gradients are traced: the compiler can see that both need
         # the same forward pass, and saves one of the two.
-        pushed: tuple[Array, Array] = jax.vmap(one)(x)
+        pushed: tuple[Array, Array] = jax.vmap(push)(x)
         return pushed
 
     def _clip(
@@ -179,10 +179,7 @@ class LinearisedFlow(LinearModelFlow):
         over_devices = devices.over_samples(
             self._of_device, self.mesh, (None, None, 0, 0, 0), (None, 0, 1)
         )
-        found: tuple[Params, Array, Array] = over_devices(
-            displacement, self.params, self.x, self.targets, weights
-        )
-        return found
+        return over_devices(displacement, self.params, self.x, self.targets, weights)
 
     def _of_device(
         self,
@@ -205,8 +202,8 @@ class LinearisedFlow(LinearModelFlow):
             summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
             leaves = jax.tree.leaves(devices.total(self.mesh, summed))
             total = clipped_sum.norms_of_sum(leaves, groups)
-        clipped, outputs, found = self._pass(*samples, weights, groups, factors)
-        return devices.total(self.mesh, clipped), outputs, found
+        clipped, outputs, used = self._pass(*samples, weights, groups, factors)
+        return devices.total(self.mesh, clipped), outputs, used
 
     def _pass(
         self,
@@ -239,7 +236,7 @@ class LinearisedFlow(LinearModelFlow):
             factors = rule(
                 per_sample.grouped_norms(gradients, groups.leaf_to_group, groups.size, len(rows))
             )
-            # What fills up the last batch is not counted again.
+            # Samples that fill up the last batch are not counted again.
             counted = jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
             used = factors * counted[None]
             more = clipped_sum.weighted_sums(gradients, used, groups, leaves)
@@ -256,7 +253,7 @@ class LinearisedFlow(LinearModelFlow):
         )
 
     def velocity(self, state: Params, weights: Array | None = None) -> Params:
-        """Time derivative of the parameters; of a batch by ``weights`` of samples."""
+        """Time derivative of the parameters; for a batch if samples have ``weights``."""
         clipped, _, _ = self._clip(state, weights)
         scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
         return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
@@ -289,6 +286,6 @@ def _samples_within_budget(apply_fn: ApplyFn, params: Params, x: Array, n_output
         return clipped_sum.gradients(apply_fn, params, x, lambda f, a: a.astype(f.dtype), a)[1]
 
     dtype = jnp.result_type(*jax.tree.leaves(params))
-    one = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
-    of_one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
-    return memory.samples_at_once(of_one)
+    sample = jax.eval_shape(factors, x[:1], jax.ShapeDtypeStruct((1, n_outputs), dtype))
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(sample))
+    return memory.samples_at_once(size)

@@ -47,15 +47,15 @@ def recursion_phases(
     initial : array or pair
         Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
     record_every : int
-        Record every so many steps of each phase, its first state and its last.
+        Record each phase after every ``record_every`` steps, and its first and last state.
     outputs, progress
         As for :func:`recursion`.
 
     Returns
     -------
     Trajectory
-        Of all phases, times and steps added up. The state between two phases is recorded once, with
-        the clip fraction that the later phase begins with.
+        All phases, with times and steps added up. The state between two phases is recorded once,
+        with the clip fraction that the later phase begins with.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def solve_phases(
     Returns
     -------
     Trajectory
-        Of all phases, times added up. A phase that fails leaves NaN in what follows.
+        All phases, with times added up. After a phase that fails everything is NaN.
 
     Raises
     ------

@@ -77,13 +77,13 @@ def solve(
     Parameters
     ----------
     flow : KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow
-        What to integrate.
+        The flow to integrate.
     initial : pytree
         Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow or
         a LinearisedFlow. A given network is predicted from its own initial outputs.
     times : array
-        Increasing, none before ``start``. In units of learning rate times steps: those of a run, or
-        of a log of it that begins later.
+        Increasing, none before ``start``, in units of learning rate times steps: the times of a
+        run, or of a log of it that begins later.
     start : float
         Time of the initial state, 0 as in a run; it need not be among ``times``.
     solver : diffrax solver, optional
@@ -103,8 +103,8 @@ def solve(
     Returns
     -------
     Trajectory
-        ``successful`` and ``message`` say what went wrong, if anything did; what was not reached is
-        NaN then.
+        ``successful`` and ``message`` say what went wrong, if anything did; times that were not
+        reached are NaN then.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def _integrate(
 
     def measure(t: ScalarLike, at: list[Array], args: object) -> Measurement:
         # Interpolation in double-precision times promotes a state of single precision.
-        at = [found.astype(leaf.dtype) for found, leaf in zip(at, leaves, strict=True)]
+        at = [value.astype(leaf.dtype) for value, leaf in zip(at, leaves, strict=True)]
         return flow.measure(velocity.state(at), outputs)
 
     solution = diffrax.diffeqsolve(
@@ -239,7 +239,7 @@ def recursion(
     steps : int
         At least 1.
     record_every : int
-        Record every so many steps, and the last.
+        Record every ``record_every`` steps, and the last.
     outputs : bool
         Record the outputs too.
     progress : bool or callable

@@ -95,12 +95,12 @@ class WeightFlow(TrainingFlow):
         self.preconditioner = devices.everywhere(mesh, preconditioner)
 
     def setup(self) -> Setup:
-        """What training it predicts, for comparisons."""
+        """The training that it predicts, for comparisons."""
         optimizer = "sgd" if self.preconditioner is None else "preconditioned"
         return setup_of(self.clipping, self.loss, self.reduction, optimizer)
 
     def init(self, initial: Params) -> Params:
-        """State of initial parameters."""
+        """The state at initial parameters."""
         initial = validate.parameters(initial=initial)
         params = devices.everywhere(self.mesh, jax.tree.map(jnp.asarray, initial))
         self.clipping.check_groups(self._resolve(params).size)
@@ -120,11 +120,10 @@ class WeightFlow(TrainingFlow):
     def _clipped_sum(self, params: Params) -> tuple[Params, Array, Array]:
         """``sum_i C_i g_i``, outputs, and factors ``(R, n)`` (flat: R = 1)."""
         over_devices = devices.over_samples(self._of_device, self.mesh, (None, 0, 0), (None, 0, 1))
-        found: tuple[Params, Array, Array] = over_devices(params, self.x, self.targets)
-        return found
+        return over_devices(params, self.x, self.targets)
 
     def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
-        found = clipped_sum.clipped_sum(
+        clipped = clipped_sum.clipped_sum(
             self.apply_fn,
             self.loss,
             self.clipping,
@@ -135,9 +134,9 @@ class WeightFlow(TrainingFlow):
             None,
             lambda leaves: devices.total(self.mesh, leaves),
         )
-        summed = devices.total(self.mesh, found.leaves)
+        summed = devices.total(self.mesh, clipped.leaves)
         structure = jax.tree.structure(params)
-        return jax.tree.unflatten(structure, summed), found.outputs, found.factors
+        return jax.tree.unflatten(structure, summed), clipped.outputs, clipped.factors
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""

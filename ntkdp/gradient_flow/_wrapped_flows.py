@@ -32,7 +32,7 @@ class HeavyBallFlow(WrappedFlow):
     Parameters
     ----------
     flow : KernelFlow, WeightFlow or LinearisedFlow
-        What is given inertia; its ``initial`` is taken.
+        The flow that is given inertia; it also says what ``initial`` may be.
     friction : float
         :math:`\alpha`, at least 0, per unit of this flow's time.
 
@@ -64,12 +64,12 @@ class HeavyBallFlow(WrappedFlow):
         validate.non_negative(friction=self.friction)
 
     def init(self, initial: PyTree) -> tuple[PyTree, PyTree]:
-        """State of the flow's initial state, at rest."""
+        """The flow's initial state, at rest."""
         position = self.flow.init(initial)
         return position, jax.tree.map(jnp.zeros_like, position)
 
     def setup(self) -> Setup | None:
-        """What training it predicts: that of the flow, with inertia."""
+        """The training that the flow predicts, with inertia."""
         inner = self.flow.setup()
         if inner is None:
             return None
@@ -85,7 +85,7 @@ class HeavyBallFlow(WrappedFlow):
         )
 
     def measure(self, state: tuple[PyTree, PyTree], outputs: bool) -> Measurement:
-        """What the flow measures at the position."""
+        """Measure the flow at the position."""
         return self.flow.measure(state[0], outputs)
 
 
@@ -99,7 +99,7 @@ class ModifiedFlow(WrappedFlow):
     Parameters
     ----------
     flow : KernelFlow, WeightFlow or LinearisedFlow
-        Whose steps are meant; its ``initial`` is taken.
+        The flow whose steps are described; it also says what ``initial`` may be.
     learning_rate : float
         :math:`\eta`, positive.
 
@@ -149,11 +149,11 @@ class ModifiedFlow(WrappedFlow):
         self.learning_rate = as_constant(rate)
 
     def init(self, initial: PyTree) -> PyTree:
-        """State of the flow's initial state."""
+        """The flow's initial state."""
         return self.flow.init(initial)
 
     def setup(self) -> Setup | None:
-        """What training it predicts: that of the flow, with steps of this length."""
+        """The training that the flow predicts, with steps of this length."""
         inner = self.flow.setup()
         return None if inner is None else replace(inner, learning_rate=rates(self.learning_rate, 1))
 
@@ -166,5 +166,5 @@ class ModifiedFlow(WrappedFlow):
         )
 
     def measure(self, state: PyTree, outputs: bool) -> Measurement:
-        """What the flow measures at the state."""
+        """Measure the flow at the state."""
         return self.flow.measure(state, outputs)

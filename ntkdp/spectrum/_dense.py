@@ -26,8 +26,8 @@ def clipped_operator(
     Returns
     -------
     array
-        ``(n K, n K)``, samples outside and outputs inside; of ``(n, n)`` it is ``(n, n)``, still
-        meaning ``(x) I_K``.
+        ``(n K, n K)``, samples outside and outputs inside. For a kernel ``(n, n)`` it is
+        ``(n, n)``, and still means ``(x) I_K``.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def eigenvalues(
     Parameters
     ----------
     kernel, factors
-        As for :func:`clipped_operator`. Of an ``(n, n)`` kernel each eigenvalue comes once, though
+        As for :func:`clipped_operator`. For an ``(n, n)`` kernel each eigenvalue comes once, though
         it stands for K.
 
     Returns
@@ -131,7 +131,7 @@ def condition_number(
 ) -> Float[Array, ""]:
     r"""Largest over smallest modulus of the eigenvalues of the clipped operator.
 
-    Flat, it is the condition number of :math:`C^{1/2} H C^{1/2}`, without factors that of H.
+    Flat, it is the condition number of :math:`C^{1/2} H C^{1/2}`, and of H without factors.
 
     Parameters
     ----------

@@ -277,26 +277,29 @@ def _largest_eigenvalue(
     *,
     scale: float = 0.0,
 ) -> float:
-    """Of a symmetric operator; zero if all it does is below the tolerance times ``scale``."""
+    """The largest eigenvalue of a symmetric operator; zero if it is not above rounding.
+
+    An operator whose products are below the tolerance times ``scale`` counts as zero.
+    """
     if tolerance is None:
         tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
     tolerance = float(validate.positive(tolerance=tolerance))
     max_iterations = validate.count(max_iterations=max_iterations)
 
-    def on_host(vector: np.ndarray) -> np.ndarray:
+    def image_of(vector: np.ndarray) -> np.ndarray:
         image = np.asarray(product(jnp.asarray(np.ravel(vector), dtype)), np.float64)
         if not np.all(np.isfinite(image)):
             raise ValueError("derivatives of apply_fn must be finite, got NaN or infinity")
         return image
 
     if size <= _DENSE_SIZE:
-        matrix = np.stack([on_host(column) for column in np.eye(size)])
+        matrix = np.stack([image_of(column) for column in np.eye(size)])
         return float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])
     start = np.random.default_rng(0).normal(size=size)
     start = start / np.linalg.norm(start)
-    if np.linalg.norm(on_host(start)) <= tolerance * scale:
+    if np.linalg.norm(image_of(start)) <= tolerance * scale:
         return 0.0
-    operator = LinearOperator((size, size), matvec=on_host, dtype=np.float64)
+    operator = LinearOperator((size, size), matvec=image_of, dtype=np.float64)
     try:
         (largest,) = eigsh(
             operator, k=1, which="LA", v0=start, tol=tolerance, maxiter=max_iterations,
@@ -320,7 +323,7 @@ def _blocks(batch_size: int, *arrays: Array) -> tuple[Array, ...]:
 def _sum_over_blocks(
     function: Callable[..., PyTree], batch_size: int, *arrays: Array, present: Array
 ) -> PyTree:
-    """Sum of ``function(*block, present)``; what fills up the last block is not present."""
+    """Sum of ``function(*block, present)``; rows that fill up the last block are not present."""
     *blocks, present = _blocks(batch_size, *arrays, present)
     extra = jnp.arange(present.shape[0] * batch_size).reshape(-1, batch_size) >= arrays[0].shape[0]
     mask = extra.reshape(extra.shape + (1,) * (present.ndim - 2))
@@ -374,7 +377,7 @@ def _hessian_product(
 ) -> Array:
     """The Hessian of the summed loss times a vector, in flat parameters."""
 
-    def of_block(x: Array, targets: Array, present: Array) -> Array:
+    def product_of_block(x: Array, targets: Array, present: Array) -> Array:
         def summed(weights: Array) -> Array:
             return jnp.sum(present * loss(apply_fn(unravel(weights), x), targets))
 
@@ -382,7 +385,7 @@ def _hessian_product(
         return product
 
     present = jnp.ones(x.shape[0], weights.dtype)
-    product: Array = _sum_over_blocks(of_block, batch_size, x, targets, present=present)
+    product: Array = _sum_over_blocks(product_of_block, batch_size, x, targets, present=present)
     return product
 
 

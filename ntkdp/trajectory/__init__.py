@@ -1,4 +1,4 @@
-"""What a prediction or a run recorded: losses, accuracies, clip fractions and outputs over time."""
+"""Records of predictions and runs: losses, accuracies, clip fractions and outputs over time."""
 
 from ntkdp.trajectory._outcome import Outcome
 from ntkdp.trajectory._outcome import message as message

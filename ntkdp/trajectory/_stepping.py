@@ -1,4 +1,4 @@
-"""Discrete steps, of which every so many are recorded."""
+"""Discrete steps, some of which are recorded."""
 
 from collections.abc import Callable
 from typing import cast
@@ -35,7 +35,7 @@ class Stepping(eqx.Module):
     learning_rate : float or optax schedule
         Positive; a schedule maps the step number to it.
     steps, record_every : int
-        At least 1. Every so many steps are recorded, and the last.
+        At least 1. Every ``record_every`` steps are recorded, and the last.
     done, total : int
         Steps that came before these, and in all; by default none, and these.
 
@@ -44,7 +44,7 @@ class Stepping(eqx.Module):
     ValueError, TypeError
         Naming the argument.
     MemoryError
-        If a record of so many steps does not fit.
+        If the record does not fit.
     """
 
     learning_rate: LearningRate
@@ -64,9 +64,9 @@ class Stepping(eqx.Module):
         self.steps = check_steps(steps)
         self.record_every = validate.count(record_every=record_every)
         n_recorded = -(-self.steps // self.record_every) + 1
-        of_schedule = self.steps * np.dtype(float).itemsize if callable(learning_rate) else 0
+        schedule_bytes = self.steps * np.dtype(float).itemsize if callable(learning_rate) else 0
         memory.require(
-            n_recorded * _RECORDED + of_schedule,
+            n_recorded * _RECORDED + schedule_bytes,
             f"a record of {n_recorded:,} of {self.steps:,} steps",
             "raise record_every, or make fewer steps",
         )
@@ -87,7 +87,7 @@ class Stepping(eqx.Module):
         return times_of_steps(self.learning_rate, self.recorded)
 
     def bytes_of_record(self, measure: Callable[..., PyTree], state: PyTree, outputs: bool) -> int:
-        """Bytes of what ``measure(state, outputs)`` records at the recorded steps."""
+        """Bytes of all that ``measure(state, outputs)`` returns at the recorded steps."""
         n_recorded = -(-self.steps // self.record_every) + 1
         return program_memory.bytes_of_record(n_recorded, measure, state, outputs)
 
@@ -99,7 +99,7 @@ class Stepping(eqx.Module):
         return self.learning_rate(jnp.asarray(k, jnp.int32))
 
     def number(self, k: Array | int) -> Array:
-        """Number of step k in the whole, which its random draws go by."""
+        """Number of step k among all steps, which decides its random draws."""
         return self.done + k
 
     def tell(self, listener: Array, k: Array | int) -> None:

@@ -88,7 +88,7 @@ class Trajectory(eqx.Module):
         return message(self.outcome, ADVICE)
 
     def rescale_time(self, factor: float) -> "Trajectory":
-        """The same with all times multiplied, e.g. to meet the time of a `HeavyBallFlow`."""
+        """The trajectory with all times multiplied, e.g. to compare with a `HeavyBallFlow`."""
         factor = validate.scalar(factor=validate.positive(factor=factor))
         return replace(
             self,
@@ -101,7 +101,7 @@ class Trajectory(eqx.Module):
         """This one and then another that starts where this one ends.
 
         Times and steps are added up. The state that both share is recorded once, as the start of
-        the other: its clip fraction is that of the step to come.
+        the other: its clip fraction belongs to the step to come.
 
         Raises
         ------
@@ -309,7 +309,7 @@ def _in_order(**named: np.ndarray) -> Array:
 
 
 def _with_its_start(other: Trajectory) -> Trajectory:
-    """The same if its first state is its initial one, where another trajectory can join it."""
+    """The trajectory if its first state is its initial one, where another can join it."""
     if other.start is None:
         return other
     unrecorded = other.times[0] > other.start
@@ -325,7 +325,7 @@ def _with_its_start(other: Trajectory) -> Trajectory:
 
 
 def _joined(one: Trajectory, other: Trajectory, name: str, time: int) -> Array | None:
-    """What both recorded, along the time axis; the state that they share is that of the other."""
+    """Both records along the time axis; the state that they share is taken from the other."""
     first, second = getattr(one, name), getattr(other, name)
     if first is None and second is None:
         return None

@@ -290,5 +290,6 @@ def test_bad_calls() -> None:
         risk_by_clip_norm(problem, np.ones(2), time=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         simulate(problem, steps=0, key=jax.random.key(0))
+    plain: Any = getattr(simulate, "__wrapped__", simulate)
     with pytest.raises(TypeError, match="key must be one JAX PRNG key"):
-        simulate(problem, steps=1, key=0)
+        plain(problem, steps=1, key=0)

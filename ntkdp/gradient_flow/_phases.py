@@ -186,12 +186,12 @@ def _one_after_another(
 
 
 def flows_of_phases(
-    kernel: KernelOfPhases,
+    kernel: PyTree,
     targets: ArrayLike,
     loss: Loss | SampleLoss,
     phases: tuple[Phase, ...],
     reduction: Reduction,
-    test_kernel: KernelOfPhases | None,
+    test_kernel: PyTree,
     test_targets: ArrayLike | None,
 ) -> list[KernelFlow]:
     """The flow of each phase; all are checked before the first begins."""

@@ -476,7 +476,7 @@ RULE = clipping.Abadi(1.0)
         ({"learning_rate": -0.1}, ValueError, "learning_rate must be positive"),
         ({"learning_rate": lambda k: -0.1 * k}, ValueError, "learning_rate must be a schedule"),
         ({"noise_multiplier": -1.0}, ValueError, "noise_multiplier must be at least 0"),
-        ({"noise_multiplier": None}, TypeError, "noise_multiplier must be a number"),
+        ({"noise_multiplier": None}, TypeError, "noise_multiplier"),
         ({"trainable": ()}, ValueError, "trainable must hold at least one group"),
         ({"trainable": "head"}, TypeError, "trainable must be a sequence of names"),
     ],

@@ -126,9 +126,12 @@ def test_times_before_the_start() -> None:
         ntkdp.solve(flow, START, [-1.0, 2.0])
     with pytest.raises(ValueError, match=r"start = 2, .*got times\[0\] = 1"):
         ntkdp.solve(flow, START, [1.0, 2.0], start=2.0)
-    for wrong, error in ((np.nan, ValueError), ([0.0], ValueError), ("now", TypeError)):
-        with pytest.raises(error, match="start must be"):
+    for wrong in (np.nan, np.array([0.0])):
+        with pytest.raises(ValueError, match="start must be"):
             ntkdp.solve(flow, START, [1.0, 2.0], start=wrong)
+    wrong_type: Any = "now"
+    with pytest.raises(TypeError, match="start"):
+        ntkdp.solve(flow, START, [1.0, 2.0], start=wrong_type)
     traced = jax.jit(lambda start: ntkdp.solve(flow, START, [1.0, 2.0], start=start).loss)
     np.testing.assert_allclose(traced(0.5), ntkdp.solve(flow, START, [0.5, 1.5]).loss, rtol=1e-5)
     with pytest.raises(Exception, match="times must not begin before start"):

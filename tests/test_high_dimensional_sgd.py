@@ -276,7 +276,7 @@ def test_bad_calls() -> None:
     problem = two_modes()
     with pytest.raises(TypeError, match="problem must be a HighDimensionalSGD, got int"):
         high_dimensional_sgd._check(3)
-    with pytest.raises(TypeError, match="clip_norm must be a number, got 'large'"):
+    with pytest.raises(TypeError, match="clip_norm"):
         two_modes(clip_norm="large")
     with pytest.raises(ValueError, match="times must be strictly increasing"):
         solve(problem, [0.0, 1.0, 1.0])

@@ -110,7 +110,7 @@ class Stepping(eqx.Module):
 
     def walk(
         self,
-        step: Callable[[Array | int, PyTree], PyTree],
+        step: Callable[[Array, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
         listener: Listener,
@@ -123,7 +123,7 @@ class Stepping(eqx.Module):
 
     def walk_to_end(
         self,
-        step: Callable[[Array | int, PyTree], PyTree],
+        step: Callable[[Array, PyTree], PyTree],
         measure: Callable[[PyTree], PyTree],
         state: PyTree,
         listener: Listener,

@@ -1,4 +1,4 @@
-r"""Accounting: what epsilon a noise multiplier buys, and what noise an epsilon costs.
+r"""Accounting: the epsilon of a noise multiplier, and the noise multiplier for an epsilon.
 
 One step releases :math:`\sum_{i \in batch} C_i g_i + \sigma S z` with :math:`z \sim N(0, I)`; the
 batch is the whole data set (``sample_rate=1``) or takes every sample on its own with probability
@@ -6,8 +6,8 @@ batch is the whole data set (``sample_rate=1``) or takes every sample on its own
 data sets that differ by **adding or removing one sample**.
 
 Epsilon does not depend on the clipping rule, its norm R or the groups: the noise is in proportion
-to the sensitivity S (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise), so :math:`\sigma` is all.
-Learning rate, optimizer and reduction come after the noise and cost nothing. Where samples are
+to the sensitivity S (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise), so only :math:`\sigma`
+counts. Learning rate, optimizer and reduction come after the noise and cost nothing. If samples are
 *replaced*, S doubles: with full batches halve :math:`\sigma`; with Poisson sampling use group
 privacy, :math:`(2\varepsilon, (1 + e^\varepsilon)\delta)`.
 
@@ -18,14 +18,14 @@ accountant  method                                                              
             and Wang 2018), else discretised pessimistically (Doroshenko et     nearly tight
             al. 2207.04380)
 ``"rdp"``   Renyi divergence (Mironov 2017; sampling: Mironov, Talwar, Zhang    an upper bound
-            1908.10530), made into epsilon by Google's ``dp-accounting``
+            1908.10530), converted to epsilon by Google's ``dp-accounting``
 ==========  ==================================================================  =================
 
-Both fall as :math:`\sigma` or delta grows, and grow with the sampling rate and the steps.
+Both bounds fall as :math:`\sigma` or delta grows, and grow with the sampling rate and the steps.
 :func:`gaussian_dp` has the central limit theorem's figure, which is **not a guarantee** for sampled
-batches. What differs from step to step, as in phases of
-training, is counted by :func:`composed_epsilon`. A :class:`Budget` may stand where a run or a
-prediction asks for :math:`\sigma`, which then follows from the number of steps.
+batches. :func:`composed_epsilon` counts steps that differ, as in phases of training. A
+:class:`Budget` may stand where a run or a prediction asks for :math:`\sigma`, which then follows
+from the number of steps.
 """
 
 from ntkdp.privacy._budget import Budget, as_noise_multiplier

@@ -1,7 +1,8 @@
 """The numbers behind :mod:`ntkdp.privacy`: bounds by each method, and the search for the noise.
 
 Every figure is the least of several upper bounds, each of which grows with steps, q, 1/sigma and
-1/delta. The accountants and SciPy are imported when they are used: every run imports this module.
+1/delta. The accountants and SciPy are imported when they are used, because every run imports this
+module.
 """
 
 import math
@@ -15,15 +16,17 @@ from ntkdp.privacy._sampled_gaussian import ORDERS, Array, atoms, log_moment, re
 
 #: Above this there is no privacy left to count, and the distribution would not fit in memory.
 _LARGEST_PLD_EPSILON = 1e6
-#: Spacing of the grid of losses over the size of a step's losses; and over the epsilon of a small
-#: delta, below which the grid would not fit in memory.
+#: Spacing of the grid of losses over the size of a step's losses.
 _FINENESS = 1 / 32
+#: Least spacing over the epsilon of a small delta; with a finer grid memory would not suffice.
 _FINEST = 2.0**-17
+#: That small delta.
 _SMALL_DELTA = 1e-10
-#: Slopes of log delta that are tried, over the inverse of the size of all losses.
+#: Slopes of log delta over the inverse of the size of all losses.
 _SLOPES = np.geomspace(1e-5, 1e4, 109)
+#: How many slopes are tried before the one that fits best.
 _SLOPES_TRIED = 10
-#: How far a bound of log delta may lie above it, and leave digits to transforms.
+#: How far a bound of log delta may lie above it and still leave digits to transforms.
 _LOG_SPARE = 4.0
 #: How far a guess of log delta may lie above it.
 _LOG_TOO_HIGH = 15.0
@@ -31,11 +34,16 @@ _LOG_TOO_HIGH = 15.0
 _NOTHING = 1e-30
 #: Part of delta that quadrature may round.
 _ROUNDING = 1e-9
-#: How far above the smallest noise multiplier the one found may lie, relative.
+#: How far the noise multiplier of a search may lie above the smallest one, relative to it.
 _SEARCH_TOLERANCE = 1e-4
-SMALLEST_SIGMA, LARGEST_SIGMA = 1e-4, 1e9
-#: Beyond these squares overflow: less counts as no noise, and more as so much, which is safe.
-_LEAST_COUNTED, _MOST_COUNTED = 1e-100, 1e12
+#: The least noise multiplier of a search.
+SMALLEST_SIGMA = 1e-4
+#: The largest noise multiplier of a search.
+LARGEST_SIGMA = 1e9
+#: Less noise counts as none, which is safe: squares would overflow.
+_LEAST_COUNTED = 1e-100
+#: More noise counts as this much, which is safe: squares would overflow.
+_MOST_COUNTED = 1e12
 
 
 def epsilon_of(sigma: float, q: float, steps: int, delta: float, accountant: str) -> float:
@@ -44,7 +52,7 @@ def epsilon_of(sigma: float, q: float, steps: int, delta: float, accountant: str
 
 
 def composed_epsilon_of(mechanisms: Iterable[Mechanism], delta: float, accountant: str) -> float:
-    """The same of several mechanisms one after another, in any order."""
+    """Bound of epsilon for several mechanisms one after another, in any order."""
     mechanisms = _merged(mechanisms)
     if any(sigma == 0 for sigma, _, _ in mechanisms):
         return math.inf
@@ -77,18 +85,18 @@ def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str
 
 
 def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
-    """Noise multiplier that keeps a budget; None if none does."""
-    # RDP is fast, and needs more noise than PLD: a starting point.
-    found = _least_sigma(lambda sigma: epsilon_of(sigma, q, steps, delta, "rdp"), budget, 1.0)
+    """Noise multiplier that keeps a budget, or None if none does."""
+    # RDP is fast and needs more noise than PLD, so it gives a starting point.
+    sigma = _least_sigma(lambda sigma: epsilon_of(sigma, q, steps, delta, "rdp"), budget, 1.0)
     if accountant == "pld":
-        found = _least_sigma(
-            lambda sigma: epsilon_of(sigma, q, steps, delta, "pld"), budget, found or 1.0
+        sigma = _least_sigma(
+            lambda sigma: epsilon_of(sigma, q, steps, delta, "pld"), budget, sigma or 1.0
         )
-    return found
+    return sigma
 
 
 def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
-    """The same in all, each noise and sampling rate once, in an order of their own."""
+    """The mechanisms in sorted order, with each noise and sampling rate once."""
     steps_of: dict[tuple[float, float], int] = {}
     for sigma, q, steps in mechanisms:
         kind = (_counted(sigma), q)
@@ -97,12 +105,12 @@ def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
 
 
 def _counted(sigma: float) -> float:
-    """The noise that a bound is for: never more than there is."""
+    """The noise that a bound counts, which is never more than there is."""
     return 0.0 if sigma < _LEAST_COUNTED else min(sigma, _MOST_COUNTED)
 
 
 def _steps_of(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
-    """The same with full batches as a single step of less noise."""
+    """The mechanisms with all steps on full batches as a single step of less noise."""
     return [
         (sigma / math.sqrt(steps), q, 1) if q == 1 else (sigma, q, steps)
         for sigma, q, steps in mechanisms
@@ -110,7 +118,7 @@ def _steps_of(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
 
 
 def _mu_of_full_batches(mechanisms: Sequence[Mechanism]) -> float:
-    """Mu of Gaussian privacy if every sample were in every batch: sampling costs nothing."""
+    """Mu of Gaussian privacy if every sample were in every batch: sampling only lowers it."""
     return math.hypot(*(math.sqrt(steps) / sigma for sigma, _, steps in mechanisms))
 
 
@@ -130,19 +138,21 @@ def _renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
 def _renyi_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
     from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
-    # Its logarithm of 1 - e^-r fails for an r that is lost next to 1.
+    # compute_delta takes the log of 1 - e^-r, which fails for an r below the rounding of 1.
     divergences = np.maximum(_divergences(mechanisms), np.finfo(np.float64).eps)
     return float(compute_delta(ORDERS, divergences, epsilon)[0])
 
 
 def _divergences(mechanisms: Sequence[Mechanism]) -> Array:
-    return sum(
-        (steps * renyi_moments(sigma, q) for sigma, q, steps in mechanisms), np.zeros(len(ORDERS))
-    ) / (ORDERS - 1)
+    moments = np.zeros(len(ORDERS))
+    for sigma, q, steps in mechanisms:
+        moments = moments + steps * renyi_moments(sigma, q)
+    divergences: Array = moments / (ORDERS - 1)
+    return divergences
 
 
 def _grid_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """Where the curve on the grid falls to delta."""
+    """The epsilon at which the curve on the grid falls to delta."""
     moments = _Moments(mechanisms)
     interval = moments.interval()
     log_delta = math.log(delta) + math.log1p(-_ROUNDING)
@@ -165,11 +175,11 @@ def _grid_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
     _, guess = moments.near_epsilon(epsilon)
     while True:
         slope, _ = moments.down_to(guess).near_epsilon(epsilon)
-        found = _delta_at(epsilon, log_deltas(mechanisms, interval, slope, guess), interval)
-        # A part of the guess is left out, and added.
-        if found > math.exp(guess - _LOG_TOO_HIGH) or found < _NOTHING:
-            return found
-        guess = math.log(found)
+        delta = _delta_at(epsilon, log_deltas(mechanisms, interval, slope, guess), interval)
+        # The curve includes a share of the guess, for what is left out of it.
+        if delta > math.exp(guess - _LOG_TOO_HIGH) or delta < _NOTHING:
+            return delta
+        guess = math.log(delta)
 
 
 def _delta_at(epsilon: float, curve: Array, interval: float) -> float:
@@ -178,13 +188,13 @@ def _delta_at(epsilon: float, curve: Array, interval: float) -> float:
         return math.exp(curve[-1])
     near, far = np.exp(curve[last : last + 2]).tolist()
     share = math.expm1(epsilon - interval * last) / math.expm1(interval)
-    return min(1.0, (near + (far - near) * share) * (1 + _ROUNDING))
+    return min(1.0, float(near + (far - near) * share) * (1 + _ROUNDING))
 
 
 class _Moments:
-    """Log moments of the sum of losses, without what is too unlikely to count.
+    """Log moments of the sum of losses, without losses that are too unlikely to count.
 
-    They choose the grid, and the place where the curve is to be precise.
+    They decide the grid, and the place where the curve is to be precise.
     """
 
     def __init__(
@@ -209,9 +219,9 @@ class _Moments:
         return total
 
     def down_to(self, log_delta: float) -> "_Moments":
-        """The same with all that a curve has that is used at this delta.
+        """Moments with all losses that count in a curve at this delta.
 
-        What is rarer may outweigh the rest once it is multiplied by the exponential of a slope.
+        Rarer losses may outweigh the rest once they are multiplied by the exponential of a slope.
         """
         if log_delta >= self.log_delta:
             return self
@@ -220,8 +230,8 @@ class _Moments:
     def interval(self) -> float:
         """Spacing of the grid: a power of two that grows with steps, q and 1/sigma.
 
-        Grids are nested, so that a mechanism that is less private on a coarser one has a larger
-        bound.
+        Grids are nested, so that a mechanism that is less private and has a coarser grid has a
+        larger bound.
         """
         smallest = min(scale(sigma, q) for sigma, q, _ in self.mechanisms)
         epsilon = float(np.min((self.growth - math.log(_SMALL_DELTA)) / self.slopes))
@@ -235,23 +245,23 @@ class _Moments:
         return self._slope(last, epsilon, log_delta), log_delta
 
     def near_epsilon(self, epsilon: float) -> tuple[float, float]:
-        """The same at this epsilon."""
+        """A slope, and the log of delta, for a curve that is precise at this epsilon."""
         epsilons, falls = self._saddle_points()
         last = max(int(np.argmax(epsilons >= epsilon)) - 1, 0)
         log_delta = min(falls[last] - self.slopes[last] * (epsilon - epsilons[last]), 0.0)
         return self._slope(last, epsilon, log_delta), log_delta
 
     def _saddle_points(self) -> tuple[Array, Array]:
-        """About the epsilon, and the log of delta, where log delta has each slope."""
+        """Estimates of the epsilon and the log of delta at which log delta has each slope."""
         epsilons = np.gradient(self.growth, self.slopes)
         spread = np.sqrt(np.maximum(np.gradient(epsilons, self.slopes), 0)) * self.slopes
         bounds = self.growth - self.slopes * epsilons
         return epsilons, bounds - np.log1p(spread * (1 + self.slopes))
 
     def _slope(self, last: int, epsilon: float, log_delta: float) -> float:
-        """The least of those near the last one's that is large enough: its grid is the shortest.
+        """The least slope near the last one that is large enough: its grid is the shortest.
 
-        Past the last there may be none but outputs that are too unlikely to count.
+        Past the last there may only be outputs that are too unlikely to count.
         """
         near = slice(max(last - _SLOPES_TRIED, 0), last + 1)
         bounds = self.growth[near] - self.slopes[near] * epsilon

@@ -26,7 +26,7 @@ class Budget:
     epsilon, delta : float
         :math:`(\varepsilon, \delta)`, positive, delta below 1.
     mu : float
-        :math:`\mu`-GDP, positive, in place of the two. Of an :math:`(\varepsilon, \delta)` budget
+        :math:`\mu`-GDP, positive, in place of the two. For an :math:`(\varepsilon, \delta)` budget
         the attribute is the :math:`\mu` of the Gaussian mechanism that has this epsilon at this
         delta.
     accountant : {"pld", "rdp"}
@@ -35,7 +35,7 @@ class Budget:
     Raises
     ------
     ValueError, TypeError
-        Not one of the two kinds of budget, or a number out of its range.
+        If it is not one of the two kinds of budget, or a number is out of its range.
 
     Notes
     -----
@@ -67,10 +67,11 @@ class Budget:
                 f"got epsilon={self.epsilon!r}, delta={self.delta!r}, mu={self.mu!r}"
             )
         validate.choice(ACCOUNTANTS, accountant=self.accountant)
-        if self.mu is None:
+        if self.epsilon is not None and self.delta is not None:
             epsilon = number(epsilon=validate.positive(epsilon=self.epsilon))
             mu = _bounds.gaussian_mu(epsilon, probability(delta=self.delta))
         else:
+            assert self.mu is not None
             mu = number(mu=validate.positive(mu=self.mu))
         object.__setattr__(self, "mu", mu)
 
@@ -98,25 +99,27 @@ class Budget:
         if self.epsilon is not None and self.delta is not None:
             return noise_multiplier(self.epsilon, q, steps, self.delta, self.accountant)
         assert self.mu is not None
-        of_step = self.mu / (q * math.sqrt(steps))
-        if of_step * _bounds.LARGEST_SIGMA < 1:
+        step_mu = self.mu / (q * math.sqrt(steps))
+        if step_mu * _bounds.LARGEST_SIGMA < 1:
             raise ValueError(
                 f"mu = {self.mu:g} cannot be kept over {steps} steps: noise_multiplier would "
                 f"exceed {_bounds.LARGEST_SIGMA:g}; allow a larger mu, or train for fewer steps"
             )
         if q == 1:
-            return 1 / of_step
-        return float(np.logaddexp(0.0, 2 * math.log(of_step))) ** -0.5
+            return 1 / step_mu
+        sigma: float = float(np.logaddexp(0.0, 2 * math.log(step_mu))) ** -0.5
+        return sigma
 
 
 def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: float = 1.0) -> Any:
-    """What a :class:`Budget` asks for in ``steps`` steps at ``sample_rate``; any other
-    ``noise_multiplier`` as it is.
+    """The noise multiplier of a :class:`Budget` for ``steps`` steps at ``sample_rate``.
+
+    A ``noise_multiplier`` that is not a budget is returned as it is.
 
     Raises
     ------
     TypeError
-        A budget where the number of steps is not known (None).
+        If the number of steps of a budget is not known (None).
 
     Examples
     --------

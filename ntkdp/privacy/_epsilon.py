@@ -34,15 +34,15 @@ def epsilon(
     float
         For neighbours by adding or removing one sample, not for replacing it. It falls as
         :math:`\sigma` or delta grows, and grows with q and steps, to 1e-9 of itself. ``"pld"`` is
-        within about 0.1% of what a finer grid would give, from above, a few per cent where epsilon
-        is left to draws far rarer than delta; it is never above ``"rdp"``, nor above full batches,
-        and beyond a million it is the bound of ``"rdp"``. What sums and transforms may round is
+        within about 0.1% of the figure of a finer grid, from above, or a few per cent if epsilon is
+        due to draws far rarer than delta. It is never above ``"rdp"``, nor above full batches, and
+        beyond a million it is the bound of ``"rdp"``. The rounding error of sums and transforms is
         taken off delta.
 
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range.
+        If an argument is out of its range.
 
     Notes
     -----
@@ -74,20 +74,20 @@ def delta(
     Parameters
     ----------
     noise_multiplier, sample_rate, steps, accountant
-        As for :func:`epsilon`; no noise gives one.
+        As for :func:`epsilon`; without noise delta is one.
     epsilon : float
         At least 0; 0 bounds the total variation distance.
 
     Returns
     -------
     float
-        In [0, 1], within about 1% of what a finer grid would give, from above; like epsilon it
-        falls as :math:`\sigma` grows, and grows with q and steps.
+        In [0, 1], within about 1% of the figure of a finer grid, from above; like epsilon it falls
+        as :math:`\sigma` grows, and grows with q and steps.
 
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range.
+        If an argument is out of its range.
 
     Notes
     -----
@@ -130,7 +130,7 @@ def noise_multiplier(
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range, or a budget that no noise keeps.
+        If an argument is out of its range, or no noise keeps the budget.
 
     Examples
     --------
@@ -161,27 +161,28 @@ def composed_epsilon(
 ) -> float:
     r"""Epsilon of several pieces of DP-SGD on the same data, one after another: an upper bound.
 
-    With full batches, exactly that of :math:`\mu`-GDP with :math:`\mu^2 = \sum_p K_p/\sigma_p^2`.
+    With full batches it is exact: :math:`\mu`-GDP with :math:`\mu^2 = \sum_p K_p/\sigma_p^2`.
 
     Parameters
     ----------
     mechanisms : sequence of (noise_multiplier, sample_rate, steps)
         :math:`\sigma_p`, :math:`q_p` and :math:`K_p` of each piece, as for :func:`epsilon`;
-        ``phase.mechanism(sample_rate)`` is that of a :class:`ntkdp.Phase`. Their order does not
-        matter.
+        ``phase.mechanism(sample_rate)`` is the triple of a :class:`ntkdp.Phase`. Their order does
+        not matter.
     delta, accountant
         As for :func:`epsilon`.
 
     Returns
     -------
     float
-        For neighbours by adding or removing one sample, in :func:`epsilon`'s tolerance. Falls as a
-        piece's noise multiplier or delta grows, and grows with its sampling rate and steps.
+        For neighbours by adding or removing one sample, within :func:`epsilon`'s tolerance. It
+        falls as a piece's noise multiplier or delta grows, and grows with its sampling rate and
+        steps.
 
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range, or no mechanism.
+        If an argument is out of its range, or there is no mechanism.
 
     Notes
     -----

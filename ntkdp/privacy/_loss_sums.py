@@ -8,8 +8,8 @@ with every step, with q, and with 1/sigma.
 The distribution of the sum is the inverse transform of a power. Transforms round relative to the
 largest masses, and delta is about the smallest. Hence masses are multiplied by
 :math:`e^{\theta l}` first, which brings those that count to the top, and characteristic functions
-are computed as :math:`1 + \psi` with :math:`\psi` to relative precision: what is lost to rounding
-does not grow with the number of steps. What may be lost is added.
+are computed as :math:`1 + \psi` with :math:`\psi` to relative precision: the rounding error then
+does not grow with the number of steps. A bound of it is added.
 """
 
 import math
@@ -23,8 +23,9 @@ from ntkdp.privacy._sampled_gaussian import Array, atoms
 #: Noise multiplier, sampling rate and number of steps.
 Mechanism = tuple[float, float, int]
 
-#: What a transform may round, relative to the largest masses, in their root mean square.
+#: Rounding error of a transform relative to the largest masses, in their root mean square.
 _ROUNDING = 2e-15
+#: Rounding error of the transform of masses far from 0, in each step.
 _ROUNDING_OF_FAR = 1e-15
 #: Grid points from 0 within which characteristic functions keep their digits at small angles.
 _NEAR = 256
@@ -59,12 +60,13 @@ class _Step:
     def tilted(self, tilt: float) -> Array:
         with np.errstate(divide="ignore"):
             logs = np.log(self.masses) + tilt * self.places()
-        return np.exp(logs - self.log_growth(tilt) / self.steps)
+        masses: Array = np.exp(logs - self.log_growth(tilt) / self.steps)
+        return masses
 
     def log_transform(self, tilt: float, size: int) -> tuple[Array, float]:
         """Log of the characteristic function of all steps' sum, tilted, at size/2 + 1 angles.
 
-        And what it may have been rounded by.
+        The second result bounds its rounding error.
         """
         tilted, zero = self.tilted(tilt), -self.first
         angles = 2 * np.pi * np.arange(size // 2 + 1) / size
@@ -79,7 +81,7 @@ class _Step:
         with np.errstate(divide="ignore"):
             log_size = 0.5 * np.log1p(psi.real * (2 + psi.real) + psi.imag**2)
         angle = np.arctan2(psi.imag, 1 + psi.real)
-        # Nothing is left of less than this; an infinity would spoil the angle.
+        # Anything smaller is nothing after the exponential; an infinity would spoil the angle.
         return self.steps * (np.maximum(log_size, -1e3) + 1j * angle), rounding
 
 
@@ -101,13 +103,14 @@ def log_deltas(
     if above + below > _LARGEST_GRID:
         return np.zeros(1)
     curves = [_log_deltas(steps, interval, tilt, above, below) for steps in directions]
-    return np.logaddexp(np.maximum(*curves), log_left_out + math.log(4))
+    from_above: Array = np.logaddexp(np.maximum(*curves), log_left_out + math.log(4))
+    return from_above
 
 
 def _steps(
     mechanisms: Sequence[Mechanism], interval: float, log_left_out: float
 ) -> tuple[list[_Step], list[_Step]]:
-    """Steps on the grid as the sample is there and is taken away, and the other way round."""
+    """Steps on the grid for removing the sample, and for adding it."""
     removed, added = [], []
     for sigma, q, steps in mechanisms:
         losses, present, absent = atoms(sigma, q, log_left_out, interval)
@@ -117,7 +120,7 @@ def _steps(
 
 
 def _split(places: Array, masses: Array, interval: float) -> tuple[int, Array]:
-    """Atoms at places in units of the grid, moved to its points, and 0 among them."""
+    """Atoms at places in units of the grid, moved to its points, which include 0."""
     below = np.floor(places)
     up = masses * (np.expm1(-interval * (places - below)) / math.expm1(-interval))
     index = below.astype(np.int64)
@@ -129,7 +132,7 @@ def _split(places: Array, masses: Array, interval: float) -> tuple[int, Array]:
 
 
 def _excess(masses: Array, turned: Array, size: int) -> Array:
-    r"""Of masses at 1, 2, ...: :math:`\sum_l p_l (e^{-iwl} - 1)`, to relative precision.
+    r""":math:`\sum_l p_l (e^{-iwl} - 1)` for masses at 1, 2, ..., to relative precision.
 
     With :math:`E = e^{-iw} - 1` and tails of tails T it is :math:`E (\sum_l l p_l + E \hat T)`.
     """
@@ -140,15 +143,17 @@ def _excess(masses: Array, turned: Array, size: int) -> Array:
     tails = np.cumsum(masses[::-1])[::-1]
     tails_of_tails = np.cumsum(tails[:0:-1])[::-1]
     wrapped = np.bincount(np.arange(len(tails_of_tails)) % size, tails_of_tails, size)
-    return turned * (tails.sum() + turned * fft.rfft(wrapped))
+    excess: Array = turned * (tails.sum() + turned * fft.rfft(wrapped))
+    return excess
 
 
 def _excess_of_far(masses: Array, places: Array, size: int) -> Array:
-    """The same of few masses, at any places, as a difference of transforms."""
+    """The sum of :func:`_excess` for masses at any places, as a difference of transforms."""
     from scipy import fft
 
     transform = fft.rfft(np.bincount(places % size, masses, size))
-    return transform - transform[0]
+    excess: Array = transform - transform[0]
+    return excess
 
 
 def _log_deltas(
@@ -162,13 +167,14 @@ def _log_deltas(
     gains, largest_gain = _gains(masses[: size - below], interval, tilt)
     rounding = (_ROUNDING + sum(roundings)) * float(np.linalg.norm(masses)) * largest_gain
     growth = sum(step.log_growth(tilt) for step in steps)
-    return growth - tilt * np.arange(len(gains)) + np.log(np.maximum(gains, 0.0) + rounding)
+    logs: Array = growth - tilt * np.arange(len(gains)) + np.log(np.maximum(gains, 0.0) + rounding)
+    return logs
 
 
 def _window(steps: Sequence[_Step], tilt: float, log_left_out: float) -> tuple[int, int]:
     """Grid points above and below 0 past which the sum has next to no mass, by Chernoff's bound.
 
-    Transforms fold what lies above the window into it, with all of its weight.
+    Transforms fold the mass above the window into it, with all of its weight.
     """
     exponents = tilt * _BEYOND
     up = np.array([sum(s.log_growth(tilt + t) for s in steps) for t in exponents])
@@ -180,7 +186,7 @@ def _window(steps: Sequence[_Step], tilt: float, log_left_out: float) -> tuple[i
 def _gains(masses: Array, interval: float, tilt: float) -> tuple[Array, float]:
     r""":math:`\sum_{l > i} p_l e^{-\theta(l-i)} (1 - e^{-(l-i)})` at all i, and a norm of weights.
 
-    By two recursions with positive coefficients, so that no digits cancel.
+    They come from two recursions with positive coefficients, so that no digits cancel.
     """
     from scipy.signal import lfilter
 

@@ -23,7 +23,7 @@ class GaussianDP:
 
     @property
     def note(self) -> str:
-        """What the figure is worth."""
+        """How far the figure is a guarantee."""
         if self.is_guarantee:
             return "exact for full batches"
         return "central limit theorem, not a guarantee"
@@ -57,14 +57,14 @@ def gaussian_dp(
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range.
+        If an argument is out of its range.
 
     Notes
     -----
     Dong, Roth, Su 1905.02383; sampling: Bu, Dong, Long, Su 1911.11607; the formula: Balle and Wang
     1805.06530. The SNLI experiment of Bu et al. (TMLR 2023) reports epsilon 1.25: that is this
-    limit at :math:`\sigma = .4`, where PLD gives 5.13 and RDP 6.50. It understates epsilon
-    about fourfold.
+    limit at :math:`\sigma = 0.4`, where PLD gives 5.13 and RDP 6.50. It understates epsilon by a
+    factor of about four.
 
     Examples
     --------
@@ -102,7 +102,7 @@ class PrivacyReport:
     gaussian: GaussianDP
 
     def rows(self) -> list[tuple[str, float, str]]:
-        """Method, epsilon and what it is worth."""
+        """Each method with its epsilon, and a note on how far that is a guarantee."""
         return [
             ("PLD", self.pld, "guarantee, nearly tight"),
             ("RDP", self.rdp, "guarantee"),
@@ -110,14 +110,14 @@ class PrivacyReport:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain numbers, with the note on what the Gaussian figure is worth."""
+        """All fields as plain numbers, with the note on the Gaussian figure."""
         own = asdict(self)
         own["gaussian"]["note"] = self.gaussian.note
         return own
 
     @property
     def setting(self) -> str:
-        """What the figures are for, on one line."""
+        """The mechanism and the neighbours that the figures are for, on one line."""
         sampling = "full batches" if self.sample_rate == 1 else f"q = {self.sample_rate:.4g}"
         return (
             f"sigma = {self.noise_multiplier:.5g}, {sampling}, {self.steps} steps, "
@@ -141,12 +141,12 @@ def report(noise_multiplier: float, sample_rate: float, steps: int, delta: float
     Returns
     -------
     PrivacyReport
-        A field a method; it prints as below.
+        With a field for each method; it prints as below.
 
     Raises
     ------
     ValueError, TypeError
-        An argument out of its range.
+        If an argument is out of its range.
 
     Examples
     --------

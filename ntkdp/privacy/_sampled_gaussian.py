@@ -1,10 +1,10 @@
 r"""One step of DP-SGD, as accounting sees it: a Gaussian that takes part with probability q.
 
-Outputs in units of the noise: the data set without the sample gives :math:`Q = N(0, 1)`, that with
-it :math:`P = (1-q) Q + q N(1/\sigma, 1)`. The loss at z is :math:`L = \log P/Q`, and
-:math:`u = P/Q - 1 = q (e^{z/\sigma - 1/2\sigma^2} - 1)`. Integrals are Gauss's rule on cells that
-are short against everything that bends: the normal density, the turn of L, and what the caller asks
-for. SciPy is imported where it is used: every run imports this module.
+Outputs are in units of the noise. The data set without the sample gives :math:`Q = N(0, 1)`, the
+one with it :math:`P = (1-q) Q + q N(1/\sigma, 1)`. The loss at z is :math:`L = \log P/Q`, and
+:math:`u = P/Q - 1 = q (e^{z/\sigma - 1/2\sigma^2} - 1)`. Integrals use Gauss's rule on cells that
+are short compared with all curvature: that of the normal density, of the turn of L, and of the
+caller's function. SciPy is imported where it is used, because every run imports this module.
 """
 
 import math
@@ -17,22 +17,28 @@ Array: TypeAlias = np.ndarray
 
 #: Distance of the cells' edges near a normal density's centre.
 _EDGE = 1 / 8
-#: The same for moments, where nothing far from the centre counts, and how far they go.
+#: Distance of the edges for moments, for which nothing far from the centre counts.
 _WIDE_EDGE = 1 / 2
+#: How far from the centre the cells for moments go.
 _FAR = 12.0
 #: Edges of the turn of L, in units of z/sigma: beyond them L is straight to double precision.
 _TURN = np.arange(-80, 81) / 2
-#: Points of Gauss's rule in a cell; cells shorter than this have the smaller number.
+#: Points of Gauss's rule in a cell.
 _POINTS = 5
+#: Points of Gauss's rule in a short cell.
 _FEW_POINTS = 3
+#: Length below which a cell is short.
 _SHORT = 0.02
-#: Where a moment is a series, and of how many terms.
+#: Losses below this, over the order, have their moment as a series.
 _SERIES = 0.02
+#: Terms of that series.
 _TERMS = 8
 
+#: Renyi orders that are not whole.
 _FRACTIONS = np.array([n / 10 for n in range(11, 110) if n % 10])
+#: Renyi orders that are whole.
 _WHOLE = np.array([*range(2, 64), 80, 96, 128, 192, 256, 384, 512, 768, 1024])
-#: Renyi orders.
+#: All Renyi orders.
 ORDERS = np.sort(np.concatenate([_FRACTIONS, _WHOLE]))
 
 
@@ -61,8 +67,8 @@ def atoms(
 ) -> tuple[Array, Array, Array]:
     """Losses, and their masses under P and under Q, as atoms of Gauss's rule.
 
-    Outputs are left out beyond quantiles of a log probability. No cell holds a multiple of the
-    interval inside: functions that bend there are integrated to rounding.
+    Outputs beyond the quantiles of a log probability are left out. No cell has a multiple of the
+    interval inside, so that functions that bend there are integrated to rounding.
     """
     from scipy.special import ndtri_exp
 
@@ -78,7 +84,7 @@ def atoms(
         _gauss(ordered[:-1][chosen], ordered[1:][chosen], points)
         for chosen, points in ((short, _FEW_POINTS), (~short, _POINTS))
     ]
-    z, widths = (np.concatenate(of_both) for of_both in zip(*parts, strict=True))
+    z, widths = (np.concatenate(pair) for pair in zip(*parts, strict=True))
     losses = loss(z, sigma, q)
     log_density = -z * z / 2 - 0.5 * math.log(2 * math.pi)
     return losses, widths * np.exp(log_density + losses), widths * np.exp(log_density)
@@ -87,15 +93,18 @@ def atoms(
 def renyi_moments(sigma: float, q: float) -> Array:
     r""":math:`\log E_Q (P/Q)^\alpha` of all orders: Renyi divergences times :math:`\alpha - 1`.
 
-    Sums and integrals of positive terms: they keep their digits where the divergence is tiny, and
-    fall as sigma grows or q falls. The other direction has less (Mironov, Talwar, Zhang
-    1908.10530).
+    They are sums and integrals of positive terms, so they keep their digits where the divergence is
+    tiny, and they fall as sigma grows or q falls. The other direction has smaller divergences
+    (Mironov, Talwar, Zhang 1908.10530).
     """
+    logs: Array
     if q == 1:
-        return ORDERS * (ORDERS - 1) / (2 * sigma**2)
-    whole = [_log_moment_of_whole(sigma, q, order) for order in _WHOLE.tolist()]
-    moments = np.concatenate([_log_moments_of_fractions(sigma, q), whole])
-    return np.logaddexp(0.0, moments[np.argsort(np.concatenate([_FRACTIONS, _WHOLE]))])
+        logs = ORDERS * (ORDERS - 1) / (2 * sigma**2)
+    else:
+        whole = [_log_moment_of_whole(sigma, q, order) for order in _WHOLE.tolist()]
+        moments = np.concatenate([_log_moments_of_fractions(sigma, q), whole])
+        logs = np.logaddexp(0.0, moments[np.argsort(np.concatenate([_FRACTIONS, _WHOLE]))])
+    return logs
 
 
 def log_moment(losses: Array, order: Array) -> Array:
@@ -114,11 +123,12 @@ def log_moment(losses: Array, order: Array) -> Array:
         rest = order * np.exp((1 - order) * losses) - (order - 1) * np.exp(-order * losses)
         large = order * losses + np.log1p(-rest)
         moderate = np.where(np.abs(u) * order < _SERIES, small, middle)
-        return np.where(order * losses > 1, large, moderate)
+        logs: Array = np.where(order * losses > 1, large, moderate)
+        return logs
 
 
 def _log_moment_of_whole(sigma: float, q: float, order: int) -> float:
-    """By the binomial theorem, less the terms that make up one."""
+    """Log of a whole moment minus one, by the binomial theorem without the terms that make one."""
     from scipy.special import logsumexp
 
     k = np.arange(2, order + 1)
@@ -134,11 +144,12 @@ def _log_binomials(order: int) -> Array:
     from scipy.special import gammaln
 
     k = np.arange(2, order + 1)
-    return gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
+    logs: Array = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
+    return logs
 
 
 def _log_moments_of_fractions(sigma: float, q: float) -> Array:
-    """By integrals: most weight lies about 0 or about order/sigma."""
+    """Logs of the other moments, by integrals: most weight lies about 0 or about order/sigma."""
     from scipy.special import logsumexp
 
     order = _FRACTIONS[:, None]
@@ -149,7 +160,8 @@ def _log_moments_of_fractions(sigma: float, q: float) -> Array:
     z, widths = _gauss(edges[:, :-1], edges[:, 1:], _POINTS)
     z, widths = z.reshape(len(order), -1), widths.reshape(len(order), -1)
     logs = log_moment(loss(z, sigma, q), order) - z * z / 2
-    return logsumexp(logs, axis=1, b=widths) - 0.5 * math.log(2 * math.pi)
+    moments: Array = logsumexp(logs, axis=1, b=widths) - 0.5 * math.log(2 * math.pi)
+    return moments
 
 
 def _around(reach: float, edge: float) -> Array:

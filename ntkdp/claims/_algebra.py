@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ntkdp import certificates, clipping, dp_sgd, ntk, spectrum
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ScalarLike
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
@@ -25,10 +25,10 @@ def norms_are_on_the_diagonal_of_the_kernel() -> list[Finding]:
     for name, (apply, params, x, targets, loss) in _instances.networks().items():
         a = loss.output_gradient(apply(params, x), targets)
         whole = ntk.empirical_ntk(apply, params, x)
-        # The finest groups there are: one a leaf.
+        # The finest groups: one for each leaf.
         terms = ntk.layerwise_ntk(apply, params, x, groups=_by_leaf).values
-        of_groups = jnp.einsum("ik,riikl,il->ri", a, terms, a)
-        of_all = jnp.einsum("ik,iikl,il->i", a, whole, a)
+        group_squares = jnp.einsum("ik,riikl,il->ri", a, terms, a)
+        squares = jnp.einsum("ik,iikl,il->i", a, whole, a)
 
         rule = _instances.unclipped("layerwise")
         options: dict[str, Any] = {"groups": _by_leaf, "learning_rate": 1.0, "gradients": "vmap"}
@@ -40,12 +40,12 @@ def norms_are_on_the_diagonal_of_the_kernel() -> list[Finding]:
             findings += [
                 at_most(
                     f"{name}, {way}, by group: largest relative difference",
-                    jnp.max(jnp.abs(norms**2 / of_groups - 1)),
+                    jnp.max(jnp.abs(norms**2 / group_squares - 1)),
                     1e-12,
                 ),
                 at_most(
                     f"{name}, {way}, in all: largest relative difference",
-                    jnp.max(jnp.abs(jnp.sum(norms**2, axis=0) / of_all - 1)),
+                    jnp.max(jnp.abs(jnp.sum(norms**2, axis=0) / squares - 1)),
                     1e-12,
                 ),
             ]
@@ -62,8 +62,8 @@ def _factors(kernel: Array, rule: clipping.ClippingRule, a: Array) -> Array:
     return rule.factors(norms, jnp.sqrt(jnp.einsum("ik,ijkl,jl->", a, kernel, a)))
 
 
-def _correlated(rho: Any, ratio: Any) -> tuple[Array, Array]:
-    """Two samples of kernel [[1, rho], [rho, 1]], the second clipped ``ratio`` times as hard."""
+def _correlated(rho: ScalarLike, ratio: ScalarLike) -> tuple[Array, Array]:
+    """Two samples with kernel [[1, rho], [rho, 1]], the second clipped ``ratio`` times as hard."""
     kernel = jnp.array([[1.0, rho], [rho, 1.0]])[:, :, None, None]
     return kernel, _factors(kernel, clipping.Abadi(1.0), jnp.array([[1.0], [ratio]]))
 
@@ -85,18 +85,18 @@ def eigenvalues_of_the_clipped_kernel_are_positive() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def of_instance(kernel: Array, a: Array) -> Any:
-        found = []
+    def compare_rules(kernel: Array, a: Array) -> list[tuple[Array, Array, Array]]:
+        comparisons = []
         for rule in rules.values():
             factors = _factors(kernel, rule, a)
             clipped = spectrum.clipped_operator(kernel, factors)
             flow = _instances.squared_flow(kernel, jnp.zeros_like(a), rule)
             drift, predicted = flow.velocity(flow.init(a))[0].reshape(-1), -clipped @ a.reshape(-1)
             gap = jnp.linalg.norm(drift - predicted) / jnp.linalg.norm(predicted)
-            found.append((clipped, spectrum.eigenvalues(kernel, factors), gap))
-        return found
+            comparisons.append((clipped, spectrum.eigenvalues(kernel, factors), gap))
+        return comparisons
 
-    for name, (clipped, symmetric, gap) in zip(rules, of_instance(terms[:, 0], a), strict=True):
+    for name, (clipped, symmetric, gap) in zip(rules, compare_rules(terms[:, 0], a), strict=True):
         general = np.linalg.eigvals(clipped)
         general = np.take_along_axis(general, np.argsort(general.real, axis=1), 1)
         apart = np.max(np.abs(general - symmetric) / symmetric[:, -1:])
@@ -137,7 +137,7 @@ def the_clipped_kernel_is_no_positive_form() -> list[Finding]:
     source="derived",
 )
 def close_factors_keep_the_form_positive() -> list[Finding]:
-    def smallest_of(rho: Any, ratio: Any) -> Array:
+    def smallest_of(rho: ScalarLike, ratio: ScalarLike) -> Array:
         return spectrum.symmetric_eigenvalues(*_correlated(rho, ratio))[0]
 
     smallest = jax.jit(smallest_of)
@@ -161,7 +161,7 @@ def close_factors_keep_the_form_positive() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def of_instance(kernel: Array, a: Array, above: Array) -> Any:
+    def measure(kernel: Array, a: Array, above: Array) -> tuple[Array, Array, Array, list[Array]]:
         # Factors as far apart as the condition allows; R beyond it is safe as well.
         values = jnp.linalg.eigvalsh(spectrum.clipped_operator(kernel))
         root = jnp.sqrt(values[-1] / values[0])
@@ -183,7 +183,7 @@ def close_factors_keep_the_form_positive() -> list[Finding]:
         ]
         return form[0] / form[-1], relative, exact / sufficient, around
 
-    forms, rates, exact, (below, beyond) = of_instance(terms[:, 0], a, above)
+    forms, rates, exact, (below, beyond) = measure(terms[:, 0], a, above)
     exists = exact > 0
     rising = _instances.rising()
     residual = rising.outputs - rising.targets
@@ -243,7 +243,7 @@ def two_samples_cannot_make_the_loss_rise() -> list[Finding]:
 
         @jax.jit
         @jax.vmap
-        def rate(terms: Array, a: Array, scope: Any = scope) -> Array:
+        def rate(terms: Array, a: Array, scope: clipping.Scope = scope) -> Array:
             rule = clipping.Abadi(1.0, scope=scope)
             kernel = _instances.layers(terms)
             flow = _instances.squared_flow(kernel, jnp.zeros_like(a), rule)
@@ -259,7 +259,9 @@ def two_samples_cannot_make_the_loss_rise() -> list[Finding]:
 
 
 @partial(jax.jit, static_argnames=("n", "dimension"))
-def _smallest_alignments(rules: dict[str, Any], *, n: int, dimension: int) -> Array:
+def _smallest_alignments(
+    rules: dict[str, clipping.ClippingRule], *, n: int, dimension: int
+) -> Array:
     """For each rule, the smallest <sum g_i, sum P(g_i)> over |sum g_i| sum |P(g_i)|.
 
     Over random sets of n gradients; their norms lie on both sides of R, and in every other set the

@@ -1,5 +1,6 @@
 """Claims C15-C18: batch clipping, large norms, the global rule."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import optax
 from scipy.linalg import expm
 
 from ntkdp import clipping, gradient_flow, losses
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, Params
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
@@ -43,8 +44,8 @@ def batch_clipping_is_monotone() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def of_instance(terms: Array, a: Array) -> Any:
-        """dL/dt over its bound by layer, for both scopes."""
+    def compare_rates(terms: Array, a: Array) -> list[Array]:
+        """dL/dt over its closed form, for both scopes."""
         kernel, rates = _instances.layers(terms), []
         for scope in _instances.SCOPES:
             parts = terms if scope == "layerwise" else jnp.sum(terms, axis=0)[None]
@@ -56,7 +57,7 @@ def batch_clipping_is_monotone() -> list[Finding]:
             rates.append(_instances.loss_rate(flow, a) / expected)
         return rates
 
-    for scope, ratio in zip(_instances.SCOPES, of_instance(terms, a), strict=True):
+    for scope, ratio in zip(_instances.SCOPES, compare_rates(terms, a), strict=True):
         findings.append(
             at_most(
                 f"{scope}: dL/dt against -sum_r c_r |G_r|^2, largest relative difference",
@@ -81,7 +82,7 @@ def batch_clipping_is_monotone() -> list[Finding]:
     return findings
 
 
-def _total_loss(problem: _instances.Problem) -> Any:
+def _total_loss(problem: _instances.Problem) -> Callable[[Params], Array]:
     return lambda params: jnp.sum(problem.loss(problem.apply(params, problem.x), problem.targets))
 
 
@@ -90,7 +91,9 @@ def _descent(problem: _instances.Problem, learning_rate: float, steps: int) -> A
     optimizer = optax.sgd(learning_rate)
     gradient = jax.grad(_total_loss(problem))
 
-    def step(carry: Any, _: None) -> Any:
+    def step(
+        carry: tuple[Params, optax.OptState], _: None
+    ) -> tuple[tuple[Params, optax.OptState], Array]:
         params, state = carry
         updates, state = optimizer.update(gradient(params), state)
         new = optax.apply_updates(params, updates)
@@ -109,7 +112,7 @@ def _descent(problem: _instances.Problem, learning_rate: float, steps: int) -> A
     source="paper",
 )
 def large_norms_leave_descent_as_it_is() -> list[Finding]:
-    cases: list[tuple[str, clipping.ClippingRule, Any]] = [
+    cases: list[tuple[str, clipping.ClippingRule, _instances.Gradients]] = [
         ("tanh", clipping.Abadi(1e3), "vmap"),
         ("tanh", clipping.Batch(1e3), "structured"),
         ("ReLU", clipping.Abadi(1e3, scope="layerwise"), "structured"),
@@ -156,7 +159,7 @@ def large_norms_give_the_linear_flow() -> list[Finding]:
     # The bound is attained when only the slowest mode is there.
     slowest = jnp.linalg.eigh(rising.kernel)[1][:, :1]
     zero = jnp.zeros((3, 1))
-    rates: list[tuple[Any, float]] = [("sum", 0.2), ("mean", 0.2 / 3)]
+    rates: list[tuple[losses.Reduction, float]] = [("sum", 0.2), ("mean", 0.2 / 3)]
     for reduction, rate in rates:
         flow = gradient_flow.KernelFlow(
             rising.kernel, zero, losses.SquaredError(), rule, reduction=reduction
@@ -188,7 +191,7 @@ def large_norms_give_the_linear_flow() -> list[Finding]:
 )
 def the_global_rule_rescales_the_learning_rate() -> list[Finding]:
     findings = []
-    cases: list[tuple[str, clipping.Scope, Any]] = [
+    cases: list[tuple[str, clipping.Scope, _instances.Gradients]] = [
         ("tanh", "flat", "vmap"),
         ("tanh", "flat", "structured"),
         ("ReLU", "layerwise", "structured"),

@@ -21,7 +21,8 @@ def _difference_of_twins(params: Params, x: Array) -> Array:
 
     def network(twin: dict[str, Array]) -> Array:
         hidden = jnp.tanh(x @ twin["in"] / x.shape[1] ** 0.5)
-        return hidden @ twin["out"] / hidden.shape[1] ** 0.5
+        outputs: Array = hidden @ twin["out"] / hidden.shape[1] ** 0.5
+        return outputs
 
     return (network(params["plus"]) - network(params["minus"])) / 2**0.5
 
@@ -211,7 +212,8 @@ def _streaming_dp_sgd(problem: high_dimensional_sgd.HighDimensionalSGD, keys: Ar
             draw = jax.random.normal(of_data, (1, d + 1))
             sample, label = draw[:, :d], problem.label_noise * draw[:, d:]
             fresh = eqx.tree_at(lambda a: (a.x, a.targets), algorithm, (sample, label))
-            return fresh.step(of_step, state)[0]
+            after: State = fresh.step(of_step, state)[0]
+            return after
 
         def proceed(state: State, span: Array) -> tuple[State, Array]:
             state = lax.fori_loop(span[0], span[1], step, state)

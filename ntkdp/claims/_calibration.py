@@ -1,7 +1,7 @@
 """Claims C26-C29: calibration and the grid of learning rate and clipping norm."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,9 @@ def small_clipping_norms_make_over_confident() -> list[Finding]:
         flow = WeightFlow(_linear, inputs, *problem(q, tau))
         return limit(solve(flow, start, times, outputs=True), flow.targets)
 
-    def run(q: float, tau: float, gradients: Any = "structured") -> tuple[float, float, float]:
+    def run(
+        q: float, tau: float, gradients: Literal["structured", "vmap"] = "structured"
+    ) -> tuple[float, float, float]:
         y, loss, rule = problem(q, tau)
         path = dp_sgd.run(
             _linear, start, inputs, y, loss, rule, learning_rate=2.0, steps=500, record_every=500,

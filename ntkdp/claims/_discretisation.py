@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, gradient_flow
-from ntkdp._backend.types import Array, PyTree
+from ntkdp._backend.types import Array, ArrayLike, PRNGKeyArray, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.trajectory import Measurement, Trajectory
@@ -25,8 +25,9 @@ def _error(run: Trajectory, path: Trajectory, every: int) -> float:
     return float(jnp.max(jnp.abs(run.loss[: len(at_same_times)] - at_same_times)))
 
 
-def _slopes(errors: Any, rates: Any) -> np.ndarray:
-    return np.diff(np.log(errors)) / np.diff(np.log(rates))
+def _slopes(errors: ArrayLike, rates: ArrayLike) -> np.ndarray:
+    slopes: np.ndarray = np.diff(np.log(errors)) / np.diff(np.log(rates))
+    return slopes
 
 
 @claim(
@@ -144,8 +145,8 @@ def clipped_descent_cycles_past_the_edge_of_stability() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def cycle(key: Any) -> Any:
-        """Sum, change over two steps and mean loss, each over what they should be, at random."""
+    def cycle(key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+        """Sum, change over two steps and mean loss of a random problem, over the predicted ones."""
         sharpness, h, R, a0 = 10 ** jax.random.uniform(key, (4,), minval=-0.5, maxval=0.7)
         learning_rate = (2 + sharpness) / h
         flow = _instances.squared_flow(jnp.reshape(h, (1, 1)), jnp.zeros((1, 1)), clipping.Abadi(R))

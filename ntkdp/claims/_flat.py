@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, gradient_flow, losses
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
@@ -100,10 +100,10 @@ def the_huberised_loss_decreases() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def rates(kernel: Array, f: Array) -> Any:
+    def rates(kernel: Array, f: Array) -> list[tuple[Array, Array]]:
         R = 0.1
         tau = R / jnp.sqrt(jnp.diagonal(kernel))
-        found = []
+        rates = []
         for loss in (losses.SquaredError(), losses.Logistic()):
             targets = (
                 jnp.zeros((4, 1)) if isinstance(loss, losses.SquaredError) else jnp.array(_LABELS)
@@ -114,10 +114,10 @@ def the_huberised_loss_decreases() -> list[Finding]:
             velocity = flow.velocity(flow.init(f))[0][:, 0]
             slope = loss.output_gradient(f, targets)[:, 0]
             flattened = jnp.clip(slope, -tau, tau)
-            # Both over |psi'| |df/dt|, which is what an inner product can be.
+            # Both over |psi'| |df/dt|, the largest value of an inner product.
             scale = jnp.linalg.norm(flattened) * jnp.linalg.norm(velocity)
-            found.append((jnp.sum(flattened * velocity) / scale, jnp.sum(slope * velocity)))
-        return found
+            rates.append((jnp.sum(flattened * velocity) / scale, jnp.sum(slope * velocity)))
+        return rates
 
     for name, (of_psi, of_loss) in zip(("squared", "logistic"), rates(kernels, a), strict=True):
         findings += [
@@ -213,7 +213,7 @@ def only_the_product_of_rate_and_norm_matters() -> list[Finding]:
             )
             for R, eta in pairs
         ]
-        outputs: list[Any] = [run.outputs for run in runs]
+        outputs: list[PyTree] = [run.outputs for run in runs]
         apart = [_instances.largest_difference(other, outputs[0]) for other in outputs[1:]]
         clipped = min(float(jnp.min(run.clip_fraction)) for run in runs)
         moved = _instances.largest_difference(outputs[0][-1], outputs[0][0])

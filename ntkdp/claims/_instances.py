@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, dp_sgd, gradient_flow, losses, models
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ArrayLike, Params, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
-#: The two ways in which a run may form its gradients; one shares nothing with the predictions.
-GRADIENTS: tuple[Literal["structured", "vmap"], ...] = ("structured", "vmap")
+Gradients: TypeAlias = Literal["structured", "vmap"]
+#: The two ways in which a run may form its gradients; "vmap" shares nothing with the predictions.
+GRADIENTS: tuple[Gradients, ...] = ("structured", "vmap")
 
 SCOPES: tuple[clipping.Scope, ...] = ("flat", "layerwise")
 
@@ -23,8 +24,8 @@ SCOPES: tuple[clipping.Scope, ...] = ("flat", "layerwise")
 class Problem(NamedTuple):
     """A model at given parameters, its data and its loss."""
 
-    apply: Callable[[Any, Array], Array]
-    params: Any
+    apply: Callable[[Params, Array], Array]
+    params: Params
     x: Array
     targets: Array
     loss: losses.Loss
@@ -42,14 +43,14 @@ class Problem(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """A kernel, or its terms, with targets and initial outputs of one output."""
+    """A kernel as an array or a LayerwiseKernel, with targets and initial outputs ``(n, 1)``."""
 
     kernel: Any
     targets: Array
     outputs: Array
 
     def flow(self, rule: clipping.ClippingRule) -> gradient_flow.KernelFlow:
-        """Squared loss, summed over samples."""
+        """The flow of the squared loss, summed over samples."""
         return squared_flow(self.kernel, self.targets, rule)
 
     def model(self) -> Problem:
@@ -57,11 +58,11 @@ class Instance(NamedTuple):
 
         The weights start at zero; the Jacobian of a group is a root of its term.
         """
-        names = getattr(self.kernel, "names", ("all",))
+        names = self.kernel.names if isinstance(self.kernel, LayerwiseKernel) else ("all",)
         roots = [_root(term) for term in jnp.reshape(terms_of(self.kernel), (len(names), -1))]
         n = len(roots[0])
 
-        def apply(params: Any, x: Array) -> Array:
+        def apply(params: Params, x: Array) -> Array:
             parts = [x[:, r * n : (r + 1) * n] @ params[name] for r, name in enumerate(names)]
             return sum(parts, start=x[:, -1:])
 
@@ -70,21 +71,22 @@ class Instance(NamedTuple):
         return Problem(apply, params, x, self.targets, losses.SquaredError())
 
 
-def terms_of(kernel: Any) -> Array:
-    """Terms ``(R, n, n, ...)`` of a kernel, one if it is not split by group."""
+def terms_of(kernel: Array | LayerwiseKernel) -> Array:
+    """Terms ``(R, n, n, ...)`` of a kernel, a single one if it is not split by group."""
     return kernel.values if isinstance(kernel, LayerwiseKernel) else jnp.asarray(kernel)[None]
 
 
 def _root(term: Array) -> Array:
     n = round(term.size**0.5)
     values, vectors = jnp.linalg.eigh(term.reshape(n, n))
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    root: Array = vectors * jnp.sqrt(jnp.maximum(values, 0))
+    return root
 
 
 def squared_flow(
-    kernel: Any, targets: Array, rule: clipping.ClippingRule
+    kernel: Array | LayerwiseKernel, targets: Array, rule: clipping.ClippingRule
 ) -> gradient_flow.KernelFlow:
-    """Flow of the outputs for the squared loss, summed over samples."""
+    """The flow of the outputs for the squared loss, summed over samples."""
     return gradient_flow.KernelFlow(kernel, targets, losses.SquaredError(), rule, reduction="sum")
 
 
@@ -95,12 +97,12 @@ def loss_rate(flow: gradient_flow.KernelFlow, outputs: Array) -> Array:
 
 
 def unclipped(scope: clipping.Scope = "flat") -> clipping.ClippingRule:
-    """Plain descent."""
+    """The rule that clips nothing, which gives plain descent."""
     return clipping.from_name("none", scope=scope)
 
 
-def rules(R: Any, scope: clipping.Scope = "flat") -> dict[str, clipping.ClippingRule]:
-    """The rules whose factor is positive at every norm above zero."""
+def rules(R: ScalarLike, scope: clipping.Scope = "flat") -> dict[str, clipping.ClippingRule]:
+    """All rules whose factor is positive at every norm above zero."""
     return {
         "none": unclipped(scope),
         "abadi": clipping.Abadi(R, scope=scope),
@@ -112,12 +114,12 @@ def rules(R: Any, scope: clipping.Scope = "flat") -> dict[str, clipping.Clipping
 
 
 def random_terms(
-    key: Any, count: int, n: int, n_outputs: int = 1, n_groups: int = 1
+    key: PRNGKeyArray, count: int, n: int, n_outputs: int = 1, n_groups: int = 1
 ) -> tuple[Array, Array]:
-    """Random positive definite terms ``(count, R, n, n, K, K)``, residuals ``(count, n, K)``.
+    """Random positive definite terms ``(count, R, n, n, K, K)`` and residuals ``(count, n, K)``.
 
-    Rows of the Jacobians and residuals differ in scale by up to a hundred, and there are few more
-    weights than rows, so that samples oppose each other.
+    Rows of the Jacobians and residuals differ in scale by up to a hundred, and there is only one
+    weight more than there are rows, so that samples oppose each other.
     """
     keys = jax.random.split(key, 3)
     rows = n * n_outputs
@@ -171,8 +173,9 @@ def tanh_network() -> Problem:
     return Problem(_apply_tanh, params, x, targets, losses.SquaredError())
 
 
-def _apply_tanh(params: Any, x: Array) -> Array:
-    return jnp.tanh(x @ params["W"].T) @ params["v"][:, None] / jnp.sqrt(20.0)
+def _apply_tanh(params: Params, x: Array) -> Array:
+    outputs: Array = jnp.tanh(x @ params["W"].T) @ params["v"][:, None] / jnp.sqrt(20.0)
+    return outputs
 
 
 def relu_network() -> Problem:
@@ -195,7 +198,7 @@ def convolutional_network() -> Problem:
 
 @cache
 def networks() -> dict[str, Problem]:
-    """Networks of three kinds, made once, so that claims share what was compiled for them."""
+    """Networks of three kinds, made once, so that claims share their compiled programs."""
     return {
         "tanh": tanh_network(),
         "ReLU": relu_network(),
@@ -203,8 +206,8 @@ def networks() -> dict[str, Problem]:
     }
 
 
-def solved(flow: gradient_flow.Flow, initial: Any, times: Any) -> Trajectory:
-    """A flow at tight tolerances; at as many times as elsewhere it needs no new program."""
+def solved(flow: gradient_flow.Flow, initial: PyTree, times: ArrayLike) -> Trajectory:
+    """Solve a flow at tight tolerances; equal numbers of times share a compiled program."""
     return gradient_flow.solve(flow, initial, times, rtol=1e-9, atol=1e-12, outputs=True)
 
 
@@ -214,14 +217,14 @@ def outputs_of(path: Trajectory) -> Array:
     return path.outputs[..., 0]
 
 
-def largest_difference(one: Any, other: Any) -> float:
+def largest_difference(tree: PyTree, reference: PyTree) -> float:
     """Largest difference of two pytrees' entries over the largest entry of the second."""
-    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True))
     scale = max(float(jnp.max(jnp.abs(b))) for _, b in pairs)
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs) / scale
 
 
 def stored(name: str) -> Array:
-    """An array of ``instances.npz``: the random problems whose numbers are quoted."""
+    """An array of ``instances.npz``, which has the random problems whose numbers are quoted."""
     with files("ntkdp.claims").joinpath("instances.npz").open("rb") as file:
         return jnp.asarray(np.load(file)[name])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, gradient_flow, ntk
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ArrayLike, PRNGKeyArray, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.trajectory import Trajectory
@@ -16,7 +16,9 @@ from ntkdp.trajectory import Trajectory
 _LAYERWISE = clipping.Abadi(1.0, scope="layerwise")
 
 
-def _path(instance: _instances.Instance, rule: Any, times: Any) -> Trajectory:
+def _path(
+    instance: _instances.Instance, rule: clipping.ClippingRule, times: ArrayLike
+) -> Trajectory:
     return _instances.solved(instance.flow(rule), instance.outputs, times)
 
 
@@ -125,7 +127,7 @@ def a_positive_layer_leaves_no_equilibrium() -> list[Finding]:
 
     @jax.jit
     @jax.vmap
-    def of_network(key: Any) -> Array:
+    def of_network(key: PRNGKeyArray) -> Array:
         keys = jax.random.split(key, 2)
         network = _instances.tanh_network()
         params = {
@@ -173,12 +175,14 @@ def a_positive_layer_leaves_no_equilibrium() -> list[Finding]:
     ]
 
 
-def _squares(tree: Any) -> Array:
+def _squares(tree: PyTree) -> Array:
     """Squared norm of each leaf: in these problems, of each group."""
     return jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)])
 
 
-def _bound_ratios(problem: _instances.Problem, terms: Array, rules: Iterable[Any]) -> Array:
+def _bound_ratios(
+    problem: _instances.Problem, terms: Array, rules: Iterable[clipping.ClippingRule]
+) -> Array:
     """|J_r' C_r a|^2 over its bound, for each rule and group; terms ``(R, n, n)``, one output."""
     a = problem.loss.output_gradient(problem.apply(problem.params, problem.x), problem.targets)
     smallest = jnp.linalg.eigvalsh(terms)[:, 0]

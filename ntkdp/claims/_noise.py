@@ -150,7 +150,8 @@ def energy_of_the_heavy_ball_never_rises() -> list[Finding]:
     def energy(kernel: Array, state: tuple[Array, Array]) -> Array:
         # f' = J w' and w' stays in the range of J^T, hence |w'|^2 = f'^T H^-1 f'.
         residuals, v = state
-        return _potential(kernel, residuals) + 0.5 * v @ jnp.linalg.solve(kernel, v)
+        kinetic: Array = 0.5 * v @ jnp.linalg.solve(kernel, v)
+        return _potential(kernel, residuals) + kinetic
 
     # The momentum is not recorded along a path: the states come from the velocity itself.
     states = diffrax.diffeqsolve(
@@ -176,7 +177,8 @@ def energy_of_the_heavy_ball_never_rises() -> list[Finding]:
         change = _velocity(kernel, rule, friction, state)
         _, rate = jax.jvp(partial(energy, kernel), (state,), (change,))
         lost = friction * state[1] @ jnp.linalg.solve(kernel, state[1])
-        return jnp.abs(rate + lost) / lost
+        relative: Array = jnp.abs(rate + lost) / lost
+        return relative
 
     worst = np.max(imbalance(jax.random.normal(jax.random.key(24), (500, 7, 3))))
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from ntkdp import clipping, dp_sgd, losses, ntk, privacy
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, ArrayLike, Params, PRNGKeyArray
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 _SIGMA = 0.7
@@ -50,7 +50,7 @@ def _steps() -> Iterator[_Step]:
     )[:, 0]
     # Just above what the enormous sample has, where the 0/1 rule lets through the most.
     cuts = {"flat": 1.00001 * jnp.linalg.norm(layers), "layerwise": 1.00001 * layers}
-    sizes: dict[clipping.Scope, tuple[Any, Any]] = {
+    sizes: dict[clipping.Scope, tuple[np.ndarray, np.ndarray]] = {
         "flat": (np.asarray(0.05), np.asarray(3.0)),
         "layerwise": (np.full(2, 0.5), np.array([0.1, 2.0])),
     }
@@ -69,9 +69,9 @@ def _steps() -> Iterator[_Step]:
 def _noise_over_mark(one: _Step) -> tuple[float, float]:
     """Noise of one step over the largest mark that a sample leaves on it, and its standard error.
 
-    Both are read off the parameters after the step: the noise is what differs between keys, the
-    mark what differs, with one key, between a residual of the fifth sample and the
-    sample's absence. The mark is measured in units of the noise of each layer.
+    Both are read off the parameters after the step. The noise is their variation between keys; the
+    mark is their difference, for one key, between a residual of the fifth sample and the sample's
+    absence. The mark is measured in units of the noise of each layer.
     """
     params, x = _weights()
     algorithm = dp_sgd.build(
@@ -107,13 +107,13 @@ def _noise_over_mark(one: _Step) -> tuple[float, float]:
     return ratio, ratio * float(error / total[worst]) / 2
 
 
-def _after(algorithm: dp_sgd.Algorithm, params: Any, keys: Array, residuals: Array) -> Any:
+def _after(algorithm: dp_sgd.Algorithm, params: Params, keys: Array, residuals: Array) -> Params:
     """Parameters after one step, for pairs of a key and the last sample's residual.
 
     Not compiled as a whole: most of it is random numbers, which all rules then share.
     """
 
-    def after(key: Array, residual: Array) -> Any:
+    def after(key: PRNGKeyArray, residual: Array) -> Params:
         own = _network(params, algorithm.x[-1:])[0]
         # Without inputs the network has no gradient.
         x = algorithm.x.at[-1].multiply(residual != 0)
@@ -129,7 +129,7 @@ def _line(weight: Array, x: Array) -> Array:
 
 
 def _last_weights(
-    x: Any, targets: Any, rule: clipping.ClippingRule, n_keys: int, **options: Any
+    x: ArrayLike, targets: ArrayLike, rule: clipping.ClippingRule, n_keys: int, **options: Any
 ) -> np.ndarray:
     """Last weight of many runs of a linear model of one weight, from 0, squared loss, summed."""
     steps = options["steps"]

@@ -10,12 +10,12 @@ from scipy.stats import ttest_ind
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, losses, models, stochastic_flow
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 from ntkdp.claims._instances import stored
 
 
-def _noisy(params: Any, key: Array, variance: float) -> Any:
+def _noisy(params: Params, key: PRNGKeyArray, variance: float) -> Params:
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     noise = [
@@ -62,7 +62,8 @@ def kernels_between_times_are_the_limit_of_wide_networks() -> list[Finding]:
             return jnp.stack(found)
 
         keys = jax.random.split(jax.random.key(width), n_draws)
-        return np.mean([errors(key) for key in keys], axis=0)
+        mean: np.ndarray = np.mean([errors(key) for key in keys], axis=0)
+        return mean
 
     # Rounding is far below what is measured, and half the numbers are drawn twice as fast.
     with jax.enable_x64(False):
@@ -80,13 +81,14 @@ def kernels_between_times_are_the_limit_of_wide_networks() -> list[Finding]:
     return findings
 
 
-def _between(apply: Any, after: Any, before: Any, x: Array) -> tuple[Array, Array]:
+def _between(apply: ApplyFn, after: Params, before: Params, x: Array) -> tuple[Array, Array]:
     """Tangent kernel of the first output between two sets of weights, covariance of all."""
     f, pullback = jax.vjp(lambda w: apply(w, x), before)
 
     def column(j: Array) -> Array:
         (direction,) = pullback(jnp.zeros_like(f).at[j, 0].set(1.0))
-        return jax.jvp(lambda w: apply(w, x)[:, 0], (after,), (direction,))[1]
+        tangent: Array = jax.jvp(lambda w: apply(w, x)[:, 0], (after,), (direction,))[1]
+        return tangent
 
     tangent = jax.lax.map(column, jnp.arange(len(x))).T
     return tangent, apply(after, x) @ f.T / f.shape[1]

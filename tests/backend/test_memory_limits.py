@@ -218,7 +218,8 @@ def test_records_that_do_not_fit_are_refused(name: str, monkeypatch: pytest.Monk
         STEPPED[name](steps=MANY)
 
 
-def test_counted_steps_are_planned_without_being_made() -> None:
+def test_counted_steps_are_planned_without_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**32)
     stepping = Stepping(0.1, MANY, 10**8)
     assert len(stepping.recorded) == 23
     with pytest.raises(MemoryError, match="make fewer steps"):

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-slow lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs package pins clean
+.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs package pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -24,14 +24,20 @@ architecture:  ## Imports point to lower floors only
 test:  ## The test suite
 	uv run pytest
 
+test-core:  ## The core of the test suite with the compiler flags that users have (five minutes)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 .ci/core uv run pytest
+
 test-slow:  ## The larger checks that `make test` leaves out
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m slow
+
+coverage:  ## The share of lines that the test suite runs, and the least that it may be
+	uv run pytest --cov=ntkdp --cov-report=term:skip-covered
 
 lowest:  ## The core of the test suite with the lowest versions that pyproject.toml allows
 	.ci/lowest
 
 faults:  ## Kill fifty runs and sweeps at random moments, and resume them (about twenty minutes)
-	NTKDP_KILLS=50 uv run pytest -n 0 -q tests/test_faults.py
+	NTKDP_KILLS=50 uv run pytest -n 0 -q -m 'slow or not slow' tests/test_faults.py
 
 sensitivity:  ## Search for samples that add more to a clipped sum than they may (about half an hour)
 	uv run python tests/test_sensitivity.py

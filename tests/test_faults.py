@@ -141,18 +141,24 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
 
 
 @pytest.mark.parametrize(
-    ("verb", "kills"), [("sweep", KILLS - KILLS // 2), ("compare", max(KILLS // 2, 1))]
+    ("verb", "kills"),
+    [
+        ("sweep", KILLS - KILLS // 2),
+        # Its cases are cells, as those of a sweep.
+        pytest.param("compare", max(KILLS // 2, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_numbers(
     verb: str, kills: int, undisturbed: Callable[[str], Any], tmp_path: Path
 ) -> None:
+    expected = undisturbed(verb)
     moments = random.Random(verb)
     number = 0
     while kills > 0:
         folder = tmp_path / str(number)
         folder.mkdir()
         kills -= _killed_until_it_ends(verb, folder, min(kills, 3), moments)
-        assert _measured(folder / "runs" / "out") == undisturbed(verb)
+        assert _measured(folder / "runs" / "out") == expected
         number += 1
         assert number <= 2 * KILLS, "the processes end before they are killed"
 

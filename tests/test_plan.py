@@ -145,15 +145,27 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
     return planned, for_batches, _bytes(lowered)
 
 
-@pytest.mark.parametrize(("n", "width", "inputs"), [(2000, 64, 32), (20, 256, 128)])
-@pytest.mark.parametrize("name", ["WeightFlow", "LinearisedFlow"])
+MANY_SAMPLES, FEW_SAMPLES = (2000, 64, 32), (20, 256, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "width", "inputs"),
+    [
+        ("WeightFlow", *MANY_SAMPLES),
+        pytest.param("WeightFlow", *FEW_SAMPLES, marks=pytest.mark.slow),
+        pytest.param("LinearisedFlow", *MANY_SAMPLES, marks=pytest.mark.slow),
+        ("LinearisedFlow", *FEW_SAMPLES),
+    ],
+)
 def test_solves_take_what_is_planned(name: str, n: int, width: int, inputs: int) -> None:
     """Many samples, where factors dominate, and few, where states of the solver do."""
     planned, measured = _of_a_solve(name, n, width, inputs, 1)
     assert planned == pytest.approx(measured, rel=0.25)
 
 
-@pytest.mark.parametrize(("n", "width", "inputs"), [(2000, 64, 32), (20, 256, 128)])
+@pytest.mark.parametrize(
+    ("n", "width", "inputs"), [pytest.param(*MANY_SAMPLES, marks=pytest.mark.slow), FEW_SAMPLES]
+)
 def test_noisy_runs_without_a_kernel_take_what_is_planned(n: int, width: int, inputs: int) -> None:
     planned, for_batches, measured = _of_a_noisy_run(n, width, inputs)
     assert planned == for_batches == pytest.approx(measured, rel=0.25)

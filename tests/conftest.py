@@ -1,7 +1,11 @@
 """Strict numerics for every test: float64, and shapes checked at run time."""
 
+import contextlib
 import gc
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,48 @@ install_import_hook(
 # Tracing makes many objects and little garbage: at Python's own thresholds a tenth of the time goes
 # into looking for it.
 gc.set_threshold(100_000, 20, 20)
+
+#: Programs that tests compiled, and after how many days they are forgotten.
+_COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+_DAYS_KEPT = 14
+
+
+def _link_programs(source: Path, target: Path) -> None:
+    for program in source.glob("*-cache"):
+        # It may be there already; and without links, programs are compiled anew.
+        with contextlib.suppress(OSError):
+            (target / program.name).hardlink_to(program)
+
+
+def _keep_programs(own: Path) -> None:
+    _link_programs(own, _COMPILED)
+    shutil.rmtree(own)
+    oldest = time.time() - _DAYS_KEPT * 86_400
+    for program in _COMPILED.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):
+            if program.stat().st_mtime < oldest:
+                program.unlink()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs that were compiled before are read, by each process from a folder of its own.
+
+    JAX writes a program where another process may read half of it. Processes that tests start read
+    programs and write none, since some are killed.
+    """
+    _COMPILED.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=_COMPILED))
+    config.add_cleanup(lambda: _keep_programs(own))
+    _link_programs(_COMPILED, own)
+    # A further cache is for GPUs; with it, a program's key would depend on the folder.
+    switches = {"compilation_cache_dir": str(own), "persistent_cache_enable_xla_caches": "none"}
+    for name, value in switches.items():
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = value
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+
 
 #: A process may have 65,530 memory maps on Linux, and every compiled program takes several.
 _MOST_MEMORY_MAPS = 20_000

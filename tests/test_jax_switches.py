@@ -296,6 +296,10 @@ CALLS |= {f"rule: {name}": lambda name=name: of_rule(name) for name in (*RULES, 
 #: What takes a second or more to compile, and is much like something quicker.
 SLOW = {
     "dp_sgd.run",
+    "dp_sgd.run, vmap",
+    "dp_sgd.run, Adam",
+    "dp_sgd.build, Poisson",
+    "recursion, layerwise",
     "dp_sgd.run, seeds",
     "dp_sgd.run, schedule",
     "dp_sgd.run_phases",

@@ -500,7 +500,9 @@ RATES = {"constant": 0.5, "scheduled": lambda k: 0.5 / (1 + k)}
     ("rule", "per_group"),
     [
         (clipping.Abadi(0.7), False),
-        (clipping.Abadi(np.array([0.3, 1.1]), scope="layerwise"), False),
+        pytest.param(
+            clipping.Abadi(np.array([0.3, 1.1]), scope="layerwise"), False, marks=pytest.mark.slow
+        ),
         (clipping.Abadi(np.array([0.3, 1.1]), scope="layerwise"), True),
     ],
     ids=("flat", "layerwise", "by group"),

@@ -72,10 +72,11 @@ def _keep_programs(own: Path) -> None:
     _link_programs(own, _COMPILED)
     shutil.rmtree(own)
     oldest = time.time() - _DAYS_KEPT * 86_400
-    for program in _COMPILED.glob("*-cache"):
+    # Folders too: those of processes that were killed.
+    for entry in _COMPILED.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if program.stat().st_mtime < oldest:
-                program.unlink()
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def pytest_configure(config: pytest.Config) -> None:

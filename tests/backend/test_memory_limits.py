@@ -12,7 +12,7 @@ import pytest
 from helpers import linear
 
 import ntkdp
-from ntkdp._backend import memory, memory_limits, program_memory
+from ntkdp._backend import memory, program_memory
 from ntkdp.experiment import _run
 from ntkdp.trajectory._stepping import Stepping
 
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[dict[str, str], int | None]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_control_groups_leave_what_is_free(name: str, tmp_path: Path) -> None:
     files, expected = CASES[name]
-    free = memory_limits.free_in_control_groups(tree(tmp_path, files))
+    free = memory.free_in_control_groups(tree(tmp_path, files))
     assert min((one for one in free if one < UNLIMITED // 2), default=None) == expected
 
 
@@ -107,9 +107,9 @@ def test_figures_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:
     (root / "sys/fs/cgroup/memory.stat").unlink()
     (root / "sys/fs/cgroup/memory.stat").mkdir()
     (root / "sys/fs/cgroup/memory.current").write_bytes(b"\xff\xfe")
-    assert memory_limits.free_in_control_groups(root) == [1000]
+    assert memory.free_in_control_groups(root) == [1000]
     (root / "sys/fs/cgroup/memory.max").write_bytes(b"\xff\xfe")
-    assert memory_limits.free_in_control_groups(root) == []
+    assert memory.free_in_control_groups(root) == []
 
 
 def test_the_least_of_all_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +119,10 @@ def test_the_least_of_all_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None
         "free_in_process": [600],
     }
     for name, free in limits.items():
-        monkeypatch.setattr(memory_limits, name, lambda free=free: free)
+        monkeypatch.setattr(memory, name, lambda free=free: free)
     assert memory.available_bytes() == 500
     for name in limits:
-        monkeypatch.setattr(memory_limits, name, list)
+        monkeypatch.setattr(memory, name, list)
     memory.require(2**62, "a kernel", "use less")
 
 

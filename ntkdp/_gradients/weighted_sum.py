@@ -47,22 +47,22 @@ def _summed_products(x: Array, delta: Array, weights: Array) -> Array:
     The weighted cotangents of a sample may leave the range of the dtype, because its inputs are at
     the other end of it. Some would then become zero and others not, and products that cancel
     between its positions would no longer do so. Such samples are summed again, with both sides near
-    each other in size: in a loop of at most one turn, which costs nothing if there are none.
+    each other in size, one by one in a loop, which costs nothing if there are none.
     """
-    plain = _weighted(delta, weights)
-    summed = _summed(x, plain)
-    is_far = _is_out_of_range(lax.stop_gradient(delta), lax.stop_gradient(weights))
+    summed = _summed(x, _weighted(delta, weights))
+    # The derivative is that of the plain sum.
+    x, delta, weights = (lax.stop_gradient(values) for values in (x, delta, weights))
 
-    def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        far = is_far[:, None, None, None]
-        sides = _balanced(x, delta, weights)
-        near = _summed(*[jnp.where(far, lax.stop_gradient(side), 0) for side in sides])
-        lost = _summed(x, jnp.where(far, plain, 0))
-        return lax.stop_gradient(near - lost), jnp.zeros((), bool)
+    def correct(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        is_left, correction = state
+        sample = jnp.argmax(is_left)
+        alone = [lax.dynamic_index_in_dim(values, sample) for values in (x, delta, weights)]
+        near = _summed(*_balanced(*alone))
+        lost = _summed(alone[0], _weighted(*alone[1:]))
+        return is_left.at[sample].set(False), correction + (near - lost)
 
-    start = jnp.zeros_like(summed), jnp.any(is_far)
-    correction, _ = lax.while_loop(lambda state: state[1], turn, start)
-    return summed + correction
+    start = _is_out_of_range(delta, weights), jnp.zeros_like(summed)
+    return summed + lax.while_loop(lambda state: jnp.any(state[0]), correct, start)[1]
 
 
 def _is_out_of_range(delta: Array, weights: Array) -> Array:

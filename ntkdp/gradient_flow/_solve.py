@@ -164,7 +164,7 @@ def _integrate(
     times: Array,
     solver: diffrax.AbstractSolver[Any],
     adjoint: diffrax.AbstractAdjoint,
-    tolerances: tuple[Array | np.ndarray, Array | np.ndarray],
+    tolerances: tuple[float | Array | np.ndarray, float | Array | np.ndarray],
     max_steps: int,
     outputs: bool,
     listener: Listener,

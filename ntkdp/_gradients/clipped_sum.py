@@ -41,7 +41,9 @@ def clipped_sum(
     """The sum over the samples that are present, or over all of them if ``present`` is None.
 
     A sample that is present but whose norm or factor is not finite is left out of the sum, if the
-    rule bounds each sample. If ``present`` is None it stays in, so that a solver sees the trouble.
+    rule bounds each sample; so is one whose weighted gradient the dtype cannot hold in this form,
+    and its factor is then NaN. If ``present`` is None samples stay in, so that a solver sees the
+    trouble.
     """
     outputs, factors = gradients(apply_fn, params, x, loss.output_gradient, targets)
     norms = per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])
@@ -59,8 +61,21 @@ def clipped_sum(
     weights = rule.by_group(jnp.where(usable, norms, 0.0), totals)
     counted = jnp.where(usable, weights, 0.0)
     if drops:
-        counted = jnp.where(jnp.all(jnp.isfinite(counted), axis=0), counted, 0.0)
+        is_lost = _lost(factors, counted, norms, groups)
+        weights = jnp.where(is_lost, jnp.nan, weights)
+        counted = jnp.where(jnp.all(jnp.isfinite(counted), axis=0) & ~is_lost, counted, 0.0)
     return ClippedSum(weighted_sums(factors, counted, groups, leaves), outputs, norms, weights)
+
+
+def _lost(
+    factors: list[per_sample.Factor], weights: Array, norms: Array, groups: _groups.Groups
+) -> Array:
+    """Which samples have a weighted gradient in some leaf that would lose its precision."""
+    contributions = weights * norms
+    is_lost = jnp.zeros(norms.shape[1], bool)
+    for factor, group in zip(factors, groups.leaf_to_group, strict=True):
+        is_lost |= per_sample.loses_precision(factor, weights[group], contributions[group])
+    return is_lost
 
 
 def gradients(

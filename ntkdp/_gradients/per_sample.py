@@ -36,7 +36,7 @@ from ntkdp._gradients.tracing import (
     interpret,
     trace,
 )
-from ntkdp._gradients.weighted_sum import weighted_sum
+from ntkdp._gradients.weighted_sum import loses_precision, weighted_sum
 
 #: Samples whose windows of a convolution are held at once.
 _SAMPLES_AT_A_TIME = 32
@@ -60,6 +60,7 @@ __all__ = [
     "grouped_norms",
     "keep",
     "kernel",
+    "loses_precision",
     "trace",
     "weighted_sum",
 ]

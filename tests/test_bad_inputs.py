@@ -136,7 +136,7 @@ V, T, F = "ValueError", "TypeError", "FileNotFoundError"
 ROWS = [
     # -------------------------------------------------------------------- shapes
     Row("kernel not square", lambda t: flow(np.ones((3, 2))), V, "kernel must be square.* 3 by 2"),
-    Row("targets of another length", lambda t: flow(np.eye(2)), V, r"targets.* 2, and.*\(3, 1\)"),
+    Row("targets of another length", lambda t: flow(np.eye(2)), V, r"targets.* 2, got shape \(3, 1\)"),
     Row("initial of another shape", lambda t: ntkdp.solve(flow(), Y[:, 0], [0, 1]), V, r"initial must have shape \(3, 1\), got \(3,\)"),
     Row("x of rank 1 for a model", lambda t: ntkdp.models.mlp([4], 1).init(key(), X[0]), V, r"x must be a batch.*got shape \(2,\)"),
     Row("x of rank 1 for a kernel", lambda t: ntkdp.empirical_ntk(linear, W, X[0]), V, r"x1 must have shape.*\(2,\)"),
@@ -303,7 +303,9 @@ ROWS = [
     Row("a full disk for a picture", lambda t: on_a_full_disk(lambda: ntkdp.plotting.save(figure(), t / "x.png")), "OSError", "No space left"),
     Row("no reader for a folder", lambda t: ntkdp.datasets.from_npz(t), F, "is a folder"),
     # -------------------------------------------------------------------- keys
-    Row("a number for a key", lambda t: train(key=0), T, "key must be a JAX PRNG key"),
+    Row("a number for the key of a run", lambda t: train(key=0), T, "key must be a JAX PRNG key"),
+    Row("a budget where the steps are not known", lambda t: ntkdp.dp_sgd.build(linear, X, Y, squared(), abadi(), learning_rate=0.1, noise_multiplier=ntkdp.privacy.Budget(mu=1.0)), T, r"number of steps is not known, got Budget\(.*; use its .noise_multiplier\(steps"),
+    Row("a flow for the kernel of phases", lambda t: ntkdp.stochastic_flow.ensemble_phases(ntkdp.LinearisedFlow(linear, W, X, Y, squared(), abadi()), Y, squared(), [ntkdp.Phase(1, abadi(), 0.1)], Y, key=key()), T, "must be a kernel, got a LinearisedFlow: .*one"),
     Row("no key", lambda t: train(key=None), T, r"key must be a JAX PRNG key.*got None"),
     Row("text for a key", lambda t: train(key="0"), T, "key must be a JAX PRNG key.*got '0'"),
     Row("half an old key", lambda t: train(key=np.zeros(3, np.uint32)), V, r"key must hold 2 numbers a key, got shape \(3,\)"),

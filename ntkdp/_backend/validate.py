@@ -207,8 +207,8 @@ def parameters(**named: Value) -> Value:
     return value
 
 
-def _way_out_for(dtype: np.dtype | None) -> str:
-    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+def _way_out_for(dtype: object) -> str:
+    if isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating):
         return "pass its real and imaginary parts as two arrays"
     return (
         "close over what is not trained: trained, rest = equinox.partition(params, "

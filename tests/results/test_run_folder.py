@@ -317,6 +317,8 @@ def test_a_path_that_no_folder_can_have_is_refused_at_once(path: Path, message: 
 def test_a_deep_path_is_made(tmp_path: Path) -> None:
     put(RunFolder(tmp_path.joinpath(*["d"] * 1500, "run")), 1)
     assert number_in(tmp_path.joinpath(*["d"] * 1500, "run")) == 1
+    # Python would remove it by a function that calls itself for every folder.
+    subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
 
 
 @pytest.mark.parametrize("verb", ["compare", "sweep", "verify"])

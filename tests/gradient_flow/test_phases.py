@@ -490,9 +490,7 @@ def test_a_flow_in_place_of_a_kernel_is_refused() -> None:
     w, x, y, loss = jnp.ones((2, 1)), jnp.ones((3, 2)), jnp.zeros((3, 1)), losses.SquaredError()
     flow = ntkdp.LinearisedFlow(lambda w, x: x @ w, w, x, y, loss, RULE)
     given: Any = [flow]
-    with pytest.raises(
-        TypeError, match=r"must be a kernel, got a Linear.*one|Type-check"
-    ):
+    with pytest.raises(TypeError, match=r"must be a kernel, got a Linear.*one|Type-check"):
         stochastic_flow.ensemble_phases(
             given, y, loss, [Phase(1, RULE, 0.1)], w, key=jax.random.key(0)
         )

@@ -333,6 +333,17 @@ def test_a_step_at_the_ends_of_the_range(dtype: str, gradients: Any) -> None:
 
 
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
+def test_a_sample_with_a_factor_of_zero_is_not_dropped(gradients: Any) -> None:
+    x, y = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.ones((2, 1))
+    algorithm = dp_sgd.build(
+        lambda p, x: x @ p, x, y, losses.Custom(linear_loss), Global(1.0), learning_rate=1.0,
+        gradients=gradients,
+    )  # fmt: skip
+    _, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros((2, 1))))
+    assert (int(info.dropped), float(info.clip_fraction)) == (0, 1.0)
+
+
+@pytest.mark.parametrize("gradients", ["structured", "vmap"])
 def test_a_sample_whose_factor_is_not_a_number_is_dropped(gradients: Any) -> None:
     rule = Custom(lambda s: jnp.where(s == 3.0, jnp.nan, 0.1 / (1 + s)), 0.5)
     x, y = jnp.array([[1.0], [3.0]]), jnp.ones((2, 1))

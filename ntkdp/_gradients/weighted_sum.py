@@ -41,7 +41,8 @@ def loses_precision(factor: Factor, weights: Array, contributions: Array) -> Arr
 
     If inputs and cotangents are at opposite ends of the range of the dtype, some weighted
     cotangents may leave it and others not: products that cancel between the positions of a sample
-    then no longer do so. Gradients of other forms are weighted as a whole, or have no inputs.
+    then no longer do so. A weight of zero loses nothing. Gradients of other forms are weighted as a
+    whole, or have no inputs.
     """
     is_lost = jnp.zeros(len(weights), bool)
     for part in factor:
@@ -56,7 +57,7 @@ def loses_precision(factor: Factor, weights: Array, contributions: Array) -> Arr
             is_lost |= jnp.any(outside, axis=(1, 2, 3)) & (
                 hidden > _NEGLIGIBLE[limits.bits] * contributions
             )
-    return is_lost
+    return is_lost & (weights != 0)
 
 
 def _weighted(delta: Array, weights: Array) -> Array:

@@ -2,7 +2,7 @@
 
 try:
     import neural_tangents
-except ImportError:  # today's JAX, where only ntkdp's mends let it in
+except ImportError:  # today's JAX, where only ntkdp's changes let it in
     from ntkdp._backend import neural_tangents as neural_tangents
 import jax
 import problems

@@ -58,21 +58,24 @@ def clipped_sum(
     if rule.needs_total_norm:
         unclipped = weighted_sums(factors, jnp.ones_like(norms), groups, leaves)
         totals = norms_of_sum(total(unclipped), groups)
-    weights = rule.by_group(jnp.where(usable, norms, 0.0), totals)
+    bounded = jnp.where(usable, norms, 0.0)
+    weights = rule.by_group(bounded, totals)
     counted = jnp.where(usable, weights, 0.0)
     if drops:
-        is_lost = _lost(factors, counted, norms, groups)
+        is_lost = _lost(factors, counted, counted * bounded, groups)
         weights = jnp.where(is_lost, jnp.nan, weights)
         counted = jnp.where(jnp.all(jnp.isfinite(counted), axis=0) & ~is_lost, counted, 0.0)
     return ClippedSum(weighted_sums(factors, counted, groups, leaves), outputs, norms, weights)
 
 
 def _lost(
-    factors: list[per_sample.Factor], weights: Array, norms: Array, groups: _groups.Groups
+    factors: list[per_sample.Factor],
+    weights: Array,
+    contributions: Array,
+    groups: _groups.Groups,
 ) -> Array:
     """Which samples have a weighted gradient in some leaf that would lose its precision."""
-    contributions = weights * norms
-    is_lost = jnp.zeros(norms.shape[1], bool)
+    is_lost = jnp.zeros(weights.shape[1], bool)
     for factor, group in zip(factors, groups.leaf_to_group, strict=True):
         is_lost |= per_sample.loses_precision(factor, weights[group], contributions[group])
     return is_lost

@@ -37,11 +37,12 @@ def _weighted_part(part: Part, weights: Array, like: Array) -> Array:
 
 
 def loses_precision(factor: Factor, weights: Array, contributions: Array) -> Array:
-    """Whether a weighted gradient of length ``contributions`` is rounded by more than its rounding.
+    """Whether the dtype can hold a weighted gradient only in part, sample by sample.
 
     If inputs and cotangents are at opposite ends of the range of the dtype, some weighted
     cotangents may leave it and others not: products that cancel between the positions of a sample
-    then no longer do so. A weight of zero loses nothing. Gradients of other forms are weighted as a
+    then no longer do so. That counts if it shows next to ``contributions``, the norms of the
+    weighted gradients. A weight of zero loses nothing. Gradients of other forms are weighted as a
     whole, or have no inputs.
     """
     is_lost = jnp.zeros(len(weights), bool)

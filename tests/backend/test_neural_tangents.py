@@ -43,15 +43,15 @@ from neural_tangents import stax
 stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(1))[2](jnp.eye(3), None, "ntk")
 modules = []
 """
-    mended = json.loads(run(work + NAMES))
-    submodules = [n for n in mended if not any(part.startswith("_") for part in n.split("."))]
+    changed = json.loads(run(work + NAMES))
+    submodules = [n for n in changed if not any(part.startswith("_") for part in n.split("."))]
     plain = json.loads(run(f"modules = {submodules!r}" + NAMES))
     assert {"jax", "jax.core", "jax.tree_util", "jax.interpreters.ad", "scipy.linalg"} <= set(plain)
-    assert ("jax.util" in mended) == ("jax.util" in plain)
+    assert ("jax.util" in changed) == ("jax.util" in plain)
     for module in submodules:
         # A lazily imported private submodule is an attribute only once something has used it.
-        extra = set(mended[module]) ^ set(plain[module])
-        assert not {n for n in extra if f"{module}.{n}" not in mended}, module
+        extra = set(changed[module]) ^ set(plain[module])
+        assert not {n for n in extra if f"{module}.{n}" not in changed}, module
 
 
 def test_jax_holds_the_same_objects_as_before() -> None:

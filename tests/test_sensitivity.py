@@ -295,6 +295,49 @@ def test_cotangents_that_leave_the_range_once_they_are_weighted(dtype: str) -> N
     assert 1 - 10 * TOLERANCES[dtype] < largest <= 1 + TOLERANCES[dtype]
 
 
+def two_positions(p: Any, x: Any) -> Any:
+    hidden = x @ p
+    return hidden[:, 0] - 0.25 * hidden[:, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("R", [0.1, 100.0, 1e3])
+def test_weighted_cotangents_that_overflow(dtype: str, R: float) -> None:
+    """Inputs so tiny that a gradient of length R needs cotangents beyond the range."""
+    numbers = jnp.dtype(dtype)
+    limits = jnp.finfo(numbers)
+    direction, gap = np.random.default_rng(4).standard_normal((2, 1, D))
+    gap = gap * max(1e-3, 8 * float(limits.eps))
+    for scale in (1e2, 1e3, 1e4):
+        first = scale * float(limits.tiny) * direction
+        second = 4 * scale * float(limits.tiny) * (direction + gap)
+        x = jnp.asarray(np.stack([first, second], axis=1)).astype(numbers)
+        algorithm = dp_sgd.build(
+            two_positions, x, jnp.full((1, 64), 100.0, numbers), losses.Custom(linear_loss),
+            Automatic(R, gamma=0.0), learning_rate=1.0, reduction="sum",
+        )  # fmt: skip
+        _, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.zeros((D, 64), numbers)))
+        assert float(info.gradient_norm) <= R * (1 + TOLERANCES[dtype])
+        assert int(info.dropped) == int(info.gradient_norm == 0)
+
+
+def test_cotangents_that_vanish_unseen_drop_no_sample() -> None:
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((3, 2, D)), jnp.float32)
+    y = jnp.full((3, 64), 1e-37, jnp.float32).at[:, 0].set(1.0)
+    found = []
+    for gradients in ("structured", "vmap"):
+        algorithm = dp_sgd.build(
+            two_positions, x, y, losses.Custom(linear_loss), Abadi(1e-3), learning_rate=1.0,
+            gradients=gradients,
+        )  # fmt: skip
+        state, info = algorithm.step(
+            jax.random.key(0), algorithm.init(jnp.zeros((D, 64), jnp.float32))
+        )
+        assert int(info.dropped) == 0
+        found.append(state.params)
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_more_of_thousands_moves_the_sum_by_no_more(dtype: str, gradients: Any) -> None:

@@ -42,8 +42,8 @@ def clipped_sum(
 
     A sample that is present but whose norm or factor is not finite is left out of the sum, if the
     rule bounds each sample; so is one whose weighted gradient the dtype cannot hold in this form,
-    and its factor is then NaN. If ``present`` is None samples stay in, so that a solver sees the
-    trouble.
+    and its factor is then NaN. If ``present`` is None no sample is left out: a solver sees numbers
+    that are not finite, and the ends of the range are not looked at.
     """
     outputs, factors = gradients(apply_fn, params, x, loss.output_gradient, targets)
     norms = per_sample.grouped_norms(factors, groups.leaf_to_group, groups.size, x.shape[0])

@@ -41,23 +41,26 @@ def loses_precision(factor: Factor, weights: Array, contributions: Array) -> Arr
 
     If inputs and cotangents are at opposite ends of the range of the dtype, some weighted
     cotangents may leave it and others not: products that cancel between the positions of a sample
-    then no longer do so. That counts if it shows next to ``contributions``, the norms of the
-    weighted gradients. A weight of zero loses nothing. Gradients of other forms are weighted as a
-    whole, or have no inputs.
+    then no longer do so. Those that overflow are cut off, which always counts; those that vanish
+    count if they show next to ``contributions``, the norms of the weighted gradients. A weight of
+    zero loses nothing, and without several positions nothing cancels.
     """
     is_lost = jnp.zeros(len(weights), bool)
     for part in factor:
+        if isinstance(part, Dense) or part.cotangents.shape[-2] == 1:
+            continue
+        delta = wide(part.cotangents[:, 0])
+        entries = tuple(range(1, delta.ndim))
+        limits = jnp.finfo(delta.dtype)
+        weighted = jnp.abs(_weighted(delta, weights))
+        is_lost |= jnp.any(weighted >= limits.max, axis=entries)
         if isinstance(part, Outer):
-            delta = wide(part.cotangents[:, 0])
-            limits = jnp.finfo(delta.dtype)
-            weighted = jnp.abs(_weighted(delta, weights))
-            outside = ((weighted < limits.tiny) & (delta != 0)) | (weighted >= limits.max)
-            inputs = scaled(wide(part.inputs), (2, 3)).exponent.max(axis=(1, 2, 3))
+            vanishes = (weighted < limits.tiny) & (delta != 0)
+            exponents = scaled(wide(part.inputs), (2, 3)).exponent.max(axis=(1, 2, 3))
             size = math.sqrt(math.prod(delta.shape[1:]) * math.prod(part.inputs.shape[1:]))
-            hidden = size * power_of_two(inputs + limits.minexp, delta.dtype)
-            is_lost |= jnp.any(outside, axis=(1, 2, 3)) & (
-                hidden > _NEGLIGIBLE[limits.bits] * contributions
-            )
+            hidden = size * power_of_two(exponents + limits.minexp, delta.dtype)
+            shows = hidden > _NEGLIGIBLE[limits.bits] * contributions
+            is_lost |= jnp.any(vanishes, axis=entries) & shows
     return is_lost & (weights != 0)
 
 

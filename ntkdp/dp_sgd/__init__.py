@@ -6,12 +6,12 @@ One step: :math:`w^+ = w - \eta\,U\big[\tfrac1B(\sum_{i \in batch} C_i g_i + \si
 Noise of the *sum* has standard deviation ``noise_multiplier * sensitivity`` on every weight.
 
 A sample whose gradient norm or clipping factor is not finite contributes nothing, so that it cannot
-break the bound. Neither does one whose clipped gradient the dtype can only hold in part, because
-inputs and cotangents are at opposite ends of its range, e.g. 1e36 and 1e-30 in float32. Without a
-bound (`NoClipping`, `Batch`) it is used as it is, so that divergence is
-seen. One sample adds at most S to the sum, up to rounding: 1e-9 S in float64, 1e-4 S in float32 and
-1e-2 S in half precision. Sums and noise are formed in float32 at least, and are cast once to the
-dtype of the parameters, when the noise is in them.
+break the bound. With ``gradients="structured"`` neither does one whose clipped gradient the dtype
+can hold only in part, because inputs and cotangents are at opposite ends of its range, e.g. 1e36
+and 1e-30 in float32. Without a bound (`NoClipping`, `Batch`) samples are used as they are, so that
+divergence is seen. One sample adds at most S to the sum, up to rounding: 1e-9 S in float64, 1e-4 S
+in float32 and 1e-2 S in half precision. Sums and noise are formed in float32 at least, and are cast
+once to the dtype of the parameters, when the noise is in them.
 """
 
 from ntkdp.dp_sgd._algorithm import Algorithm as Algorithm

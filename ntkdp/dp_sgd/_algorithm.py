@@ -47,8 +47,8 @@ class Info(NamedTuple):
     ``clip_fraction`` is the share of (sample, group) factors below one, ``norms`` the per-sample
     gradient norms ``(n_batch,)`` or ``(R, n_batch)``, NaN for places that Poisson sampling left
     empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm or a
-    factor that is not finite, and ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum
-    and of its noise.
+    factor that is not finite, or a clipped gradient that the dtype can hold only in part, and
+    ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum and of its noise.
 
     Under ``jax_debug_nans`` the NaN of ``step`` and ``compile()`` is let through. A program of your
     own that returns it raises, since JAX looks at what programs return.

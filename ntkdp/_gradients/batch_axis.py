@@ -33,7 +33,7 @@ from ntkdp._gradients.equations import (
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
 #: Constants of at most this many entries are inspected.
 _LARGEST_CONSTANT = 2**20
-_PACKAGE, _JAX = Path(__file__).parent, Path(jax.__file__).parent
+_PACKAGE, _JAX = Path(__file__).parent.parent, Path(jax.__file__).parent
 
 
 class Program(NamedTuple):

@@ -5,6 +5,8 @@ An archive of this kind has a checksum of every member, which reading verifies.
 
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -43,8 +45,9 @@ def decode(data: bytes, label: Mapping[str, object]) -> Content:
     Raises
     ------
     ValueError
-        If the label is another one.
+        If the label is another one, or the bytes claim to hold more than there is of them.
     """
+    _check_sizes(data)
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         members = {name: file[name] for name in file.files}
     whole = json.loads(members.pop(_TEXT).item())
@@ -58,6 +61,24 @@ def decode(data: bytes, label: Mapping[str, object]) -> Content:
     for path, array in members.items():
         _put(content, path, array)
     return content
+
+
+def _check_sizes(data: bytes) -> None:
+    """Raise before memory is taken for members that are larger than the file."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
+                raise ValueError(f"{member.filename} is compressed, or larger than the file")
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(stream)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} claims to be larger than it is")
 
 
 def _take_arrays(

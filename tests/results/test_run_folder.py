@@ -241,7 +241,6 @@ MOUNTS = """
 import json, subprocess, sys
 from pathlib import Path
 from ntkdp._results.checkpoints import CellFolder
-from ntkdp._results.checkpoints import CellFolder
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.run_folder import RunFolder
 

@@ -41,3 +41,26 @@ def test_the_public_face_is_whole() -> None:
     import ntkdp
 
     assert {name for name in ntkdp.__all__ if not hasattr(ntkdp, name)} == set()
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _is_private(module: str, room: str) -> bool:
+    """Whether a module imported by full name is a file behind the face of another room."""
+    top, *parts = module.split(".")
+    is_other = top == "ntkdp" and len(parts) > 1 and parts[0] != room
+    return is_other and any(part.startswith("_") for part in parts[1:])
+
+
+def test_rooms_take_from_each_other_what_their_faces_hand_on() -> None:
+    for path in SOURCES:
+        private = {name for name in _imported(path) if _is_private(name, _room(path))}
+        assert not private, (path, private)
+
+
+def test_files_and_folders_stay_small() -> None:
+    assert {path.name for path in SOURCES if len(path.read_text().splitlines()) > 500} == set()
+    for folder in {path.parent for path in SOURCES}:
+        assert folder == PACKAGE or len(list(folder.glob("*.py"))) <= 16, folder

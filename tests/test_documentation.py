@@ -1,6 +1,7 @@
 """Every public name is documented and tested, and what the pages print and link to is there."""
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -280,3 +281,14 @@ def test_the_pages_of_the_architecture_show_the_floors_of_the_contract() -> None
 def test_files_that_the_architecture_names_are_there(page: Path) -> None:
     for path in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text()):
         assert (ROOT / path).exists() or (ROOT / "ntkdp" / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["experiment", "sweep"])
+def test_a_lazy_face_lists_the_names_of_its_stub(name: str) -> None:
+    room = importlib.import_module(f"ntkdp.{name}")
+    stub = Path(room.__file__ or "").with_suffix(".pyi").read_text(encoding="utf-8")
+    assert sorted(room.__all__) == sorted(public_names.names_in(stub))
+
+
+def test_the_face_lists_its_version() -> None:
+    assert "__version__" in dir(ntkdp)

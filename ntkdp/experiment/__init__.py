@@ -3,4 +3,23 @@
 import lazy_loader as _lazy_loader
 
 # Importing JAX and matplotlib takes seconds, so settings are read and checked before.
-__getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, _ = _lazy_loader.attach_stub(__name__, __file__)
+
+__all__ = [
+    "KERNEL_OF",
+    "LABELS",
+    "Case",
+    "Config",
+    "ConfigError",
+    "Kernel",
+    "Prediction",
+    "Problem",
+    "Results",
+    "config",
+    "kernel_of",
+    "load_config",
+    "noise_free",
+    "problem_of",
+    "rules_of",
+    "run",
+]

@@ -7,4 +7,14 @@ calibration errors are measured after the last step.
 import lazy_loader as _lazy_loader
 
 # Importing JAX and matplotlib takes seconds, so settings are read and checked before.
-__getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, _ = _lazy_loader.attach_stub(__name__, __file__)
+
+__all__ = [
+    "Cell",
+    "Plane",
+    "Results",
+    "SweepConfig",
+    "config",
+    "load_config",
+    "run",
+]

@@ -83,4 +83,4 @@ pins:  ## Write the versions of this environment to pyproject.toml
 	uv run python benchmarks/pin_versions.py
 
 clean:  ## Remove caches and the environment
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist uv.lock
+	rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist uv.lock

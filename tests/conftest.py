@@ -59,6 +59,8 @@ gc.set_threshold(100_000, 20, 20)
 #: Programs that tests compiled, and after how many days they are forgotten.
 _COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 _DAYS_KEPT = 14
+#: The folder of this process in there.
+_OWN_PROGRAMS = pytest.StashKey[Path]()
 
 
 def _link_programs(source: Path, target: Path) -> None:
@@ -68,9 +70,12 @@ def _link_programs(source: Path, target: Path) -> None:
             (target / program.name).hardlink_to(program)
 
 
-def _keep_programs(own: Path) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep the programs of a session that came to its end; otherwise a write may be cut off."""
+    own = session.config.stash.get(_OWN_PROGRAMS, None)
+    if own is None or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return
     _link_programs(own, _COMPILED)
-    shutil.rmtree(own)
     oldest = time.time() - _DAYS_KEPT * 86_400
     # Folders too: those of processes that were killed.
     for entry in _COMPILED.iterdir():
@@ -85,9 +90,13 @@ def pytest_configure(config: pytest.Config) -> None:
     JAX writes a program where another process may read half of it. Processes that tests start read
     programs and write none, since some are killed.
     """
-    _COMPILED.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=_COMPILED))
-    config.add_cleanup(lambda: _keep_programs(own))
+    try:
+        _COMPILED.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(dir=_COMPILED))
+    except OSError:  # a checkout that cannot be written to: programs are compiled anew
+        return
+    config.stash[_OWN_PROGRAMS] = own
+    config.add_cleanup(lambda: shutil.rmtree(own))
     _link_programs(_COMPILED, own)
     # A further cache is for GPUs; with it, a program's key would depend on the folder.
     switches = {"compilation_cache_dir": str(own), "persistent_cache_enable_xla_caches": "none"}

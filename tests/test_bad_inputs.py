@@ -306,6 +306,7 @@ ROWS = [
     Row("a number for the key of a run", lambda t: train(key=0), T, "key must be a JAX PRNG key"),
     Row("a budget where the steps are not known", lambda t: ntkdp.dp_sgd.build(linear, X, Y, squared(), abadi(), learning_rate=0.1, noise_multiplier=ntkdp.privacy.Budget(mu=1.0)), T, r"number of steps is not known, got Budget\(.*; use its .noise_multiplier\(steps"),
     Row("a flow for the kernel of phases", lambda t: ntkdp.stochastic_flow.ensemble_phases(ntkdp.LinearisedFlow(linear, W, X, Y, squared(), abadi()), Y, squared(), [ntkdp.Phase(1, abadi(), 0.1)], Y, key=key()), T, "must be a kernel, got a LinearisedFlow: .*one"),
+    Row("a list of a flow for the kernels of phases", lambda t: ntkdp.stochastic_flow.ensemble_phases([ntkdp.LinearisedFlow(linear, W, X, Y, squared(), abadi())], Y, squared(), [ntkdp.Phase(1, abadi(), 0.1)], Y, key=key()), T, "must be a kernel, got a LinearisedFlow: .*one"),
     Row("no key", lambda t: train(key=None), T, r"key must be a JAX PRNG key.*got None"),
     Row("text for a key", lambda t: train(key="0"), T, "key must be a JAX PRNG key.*got '0'"),
     Row("half an old key", lambda t: train(key=np.zeros(3, np.uint32)), V, r"key must hold 2 numbers a key, got shape \(3,\)"),

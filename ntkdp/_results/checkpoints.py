@@ -101,7 +101,7 @@ class CellFolder:
         check_writable(path, path)
 
     def _check_options(self) -> None:
-        """Raise unless the options fit to what the folder holds."""
+        """Raise unless the options fit what the folder holds."""
         begun = self._has_begun()
         self._check(begun)
         if self._continues:
@@ -174,7 +174,7 @@ class CellFolder:
         BlockingIOError
             If another process is at work in the folder.
         FileExistsError, FileNotFoundError, ValueError
-            If the options no longer fit to what the folder holds.
+            If the options no longer fit what the folder holds.
         """
         made = not self.path.exists()
         make_folder(self.path)

@@ -1,4 +1,4 @@
-"""Standard output and error on which no write fails, whatever they lead to and is written."""
+"""Standard output and error on which no write fails, whatever they lead to or take."""
 
 import codecs
 import io

@@ -1,7 +1,7 @@
 """The claims of the theory, each a check that can fail.
 
 A claim has a statement, its assumptions, a source and an experiment that goes through the public
-interface alone, predictions and runs, and gives measured numbers beside the expected ones.
+interface alone, predictions and runs, and gives measured numbers next to the expected ones.
 
 Sources: *paper*, Bu, Wang, Dai, Long, "On the Convergence and Calibration of Deep Learning with
 Differential Privacy" (TMLR 2023); *derived*, worked out for this project; others by name.

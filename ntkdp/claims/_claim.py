@@ -11,7 +11,7 @@ Relation = Literal["=", "<=", ">="]
 
 
 class Finding(NamedTuple):
-    """One measured number beside the expected one.
+    """One measured number next to the expected one.
 
     ``relation`` says how they must be related: within ``tolerance`` of each other, or one not above
     the other by more than it.

@@ -44,7 +44,7 @@ def _is_number(text: str) -> bool:
 def read_csv(text: str, source: str, delimiter: str | None) -> tuple[Any, Callable[[], Any]]:
     """The table of CSV text whose first line names the columns, as a pandas data frame.
 
-    Returned beside it is a function that gives the same table with its entries as they are written.
+    Returned with it is a function that gives the same table with its entries as they are written.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def encode_table(
             blocks.append(block)
             names.extend(block_names)
     if not blocks:
-        raise ValueError(f"{source} has no feature column beside the target {target.name!r}")
+        raise ValueError(f"{source} has no feature column besides the target {target.name!r}")
     if task is None and not pd.api.types.is_numeric_dtype(target.dtype):
         _check_text(target, str(target.name))
     return Table(np.concatenate(blocks, axis=1), _target_values(target), tuple(names))

@@ -177,7 +177,7 @@ class KernelFlow(LinearModelFlow):
         weighted = factors[:, :, None] * a[None]
         if weights is not None:
             weighted = weighted * weights[None, :, None]
-        return weighted / self.data.divisor if self.reduction == "mean" else weighted
+        return weighted / self.data.divisor
 
     def velocity(
         self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None

@@ -255,7 +255,7 @@ class LinearisedFlow(LinearModelFlow):
     def velocity(self, state: Params, weights: Array | None = None) -> Params:
         """Time derivative of the parameters; for a batch if samples have ``weights``."""
         clipped, _, _ = self._clip(state, weights)
-        scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
+        scale = -1.0 / self.data.divisor
         return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
 
     def measure(self, state: Params, outputs: bool) -> Measurement:

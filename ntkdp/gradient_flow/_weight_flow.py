@@ -141,7 +141,7 @@ class WeightFlow(TrainingFlow):
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""
         clipped, _, _ = self._clipped_sum(state)
-        scale = -1.0 / self.x.shape[0] if self.reduction == "mean" else -1.0
+        scale = -1.0 / self.data.divisor
         if self.preconditioner is None:
             return jax.tree.map(lambda g, w: (scale * g).astype(w.dtype), clipped, state)
         return jax.tree.map(

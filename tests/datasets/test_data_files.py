@@ -292,7 +292,7 @@ def test_csv_options_are_checked(tmp_path, gappy):
         datasets.from_csv(gappy, target="y", features=["sqare"])
     with pytest.raises(ValueError, match="features must not name the target column 'y'"):
         datasets.from_csv(gappy, target="y", features=["row", "y"])
-    with pytest.raises(ValueError, match="no feature column beside the target 'y'"):
+    with pytest.raises(ValueError, match="no feature column besides the target 'y'"):
         datasets.from_csv(gappy, target="y", features=[])
     spaced = tmp_path / "spaced.txt"
     spaced.write_text("a y\n1 2\n2 4\n3 6\n")

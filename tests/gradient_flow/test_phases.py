@@ -16,7 +16,7 @@ import scipy.stats
 from helpers import KEY, SOFTMAX, SQUARED
 
 import ntkdp
-from ntkdp import Phase, clipping, dp_sgd, gradient_flow, losses, models, privacy, stochastic_flow
+from ntkdp import Phase, clipping, dp_sgd, gradient_flow, models, privacy, stochastic_flow
 from ntkdp.trajectory._phase import check_phases
 
 N, M, P, K = 7, 4, 9, 3
@@ -484,16 +484,6 @@ RULE = clipping.Abadi(1.0)
 def test_bad_phases_are_named(wrong: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         Phase(**({"steps": 2, "clipping": RULE, "learning_rate": 0.1} | wrong))
-
-
-def test_a_flow_in_place_of_a_kernel_is_refused() -> None:
-    w, x, y, loss = jnp.ones((2, 1)), jnp.ones((3, 2)), jnp.zeros((3, 1)), losses.SquaredError()
-    flow = ntkdp.LinearisedFlow(lambda w, x: x @ w, w, x, y, loss, RULE)
-    given: Any = [flow]
-    with pytest.raises(TypeError, match=r"must be a kernel, got a Linear.*one|Type-check"):
-        stochastic_flow.ensemble_phases(
-            given, y, loss, [Phase(1, RULE, 0.1)], w, key=jax.random.key(0)
-        )
 
 
 @pytest.mark.parametrize("phases", [[], Phase(1, RULE, 0.1), [0.1], 3])

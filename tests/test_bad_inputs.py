@@ -118,6 +118,12 @@ def saved_by_another(folder: Path, **changed: Any) -> Any:
     return ntkdp.Trajectory.load(path)
 
 
+def relu() -> Any:
+    from neural_tangents import stax
+
+    return stax.Relu
+
+
 def figure() -> Any:
     from matplotlib.figure import Figure
 
@@ -185,6 +191,9 @@ ROWS = [
     Row("recorded steps as a float", lambda t: ntkdp.trajectory.recorded_steps(2.5, 1), T, "steps must be a whole number, got 2.5"),
     Row("groups as a float", lambda t: abadi(scope="layerwise").sensitivity(1.5), T, "n_groups must be a whole number, got 1.5"),
     Row("one width", lambda t: ntkdp.models.mlp(8, 1), T, "widths must be a sequence of whole numbers, got 8"),
+    Row("a stax layer that was not called", lambda t: ntkdp.models.serial(relu()), T, r"layers\[0\] must be a stax layer"),
+    Row("a number for an equinox module", lambda t: ntkdp.models.from_equinox(3), T, "must be an equinox module or .*got 3"),
+    Row("a number for a flax module", lambda t: ntkdp.models.from_flax(3), T, "must be a flax module or a function .*got 3"),
     Row("numbers for a stax network", lambda t: ntkdp.models.from_stax(1, 2, 3), T, "init_fn must be a function.*got 1"),
     Row("a metric by its name", lambda t: ntkdp.calibration.bootstrap("brier", [0.5], [1], key=key()), T, "metric must be a function.*'brier'"),
     Row("a function that gives text", lambda t: ntkdp.clipping.Custom(lambda s: "a", 1.0), V, "function must map norms.*'a'"),

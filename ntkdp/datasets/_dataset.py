@@ -286,10 +286,10 @@ def _array(array: Any, argument: str) -> np.ndarray:
 
 
 def _real(array: Any, argument: str) -> np.ndarray:
-    array = _array(array, argument)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{argument} must be real numbers, got an array of {array.dtype}")
-    return array
+    numbers = _array(array, argument)
+    if numbers.dtype.kind not in "biuf":
+        raise TypeError(f"{argument} must be real numbers, got an array of {numbers.dtype}")
+    return numbers
 
 
 def _feature_label(j: int, feature_names: Sequence[str] | None) -> str:
@@ -422,7 +422,8 @@ def _standardise_inputs(
             largest = np.max(np.abs(part), axis=axes, keepdims=True)
             part = part / np.where(largest == 0, 1.0, largest)
             norms = np.sqrt(np.sum(part**2, axis=axes, keepdims=True))
-            return part * np.sqrt(part[0].size) / np.where(norms == 0, 1.0, norms)
+            scaled: np.ndarray = part * np.sqrt(part[0].size) / np.where(norms == 0, 1.0, norms)
+            return scaled
 
     else:
         return train, test

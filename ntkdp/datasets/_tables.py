@@ -214,7 +214,8 @@ def _target_values(target: Any) -> np.ndarray:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(target.dtype):
-        return target.to_numpy()
+        numbers: np.ndarray = target.to_numpy()
+        return numbers
     return np.asarray([str(value) for value in target], dtype=str)
 
 

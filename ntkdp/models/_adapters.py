@@ -2,13 +2,18 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import equinox as eqx
 import jax
 
-from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray
+from ntkdp._backend.types import ApplyFn, Array, Params, PRNGKeyArray, PyTree
 from ntkdp.models._model import InitFn, Model, checked_model
+
+if TYPE_CHECKING:
+    import flax.linen
+
+_Module = TypeVar("_Module")
 
 
 def from_function(init: InitFn, apply: ApplyFn) -> Model:
@@ -29,7 +34,7 @@ def from_function(init: InitFn, apply: ApplyFn) -> Model:
     return checked_model(init, apply)
 
 
-def from_equinox(module: Any) -> Model:
+def from_equinox(module: eqx.Module | Callable[[PRNGKeyArray], eqx.Module]) -> Model:
     """An equinox module that acts on a single sample.
 
     Parameters
@@ -69,13 +74,17 @@ def from_equinox(module: Any) -> Model:
         return eqx.filter(build(key), eqx.is_inexact_array)
 
     def apply(params: Params, x: Array) -> Array:
-        return jax.vmap(eqx.combine(params, constant))(x)
+        network: Callable[[Array], Array] = jax.vmap(eqx.combine(params, constant))
+        return network(x)
 
     return checked_model(init, apply)
 
 
 def from_flax(
-    module: Any, *, state: Mapping[str, Any] | None = None, **call_arguments: Any
+    module: "flax.linen.Module | Callable[..., object]",
+    *,
+    state: Mapping[str, PyTree] | None = None,
+    **call_arguments: Any,
 ) -> Model:
     """A flax network: a `flax.linen` module, a `flax.nnx` module, or a function that makes one.
 
@@ -137,18 +146,19 @@ _COUPLED = (
 )
 
 
-def _builder(module: Any, kind: type, article: str) -> Callable[[PRNGKeyArray], Any]:
+def _builder(
+    module: object, kind: type[_Module], article: str
+) -> Callable[[PRNGKeyArray], _Module]:
     """``key -> module``, whether ``module`` is one or makes one."""
 
-    is_class = isinstance(module, type) and issubclass(module, kind)
-    if is_class and not _takes_a_key(module):
+    if isinstance(module, type) and issubclass(module, kind) and not _takes_a_key(module):
         raise TypeError(
             f"module must be {article} module or a function from a key to one, got the class "
             f"{module.__name__}: make an instance, or a function, "
             f"lambda key: {module.__name__}(...)"
         )
 
-    def build(key: PRNGKeyArray) -> Any:
+    def build(key: PRNGKeyArray) -> _Module:
         made = module if isinstance(module, kind) or not callable(module) else module(key)
         if not isinstance(made, kind):
             raise TypeError(
@@ -171,7 +181,7 @@ def _takes_a_key(kind: type) -> bool:
 
 
 def _refuse_coupled_equinox(module: eqx.Module) -> None:
-    def is_special(node: Any) -> bool:
+    def is_special(node: object) -> bool:
         return isinstance(node, eqx.nn.StateIndex | eqx.nn.Dropout)
 
     for node in jax.tree.leaves(module, is_leaf=is_special):
@@ -187,7 +197,9 @@ def _refuse_coupled_equinox(module: eqx.Module) -> None:
             )
 
 
-def _from_linen(module: Any, state: Mapping[str, Any], call_arguments: dict[str, Any]) -> Model:
+def _from_linen(
+    module: "flax.linen.Module", state: Mapping[str, PyTree], call_arguments: dict[str, Any]
+) -> Model:
     from flax import errors
 
     def init(key: PRNGKeyArray, x: Array) -> Params:
@@ -204,7 +216,7 @@ def _from_linen(module: Any, state: Mapping[str, Any], call_arguments: dict[str,
 
     def apply(params: Params, x: Array) -> Array:
         try:
-            return module.apply({**state, "params": params}, x, **call_arguments)
+            outputs = module.apply({**state, "params": params}, x, **call_arguments)
         except errors.ModifyScopeVariableError as error:
             raise ValueError(
                 f"module changes its state while it runs ({error}). {_COUPLED}: set "
@@ -215,11 +227,13 @@ def _from_linen(module: Any, state: Mapping[str, Any], call_arguments: dict[str,
                 f"module draws random numbers while it runs ({error}): set deterministic=True, by "
                 "a call argument of from_flax if the module takes one"
             ) from error
+        # A pair only with `mutable`, and `checked_model` refuses it.
+        return cast(Array, outputs)
 
     return checked_model(init, apply)
 
 
-def _from_nnx(module: Any, call_arguments: dict[str, Any]) -> Model:
+def _from_nnx(module: object, call_arguments: dict[str, Any]) -> Model:
     from flax import nnx
 
     build = _builder(module, nnx.Module, "a flax")
@@ -236,7 +250,7 @@ def _from_nnx(module: Any, call_arguments: dict[str, Any]) -> Model:
         nnx.replace_by_pure_dict(variables, params)
         # Without the copy the network would change the variables of `constant` in place.
         network = nnx.merge(graph, variables, constant, copy=True)
-        outputs = network(x, **call_arguments)
+        outputs: Array = network(x, **call_arguments)
         after = jax.tree_util.tree_leaves_with_path(nnx.state(network, nnx.Not(nnx.Param)))
         changed = [
             jax.tree_util.keystr(path[:-1], simple=True, separator="/")

@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import NamedTuple, TypeAlias, final
 
 import jax
 
 from ntkdp._backend import memory, program_memory, validate
 from ntkdp._backend.types import ApplyFn, Array, Outputs, Params, PRNGKeyArray, is_traced
+from ntkdp.models._stax_types import KernelFn
 
 InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
-#: ``kernel_fn(x1, x2=None, get=None)``, as in neural-tangents: ``get`` is ``"ntk"`` or ``"nngp"``.
-KernelFn: TypeAlias = Callable[..., Any]
 #: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
 LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
 #: Covariances (c_tt, c_ts, c_ss) of the weights between times t and s, by the name of the layer.

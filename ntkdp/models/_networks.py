@@ -2,17 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, cast
 
-from ntkdp._backend import neural_tangents
 from ntkdp._backend.types import Array, Float, Params, PRNGKeyArray
 from ntkdp._backend.validate import choice, count, non_negative, positive
 from ntkdp.models import _stax_kernels
-from ntkdp.models._model import Model, TwoTimeRule, checked_model
-from ntkdp.models._stax_kernels import StaxLayer
-
-Parameterization: TypeAlias = Literal["ntk", "standard"]
-
+from ntkdp.models._model import Covariances, Model, TwoTimeRule, checked_model
+from ntkdp.models._stax_types import (
+    Get,
+    KernelFn,
+    NamedKernels,
+    Parameterization,
+    Scales,
+    StaxApplyFn,
+    StaxInitFn,
+    StaxKernel,
+    StaxLayer,
+    stax,
+)
 
 #: Weight scale that keeps the second moment 1 through the activation: W_std^2 E[phi(z)^2] = 1.
 _UNIT_GAIN = {
@@ -25,13 +32,13 @@ _UNIT_GAIN = {
 
 
 def _activation(name: str) -> StaxLayer:
-    stax = neural_tangents.stax
+    nonlinear = stax()
     layers = {
-        "relu": stax.Relu,
-        "gelu": stax.Gelu,
-        "erf": stax.Erf,
-        "sin": stax.Sin,
-        "identity": stax.Identity,
+        "relu": nonlinear.Relu,
+        "gelu": nonlinear.Gelu,
+        "erf": nonlinear.Erf,
+        "sin": nonlinear.Sin,
+        "identity": nonlinear.Identity,
     }
     return layers[name]()
 
@@ -41,17 +48,17 @@ def _scales(
     W_std: float | None,
     b_std: float | None,
     output_W_std: float,
-    parameterization: str,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    parameterization: Parameterization,
+) -> tuple[Scales, Scales]:
     """Checked keyword arguments of the hidden layers and of the last one."""
     choice(_UNIT_GAIN, activation=activation)
     choice(("ntk", "standard"), parameterization=parameterization)
-    shared = {
-        "b_std": None if b_std is None else non_negative(b_std=b_std),
-        "parameterization": parameterization,
-    }
-    W_std = _UNIT_GAIN[activation] if W_std is None else positive(W_std=W_std)
-    return {"W_std": W_std, **shared}, {"W_std": positive(output_W_std=output_W_std), **shared}
+    hidden = Scales(
+        W_std=_UNIT_GAIN[activation] if W_std is None else positive(W_std=W_std),
+        b_std=None if b_std is None else non_negative(b_std=b_std),
+        parameterization=parameterization,
+    )
+    return hidden, {**hidden, "W_std": positive(output_W_std=output_W_std)}
 
 
 def mlp(
@@ -121,11 +128,11 @@ def mlp(
     _check_sizes(widths=widths)
     count(n_outputs=n_outputs)
     hidden, output = _scales(activation, W_std, b_std, output_W_std, parameterization)
-    stax = neural_tangents.stax
+    dense = stax().Dense
     layers: list[StaxLayer] = []
     for width in widths:
-        layers += [stax.Dense(width, **hidden), _activation(activation)]
-    layers.append(stax.Dense(n_outputs, **output))
+        layers += [dense(width, **hidden), _activation(activation)]
+    layers.append(dense(n_outputs, **output))
     return _from_layers(layers, _flatten)
 
 
@@ -198,15 +205,15 @@ def cnn(
     window = _pair(kernel_size=kernel_size)
     step = _pair(strides=strides)
     hidden, output = _scales(activation, W_std, b_std, output_W_std, parameterization)
-    stax = neural_tangents.stax
+    linear = stax()
     layers: list[StaxLayer] = []
     for n_channels in channels:
-        layers.append(stax.Conv(n_channels, window, step, padding, **hidden))
+        layers.append(linear.Conv(n_channels, window, step, padding, **hidden))
         layers.append(_activation(activation))
         if pooling == "average":
-            layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
-    layers.append(stax.GlobalAvgPool() if pooling == "global" else stax.Flatten())
-    layers.append(stax.Dense(n_outputs, **output))
+            layers.append(linear.AvgPool((2, 2), strides=(2, 2)))
+    layers.append(linear.GlobalAvgPool() if pooling == "global" else linear.Flatten())
+    layers.append(linear.Dense(n_outputs, **output))
 
     def images(x: Array) -> Array:
         if x.ndim != 4:
@@ -230,7 +237,7 @@ def cnn(
     return _from_layers(layers, images)
 
 
-def serial(*layers: Any) -> Model:
+def serial(*layers: StaxLayer) -> Model:
     """Layers of `neural_tangents.stax` one after the other, with a kernel term for each.
 
     Parameters
@@ -279,9 +286,9 @@ def serial(*layers: Any) -> Model:
 
 
 def from_stax(
-    init_fn: Callable[..., Any],
-    apply_fn: Callable[..., Any],
-    kernel_fn: Callable[..., Any] | None = None,
+    init_fn: StaxInitFn,
+    apply_fn: StaxApplyFn,
+    kernel_fn: KernelFn | None = None,
 ) -> Model:
     """The triple of a `neural_tangents.stax` network.
 
@@ -316,7 +323,7 @@ def from_stax(
     return checked_model(lambda key, x: init_fn(key, x.shape)[1], apply_fn, kernel_fn)
 
 
-def _check_sizes(**named: Any) -> None:
+def _check_sizes(**named: Sequence[int]) -> None:
     ((name, sizes),) = named.items()
     if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
         raise TypeError(f"{name} must be a sequence of whole numbers, got {sizes!r}")
@@ -328,7 +335,8 @@ def _from_layers(
     layers: Sequence[StaxLayer], prepare: Callable[[Array], Array] = lambda x: x
 ) -> Model:
     """`stax.serial(*layers)` on ``prepare(x)``, with layer terms and kernels between times."""
-    init_fn, apply_fn, kernel_fn = neural_tangents.stax.serial(*layers)
+    init_fn, apply_fn, kernel_fn = stax().serial(*layers)
+    any_kernel: Callable[..., Array | NamedKernels | StaxKernel] = kernel_fn
 
     def pair(x1: Array, x2: Array | None) -> tuple[Array, Array | None]:
         return prepare(x1), None if x2 is None else prepare(x2)
@@ -339,8 +347,10 @@ def _from_layers(
     def apply(params: Params, x: Array) -> Array:
         return apply_fn(params, prepare(x))
 
-    def kernel(x1: Array, x2: Array | None = None, get: Any = None, **options: Any) -> Any:
-        return kernel_fn(*pair(x1, x2), get, **options)
+    def kernel(
+        x1: Array, x2: Array | None = None, get: Get = None, **options: object
+    ) -> Array | NamedKernels | StaxKernel:
+        return any_kernel(*pair(x1, x2), get, **options)
 
     def positions_of(x: Array) -> list[int]:
         return _stax_kernels.layers_with_parameters(init_fn, prepare(x).shape)
@@ -353,12 +363,14 @@ def _from_layers(
         _stax_kernels.check_two_time(layers, positions, prepare(x).shape)
         return tuple(map(str, positions))
 
-    def two_time_kernel(x1: Array, x2: Array, covariances: Any) -> tuple[Array, dict[str, Array]]:
+    def two_time_kernel(
+        x1: Array, x2: Array, covariances: Covariances
+    ) -> tuple[Array, dict[str, Array]]:
         x1, x2 = prepare(x1), prepare(x2)
         return _stax_kernels.two_time_terms(layers, positions_of(x1), x1, x2, covariances)
 
     two_time = TwoTimeRule(check_two_time, two_time_kernel)
-    return checked_model(init, apply, kernel, layer_kernel, two_time)
+    return checked_model(init, apply, cast(KernelFn, kernel), layer_kernel, two_time)
 
 
 def _flatten(x: Array) -> Array:

@@ -8,22 +8,19 @@ the layer and the covariances after it, and neural-tangents does the rest.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ntkdp._backend import neural_tangents
-from ntkdp._backend.types import Array
-
-#: A layer of neural-tangents' stax: ``(init_fn, apply_fn, kernel_fn)``.
-StaxLayer: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+from ntkdp._backend.types import Array, PyTree
+from ntkdp.models._stax_types import KernelFn, StaxInitFn, StaxKernel, StaxLayer, stax
 
 #: Layers whose kernel is linear in that of their input, weights and bias of one scale each.
 _AFFINE = ("Dense", "Conv", "ConvLocal", "ConvTranspose")
 
 
-def layers_with_parameters(init_fn: Callable[..., Any], shape: tuple[int, ...]) -> list[int]:
+def layers_with_parameters(init_fn: StaxInitFn, shape: tuple[int, ...]) -> list[int]:
     """Positions of the layers that hold parameters."""
     params = jax.eval_shape(lambda: init_fn(jax.random.key(0), shape)[1])
     positions = [position for position, entry in enumerate(params) if jax.tree.leaves(entry)]
@@ -52,7 +49,7 @@ def two_time_terms(
     positions: Sequence[int],
     x1: Array,
     x2: Array,
-    covariances: Mapping[str, tuple[Any, Any, Any]],
+    covariances: Mapping[str, tuple[Array, Array, Array]],
 ) -> tuple[Array, dict[str, Array]]:
     """Covariance of the outputs, and terms of the tangent kernel, between two times.
 
@@ -84,11 +81,12 @@ def check_two_time(
             )
 
     @jax.jit
-    def terms(x: Array) -> list[Any]:
-        return [
-            kernel_from(layers[: position + 1], position)(x, None, ("nngp", "ntk"))[:2]
+    def terms(x: Array) -> list[tuple[Array, Array]]:
+        kernels = [
+            kernel_from(layers[: position + 1], position)(x, None, ("nngp", "ntk"))
             for position in positions
         ]
+        return [(kernel.nngp, kernel.ntk) for kernel in kernels]
 
     # One input tells: a layer's own term is the covariance of its outputs, whatever they are.
     with jax.ensure_compile_time_eval():
@@ -102,19 +100,17 @@ def check_two_time(
             )
 
 
-def kernel_from(layers: Sequence[StaxLayer], position: int) -> Callable[..., Any]:
+def kernel_from(layers: Sequence[StaxLayer], position: int) -> KernelFn:
     """The kernel whose neural tangent part counts only the layers from ``position`` on."""
     boundary = _mapped(lambda kernel: {"ntk": jnp.zeros_like(kernel.ntk)})
-    serial = neural_tangents.stax.serial
-    kernel_fn: Callable[..., Any] = serial(*layers[:position], boundary, *layers[position:])[2]
-    return kernel_fn
+    return stax().serial(*layers[:position], boundary, *layers[position:])[2]
 
 
-def _before(between: Any) -> StaxLayer:
+def _before(between: Array) -> StaxLayer:
     return _mapped(lambda kernel: {"ntk": between * kernel.ntk})
 
 
-def _after(of_first: Any, between: Any, of_second: Any) -> StaxLayer:
+def _after(of_first: Array, between: Array, of_second: Array) -> StaxLayer:
     return _mapped(
         lambda kernel: {
             "cov1": of_first * kernel.cov1,
@@ -124,11 +120,11 @@ def _after(of_first: Any, between: Any, of_second: Any) -> StaxLayer:
     )
 
 
-def _mapped(change: Callable[[Any], dict[str, Any]]) -> StaxLayer:
+def _mapped(change: Callable[[StaxKernel], dict[str, Array]]) -> StaxLayer:
     """A layer that changes fields of the kernel and nothing else."""
     kernel_type = neural_tangents.Kernel
 
-    def kernel_fn(kernels: Any, **_: Any) -> Any:
+    def kernel_fn(kernels: PyTree, **_: object) -> PyTree:
         return jax.tree.map(
             lambda kernel: kernel.replace(**change(kernel)),
             kernels,
@@ -138,7 +134,7 @@ def _mapped(change: Callable[[Any], dict[str, Any]]) -> StaxLayer:
     return (
         lambda key, shape: (shape, ()),
         lambda params, x, **_: x,
-        neural_tangents.stax.requires()(kernel_fn),
+        stax().requires()(kernel_fn),
     )
 
 

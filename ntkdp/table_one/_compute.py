@@ -49,7 +49,7 @@ def compute(
     """
     with jax.enable_x64(True):
         key = jax.random.key(1) if key is None else validate.key(key=key)
-        makers = (
+        makers: tuple[Callable[[], Row], ...] = (
             lambda: _all_hold("none", "H", (clipping.NoClipping(),), key),
             lambda: _all_hold("batch", "c H", (clipping.Batch(1.0),), key),
             lambda: _all_hold(

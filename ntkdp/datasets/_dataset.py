@@ -1,12 +1,12 @@
 """A data set: samples split into a training and a test part, and standardised."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, final
+from typing import Literal, TypedDict, final
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Num, Real
 
 from ntkdp._backend.types import Array
@@ -93,8 +93,8 @@ class Dataset:
 
 
 def from_arrays(
-    x: Any,
-    y: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
     *,
     name: str = "arrays",
     task: str | None = None,
@@ -169,21 +169,21 @@ def from_arrays(
 
 
 def build(
-    x: Any,
-    y: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
     name: str,
     task: str | None,
     class_names: Sequence[str] | None,
     feature_names: Sequence[str] | None,
     *,
     impute: bool,
-    n_train: Any = None,
-    n_test: Any = None,
-    seed: Any = 0,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
     standardise: str | None = None,
 ) -> Dataset:
     """:func:`from_arrays`, which with ``impute`` fills NaN by means over the training part."""
-    seed = _checked_seed(seed)
+    seed = count(0, seed=seed)
     x, y = _real(x, "x"), _array(y, "y")
     standardise = _checked_standardisation(standardise, x)
     if task is None:
@@ -254,17 +254,9 @@ def _default_float(**named: np.ndarray) -> Array:
     return finite(**{name: converted})
 
 
-def data_generator(seed: Any) -> np.random.Generator:
+def data_generator(seed: int) -> np.random.Generator:
     """The stream that draws synthetic data, independent of the one that splits them."""
-    return np.random.default_rng([_checked_seed(seed), 1])
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
-    if operator.index(seed) < 0:
-        raise ValueError(f"seed must be at least 0, got {seed!r}")
-    return operator.index(seed)
+    return np.random.default_rng([count(0, seed=seed), 1])
 
 
 def _checked_standardisation(standardise: str | None, x: np.ndarray) -> str:
@@ -278,14 +270,14 @@ def _checked_standardisation(standardise: str | None, x: np.ndarray) -> str:
     return "feature" if standardise is None else standardise
 
 
-def _array(array: Any, argument: str) -> np.ndarray:
+def _array(array: npt.ArrayLike, argument: str) -> np.ndarray:
     try:
         return np.asarray(array)
     except ValueError as error:
         raise ValueError(f"{argument} must be an array, got rows of unequal length") from error
 
 
-def _real(array: Any, argument: str) -> np.ndarray:
+def _real(array: npt.ArrayLike, argument: str) -> np.ndarray:
     numbers = _array(array, argument)
     if numbers.dtype.kind not in "biuf":
         raise TypeError(f"{argument} must be real numbers, got an array of {numbers.dtype}")
@@ -369,7 +361,7 @@ def _check_labels(y: np.ndarray, n_classes: int) -> np.ndarray:
     return y
 
 
-def _part_sizes(n: int, n_train: Any, n_test: Any) -> tuple[int, int]:
+def _part_sizes(n: int, n_train: int | None, n_test: int | None) -> tuple[int, int]:
     test = None if n_test is None else count(n_test=n_test)
     train = None if n_train is None else count(n_train=n_train)
     if train is None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 from urllib.error import URLError
 
 import numpy as np
@@ -333,7 +333,7 @@ def names() -> tuple[str, ...]:
     return tuple(_LOADERS)
 
 
-def load(name_or_path: str | os.PathLike[str], /, **options: Any) -> Dataset:
+def load(name_or_path: str | os.PathLike[str], /, **options: object) -> Dataset:
     """A data set by its name, or a file by its suffix; the options are those of its loader.
 
     Names are those of :func:`names`, each a function of this module. Files: ``.npz``
@@ -369,7 +369,10 @@ def load(name_or_path: str | os.PathLike[str], /, **options: Any) -> Dataset:
     return loader(*first, **options)
 
 
-def _loader(name_or_path: str | os.PathLike[str]) -> tuple[Callable[..., Dataset], tuple[Any, ...]]:
+def _loader(
+    name_or_path: str | os.PathLike[str],
+) -> tuple[Callable[..., Dataset], tuple[str | os.PathLike[str], ...]]:
+    """The function that loads it, and its arguments without a name."""
     if isinstance(name_or_path, str) and name_or_path in _LOADERS:
         return _LOADERS[name_or_path], ()
     file_name = Path(name_or_path).name

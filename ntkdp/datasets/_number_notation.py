@@ -8,9 +8,12 @@ entries; it is ambiguous if the notations that the whole table allows read it di
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ntkdp._backend.validate import choice
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Notation(NamedTuple):
@@ -95,7 +98,7 @@ def _value(parts: _Parts, notation: Notation) -> float:
 
 
 def readings(
-    entries: Collection[Any], allowed: Iterable[Notation]
+    entries: Collection[object], allowed: Iterable[Notation]
 ) -> dict[Notation, dict[str, float]]:
     """The values of all ``entries`` in each of the notations that read them all.
 
@@ -103,8 +106,7 @@ def readings(
     """
     parts: dict[str, _Parts] = {}
     for entry in entries:
-        found = _parts(entry) if isinstance(entry, str) else None
-        if found is None:
+        if not isinstance(entry, str) or (found := _parts(entry)) is None:
             return {}
         parts[entry] = found
     if len({part.unit for part in parts.values()}) != 1:
@@ -163,13 +165,13 @@ def _one_reading(
 
 
 def read_numbers(
-    frame: Any,
-    as_written: Callable[[], Any],
+    frame: "pandas.DataFrame",
+    as_written: "Callable[[], pandas.DataFrame]",
     *,
     decimal: str | None,
     thousands: str | None,
     source: str,
-) -> Any:
+) -> "pandas.DataFrame":
     """A pandas frame whose columns of numbers in other notations are numbers.
 
     ``as_written`` gives the same frame as text; it is called if some column is not plain.
@@ -207,7 +209,7 @@ def read_numbers(
     )
 
 
-def _numeric_columns(frame: Any) -> tuple[list[str], list[str]]:
+def _numeric_columns(frame: "pandas.DataFrame") -> tuple[list[str], list[str]]:
     """Names of the columns of plain numbers, and of those of text."""
     from pandas.api import types
 
@@ -220,6 +222,6 @@ def _numeric_columns(frame: Any) -> tuple[list[str], list[str]]:
     return numbers, texts
 
 
-def _entries(column: Any) -> list[Any]:
-    entries: list[Any] = column.dropna().unique().tolist()
+def _entries(column: "pandas.Series") -> list[object]:
+    entries: list[object] = column.dropna().unique().tolist()
     return entries

@@ -6,13 +6,16 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 
 from ntkdp._backend.validate import choice, did_you_mean
 from ntkdp.datasets._dataset import Dataset, Split, build
 from ntkdp.datasets._number_notation import looks_like_number, read_numbers
+
+if TYPE_CHECKING:
+    import pandas
 
 _DELIMITERS = (",", ";", "\t", "|")
 _MAX_CATEGORIES = 100
@@ -41,7 +44,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def read_csv(text: str, source: str, delimiter: str | None) -> tuple[Any, Callable[[], Any]]:
+def read_csv(
+    text: str, source: str, delimiter: str | None
+) -> "tuple[pandas.DataFrame, Callable[[], pandas.DataFrame]]":
     """The table of CSV text whose first line names the columns, as a pandas data frame.
 
     Returned with it is a function that gives the same table with its entries as they are written.
@@ -72,7 +77,7 @@ def read_csv(text: str, source: str, delimiter: str | None) -> tuple[Any, Callab
     return frame, lambda: _parsed(text, source, separator, dtype=str)
 
 
-def _parsed(text: str, source: str, separator: str, **options: Any) -> Any:
+def _parsed(text: str, source: str, separator: str, **options: type[str]) -> "pandas.DataFrame":
     import pandas as pd  # on first use: it takes longer to import than this whole package
 
     try:
@@ -93,15 +98,15 @@ def _parsed(text: str, source: str, separator: str, **options: Any) -> Any:
 
 
 def in_numbers(
-    chosen: tuple[Any, Any],
-    as_written: Callable[[], Any],
+    chosen: "tuple[pandas.DataFrame, pandas.Series]",
+    as_written: "Callable[[], pandas.DataFrame]",
     target: str,
     categorical: Sequence[str],
     *,
     decimal: str | None,
     thousands: str | None,
     source: str,
-) -> tuple[Any, Any]:
+) -> "tuple[pandas.DataFrame, pandas.Series]":
     """The features and the target with numbers in any notation read, and ``categorical`` as text.
 
     Raises
@@ -126,14 +131,14 @@ def _counts(pairs: dict[str, int], shown: int = 5) -> str:
     return text if len(pairs) <= shown else f"{text} and {len(pairs) - shown} more"
 
 
-def _as_numbers(column: Any) -> Any:
+def _as_numbers(column: "pandas.Series") -> "pandas.Series":
     """A column of numbers that pandas holds as objects, as truth values with gaps, as numbers."""
     present = column.dropna()
     is_number = column.dtype == object and all(isinstance(value, Real) for value in present)
     return column.astype(np.float64) if is_number and len(present) else column
 
 
-def _check_text(column: Any, name: str) -> None:
+def _check_text(column: "pandas.Series", name: str) -> None:
     """Raise if most entries of a column that is not marked as categories look like numbers."""
     if column.dtype == "category":
         return
@@ -149,7 +154,7 @@ def _check_text(column: Any, name: str) -> None:
         )
 
 
-def _one_hot(column: Any, name: str) -> tuple[np.ndarray, list[str]]:
+def _one_hot(column: "pandas.Series", name: str) -> tuple[np.ndarray, list[str]]:
     _check_text(column, name)
     present = column.dropna()
     categories = sorted({str(value) for value in present})
@@ -165,7 +170,12 @@ def _one_hot(column: Any, name: str) -> tuple[np.ndarray, list[str]]:
 
 
 def encode_table(
-    features: Any, target: Any, *, source: str, missing: str, task: str | None
+    features: "pandas.DataFrame",
+    target: "pandas.Series",
+    *,
+    source: str,
+    missing: str,
+    task: str | None,
 ) -> Table:
     """Numbers from a pandas frame of features and a series of targets.
 
@@ -210,7 +220,7 @@ def encode_table(
     return Table(np.concatenate(blocks, axis=1), _target_values(target), tuple(names))
 
 
-def _target_values(target: Any) -> np.ndarray:
+def _target_values(target: "pandas.Series") -> np.ndarray:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(target.dtype):
@@ -220,8 +230,8 @@ def _target_values(target: Any) -> np.ndarray:
 
 
 def select_columns(
-    frame: Any, target: str, features: Sequence[str] | None, source: str
-) -> tuple[Any, Any]:
+    frame: "pandas.DataFrame", target: str, features: Sequence[str] | None, source: str
+) -> "tuple[pandas.DataFrame, pandas.Series]":
     """The feature columns (all but the target, or those named) and the target column."""
     names = [str(name) for name in frame.columns]
     for name in (target, *(features or ())):
@@ -234,8 +244,8 @@ def select_columns(
 
 
 def from_table(
-    features: Any,
-    target: Any,
+    features: "pandas.DataFrame",
+    target: "pandas.Series",
     *,
     source: str,
     missing: str,

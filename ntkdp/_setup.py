@@ -1,8 +1,9 @@
 """The training behind a trajectory: numbers that tell whether two of them can be compared."""
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import equinox as eqx
@@ -37,7 +38,9 @@ class Setup:
     ``learning_rate`` holds the rates of the steps 0, 1, 2, 4, ...: one number if it is constant,
     and none for a flow, which stands for every small learning rate. None stands for values that are
     not known, e.g. inside a JAX transformation. ``neglects`` names what a prediction leaves out by
-    its nature: ``"noise"``, ``"sampling"``. ``friction`` belongs to a flow with inertia, and
+    its nature: ``"noise"``, ``"sampling"``. ``optimizer`` names its kind, and ``optimizer_options``
+    what is not as by default, without numbers where they are not known, e.g. the momentum.
+    ``friction`` belongs to a flow with inertia, and
     ``time_scale`` is the number that times were multiplied by.
     """
 
@@ -50,7 +53,7 @@ class Setup:
     noise_per_group: bool = False
     sample_rate: float | None = None
     optimizer: str = "sgd"
-    momentum: float | None = None
+    optimizer_options: Description = ()
     friction: float | None = None
     time_scale: float | None = 1.0
     neglects: tuple[str, ...] = ()
@@ -94,26 +97,57 @@ def rates(learning_rate: LearningRate, steps: int) -> tuple[float, ...]:
     return tuple(np.ravel(np.asarray(learning_rate, np.float64)).tolist())
 
 
-def optimizer_of(optimizer: Callable[..., object]) -> tuple[str, float | None]:
-    """Name of an optimizer, "sgd" for ``optax.sgd``, and its momentum if it is known."""
+def optimizer_of(optimizer: Callable[..., object]) -> tuple[str, Description]:
+    """Kind of an optimizer, a module or a function, and its options that are not as by default."""
+    if isinstance(optimizer, eqx.Module):
+        kind = type(optimizer)
+        defaults = inspect.signature(kind).parameters
+        given = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}
+        changed = {
+            name: value
+            for name, value in given.items()
+            if name not in defaults
+            or is_traced(value)
+            or _plain(value) != _plain(defaults[name].default)
+        }
+        return kind.__name__.lower(), _known(changed)
     options: dict[str, object] = {}
     while isinstance(optimizer, functools.partial):
         options = optimizer.keywords | options
         optimizer = optimizer.func
     name = _name(optimizer)
-    is_optax = str(getattr(optimizer, "__module__", "")).startswith("optax.")
-    if is_optax and name != "sgd":
+    if str(getattr(optimizer, "__module__", "")).startswith("optax."):
         name = f"optax.{name}"
     given = {key: value for key, value in options.items() if is_traced(value) or value}
-    momentum = None
-    if is_optax and name == "sgd":
-        momentum = number(given.get("momentum", 0.0))
-    shown = ", ".join(f"{key}={_shown(value)}" for key, value in given.items())
-    return (f"{name}({shown})" if shown else name), momentum
+    return name, _known(given)
 
 
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else _name(value)
+def _known(options: Mapping[str, object]) -> Description:
+    """Options as plain numbers and text, without numbers where they are not known."""
+
+    def known(value: object) -> str | tuple[float, ...]:
+        if is_traced(value):
+            return ()
+        return str(value) if isinstance(value, bool) else _plain(value)
+
+    return tuple((name, known(value)) for name, value in options.items())
+
+
+def _optimizer_in_words(setup: Setup) -> str:
+    shown = ", ".join(f"{name}={_value(value)}" for name, value in setup.optimizer_options)
+    return f"{setup.optimizer}({shown})" if shown else setup.optimizer
+
+
+def _same_optimizer(one: Setup, other: Setup) -> bool:
+    """Whether kinds and options are the same, as far as they are known."""
+    if one.optimizer != other.optimizer:
+        return False
+    ours, theirs = dict(one.optimizer_options), dict(other.optimizer_options)
+    if ours.keys() != theirs.keys():
+        return False
+    return all(
+        () in (ours[name], theirs[name]) or _same_value(ours[name], theirs[name]) for name in ours
+    )
 
 
 def rescaled(setups: tuple[Setup, ...], factor: ScalarLike) -> tuple[Setup, ...]:
@@ -220,7 +254,7 @@ def _of_noise(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_optimizer(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
-    ours, theirs = prediction.optimizer, run.optimizer
+    ours, theirs = _optimizer_in_words(prediction), _optimizer_in_words(run)
     rate = run.learning_rate[0] if len(run.learning_rate) == 1 else None
     scale = None
     if prediction.time_scale is not None and run.time_scale is not None:
@@ -229,13 +263,16 @@ def _of_optimizer(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str
     if prediction.friction is not None and run.friction is None:
         # Its unit of time is the root of the learning rate a step.
         expected = None if rate is None else rate**-0.5
-        if theirs.startswith("optax."):
+        options = dict(run.optimizer_options)
+        momentum = options.pop("momentum", (0.0,))
+        is_other = run.optimizer == "adam" or run.optimizer.startswith("optax.")
+        if is_other or options.keys() - {"nesterov"}:
             yield "optimizer", ours, theirs
-        elif rate is not None and run.momentum is not None:
-            momentum = 1 - prediction.friction * math.sqrt(rate)
-            if not math.isclose(momentum, run.momentum, rel_tol=0, abs_tol=1e-4):
-                yield "optimizer", f"{ours} of momentum {momentum:.4g}", theirs
-    elif ours not in (theirs, "preconditioned"):
+        elif rate is not None and isinstance(momentum, tuple) and momentum:
+            expected_momentum = 1 - prediction.friction * math.sqrt(rate)
+            if not math.isclose(expected_momentum, momentum[0], rel_tol=0, abs_tol=1e-4):
+                yield "optimizer", f"{ours} of momentum {expected_momentum:.4g}", theirs
+    elif prediction.optimizer != "preconditioned" and not _same_optimizer(prediction, run):
         yield "optimizer", ours, theirs
     if scale is not None and expected is not None and not _same(scale, expected):
         unit = f"{scale / expected:.4g} times that unit (see Trajectory.rescale_time)"
@@ -270,12 +307,12 @@ def _same_value(one: str | tuple[float, ...], other: str | tuple[float, ...]) ->
 def _in_words(description: Description) -> str:
     named = dict(description)
     kind = named.pop("kind", "")
-    shown = ", ".join(
-        f"{name}={value if isinstance(value, str) else _numbers(value)}"
-        for name, value in named.items()
-        if value != "None"
-    )
+    shown = ", ".join(f"{name}={_value(value)}" for name, value in named.items() if value != "None")
     return f"{kind}({shown})"
+
+
+def _value(value: str | tuple[float, ...]) -> str:
+    return value if isinstance(value, str) else _numbers(value) or "?"
 
 
 def _numbers(values: Iterable[float]) -> str:

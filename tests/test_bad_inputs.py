@@ -74,6 +74,11 @@ def solved(kernel: Any, start: Any, rule: Any = None, **options: Any) -> Any:
     return path.outputs[-1]
 
 
+def update_without_a_variance() -> Any:
+    adam = ntkdp.optimizers.Adam(correct_noise=True)(0.1)
+    return adam.update(jnp.ones(2), adam.init(jnp.ones(2)))
+
+
 def trajectory() -> Any:
     return ntkdp.Trajectory(jnp.arange(3.0), loss=jnp.ones(3), clip_fraction=jnp.zeros(3))
 
@@ -331,6 +336,21 @@ ROWS = [
     Row("a number for a key of a table", lambda t: ntkdp.table_one.compute(0), T, "key must be a JAX PRNG key"),
     Row("a number for a key of a fit", lambda t: ntkdp.calibration.fit_temperature_privately([[1.0, 2.0]], [1], clip_norm=1.0, noise_multiplier=1.0, learning_rate=0.1, steps=2, key=0), T, "key must be a JAX PRNG key"),
     Row("an optimizer that was made", lambda t: train(optimizer=optax.sgd(0.1)), T, "optimizer must be a function of the learning rate"),
+    Row("a class for an optimizer", lambda t: train(optimizer=ntkdp.optimizers.SGD), T, r"optimizer must be an optimizer, e.g. SGD\(\), got the class SGD"),
+    Row("text for an optimizer", lambda t: ntkdp.recursion(flow(), jnp.zeros((3, 1)), learning_rate=0.1, steps=1, optimizer="adam"), T, "optimizer must be a function of the learning rate, e.g. optax.adam, got str"),
+    Row("a momentum of one", lambda t: ntkdp.optimizers.SGD(1.0), V, r"momentum must be in \[0, 1\), got 1.0"),
+    Row("a momentum that is text", lambda t: ntkdp.optimizers.SGD("0.9"), T, "momentum must be a number, got '0.9'"),
+    Row("no number for a momentum", lambda t: ntkdp.optimizers.SGD(None), T, "momentum must be a number, got None"),
+    Row("several momenta", lambda t: ntkdp.optimizers.SGD([0.5, 0.9]), V, r"momentum must be a single number, got shape \(2,\)"),
+    Row("a weight decay in the place of Nesterov", lambda t: ntkdp.optimizers.SGD(0.9, 0.1), T, "nesterov must be True or False, got 0.1"),
+    Row("Nesterov without momentum", lambda t: ntkdp.optimizers.SGD(nesterov=True), V, "nesterov must be False without momentum"),
+    Row("a weight decay below zero", lambda t: ntkdp.optimizers.SGD(weight_decay=-0.1), V, "weight_decay must be at least 0 and finite, got -0.1"),
+    Row("an average that is never moved", lambda t: ntkdp.optimizers.Adam(average=1.0), V, r"average must be in \[0, 1\), got 1.0"),
+    Row("a floor of nothing", lambda t: ntkdp.optimizers.Adam(floor=0.0), V, "floor must be positive and finite, got 0.0"),
+    Row("a decay of NaN", lambda t: ntkdp.optimizers.Adam(b2=NAN), V, r"b2 must be in \[0, 1\), got nan"),
+    Row("a correction of unknown noise", lambda t: update_without_a_variance(), V, r"noise_variance must be given to update with Adam\(correct_noise=True\)"),
+    Row("weight decay of outputs alone", lambda t: ntkdp.recursion(flow(), jnp.zeros((3, 1)), learning_rate=0.1, steps=1, optimizer=ntkdp.optimizers.SGD(weight_decay=0.1)), V, r"outputs_at_zero must be given .* jax.jvp"),
+    Row("Adam of outputs alone", lambda t: ntkdp.recursion(flow(), jnp.zeros((3, 1)), learning_rate=0.1, steps=1, optimizer=ntkdp.optimizers.Adam()), V, "optimizer must be linear in gradients and weights.*got Adam"),
 ]  # fmt: skip
 
 

@@ -95,6 +95,20 @@ def fraction(**named: Value) -> Value:
     return _require(name, value, lambda v: (v > 0) & (v <= 1), "in (0, 1]")
 
 
+def decay(**named: Value) -> Value:
+    """A number in [0, 1)."""
+    name, value = _single(named)
+    return _require(name, value, lambda v: (v >= 0) & (v < 1), "in [0, 1)")
+
+
+def flag(**named: object) -> bool:
+    """True or False, known before the program runs."""
+    name, value = _single(named)
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def scalar(**named: Value) -> Value:
     """A single number, not an array of several."""
     name, value = _single(named)

@@ -1,7 +1,7 @@
 """One step of DP-SGD: sample, clip, add noise, update."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
+from ntkdp import optimizers
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.norms import wide
@@ -27,18 +28,21 @@ from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp.dp_sgd import _plain_gradients
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping, TrainingSet
-
-#: Learning rate to optax transformation.
-Optimizer: TypeAlias = Callable[[LearningRate], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """All that the next step needs: parameters, optimizer state and the number of steps done."""
+    """All that the next step needs: parameters, optimizer state and the number of steps done.
+
+    ``average`` is the moving average of the parameters, in float32 at least, if the optimizer
+    keeps one; :meth:`Algorithm.measured_params` returns it in the dtypes of the parameters.
+    """
 
     params: Params
     optimizer_state: PyTree
     step: Array
+    average: Params | None = None
 
 
 class Info(NamedTuple):
@@ -76,7 +80,7 @@ class Algorithm(HasTrainingSet):
     learning_rate: LearningRate
     noise_multiplier: ScalarLike
     groups: PyTree
-    optimizer: Optimizer
+    optimizer: OptimizerLike
     sample_rate: float = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
@@ -88,7 +92,7 @@ class Algorithm(HasTrainingSet):
 
     def setup(self, stepping: Stepping) -> Setup:
         """The training in plain numbers, for comparisons."""
-        optimizer, momentum = optimizer_of(self.optimizer)
+        optimizer, options = optimizer_of(optimizers.recognised(self.optimizer))
         return Setup(
             clipping=described(self.clipping),
             loss=described(self.loss),
@@ -99,7 +103,7 @@ class Algorithm(HasTrainingSet):
             noise_per_group=self.noise_per_group,
             sample_rate=self.sample_rate,
             optimizer=optimizer,
-            momentum=momentum,
+            optimizer_options=options,
         )
 
     def init(self, params: Params) -> State:
@@ -110,11 +114,22 @@ class Algorithm(HasTrainingSet):
         self._check(params)
         return self.start(params)
 
-    def start(self, params: Params) -> State:
-        """The state before the first step, for parameters that were checked."""
+    def start(self, params: Params, average: Params | None = None) -> State:
+        """The state before the first step, for parameters that were checked.
+
+        An average is continued if there is one from the steps before.
+        """
         trained, _ = self._split(params)
         optimizer_state = self._transformation(trained).init(trained)
-        return State(params, optimizer_state, jnp.zeros((), jnp.int32))
+        if average is None:
+            average = optimizers.start_average(self.optimizer, params)
+        return State(params, optimizer_state, jnp.zeros((), jnp.int32), average)
+
+    def measured_params(self, state: State) -> Params:
+        """The parameters at which a run is measured: their average if the optimizer keeps one."""
+        if state.average is None:
+            return state.params
+        return jax.tree.map(lambda mean, w: mean.astype(w.dtype), state.average, state.params)
 
     def _split(self, params: Params) -> tuple[Params, Params]:
         """Trained and frozen parameters, each tree with None in place of the other."""
@@ -193,15 +208,15 @@ class Algorithm(HasTrainingSet):
         noise = self._noise(noise_key, trained, groups) if self.noisy else None
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
+        variance = self._noise_variance(trained, groups, divisor)
         # Rounded to the precision of the parameters here, when the noise is in it.
         gradient = jax.tree.map(lambda g, w: (g / divisor).astype(w.dtype), total, trained)
-        # Optimizers rely on promotion, of their count of steps for one.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, optimizer_state = self._transformation(trained).update(
-                gradient, state.optimizer_state, trained
-            )
+        updates, optimizer_state = optimizers.updated(
+            self._transformation(trained), gradient, state.optimizer_state, trained, variance
+        )
         moved = eqx.combine(optax.apply_updates(trained, updates), frozen)
-        new = State(moved, optimizer_state, state.step + 1)
+        average = optimizers.next_average(self.optimizer, state.average, moved)
+        new = State(moved, optimizer_state, state.step + 1, average)
 
         used = jnp.broadcast_to(present, factors.shape)
         clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)
@@ -218,19 +233,33 @@ class Algorithm(HasTrainingSet):
 
     def _noise(self, key: PRNGKeyArray, params: Params, groups: _groups.Groups) -> Params:
         leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        dtypes = [wide(leaf).dtype for leaf in leaves]
+        noise = [
+            deviation.astype(dtype) * jax.random.normal(k, leaf.shape, dtype)
+            for k, leaf, dtype, deviation in zip(
+                keys, leaves, dtypes, self._noise_deviations(groups), strict=True
+            )
+        ]
+        return jax.tree.unflatten(treedef, noise)
+
+    def _noise_deviations(self, groups: _groups.Groups) -> list[Array]:
+        """Standard deviation of the noise of each leaf of the summed gradient."""
         if self.noise_per_group:
             # Equal shares of the budget: sum_r (R_r / std_r)^2 is 1 / sigma^2 again.
             scales = jnp.sqrt(groups.size) * jnp.asarray(self.clipping.group_norms(groups.size))
             scale_of = [scales[group] for group in groups.leaf_to_group]
         else:
-            scale_of = [jnp.asarray(self.clipping.sensitivity(groups.size))] * len(leaves)
-        keys = jax.random.split(key, len(leaves))
-        dtypes = [wide(leaf).dtype for leaf in leaves]
-        noise = [
-            (self.noise_multiplier * scale).astype(dtype) * jax.random.normal(k, leaf.shape, dtype)
-            for k, leaf, dtype, scale in zip(keys, leaves, dtypes, scale_of, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, noise)
+            scale = jnp.asarray(self.clipping.sensitivity(groups.size))
+            scale_of = [scale] * len(groups.leaf_to_group)
+        return [jnp.asarray(self.noise_multiplier * scale) for scale in scale_of]
+
+    def _noise_variance(self, params: Params, groups: _groups.Groups, divisor: float) -> Params:
+        """Variance of the noise of each leaf of the divided gradient, for the optimizer."""
+        if not self.noisy:
+            return jax.tree.map(lambda leaf: jnp.zeros(()), params)
+        variances = [(std / divisor) ** 2 for std in self._noise_deviations(groups)]
+        return jax.tree.unflatten(jax.tree.structure(params), variances)
 
     def clipped_sum(
         self, params: Params, drawn: Array | None
@@ -313,8 +342,15 @@ class Algorithm(HasTrainingSet):
         return jax.tree.unflatten(jax.tree.structure(trained), leaves), outputs, norms, factors
 
     def measure(
-        self, params: Params, train: Array, clip_fraction: Array, outputs: bool
+        self, state: State, train: Array, clip_fraction: Array, outputs: bool
     ) -> Measurement:
-        """The record at parameters whose training outputs are known."""
+        """The record of a state; ``train`` and ``clip_fraction`` are of its parameters.
+
+        With an average, losses and outputs are of it, and the clip fraction is still that of the
+        parameters, whose gradients are clipped.
+        """
+        params = self.measured_params(state)
+        if state.average is not None:
+            train = self.clipped_sum(params, None)[1]
         test = None if self.test_x is None else self.apply_fn(params, self.test_x)
         return self.data.measure(train, test, clip_fraction, outputs)

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import optax
 from jax.sharding import Mesh
 
-from ntkdp import privacy
+from ntkdp import optimizers, privacy
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import (
     ApplyFn,
@@ -19,8 +18,9 @@ from ntkdp._backend.types import (
     is_traced,
 )
 from ntkdp.clipping import ClippingRule
-from ntkdp.dp_sgd._algorithm import Algorithm, Optimizer
+from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.losses import Loss, Reduction, SampleLoss
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import TrainingSet, as_samples, as_trainable
 
 #: Chance per step that a Poisson batch outgrows the memory planned for it.
@@ -46,7 +46,7 @@ class Method:
     """How a run draws, takes and applies gradients, alike in all phases; not yet checked."""
 
     sample_rate: ScalarLike
-    optimizer: Optimizer | None
+    optimizer: OptimizerLike | None
     groups: PyTree
     gradients: Literal["structured", "vmap"]
     noise_per_group: bool
@@ -73,7 +73,7 @@ def build(
     learning_rate: LearningRate,
     noise_multiplier: ScalarLike = 0.0,
     sample_rate: float = 1.0,
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
     test_x: ArrayLike | None = None,
@@ -99,7 +99,8 @@ def build(
     -------
     Algorithm
         ``init(params) -> State``, ``step(key, state) -> (State, Info)``, and ``compile()``, the
-        step as a compiled function.
+        step as a compiled function. ``measured_params(state)`` returns the average of the
+        parameters if the optimizer keeps one.
 
     Raises
     ------
@@ -154,7 +155,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         learning_rate=_learning_rate(mechanism.learning_rate),
         noise_multiplier=noise_multiplier,
         groups=method.groups,
-        optimizer=_optimizer(method.optimizer),
+        optimizer=optimizers.as_optimizer(method.optimizer),
         sample_rate=float(sample_rate),
         capacity=_capacity(x.shape[0] // n_devices, float(sample_rate), n_devices),
         gradients=method.gradients,
@@ -179,18 +180,6 @@ def _learning_rate(learning_rate: LearningRate) -> LearningRate:
     rate = validate.positive(learning_rate=learning_rate)
     constant: ScalarLike = as_constant(validate.scalar(learning_rate=rate))
     return constant
-
-
-def _optimizer(optimizer: Optimizer | None) -> Optimizer:
-    if optimizer is None:
-        default: Optimizer = optax.sgd
-        return default
-    if not callable(optimizer):
-        raise TypeError(
-            "optimizer must be a function of the learning rate, e.g. optax.adam, "
-            f"got {type(optimizer).__name__}"
-        )
-    return optimizer
 
 
 def _microbatch_size(microbatch_size: int | None, rule: ClippingRule) -> int | None:

@@ -23,10 +23,11 @@ from ntkdp._backend.types import (
     ScalarLike,
 )
 from ntkdp.clipping import ClippingRule
-from ntkdp.dp_sgd._algorithm import Algorithm, Optimizer
+from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.dp_sgd._build import Mechanism, Method, Problem, algorithm_of
-from ntkdp.dp_sgd._seeds import trained
+from ntkdp.dp_sgd._seeds import Start, trained
 from ntkdp.losses import Loss, Reduction, SampleLoss
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import (
     Phase,
     Stepping,
@@ -49,7 +50,7 @@ def run(
     steps: int,
     noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
     test_x: ArrayLike | None = None,
@@ -87,8 +88,10 @@ def run(
         :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
-    optimizer : callable, optional
-        Learning rate to optax transformation, e.g. ``optax.adam``; by default ``optax.sgd``.
+    optimizer : optimizers.Optimizer or callable, optional
+        One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
+        transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
+        losses and outputs are those of the average, and the clip fraction is of the weights.
     groups : pytree prefix of labels, or callable from key path to label, optional
         Groups of layerwise clipping; by default the layers.
     reduction : {"mean", "sum"}
@@ -160,7 +163,7 @@ def run_phases(
     phases: Iterable[Phase],
     *,
     sample_rate: float = 1.0,
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
     test_x: ArrayLike | None = None,
@@ -180,7 +183,7 @@ def run_phases(
     ----------
     phases : sequence of Phase
         Clipping rule, learning rate, noise, steps and trainable groups of each. The optimizer's
-        state starts anew with each phase.
+        state starts anew with each phase, while an average of the weights goes on.
     groups : pytree prefix of labels, or callable from key path to label, optional
         Groups of layerwise clipping, and those that a phase may freeze; by default the layers.
     record_every : int
@@ -253,13 +256,12 @@ def _recorded(
     keys = devices.everywhere(phases[0][0].mesh, validate.keys(key=key))
     # All phases are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm, _ in phases]
+    start: Start = (params, None)
     paths: list[Trajectory] = []
     with _progress.listening(progress, "training with DP-SGD") as listener:
         for algorithm, stepping in phases:
             per_seed = bool(paths) and keys.ndim > 0
-            params, measured = trained(
-                algorithm, params, per_seed, keys, stepping, outputs, listener
-            )
+            start, measured = trained(algorithm, start, per_seed, keys, stepping, outputs, listener)
             recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
             paths.append(from_measurements(stepping.times, measured, steps=recorded, setup=setup))
         return functools.reduce(Trajectory.then, paths)

@@ -1,5 +1,7 @@
 """The loop of DP-SGD, compiled, with what it records."""
 
+from typing import TypeAlias
+
 import equinox as eqx
 import jax
 
@@ -10,25 +12,28 @@ from ntkdp._backend.types import Array, Key, Params, PRNGKeyArray
 from ntkdp.dp_sgd._algorithm import Algorithm, State
 from ntkdp.trajectory import Measurement, Stepping
 
+#: Parameters where steps begin or end, and their average if there is one.
+Start: TypeAlias = tuple[Params, Params | None]
+
 
 def trained(
     algorithm: Algorithm,
-    params: Params,
+    start: Start,
     per_seed: bool,
     keys: Key[Array, "*seeds"],
     stepping: Stepping,
     outputs: bool,
     listener: Listener,
-) -> tuple[Params, Measurement]:
+) -> tuple[Start, Measurement]:
     """The result of :func:`run`, or an error if there is no room for it."""
-    single = jax.tree.map(lambda leaf: leaf[0], params) if per_seed else params
+    single, _ = jax.tree.map(lambda leaf: leaf[0], start) if per_seed else start
 
     def measure(params: Params, outputs: bool) -> list[Array]:
         data = (algorithm.x, algorithm.test_x)
         return [algorithm.apply_fn(params, x) for x in data if x is not None]
 
-    result: tuple[Params, Measurement] = program_memory.call(
-        run, algorithm, params, per_seed, keys, stepping, outputs, listener,
+    result: tuple[Start, Measurement] = program_memory.call(
+        run, algorithm, start, per_seed, keys, stepping, outputs, listener,
         what=f"training {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="train fewer runs at a time (keys), set a microbatch_size, record fewer steps or "
         "without outputs, or use float32",
@@ -41,20 +46,20 @@ def trained(
 @eqx.filter_jit
 def run(
     algorithm: Algorithm,
-    params: Params,
+    start: Start,
     per_seed: bool,
     keys: Key[Array, "*seeds"],
     stepping: Stepping,
     outputs: bool,
     listener: Listener,
-) -> tuple[Params, Measurement]:
+) -> tuple[Start, Measurement]:
     """Parameters at the end and what was measured, from parameters of all seeds or of each."""
 
     def measure(state: State) -> Measurement:
         _, train, _, factors, _ = algorithm.clipped_sum(state.params, None)
-        return algorithm.measure(state.params, train, clipping.clip_fraction(factors), outputs)
+        return algorithm.measure(state, train, clipping.clip_fraction(factors), outputs)
 
-    def one_run(key: PRNGKeyArray, params: Params) -> tuple[Params, Measurement]:
+    def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:
         def key_of(k: Array | int) -> PRNGKeyArray:
             return jax.random.fold_in(key, stepping.number(k))
 
@@ -63,18 +68,18 @@ def run(
 
         def step_and_measure(k: Array | int, state: State) -> tuple[State, Measurement]:
             after, info, train, _ = algorithm.step_with_outputs(key_of(k), state)
-            return after, algorithm.measure(state.params, train, info.clip_fraction, outputs)
+            return after, algorithm.measure(state, train, info.clip_fraction, outputs)
 
         # A step on the full batch computes the outputs of all samples anyway.
         end, measured = stepping.walk_to_end(
             step,
             measure,
-            algorithm.start(params),
+            algorithm.start(*start),
             listener,
             step_and_measure if algorithm.sample_rate >= 1 else None,
         )
-        return end.params, measured
+        return (end.params, end.average), measured
 
     if keys.ndim == 0:
-        return one_run(keys, params)
-    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, params)
+        return one_run(keys, start)
+    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, start)

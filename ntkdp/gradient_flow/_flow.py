@@ -7,9 +7,10 @@ import equinox as eqx
 from jax.sharding import Mesh
 
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
-from ntkdp._setup import Setup, described, number, rates
+from ntkdp._setup import Setup, described, number, optimizer_of, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping
 
 
@@ -76,7 +77,6 @@ def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: st
         loss=described(loss),
         reduction=reduction,
         optimizer=optimizer,
-        momentum=0.0 if optimizer == "sgd" else None,
         neglects=("noise", "sampling"),
     )
 
@@ -87,9 +87,13 @@ def with_steps(
     noise_multiplier: ScalarLike | None = None,
     sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
+    optimizer: OptimizerLike | None = None,
 ) -> Setup:
-    """``setup`` with the steps of a run, and with noise and sampling if they are given."""
+    """``setup`` with the steps of a run, and with optimizer, noise and sampling if given."""
     has_noise = noise_multiplier is not None
+    if optimizer is not None and setup.optimizer != "preconditioned":
+        kind, options = optimizer_of(optimizer)
+        setup = replace(setup, optimizer=kind, optimizer_options=options)
     return replace(
         setup,
         learning_rate=rates(stepping.learning_rate, stepping.steps),

@@ -134,22 +134,26 @@ class KernelFlow(LinearModelFlow):
 
     def init(self, initial: PyTree) -> tuple[Array, Array | None]:
         """The state at initial outputs ``(n, K)``, or a (train, test) pair with a test kernel."""
-        pair = isinstance(initial, tuple | list)
+        return self.checked_outputs(initial, "initial")
+
+    def checked_outputs(self, given: PyTree, name: str) -> tuple[Array, Array | None]:
+        """Outputs of an argument, ``(n, K)`` or a (train, test) pair, as a state."""
+        pair = isinstance(given, tuple | list)
         if pair != (self.test_drive is not None):
             raise ValueError(
-                "initial must be a (train, test) pair of outputs with a test_kernel and one array "
+                f"{name} must be a (train, test) pair of outputs with a test_kernel and one array "
                 f"(n, K) without, got {'a pair' if pair else 'one array'}"
             )
-        train, test = initial if pair else (initial, None)
+        train, test = given if pair else (given, None)
         n, n_outputs = self.targets.shape[0], self.n_outputs
-        train = _check_outputs(train, n, n_outputs, "initial" if test is None else "initial[0]")
+        train = _check_outputs(train, n, n_outputs, name if test is None else f"{name}[0]")
         train = train.astype(common_dtype(train, self.drive.matrix))
         if n_outputs is None:
             self.data.check_outputs(train.shape[1])
         if test is not None:
             assert self.test_drive is not None
             m = self.test_drive.n_points
-            test = _check_outputs(test, m, train.shape[1], "initial[1]").astype(train.dtype)
+            test = _check_outputs(test, m, train.shape[1], f"{name}[1]").astype(train.dtype)
         placed: tuple[Array, Array | None] = devices.everywhere(self.mesh, (train, test))
         return placed
 

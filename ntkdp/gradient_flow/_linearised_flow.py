@@ -152,6 +152,10 @@ class LinearisedFlow(LinearModelFlow):
         initial = devices.everywhere(self.mesh, initial)
         return jax.tree.map(lambda w, w0: (w - w0).astype(w0.dtype), initial, self.params)
 
+    def at_zero_weights(self) -> Params:
+        """The state at which all weights are zero."""
+        return jax.tree.map(jnp.negative, self.params)
+
     def weight_groups(self) -> _groups.Groups:
         """Groups that are clipped apart; flat, all weights are one."""
         if self.clipping.scope == "flat":

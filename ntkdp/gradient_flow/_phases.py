@@ -12,6 +12,7 @@ from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._solve import recursion, solve
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.optimizers import Optimizer, OptimizerLike, as_optimizer, recognised
 from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, steppings
 
 #: One kernel for all phases, or one for each, as :class:`ntkdp.KernelFlow` takes them.
@@ -212,6 +213,21 @@ def flows_of_phases(
             strict=True,
         )
     ]
+
+
+def check_decay_of_phases(
+    optimizer: OptimizerLike | None, phases: tuple[Phase, ...], kernel: PyTree
+) -> None:
+    """Raise if weight decay acts on weights of which the outputs do not tell enough."""
+    known = recognised(as_optimizer(optimizer))
+    if not isinstance(known, Optimizer) or not known.decays_weights:
+        return
+    if isinstance(kernel, list | tuple) or any(phase.trainable is not None for phase in phases):
+        raise ValueError(
+            "optimizer must be without weight decay where phases freeze groups or have kernels of "
+            f"their own, got {type(known).__name__}: which part of the outputs decays then is not "
+            "in the kernel; use dp_sgd.run_phases"
+        )
 
 
 def one_a_phase(kernel: PyTree, phases: tuple[Phase, ...], name: str) -> list[PyTree]:

@@ -22,6 +22,13 @@ from ntkdp._backend.types import (
     as_constant,
 )
 from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow, with_steps
+from ntkdp.gradient_flow._optimizer_steps import (
+    OptimizerSteps,
+    OutputsAtZero,
+    Walked,
+    optimizer_steps,
+)
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import Measurement, Outcome, Stepping, Trajectory, from_measurements
 
 _DEFAULT_MAX_STEPS = 100_000
@@ -219,6 +226,8 @@ def recursion(
     *,
     learning_rate: LearningRate,
     steps: int,
+    optimizer: OptimizerLike | None = None,
+    outputs_at_zero: OutputsAtZero | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -226,7 +235,8 @@ def recursion(
     r"""Discrete steps of a frozen kernel, :math:`f_{k+1} = f_k - \tfrac\eta n \sum_r H_r C_r a`.
 
     Exact for the linearised model at any step size, divergence included. Without the kernel, the
-    same steps are :math:`w_{k+1} = w_k - \tfrac\eta n \sum_i C_i g_i` of a LinearisedFlow.
+    same steps are :math:`w_{k+1} = w_k - \tfrac\eta n \sum_i C_i g_i` of a LinearisedFlow. An
+    optimizer that is linear makes in the outputs the steps that it makes in the weights.
 
     Parameters
     ----------
@@ -238,6 +248,13 @@ def recursion(
         :math:`\eta`; a schedule maps the step number to it.
     steps : int
         At least 1.
+    optimizer : optimizers.Optimizer or callable, optional
+        As for ``dp_sgd.run``; by default plain SGD. A KernelFlow takes linear ones, as
+        :class:`ntkdp.optimizers.SGD` with all its options, and a LinearisedFlow any.
+    outputs_at_zero : array or pair, optional
+        Needed for weight decay of a KernelFlow: the outputs of the linear model at zero weights,
+        :math:`f(w_0) - J w_0`, ``(n, K)`` or a (train, test) pair. One Jacobian-vector product
+        gives :math:`J w_0`.
     record_every : int
         Record every ``record_every`` steps, and the last.
     outputs : bool
@@ -248,16 +265,19 @@ def recursion(
     Returns
     -------
     Trajectory
-        Times are the running sum of the learning rate.
+        Times are the running sum of the learning rate. With an average of the weights, losses and
+        outputs are those of the average, and the clip fraction is that of the weights.
 
     Raises
     ------
     ValueError, TypeError
-        Learning rate not positive, steps below 1, a flow of another kind.
+        Learning rate not positive, steps below 1, a flow of another kind; with a KernelFlow an
+        optimizer that is not linear, or weight decay without ``outputs_at_zero``.
 
     Notes
     -----
-    *Derived*: a clipped gradient step of a model that is linear in its parameters.
+    *Derived*: a clipped gradient step of a model that is linear in its parameters, and that linear
+    optimizers commute with the Jacobian.
 
     Examples
     --------
@@ -270,14 +290,15 @@ def recursion(
     """
     flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
+    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
     state = flow.init(initial)
     with _progress.listening(progress, "stepping the kernel") as listener:
         measured = program_memory.call(
-            _recur, flow, state, stepping, outputs, listener,
+            _recur, walk, state, stepping, outputs, listener,
             what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
             results=stepping.bytes_of_record(flow.measure, state, outputs),
         )  # fmt: skip
-        setup = with_steps(flow.setup(), stepping)
+        setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer)
         return from_measurements(
             stepping.times, measured, steps=jnp.asarray(stepping.recorded), setup=setup
         )
@@ -285,19 +306,16 @@ def recursion(
 
 @eqx.filter_jit
 def _recur(
-    flow: LinearModelFlow,
+    walk: OptimizerSteps,
     state: PyTree,
     stepping: Stepping,
     outputs: bool,
     listener: Listener,
 ) -> Measurement:
-    def step(k: Array | int, state: PyTree) -> PyTree:
-        rate = stepping.rate(k)
-        return jax.tree.map(
-            lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, flow.velocity(state)
-        )
+    def step(k: Array | int, walked: Walked) -> Walked:
+        return walk.step(walked, walk.flow.velocity(walked.position))
 
     measured: Measurement = stepping.walk(
-        step, lambda state: flow.measure(state, outputs), state, listener
+        step, lambda walked: walk.measure(walked, outputs), walk.start(state), listener
     )
     return measured

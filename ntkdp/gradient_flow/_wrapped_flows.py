@@ -74,7 +74,7 @@ class HeavyBallFlow(WrappedFlow):
         if inner is None:
             return None
         friction = number(self.friction)
-        return replace(inner, optimizer="heavy ball", momentum=None, friction=friction)
+        return replace(inner, optimizer="heavy ball", friction=friction)
 
     def velocity(self, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """Time derivative of position and momentum."""

@@ -27,17 +27,24 @@ from ntkdp.gradient_flow import (
     KernelFlow,
     LinearisedFlow,
     LinearModelFlow,
+    OptimizerSteps,
+    OutputsAtZero,
+    Walked,
     check_kernel_flow,
     check_linear_model_flow,
+    optimizer_steps,
     with_steps,
 )
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
 from ntkdp.stochastic_flow._sampling import batch_weights, sampling
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
 
+#: Where runs begin or end: the state of the flow, and its average if there is one.
+Start: TypeAlias = tuple[PyTree, PyTree | None]
 #: Outputs of training points, and of test points if there are any.
 _Outputs: TypeAlias = tuple[Array, Array | None]
 
@@ -97,6 +104,13 @@ class StepNoise(eqx.Module):
             return drift
         return jax.tree.map(jnp.add, drift, self.added.draw(flow.mesh, drift, noise_key))
 
+    def variance(self, velocity: PyTree) -> PyTree:
+        """Variance of the noise of each weight's velocity; of outputs, which nobody asks for, 0."""
+        if not isinstance(self.added, _WeightNoise):
+            return 0.0
+        variances = [deviation**2 for deviation in self.added.deviations]
+        return jax.tree.unflatten(jax.tree.structure(velocity), variances)
+
 
 def ensemble(
     flow: KernelFlow | LinearisedFlow,
@@ -108,6 +122,8 @@ def ensemble(
     sample_rate: float = 1.0,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
+    optimizer: OptimizerLike | None = None,
+    outputs_at_zero: OutputsAtZero | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -139,6 +155,8 @@ def ensemble(
     noise_per_group : bool
         For layerwise clipping: the noise of group r is in proportion to its own R_r, as in
         ``dp_sgd.run``.
+    optimizer, outputs_at_zero
+        As for :func:`ntkdp.recursion`; the noise passes through the optimizer as in a run.
     record_every : int
         Record every so many steps, and the last one.
     outputs : bool
@@ -183,17 +201,20 @@ def ensemble(
     stepping = Stepping(learning_rate, steps, record_every)
     sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     noise = noise_of_step(flow, sigma, sample_rate, noise_kernel, noise_per_group)
-    state = flow.init(initial)
+    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
+    start: Start = (flow.init(initial), None)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
         _, measured = draw_within_memory(
-            flow, noise, state, False, stepping, keys, outputs, listener
+            walk, noise, start, False, stepping, keys, outputs, listener
         )
         return from_measurements(
             stepping.times,
             measured,
             steps=jnp.asarray(stepping.recorded),
-            setup=with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group),
+            setup=with_steps(
+                flow.setup(), stepping, sigma, sample_rate, noise_per_group, walk.optimizer
+            ),
         )
 
 
@@ -226,51 +247,53 @@ def noise_of_step(
 
 
 def draw_within_memory(
-    flow: LinearModelFlow,
+    walk: OptimizerSteps,
     noise: StepNoise,
-    state: PyTree,
+    start: Start,
     per_seed: bool,
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
     listener: Listener,
-) -> tuple[PyTree, Measurement]:
+) -> tuple[Start, Measurement]:
     """:func:`draw`, if there is memory for it."""
-    one_state = jax.tree.map(lambda leaf: leaf[0], state) if per_seed else state
-    state, measured = program_memory.call(
-        draw, flow, noise, state, per_seed, stepping, keys, outputs, listener,
+    single = jax.tree.map(lambda leaf: leaf[0], start) if per_seed else start
+    walked = jax.eval_shape(walk.start, *single)
+    end, measured = program_memory.call(
+        draw, walk, noise, start, per_seed, stepping, keys, outputs, listener,
         what=f"drawing {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="draw fewer runs at a time (keys), record fewer steps or without outputs, or use "
         "float32",
-        results=stepping.bytes_of_record(flow.measure, one_state, outputs),
-        work=program_memory.bytes_of(one_state), n_runs=keys.size,
+        results=stepping.bytes_of_record(walk.measure, walked, outputs),
+        work=program_memory.bytes_of(walked), n_runs=keys.size,
     )  # fmt: skip
-    return state, measured
+    return end, measured
 
 
 @eqx.filter_jit
 def draw(
-    flow: LinearModelFlow,
+    walk: OptimizerSteps,
     noise: StepNoise,
-    state: PyTree,
+    start: Start,
     per_seed: bool,
     stepping: Stepping,
     keys: Key[Array, "*seeds"],
     outputs: bool,
     listener: Listener,
-) -> tuple[PyTree, Measurement]:
-    """Final state and measurements of runs that start from one state, or from one for each seed."""
+) -> tuple[Start, Measurement]:
+    """Where runs end and what was measured, from one start or from one for each seed."""
 
-    def one_run(key: PRNGKeyArray, state: PyTree) -> tuple[PyTree, Measurement]:
-        def step(k: Array, state: PyTree) -> PyTree:
-            rate = stepping.rate(k)
-            velocity = noise.velocity(flow, state, jax.random.fold_in(key, stepping.number(k)))
-            return jax.tree.map(lambda f, v: f + jnp.asarray(rate, f.dtype) * v, state, velocity)
+    def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:
+        def step(k: Array, walked: Walked) -> Walked:
+            own = jax.random.fold_in(key, stepping.number(k))
+            velocity = noise.velocity(walk.flow, walked.position, own)
+            return walk.step(walked, velocity, noise.variance(velocity))
 
-        return stepping.walk_to_end(
-            step, lambda state: flow.measure(state, outputs), state, listener
+        end, measured = stepping.walk_to_end(
+            step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener
         )
+        return (end.position, end.average), measured
 
     if keys.ndim == 0:
-        return one_run(keys, state)
-    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, state)
+        return one_run(keys, start)
+    return jax.vmap(one_run, in_axes=(0, 0 if per_seed else None))(keys, start)

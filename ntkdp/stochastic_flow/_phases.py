@@ -9,10 +9,18 @@ import jax.numpy as jnp
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
-from ntkdp.gradient_flow import flows_of_phases, one_a_phase, with_steps
+from ntkdp.gradient_flow import (
+    OutputsAtZero,
+    check_decay_of_phases,
+    flows_of_phases,
+    one_a_phase,
+    optimizer_steps,
+    with_steps,
+)
 from ntkdp.losses import Loss, Reduction
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
+from ntkdp.optimizers import OptimizerLike
+from ntkdp.stochastic_flow._ensemble import Start, draw_within_memory, noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
 #: One kernel for all phases, or one for each.
@@ -32,6 +40,8 @@ def ensemble_phases(
     test_targets: ArrayLike | None = None,
     noise_kernel: _Kernels | None = None,
     noise_per_group: bool = False,
+    optimizer: OptimizerLike | None = None,
+    outputs_at_zero: OutputsAtZero | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -55,6 +65,9 @@ def ensemble_phases(
         Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
     record_every : int
         Record every so many steps of each phase, and its first and last state.
+    optimizer, outputs_at_zero
+        As for :func:`ensemble`. The optimizer's state starts anew with each phase, while an average
+        of the weights goes on. Weight decay needs phases that train all groups under one kernel.
     sample_rate, noise_per_group, outputs, progress, key
         As for :func:`ensemble`. Every run continues from its own state at the end of a phase.
 
@@ -93,19 +106,28 @@ def ensemble_phases(
     flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
     noise_kernels = one_a_phase(noise_kernel, phases, "noise_kernel")
     keys = validate.keys(key=key)
-    state = flows[0].init(initial)
+    check_decay_of_phases(optimizer, phases, kernel)
+    steps_of = steppings(phases, record_every)
+    walks = [
+        optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
+        for flow, stepping in zip(flows, steps_of, strict=True)
+    ]
+    start: Start = (flows[0].init(initial), None)
     paths: list[Trajectory] = []
     with _progress.listening(progress, "drawing runs") as listener:
-        for phase, flow, stepping, phase_noise_kernel in zip(
-            phases, flows, steppings(phases, record_every), noise_kernels, strict=True
+        for phase, walk, stepping, phase_noise_kernel in zip(
+            phases, walks, steps_of, noise_kernels, strict=True
         ):
+            flow = walk.flow
             sigma, _, _ = phase.mechanism(sample_rate)
             noise = noise_of_step(flow, sigma, sample_rate, phase_noise_kernel, noise_per_group)
             per_seed = bool(paths) and keys.ndim > 0
-            state, measured = draw_within_memory(
-                flow, noise, state, per_seed, stepping, keys, outputs, listener
+            start, measured = draw_within_memory(
+                walk, noise, start, per_seed, stepping, keys, outputs, listener
             )
             steps = jnp.asarray(stepping.recorded)
-            setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
+            setup = with_steps(
+                flow.setup(), stepping, sigma, sample_rate, noise_per_group, walk.optimizer
+            )
             paths.append(from_measurements(stepping.times, measured, steps=steps, setup=setup))
         return functools.reduce(Trajectory.then, paths)

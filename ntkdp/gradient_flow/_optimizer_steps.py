@@ -1,0 +1,132 @@
+"""Steps of an optimizer in the state of a flow: outputs or weights of a linear model."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from ntkdp import optimizers
+from ntkdp._backend.types import ArrayLike, LearningRate, PyTree
+from ntkdp.gradient_flow._flow import LinearModelFlow
+from ntkdp.gradient_flow._kernel_flow import KernelFlow
+from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
+from ntkdp.optimizers import Optimizer, OptimizerLike
+from ntkdp.trajectory import Measurement
+
+#: Outputs at zero weights, of training points or of a (train, test) pair.
+OutputsAtZero = ArrayLike | tuple[ArrayLike, ArrayLike]
+
+_HOW_TO_FIND = (
+    "the outputs of the linear model at zero weights: f, Jw = jax.jvp(lambda w: apply_fn(w, x), "
+    "(params,), (params,)), and f - Jw is what is asked for, a (train, test) pair with a "
+    "test_kernel"
+)
+
+
+class Walked(NamedTuple):
+    """The state of a flow, the optimizer's, and the average of the first if there is one."""
+
+    position: PyTree
+    optimizer_state: PyTree
+    average: PyTree | None
+
+
+class OptimizerSteps(eqx.Module):
+    r"""Steps of a flow by an optimizer, whose gradient is minus the flow's velocity.
+
+    A linear optimizer commutes with the Jacobian, so that in the outputs the same transformation
+    makes the steps that it makes in the weights; there :math:`J w` is the state less the outputs
+    ``at_zero`` weights. *Derived*.
+    """
+
+    flow: LinearModelFlow
+    optimizer: OptimizerLike
+    learning_rate: LearningRate
+    at_zero: PyTree | None
+
+    def start(self, position: PyTree, average: PyTree | None = None) -> Walked:
+        """Before the first step; an average is continued if there is one."""
+        if average is None:
+            average = optimizers.start_average(self.optimizer, position)
+        return Walked(position, self._transformation(position).init(position), average)
+
+    def step(self, walked: Walked, velocity: PyTree, noise_variance: PyTree = 0.0) -> Walked:
+        """After a step along a velocity, whose noise has the given variance."""
+        position, state, average = walked
+        weights = position
+        if self.at_zero is not None:
+            weights = jax.tree.map(lambda f, f0: f - f0.astype(f.dtype), position, self.at_zero)
+        gradient = jax.tree.map(jnp.negative, velocity)
+        updates, state = optimizers.updated(
+            self._transformation(position), gradient, state, weights, noise_variance
+        )
+        position = optax.apply_updates(position, updates)
+        return Walked(position, state, optimizers.next_average(self.optimizer, average, position))
+
+    def measure(self, walked: Walked, outputs: bool) -> Measurement:
+        """The record of a state: of the average if there is one, but clipping at the state."""
+        position, _, average = walked
+        measured = self.flow.measure(position, outputs)
+        if average is None:
+            return measured
+        mean = jax.tree.map(lambda mean, f: mean.astype(f.dtype), average, position)
+        of_average = self.flow.measure(mean, outputs)
+        return of_average._replace(clip_fraction=measured.clip_fraction)
+
+    def _transformation(self, position: PyTree) -> optax.GradientTransformation:
+        if callable(self.learning_rate):
+            return self.optimizer(self.learning_rate)
+        dtype = jnp.result_type(*jax.tree.leaves(position))
+        return self.optimizer(jnp.asarray(self.learning_rate, dtype))
+
+
+def optimizer_steps(
+    flow: LinearModelFlow,
+    optimizer: OptimizerLike | None,
+    learning_rate: LearningRate,
+    outputs_at_zero: OutputsAtZero | None,
+) -> OptimizerSteps:
+    """The steps, checked: a kernel flow takes linear optimizers alone."""
+    optimizer = optimizers.recognised(optimizers.as_optimizer(optimizer))
+    if isinstance(flow, LinearisedFlow):
+        if outputs_at_zero is not None:
+            raise ValueError(
+                "outputs_at_zero must be None with a LinearisedFlow, which knows its weights, got "
+                f"{type(outputs_at_zero).__name__}"
+            )
+        return OptimizerSteps(flow, optimizer, learning_rate, flow.at_zero_weights())
+    assert isinstance(flow, KernelFlow)
+    linear = check_linear(optimizer)
+    if flow.preconditioned and linear.decays_weights and not getattr(linear, "decoupled", False):
+        raise ValueError(
+            "optimizer must have decoupled weight decay with a preconditioned_kernel, got "
+            f"{_named(optimizer)}: what the preconditioner does to other decay is not in the kernel"
+        )
+    at_zero = None
+    if outputs_at_zero is not None:
+        at_zero = flow.checked_outputs(outputs_at_zero, "outputs_at_zero")
+    elif linear.decays_weights:
+        raise ValueError(
+            "outputs_at_zero must be given with weight decay and a KernelFlow, got None; it is "
+            + _HOW_TO_FIND
+        )
+    return OptimizerSteps(flow, linear, learning_rate, at_zero)
+
+
+def check_linear(optimizer: OptimizerLike) -> Optimizer:
+    """``optimizer`` if its steps are the same in the outputs of a linear model as in weights."""
+    if isinstance(optimizer, Optimizer) and optimizer.is_linear:
+        return optimizer
+    raise ValueError(
+        "optimizer must be linear in gradients and weights, as optimizers.SGD and optax.sgd are, "
+        f"where only outputs are followed, got {_named(optimizer)}; LinearisedFlow steps the "
+        "weights and takes any optimizer, a preconditioned_kernel stands for a frozen "
+        "preconditioner, and stochastic_flow.response_ensemble predicts Adam under noise"
+    )
+
+
+def _named(optimizer: OptimizerLike) -> str:
+    is_module = isinstance(optimizer, Optimizer)
+    return type(optimizer).__name__ if is_module else getattr(optimizer, "__name__", "a function")

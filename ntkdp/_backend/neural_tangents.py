@@ -5,6 +5,7 @@ Importing this module is cheap: it only installs a finder for the name ``neural_
 module of neural-tangents runs with an ``__import__`` of its own, which returns views of those few
 of their modules in which names have moved, and otherwise the real module. Its
 ``experimental`` package, the only part that needs TensorFlow, is replaced by an explanation.
+Layers that are made of others keep them: `composition`.
 
 Use it as ``neural_tangents.stax``: the first attribute access imports neural-tangents.
 """
@@ -12,6 +13,7 @@ Use it as ``neural_tangents.stax``: the first attribute access imports neural-ta
 import builtins
 import functools
 import importlib
+import inspect
 import math
 import sys
 import warnings
@@ -28,6 +30,9 @@ Result = TypeVar("Result")
 
 _PACKAGE = "neural_tangents"
 _EXPERIMENTAL = "neural_tangents.experimental"
+_COMBINATORS = "neural_tangents._src.stax.combinators"
+#: The attribute of a kernel function that has the layers which it is made of.
+_COMPOSITION = "ntkdp_composition"
 
 
 def __getattr__(name: str) -> Any:
@@ -116,6 +121,30 @@ def _import(
     return builtins.__import__(name, globals, locals, fromlist or (), level)
 
 
+def composition(kernel_fn: Callable[..., Any]) -> tuple[str, tuple[Any, ...]] | None:
+    """How a layer with this ``kernel_fn`` is made of others, or None if it is not.
+
+    The name of the function, "serial", "parallel" or "repeat", and its arguments.
+    """
+    found: tuple[str, tuple[Any, ...]] | None = getattr(kernel_fn, _COMPOSITION, None)
+    return found
+
+
+def _recorded(combine: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that combines layers and leaves them where `composition` finds them."""
+
+    signature = inspect.signature(combine)
+
+    @functools.wraps(combine)
+    def combined(*arguments: Any, **named: Any) -> Any:
+        made = combine(*arguments, **named)
+        parts = signature.bind(*arguments, **named).args
+        setattr(made[2], _COMPOSITION, (combine.__name__, parts))
+        return made
+
+    return combined
+
+
 class _PatchedLoader(SourceFileLoader):
     """Runs a module of neural-tangents with the changed ``__import__``."""
 
@@ -125,6 +154,9 @@ class _PatchedLoader(SourceFileLoader):
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", SyntaxWarning)
             super().exec_module(module)
+        if module.__name__ == _COMBINATORS:
+            for name in ("serial", "parallel", "repeat"):
+                setattr(module, name, _recorded(getattr(module, name)))
 
 
 class _Unavailable:

@@ -42,13 +42,32 @@ class ModelConfig(Section):
     widths: list[Annotated[int, Field(ge=1)]] = Field(
         [768, 768], min_length=1, description="widths of the hidden layers, or channels of a cnn"
     )
-    activation: str = Field("erf", description="relu, erf, gelu, sin or identity")
+    activation: str = Field(
+        "erf",
+        description="relu, leaky_relu, abs, gelu, erf, sin, cos, identity, tanh, sigmoid, silu, "
+        "softplus or elu",
+    )
+    layer_norm: bool = Field(False, description="normalise hidden numbers before each activation")
+    residual: bool = Field(
+        False, description="add each hidden layer but the first to its input; widths must be equal"
+    )
+    pooling: Literal["none", "average", "sum", "global", "global_sum"] = Field(
+        "none", description="of a cnn: none, average, sum, global or global_sum"
+    )
     W_std: float = Field(
         1.5, gt=0, description="standard deviation of the weights, scaled by width"
     )
     b_std: float = Field(0.1, ge=0, description="standard deviation of the biases")
     output_W_std: float = Field(1.0, gt=0, description="W_std of the output layer")
     parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
+
+    @model_validator(mode="after")
+    def _pooling_is_of_images(self) -> "ModelConfig":
+        if self.kind == "mlp" and self.pooling != "none":
+            raise ValueError(
+                f"model.pooling must be 'none' with model.kind = 'mlp', got {self.pooling!r}"
+            )
+        return self
 
 
 class TrainingConfig(Section):

@@ -70,8 +70,7 @@ def needed_kernels(config: Config) -> set[str]:
 def _moves(config: Config, name: str) -> bool:
     """Whether the prediction follows a kernel that noise moves, which it computes itself."""
     training = config.training
-    noise_has_a_limit = config.model.parameterization == "ntk" and training.momentum == 0
-    return name == "infinite" and training.noisy and noise_has_a_limit
+    return name == "infinite" and training.noisy and training.momentum == 0
 
 
 def noise_free(config: Config) -> list[str]:

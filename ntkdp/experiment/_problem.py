@@ -1,5 +1,6 @@
 """The problem of an experiment: data, network and rules from a configuration."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -157,11 +158,15 @@ def _as_targets(targets: Array, task: str, config: ProblemConfig, n_classes: int
 
 def _model_of(config: ProblemConfig, n_outputs: int) -> Model:
     settings = config.model
-    build = models.mlp if settings.kind == "mlp" else models.cnn
+    build = models.mlp
+    if settings.kind == "cnn":
+        build = partial(models.cnn, pooling=settings.pooling)
     return build(
         settings.widths,
         n_outputs,
         activation=settings.activation,
+        layer_norm=settings.layer_norm,
+        residual=settings.residual,
         W_std=settings.W_std,
         b_std=settings.b_std,
         output_W_std=settings.output_W_std,

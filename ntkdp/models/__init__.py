@@ -1,10 +1,12 @@
 """Networks as pure functions: stax models with infinite-width kernels, and adapters for others."""
 
 from ntkdp.models._adapters import from_equinox, from_flax, from_function
+from ntkdp.models._layers import from_stax, serial
 from ntkdp.models._model import Model
 from ntkdp.models._model import TwoTimeKernelFn as TwoTimeKernelFn
 from ntkdp.models._model import TwoTimeRule as TwoTimeRule
-from ntkdp.models._networks import cnn, from_stax, mlp, serial
+from ntkdp.models._model import WeightLaw as WeightLaw
+from ntkdp.models._networks import cnn, mlp
 
 __all__ = [
     "Model",

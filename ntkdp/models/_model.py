@@ -7,29 +7,48 @@ from typing import NamedTuple, TypeAlias, final
 import jax
 
 from ntkdp._backend import memory, program_memory, validate
-from ntkdp._backend.types import ApplyFn, Array, Outputs, Params, PRNGKeyArray, is_traced
+from ntkdp._backend.types import ApplyFn, Array, Float, Outputs, Params, PRNGKeyArray, is_traced
 from ntkdp.models._stax_types import KernelFn
 
 InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
 #: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
 LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
-#: Covariances (c_tt, c_ts, c_ss) of the weights between times t and s, by the name of the layer.
-Covariances: TypeAlias = Mapping[str, tuple[Array, Array, Array]]
-#: ``kernel(x1, x2, covariances)``: covariance of the outputs, and terms of the tangent kernel.
-TwoTimeKernelFn: TypeAlias = Callable[[Array, Array, Covariances], tuple[Array, dict[str, Array]]]
+
+
+class WeightLaw(NamedTuple):
+    r"""Covariances of a layer's weights between times t and s; a pytree.
+
+    ``first``, ``between`` and ``second`` are the covariances :math:`V_{tt}, V_{ts}, V_{ss}` of the
+    noise on each weight, ``kept_first`` and ``kept_second`` the shares :math:`a_t, a_s` of the
+    initial weights that are left.
+    """
+
+    first: Float[Array, ""] | float
+    between: Float[Array, ""] | float
+    second: Float[Array, ""] | float
+    kept_first: Float[Array, ""] | float = 1.0
+    kept_second: Float[Array, ""] | float = 1.0
+
+
+#: The laws of all layers with parameters, by name.
+LayerLaws: TypeAlias = Mapping[str, WeightLaw]
+#: ``kernel(x1, x2, laws)``: covariance of the outputs, and terms of the tangent kernel.
+TwoTimeKernelFn: TypeAlias = Callable[[Array, Array, LayerLaws], tuple[Array, dict[str, Array]]]
 
 
 class TwoTimeRule(NamedTuple):
     """Infinite-width kernels between times at which noise has been added to the weights.
 
     ``check(x)`` raises unless the layers have such kernels, and returns the names of the layers
-    with parameters. ``kernel(x1, x2, covariances)`` returns the covariance of the outputs
-    ``(n1, n2)`` and the terms ``{name: (n1, n2)}`` of the tangent kernel, for covariances
-    (c_tt, c_ts, c_ss) of the weights of each layer by name.
+    with parameters. ``kernel(x1, x2, laws)`` returns the covariance of the outputs ``(n1, n2)`` and
+    the terms ``{name: (n1, n2)}`` of the tangent kernel, for the laws of the weights of each layer.
+    ``own_variances(x)`` are the variances of the initial weights of each layer, of a layer that is
+    made of others the least.
     """
 
     check: Callable[[Array], tuple[str, ...]]
     kernel: TwoTimeKernelFn
+    own_variances: Callable[[Array], dict[str, float]]
 
 
 @final

@@ -1,23 +1,15 @@
-r"""Infinite-width kernels of a stack of stax layers: by layer, and between times under noise.
+"""Infinite-width kernels of a stack of stax layers: by layer, and between times under noise."""
 
-Between times t and s at which noise of variance v has been added to every weight, the weights of a
-layer have covariance :math:`c_{ts} = 1 + \min(v_t, v_s)`. A layer's rule
-:math:`\Sigma' = W^2 \Sigma + b^2`, :math:`\Theta' = \Sigma' + W^2 \Theta` becomes
-:math:`c \Sigma'` and :math:`\Sigma' + c W^2 \Theta`: the neural tangent part is scaled before
-the layer and the covariances after it, and neural-tangents does the rest.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from ntkdp._backend import neural_tangents
 from ntkdp._backend.types import Array, PyTree
+from ntkdp.models._model import LayerLaws
+from ntkdp.models._noisy_layers import noisy
 from ntkdp.models._stax_types import KernelFn, StaxInitFn, StaxKernel, StaxLayer, stax
-
-#: Layers whose kernel is linear in that of their input, weights and bias of one scale each.
-_AFFINE = ("Dense", "Conv", "ConvLocal", "ConvTranspose")
 
 
 def layers_with_parameters(init_fn: StaxInitFn, shape: tuple[int, ...]) -> list[int]:
@@ -49,75 +41,24 @@ def two_time_terms(
     positions: Sequence[int],
     x1: Array,
     x2: Array,
-    covariances: Mapping[str, tuple[Array, Array, Array]],
+    laws: LayerLaws,
 ) -> tuple[Array, dict[str, Array]]:
     """Covariance of the outputs, and terms of the tangent kernel, between two times.
 
-    ``covariances`` holds (c_tt, c_ts, c_ss) of each layer's weights by name.
+    ``laws`` holds the covariances of each layer's weights by name.
     """
-    noisy: list[StaxLayer] = []
-    starts = {}
-    for position, layer in enumerate(layers):
-        if position in positions:
-            of_first, between, of_second = covariances[str(position)]
-            starts[position] = len(noisy)
-            noisy += [_before(between), layer, _after(of_first, between, of_second)]
-        else:
-            noisy.append(layer)
-    found = [kernel_from(noisy, starts[p])(x1, x2, ("nngp", "ntk")) for p in positions]
+    moved = [
+        noisy(layer, laws[str(position)]) if position in positions else layer
+        for position, layer in enumerate(layers)
+    ]
+    found = [kernel_from(moved, position)(x1, x2, ("nngp", "ntk")) for position in positions]
     return found[0].nngp, _differences(positions, [kernel.ntk for kernel in found])
-
-
-def check_two_time(
-    layers: Sequence[StaxLayer], positions: Sequence[int], shape: tuple[int, ...]
-) -> None:
-    """Raise unless every layer with parameters has the two-time rule."""
-    for position in positions:
-        name = getattr(layers[position][2], "__name__", "?")
-        if name not in _AFFINE:
-            raise ValueError(
-                f"layers[{position}] must be one of {', '.join(_AFFINE)} for a kernel between "
-                f"times, got {name}; pass the layers of a block themselves to serial"
-            )
-
-    @jax.jit
-    def terms(x: Array) -> list[tuple[Array, Array]]:
-        kernels = [
-            kernel_from(layers[: position + 1], position)(x, None, ("nngp", "ntk"))
-            for position in positions
-        ]
-        return [(kernel.nngp, kernel.ntk) for kernel in kernels]
-
-    # One input tells: a layer's own term is the covariance of its outputs, whatever they are.
-    with jax.ensure_compile_time_eval():
-        found = terms(jnp.ones((1, *shape[1:])))
-    for position, (nngp, own) in zip(positions, found, strict=True):
-        if not bool(jnp.allclose(nngp, own, rtol=1e-3)):
-            raise ValueError(
-                f"layers[{position}] must have parameterization='ntk' for a kernel between times: "
-                "noise of one size on weights of another parameterization has no limit at "
-                "infinite width"
-            )
 
 
 def kernel_from(layers: Sequence[StaxLayer], position: int) -> KernelFn:
     """The kernel whose neural tangent part counts only the layers from ``position`` on."""
     boundary = _mapped(lambda kernel: {"ntk": jnp.zeros_like(kernel.ntk)})
     return stax().serial(*layers[:position], boundary, *layers[position:])[2]
-
-
-def _before(between: Array) -> StaxLayer:
-    return _mapped(lambda kernel: {"ntk": between * kernel.ntk})
-
-
-def _after(of_first: Array, between: Array, of_second: Array) -> StaxLayer:
-    return _mapped(
-        lambda kernel: {
-            "cov1": of_first * kernel.cov1,
-            "nngp": between * kernel.nngp,
-            "cov2": of_second * kernel.cov2,
-        }
-    )
 
 
 def _mapped(change: Callable[[StaxKernel], dict[str, Array]]) -> StaxLayer:

@@ -12,6 +12,7 @@ from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 from ntkdp.ntk._matrices import as_matrices as as_matrices
 from ntkdp.ntk._norms import gradient_structure, per_sample_gradient_norms
 from ntkdp.ntk._two_time import TwoTimeKernel, between_times, check_two_time, two_time_kernel
+from ntkdp.ntk._two_time import under_laws as under_laws
 
 __all__ = [
     "LayerwiseKernel",

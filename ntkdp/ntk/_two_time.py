@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import Array, ArrayLike, Float
-from ntkdp.models import Model, TwoTimeKernelFn, TwoTimeRule
+from ntkdp._backend.types import Array, ArrayLike, Float, ScalarLike, is_traced
+from ntkdp.models import Model, TwoTimeKernelFn, TwoTimeRule, WeightLaw
 from ntkdp.ntk._infinite import by_blocks, check_infinite_inputs, check_range, place_inputs
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
@@ -35,34 +35,54 @@ def two_time_kernel(
     *,
     variance1: ArrayLike,
     variance2: ArrayLike,
+    covariance: ArrayLike | None = None,
+    kept1: ScalarLike = 1.0,
+    kept2: ScalarLike = 1.0,
     mesh: Mesh | None = None,
 ) -> TwoTimeKernel:
     r"""Kernels at infinite width between two times of training under noise.
 
-    Noise of accumulated variance :math:`v_t` on every weight leaves the weights of a network in
-    NTK parameterisation Gaussian, with covariance :math:`c_{ts} = 1 + \min(v_t, v_s)` between
-    times. From :math:`\Sigma_{ts} = c_{ts} (W^2 x \cdot x'/d + b^2)` and
-    :math:`\Theta_{ts} = W^2 x \cdot x'/d + b^2` the layers give
+    Noise of covariance :math:`V_{ts}` between times on every weight leaves the weights of a network
+    Gaussian. Relative to the own variance :math:`\tau^2` of a layer's initial weights, their
+    covariance is
+
+    .. math:: c_{ts} = a_t a_s + V_{ts} / \tau^2,
+
+    with :math:`a_t` the share of the initial weights that weight decay leaves. In NTK
+    parameterisation :math:`\tau = 1`. From :math:`\Sigma_{ts} = c_{ts} (W^2 x \cdot x'/d + b^2)`
+    and :math:`\Theta_{ts} = W^2 x \cdot x'/d + b^2` the layers give
 
     .. math::
         \Sigma'_{ts} &= c_{ts} (W^2 E[\phi(u) \phi(v)] + b^2), \\
         \Theta'_{ts} &= W^2 E[\phi(u) \phi(v)] + b^2
                         + W^2 c_{ts} E[\phi'(u) \phi'(v)] \Theta_{ts},
 
-    with (u, v) Gaussian of covariances :math:`\Sigma_{tt}, \Sigma_{ts}, \Sigma_{ss}`.
+    with (u, v) Gaussian of covariances :math:`\Sigma_{tt}, \Sigma_{ts}, \Sigma_{ss}`. In standard
+    parameterisation, :math:`\tau^2 = W^2 / N` for the weights of a layer with N inputs and
+    :math:`b^2` for its biases: noise of variance v counts N v / W^2 there, and
+
+    .. math::
+        \Sigma'_{ts} &= (W^2 a_t a_s + N V_{ts})\, E[\phi(u) \phi(v)] + b^2 a_t a_s + V_{ts}, \\
+        \Theta'_{ts} &= N\, E[\phi(u) \phi(v)] + 1
+                        + (W^2 a_t a_s + N V_{ts})\, E[\phi'(u) \phi'(v)] \Theta_{ts}.
 
     Parameters
     ----------
     model : Model
-        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``, dense and
-        convolutional layers in NTK parameterisation and any layers without parameters.
+        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``. Dense and
+        convolutional layers, in NTK or standard parameterisation, one after the other or in
+        parallel, with any layers without parameters: activations, LayerNorm, pooling, sums.
     x1, x2 : array
         Inputs ``(n1, ...)`` at the first time and ``(n2, ...)`` at the second; without ``x2``, x1
         at both.
     variance1, variance2 : float or array
-        :math:`v_t` and :math:`v_s`, variances of the noise that each weight has gathered, at least
-        0: one number, or one for each layer with parameters ``(R,)``. The initial weights have
-        variance one.
+        :math:`V_{tt}` and :math:`V_{ss}`, variances of the noise that each weight has gathered, at
+        least 0: one number, or one for each layer with parameters ``(R,)``.
+    covariance : float or array, optional
+        :math:`V_{ts}`, in absolute value at most the root of the variances' product. The default is
+        the smaller of the two variances, that of noise which is added and stays: plain SGD.
+    kept1, kept2 : float
+        :math:`a_t` and :math:`a_s`, 1 without weight decay.
     mesh : jax.sharding.Mesh, optional
         Devices that compute the kernels, each its share of the rows; n1 must divide over them.
 
@@ -74,16 +94,19 @@ def two_time_kernel(
     Raises
     ------
     ValueError
-        If the model has no such kernels, a variance is negative, inputs are empty or not finite, n1
-        does not divide over the mesh, or entries are beyond the range of the dtype.
+        If the model has no such kernels, where the message names the layer; if a variance is
+        negative, the covariance is too large, inputs are empty or not finite, n1 does not divide
+        over the mesh, or entries are beyond the range of the dtype.
     MemoryError
         If the kernels do not fit.
 
     Notes
     -----
     *Derived*; for unclipped Langevin training compare the neural dynamical kernel of Avidan, Li
-    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width. The
-    precision is as in :func:`infinite_ntk`.
+    and Sompolinsky (2023). Lazy drift adds nothing to either kernel at infinite width, which in
+    standard parameterisation is the limit of learning rates in proportion to 1/N and of noise with
+    N v kept (Sohl-Dickstein et al. 2020 for the kernel without noise). The precision is as in
+    :func:`infinite_ntk`.
 
     Examples
     --------
@@ -95,14 +118,37 @@ def two_time_kernel(
     """
     x1, x2 = check_infinite_inputs(x1, x2)
     names, rule = check_two_time(model, x1), _rule_of(model)
-    variances = [
+    v1, v2 = (
         _by_layer(validate.non_negative(**{name: value}), len(names), name)
         for name, value in (("variance1", variance1), ("variance2", variance2))
-    ]
+    )
+    between = jnp.minimum(v1, v2)
+    if covariance is not None:
+        between = _covariance(_by_layer(covariance, len(names), "covariance"), v1, v2)
+    kept = tuple(
+        jnp.asarray(validate.scalar(**{name: validate.non_negative(**{name: value})}))
+        for name, value in (("kept1", kept1), ("kept2", kept2))
+    )
     x1, x2, mesh = place_inputs(len(names) + 1, x1, x2, mesh)
-    v1, v2 = devices.everywhere(mesh, variances)
+    laws = devices.everywhere(mesh, WeightLaw(v1, between, v2, *kept))
     x2 = x1 if x2 is None else x2
-    return check_range(_compiled(rule.kernel, names, x1, x2, v1, v2, mesh))
+    return check_range(_compiled(rule.kernel, names, x1, x2, laws, mesh))
+
+
+def _covariance(covariance: Array, v1: Array, v2: Array) -> Array:
+    """The covariance between times, if there can be such with these variances."""
+    too_large = covariance**2 > v1 * v2 * (1 + 1e-6)
+    if not is_traced((covariance, v1, v2)):
+        if bool(jnp.any(too_large)):
+            raise ValueError(
+                "covariance must be at most the root of variance1 times variance2, got "
+                f"{covariance.tolist()} with {v1.tolist()} and {v2.tolist()}"
+            )
+        return covariance
+    checked: Array = eqx.error_if(
+        covariance, too_large, "covariance must be at most the root of variance1 times variance2"
+    )
+    return checked
 
 
 def check_two_time(model: Model, x: ArrayLike) -> tuple[str, ...]:
@@ -140,7 +186,7 @@ def between_times(
     """The kernels between ``x1`` and ``x2`` at weight noise ``v1`` and ``v2``, ``(R,)`` by layer.
 
     ``kernel`` is the one of a model's two-time rule, ``names`` are the names of its layers, and the
-    rows are spread over ``mesh``.
+    rows are spread over ``mesh``. The noise stays once it is added, as under plain SGD.
 
     Examples
     --------
@@ -151,24 +197,34 @@ def between_times(
     >>> ntkdp.ntk.between_times(model.two_time.kernel, names, x, x, v, v).nngp.shape
     (3, 3)
     """
+    return under_laws(kernel, names, x1, x2, WeightLaw(v1, jnp.minimum(v1, v2), v2), mesh)
 
-    def block(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, dict[str, Array]]:
-        covariances = {
-            name: (1 + v1[r], 1 + jnp.minimum(v1[r], v2[r]), 1 + v2[r])
-            for r, name in enumerate(names)
-        }
-        return kernel(x1, x2, covariances)
 
-    def rows(x1: Array, x2: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
-        nngp, terms = by_blocks(block, x1, x2, v1, v2)
+def under_laws(
+    kernel: TwoTimeKernelFn,
+    names: tuple[str, ...],
+    x1: Array,
+    x2: Array,
+    laws: WeightLaw,
+    mesh: Mesh | None = None,
+) -> TwoTimeKernel:
+    """The kernels between ``x1`` and ``x2`` under covariances ``(R,)`` of the layers' weights."""
+    dtype = jnp.asarray(laws.first).dtype
+    by_layer = jnp.stack([jnp.broadcast_to(jnp.asarray(v, dtype), (len(names),)) for v in laws])
+
+    def block(x1: Array, x2: Array, by_layer: Array) -> tuple[Array, dict[str, Array]]:
+        return kernel(x1, x2, {name: WeightLaw(*by_layer[:, r]) for r, name in enumerate(names)})
+
+    def rows(x1: Array, x2: Array, by_layer: Array) -> tuple[Array, Array]:
+        nngp, terms = by_blocks(block, x1, x2, by_layer)
         return jnp.stack([terms[name] for name in names]), nngp
 
-    over_devices = devices.over_samples(rows, mesh, (0, None, None, None), (1, 0))
-    values, nngp = over_devices(x1, x2, v1, v2)
+    over_devices = devices.over_samples(rows, mesh, (0, None, None), (1, 0))
+    values, nngp = over_devices(x1, x2, by_layer)
     return TwoTimeKernel(LayerwiseKernel(names, values), nngp)
 
 
-_compiled = eqx.filter_jit(between_times)
+_compiled = eqx.filter_jit(under_laws)
 
 
 def _by_layer(variance: ArrayLike, n_layers: int, name: str) -> Array:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 from typer.testing import CliRunner
 
 import ntkdp
-from ntkdp import cli, experiment, sweep
+from ntkdp import cli, experiment, models, sweep
 from ntkdp._backend.config_files import describe
 from ntkdp.experiment import _config
 
@@ -44,6 +45,32 @@ def test_rules_keep_the_learning_rates_that_are_theirs() -> None:
     rules = [{"clip_norm": 0.1, "learning_rate": 7.0}, {"clip_norm": 0.2}]
     config = experiment.config(**{"training": {"learning_rate": 0.1}, "clipping": rules})
     assert [rule.learning_rate_in(config.training) for rule in config.clipping] == [7.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("section", "built"),
+    [
+        (
+            "widths = [4, 4]\nactivation = 'tanh'\nlayer_norm = true\nresidual = true\n"
+            "parameterization = 'standard'",
+            models.mlp(
+                [4, 4], 10, activation="tanh", layer_norm=True, residual=True, W_std=1.5,
+                parameterization="standard",
+            ),
+        ),
+        (
+            "kind = 'cnn'\nwidths = [2]\npooling = 'global_sum'",
+            models.cnn([2], 10, activation="erf", pooling="global_sum", W_std=1.5),
+        ),
+    ],
+)  # fmt: skip
+def test_a_network_is_built_as_its_section_says(
+    tmp_path: Path, section: str, built: models.Model
+) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(f"data = {{n_train = 4, n_test = 2}}\n[model]\n{section}")
+    problem = experiment.problem_of(experiment.load_config(path))
+    np.testing.assert_array_equal(problem.outputs, built.apply(problem.params, problem.x))
 
 
 def _default_of(config: pydantic.BaseModel, name: str) -> object:
@@ -109,6 +136,7 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"training": {"noise_multiplier": -1.0}}, ["'training.noise_multiplier'", "-1.0"]),
         ({"model": {"widths": []}}, ["'model.widths'"]),
         ({"model": 3}, ["'model'", "3"]),
+        ({"model": {"pooling": "sum"}}, ["model.pooling", "'none'", "'mlp'", "'sum'"]),
         ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),
         (
             {"training": {"momentum": 0.9}, "predictions": ["frozen", "recursion"]},

@@ -15,7 +15,6 @@ from helpers import KEY, stored
 
 from ntkdp import models
 from ntkdp._backend import neural_tangents
-from ntkdp.models import _networks
 
 stax = neural_tangents.stax
 
@@ -125,23 +124,6 @@ def test_standard_parameterisation_scales_as_documented() -> None:
     )
     np.testing.assert_allclose(standard["0"], ntk["0"] * 6 / 1.3**2, rtol=1e-12)
     np.testing.assert_allclose(standard["2"], ntk["2"] * 50 / 0.9**2, rtol=1e-12)
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu", "erf", "sin", "identity"])
-def test_default_weights_keep_the_second_moment(activation: str) -> None:
-    model = models.mlp([1] * 8, 1, activation=activation, b_std=None)
-    x = jax.random.normal(KEY, (3, 5))
-    # With unit inputs through a first layer of scale 1, each hidden activation has moment 1.
-    first = models.mlp([], 1, b_std=None).kernel_fn(x, None, "nngp")
-    unit = x / jnp.sqrt(jnp.diag(first))[:, None]
-    gain = float(model.kernel_fn(unit, None, "nngp")[0, 0])
-    if activation in ("relu", "identity"):  # homogeneous: exact at every scale
-        np.testing.assert_allclose(gain, 1.0, rtol=1e-10)
-    else:
-        one = models.serial(stax.Dense(1), getattr(stax, activation.capitalize())(), stax.Dense(1))
-        once = float(one.kernel_fn(unit, None, "nngp")[0, 0])
-        np.testing.assert_allclose(once * _networks._UNIT_GAIN[activation] ** 2, 1.0, rtol=1e-10)
-        assert 0.1 < gain < 10
 
 
 def test_shapes_keys_and_static_apply() -> None:
@@ -348,6 +330,16 @@ def test_equinox_state_and_dropout() -> None:
         (lambda: models.cnn([4, -1], 1), ValueError, r"channels\[1\] must be at least 1, got -1"),
         (lambda: models.cnn([4], 1, kernel_size=0), ValueError, "kernel_size must be at least 1"),
         (lambda: models.cnn([4], 1, strides=(1, 0)), ValueError, "strides must be at least 1"),
+        (
+            lambda: models.mlp([4, 5], 1, residual=True),
+            ValueError,
+            r"widths must be equal with residual=True.*got \[4, 5\]",
+        ),
+        (
+            lambda: models.cnn([4, 4], 1, residual=True, padding="VALID"),
+            ValueError,
+            "images of one size.*padding='VALID'",
+        ),
         (lambda: models.serial(), ValueError, "layers must not be empty"),
         (lambda: models.from_equinox(lambda key: 3), TypeError, "must be an equinox module or"),
         (

@@ -65,6 +65,38 @@ def test_two_hidden_layers_follow_the_closed_form(activation: str, expectation: 
     assert kernel.ntk.names == ("0", "2", "4")
 
 
+def test_standard_parameterisation_follows_the_closed_form() -> None:
+    # Noise of variance v on weights of variance W^2 / N and on biases of variance b^2.
+    width, W, b, w_out = 50, 1.3, 0.4, 0.8
+    v1, v2, both, kept1, kept2 = 0.01, 0.03, 0.015, 0.9, 0.7
+    model = models.mlp(
+        [width], 1, activation="erf", W_std=W, b_std=b, output_W_std=w_out,
+        parameterization="standard",
+    )  # fmt: skip
+    kernel = ntkdp.two_time_kernel(
+        model, X, X_TEST, variance1=v1, variance2=v2, covariance=both, kept1=kept1, kept2=kept2
+    )
+
+    def covariance(kept: float, v: float, plain: Any, n: int, scale: float) -> Any:
+        return (kept * scale**2 / n + v) * n * plain + kept * b**2 + v
+
+    one, other = (
+        covariance(kept**2, v, np.sum(x**2, 1) / 4, 4, W)
+        for kept, v, x in ((kept1, v1, X), (kept2, v2, X_TEST))
+    )
+    inputs = X @ X_TEST.T / 4
+    cross = covariance(kept1 * kept2, both, inputs, 4, W)
+    hidden = _arc_sine(1, cross, one, other)
+    slope = (kept1 * kept2 * w_out**2 + width * both) * _arc_sine(0, cross, one, other)
+    nngp = covariance(kept1 * kept2, both, hidden, width, w_out)
+    np.testing.assert_allclose(kernel.nngp, nngp, rtol=1e-12)
+    terms = np.stack([slope * (4 * inputs + 1), width * hidden + 1])
+    np.testing.assert_allclose(kernel.ntk.values, terms, rtol=1e-12)
+    assert model.two_time is not None
+    own = model.two_time.own_variances(X)
+    assert own == pytest.approx({"0": W**2 / 4, "2": w_out**2 / width}, rel=1e-12)
+
+
 NETWORKS = {
     "dense": (models.mlp([3, 3], 1), X),
     "convolutions": (models.cnn([3, 3], 1, activation="erf"), np.ones((2, 3, 3, 2))),
@@ -73,19 +105,36 @@ NETWORKS = {
         models.serial(stax.Dense(3, 1.2, 0.3), stax.LayerNorm(), stax.Gelu(), stax.Dense(1)),
         X,
     ),
-}
+    "residual, standard": (
+        models.mlp(
+            [3, 3], 1, activation="tanh", layer_norm=True, residual=True,
+            parameterization="standard",
+        ),
+        X,
+    ),
+    "residual images, standard": (
+        models.cnn(
+            [2, 2], 1, activation="erf", residual=True, pooling="sum", parameterization="standard"
+        ),
+        np.ones((2, 4, 4, 2)),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_without_noise_they_are_the_kernels_of_the_start(name: str) -> None:
     model, x = NETWORKS[name]
     x = x + jax.random.normal(jax.random.key(2), x.shape)
-    # Operation by operation: compiled, a fused multiplication moves the arc cosine of 1.
-    with jax.disable_jit():
+    # Operation by operation with relu: compiled, a fused product moves the arc cosine of 1.
+    with jax.disable_jit(name in ("dense", "pooled")):
         kernel = ntkdp.two_time_kernel(model, x, variance1=0.0, variance2=0.0)
-    assert model.kernel_fn is not None
-    np.testing.assert_allclose(kernel.nngp, model.kernel_fn(x, None, "nngp"), rtol=1e-9)
-    np.testing.assert_allclose(kernel.ntk.total, model.kernel_fn(x, None, "ntk"), rtol=1e-9)
+    kernel_fn = model.kernel_fn
+    assert kernel_fn is not None
+    plain = jax.jit(lambda x: kernel_fn(x, None, ("nngp", "ntk"))[:2])
+    with jax.disable_jit(name in ("dense", "pooled")):
+        nngp, ntk = plain(x)
+    np.testing.assert_allclose(kernel.nngp, nngp, rtol=1e-9)
+    np.testing.assert_allclose(kernel.ntk.total, ntk, rtol=1e-9)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -102,37 +151,49 @@ def test_of_a_sample_with_itself_half_the_digits_hold_once_compiled(double: bool
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_term_is_the_slope_of_the_covariance_in_its_layer(name: str) -> None:
-    # J_r(t) J_r(s)^T = d Sigma(t, s) / d c_r(t, s).
+    # J_r(t) J_r(s)^T = d Sigma(t, s) / d V_r(t, s).
     model, x = NETWORKS[name]
     x = jnp.asarray(x + np.asarray(jax.random.normal(jax.random.key(3), x.shape)))
     assert model.two_time is not None
     names, step = model.two_time.check(x), 1e-4
     rule = jax.jit(model.two_time.kernel)
-    at = dict.fromkeys(names, (1.5, 1.2, 1.3))
+    at = dict.fromkeys(names, models.WeightLaw(0.5, 0.2, 0.3, 0.9, 0.8))
     _, terms = rule(x, x, at)
     for name_of_layer in names:
         low, high = (
-            rule(x, x, at | {name_of_layer: (1.5, 1.2 + sign * step, 1.3)})[0] for sign in (-1, 1)
+            rule(x, x, at | {name_of_layer: at[name_of_layer]._replace(between=0.2 + sign * step)})[
+                0
+            ]
+            for sign in (-1, 1)
         )
         slope = (high - low) / (2 * step)
         np.testing.assert_allclose(terms[name_of_layer], slope, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["convolutions", "normalised"])
-def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
-    width, later, earlier = 300, 0.6, 0.2
-    model = {
-        "convolutions": models.cnn([width], 1, activation="erf"),
-        "normalised": models.serial(
-            stax.Dense(width, 1.2, 0.3), stax.LayerNorm(), stax.Relu(), stax.Dense(1)
-        ),
-    }[name]
-    x = jnp.asarray(NETWORKS[name][1][:2])
-    x = x + jax.random.normal(jax.random.key(4), x.shape)
+def _wide(name: str, width: int) -> Any:
+    """A network, inputs, and the noise of two times, at which weights are half noise."""
+    standard: Any = {"parameterization": "standard"}
+    images = 1 + jax.random.normal(jax.random.key(4), (2, 4, 4, 2))
+    if name == "convolutions":
+        return models.cnn([width], 1, activation="erf"), images[:, :3, :3], 0.6
+    if name == "normalised":
+        layers = [stax.Dense(width, 1.2, 0.3), stax.LayerNorm(), stax.Relu(), stax.Dense(1)]
+        return models.serial(*layers), X[:2], 0.6
+    if name == "residual, standard":
+        options: Any = {"activation": "silu", "residual": True} | standard
+        return models.mlp([width] * 2, 1, **options), X[:2], 3 / width
+    options = {"activation": "gelu", "residual": True, "pooling": "average"} | standard
+    return models.cnn([width] * 2, 1, **options), images, 1 / width
+
+
+def _error_of_wide_networks(name: str, width: int, draws: int) -> tuple[float, float]:
+    """Relative error of the mean tangent kernel of noisy networks, and of one at the start."""
+    model, x, later = _wide(name, width)
+    earlier = later / 3
     limit = ntkdp.two_time_kernel(model, x, variance1=later, variance2=earlier)
 
     @jax.jit
-    def terms(key: Any) -> Any:
+    def kernel(key: Any) -> Any:
         keys = jax.random.split(key, 3)
         start, treedef = jax.tree.flatten(model.init(keys[0], x))
 
@@ -151,11 +212,33 @@ def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
             for a, b in zip(jacobian(after), jacobian(before), strict=True)
         )
 
-    found = np.mean([terms(key) for key in jax.random.split(jax.random.key(5), 12)], axis=0)
-    error = np.linalg.norm(found - limit.ntk.total) / np.linalg.norm(limit.ntk.total)
-    assert error < 0.05
+    drawn = jax.lax.map(kernel, jax.random.split(jax.random.key(5), draws))
+    found, exact = np.mean(drawn, axis=0), limit.ntk.total
     still = ntkdp.two_time_kernel(model, x, variance1=0.0, variance2=0.0).ntk.total
-    assert np.linalg.norm(found - still) / np.linalg.norm(found) > 0.1
+    return tuple(float(np.linalg.norm(k - exact) / np.linalg.norm(exact)) for k in (found, still))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutions",
+        "normalised",
+        "residual, standard",
+        pytest.param("images, standard", marks=pytest.mark.slow),
+    ],
+)
+def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
+    error, of_still = _error_of_wide_networks(name, 200, 20)
+    assert error < 0.05
+    assert of_still > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normalised", "residual, standard", "images, standard"])
+def test_the_error_falls_with_the_width(name: str) -> None:
+    # The mean kernel is off by O(1/width), a single one by O(width^-1/2); both fall.
+    narrow, wide = (_error_of_wide_networks(name, width, 200)[0] for width in (8, 128))
+    assert wide < narrow / 3
 
 
 def _flow(
@@ -565,18 +648,32 @@ def test_a_budget_is_spent_over_the_horizon(rule: Any, sensitivity: float, reduc
 
 
 def test_what_has_no_kernels_between_times_is_refused() -> None:
-    standard = models.mlp([4], 1, parameterization="standard")
-    block = models.serial(stax.Dense(4), stax.serial(stax.Relu(), stax.Dense(4)), stax.Dense(1))
+    attention = models.serial(
+        stax.Conv(4, (2, 2)), stax.GlobalSelfAttention(4, 4, 4, 1, linear_scaling=False),
+        stax.Flatten(), stax.Dense(1),
+    )  # fmt: skip
+    not_gaussian = models.serial(
+        stax.Dense(4), stax.FanOut(2), stax.parallel(stax.Relu(), stax.Dense(4)), stax.FanInSum(),
+        stax.Dense(1),
+    )  # fmt: skip
+    nested = models.serial(stax.Dense(4), stax.serial(stax.Relu(), stax.Erf()), stax.Dense(1))
+    same = models.serial(
+        stax.Dense(4), stax.FanOut(2), stax.parallel(stax.Identity(), stax.Identity()),
+        stax.FanInSum(), stax.Dense(1),
+    )  # fmt: skip
     unknown = models.from_stax(*stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(1)))
     for model, message in (
-        (standard, "parameterization='ntk'"),
-        (block, "must be one of Dense"),
+        (attention, r"layers\[1\] must be one of Dense, .* got GlobalSelfAttention; .*response_e"),
+        (not_gaussian, r"layers\[3\], FanInSum, has no kernel .*Gaussian.*response_ensemble"),
+        (nested, r"layers\[1\]\[1\], Erf, has no kernel .*must be Gaussian"),
+        (same, r"layers\[2\] must have weights in all parallel branches but one"),
         (unknown, "layers that are known"),
     ):
+        x = jnp.ones((2, 3, 3, 2)) if model is attention else X
         with pytest.raises(ValueError, match=message):
-            ntkdp.two_time_kernel(model, X, variance1=0.1, variance2=0.0)
+            ntkdp.two_time_kernel(model, x, variance1=0.1, variance2=0.0)
         with pytest.raises(ValueError, match=message):
-            TwoTimeFlow(model, X, Y[:, :1], SQUARED, clipping.Abadi(1.0))
+            TwoTimeFlow(model, x, jnp.ones((len(x), 1)), SQUARED, clipping.Abadi(1.0))
 
 
 @pytest.mark.parametrize(
@@ -586,6 +683,9 @@ def test_what_has_no_kernels_between_times_is_refused() -> None:
         ({"variance2": [0.1, 0.2, 0.3]}, ValueError, "each of the 2 layers"),
         ({"x2": np.ones((2, 3))}, ValueError, "samples of the shape of x1's"),
         ({"x2": np.full((2, 4), np.nan)}, ValueError, "must be finite"),
+        ({"covariance": 0.1}, ValueError, "covariance must be at most the root"),
+        ({"kept1": -0.1}, ValueError, "kept1 must be at least 0"),
+        ({"kept2": np.ones(2)}, ValueError, "kept2 must be a single number"),
     ],
 )
 def test_kernels_refuse_what_does_not_fit(change: Any, error: Any, message: str) -> None:

@@ -39,8 +39,8 @@ class TwoTimeFlow(HasTrainingSet):
     Parameters
     ----------
     model : Model
-        A model whose layers are known, in NTK parameterisation: :func:`ntkdp.models.mlp`, ``cnn``
-        or ``serial``.
+        A model whose layers are known: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``. See
+        :func:`ntkdp.two_time_kernel` for the layers that there are.
     x : array
         Training inputs ``(n, ...)``.
     targets : array

@@ -6,7 +6,12 @@ positive semi-definite term a parameter group, :math:`H = \sum_r H_r`. At infini
 :math:`\Theta(x, x') \otimes I_K`.
 """
 
-from ntkdp.ntk._empirical import empirical_ntk, layerwise_ntk, preconditioned_ntk
+from ntkdp.ntk._empirical import (
+    between_parameters,
+    empirical_ntk,
+    layerwise_ntk,
+    preconditioned_ntk,
+)
 from ntkdp.ntk._infinite import infinite_ntk, layerwise_infinite_ntk
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 from ntkdp.ntk._matrices import as_matrices as as_matrices
@@ -17,6 +22,7 @@ from ntkdp.ntk._two_time import under_laws as under_laws
 __all__ = [
     "LayerwiseKernel",
     "TwoTimeKernel",
+    "between_parameters",
     "between_times",
     "check_two_time",
     "empirical_ntk",

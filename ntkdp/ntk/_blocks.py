@@ -61,15 +61,21 @@ def assemble(
     x1: Array,
     x2: Array | None,
     batch_size: int | None,
+    column_factors: FactorsOf | None = None,
 ) -> Array:
-    """Terms of the kernel, ``(R, n1, n2, K, K)``; without ``x2``, of x1 with itself."""
+    """Terms of the kernel, ``(R, n1, n2, K, K)``; without ``x2``, of x1 with itself.
+
+    Columns may have factors of their own, for a kernel between two networks.
+    """
     terms = _Terms(leaf_to_group, n_groups, n_outputs)
     x_columns = x1 if x2 is None else x2
     n1, n2 = x1.shape[0], x_columns.shape[0]
     plan = _planned(factors, terms, x1, n2, batch_size)
+    is_symmetric = x2 is None and column_factors is None
+    of_columns = factors if column_factors is None else column_factors
     if (plan.height, plan.width) == (n1, n2):
-        return terms.block(factors(x1), None if x2 is None else factors(x2), (n1, n2))
-    return _filled(factors, terms, plan, x1, x_columns, is_symmetric=x2 is None)
+        return terms.block(factors(x1), None if is_symmetric else of_columns(x_columns), (n1, n2))
+    return _filled(factors, of_columns, terms, plan, x1, x_columns, is_symmetric=is_symmetric)
 
 
 def _planned(
@@ -105,12 +111,19 @@ def _samples_within_budget(factors: int, products: int) -> int:
 
 
 def _filled(
-    factors: FactorsOf, terms: _Terms, plan: _Plan, x1: Array, x2: Array, *, is_symmetric: bool
+    factors: FactorsOf,
+    of_columns: FactorsOf,
+    terms: _Terms,
+    plan: _Plan,
+    x1: Array,
+    x2: Array,
+    *,
+    is_symmetric: bool,
 ) -> Array:
     """The kernel, filled row by row of blocks; if it is symmetric, from the diagonal on."""
     n1, n2 = x1.shape[0], x2.shape[0]
     row_starts, column_starts = _starts(n1, plan.height), _starts(n2, plan.width)
-    columns = _factors_of_columns(factors, plan, x2, column_starts)
+    columns = _factors_of_columns(of_columns, plan, x2, column_starts)
 
     def fill_row(i: Array, result: Array) -> Array:
         if is_symmetric:

@@ -178,6 +178,69 @@ def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Ar
     return apply_fn(jax.tree.map(jnp.divide, coordinates, roots), x)
 
 
+def between_parameters(
+    apply_fn: ApplyFn,
+    params1: Params,
+    params2: Params,
+    x1: Array,
+    x2: Array,
+    groups: _groups.Groups,
+    metric: Params | None = None,
+) -> Float[Array, "R n1 n2 K K"]:
+    r"""Kernel by group between two networks of one kind, :math:`J(w_1, x_1) D J(w_2, x_2)^\top`.
+
+    Parameters
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, x) -> (n, K)``.
+    params1, params2 : pytree
+        Parameters of the two networks.
+    x1, x2 : array
+        Inputs ``(n1, ...)`` of the first and ``(n2, ...)`` of the second.
+    groups : Groups
+        The group of each leaf of the parameters.
+    metric : pytree, optional
+        The diagonal of D, positive, in the shape of the parameters; by default the identity.
+
+    Returns
+    -------
+    array
+        Terms ``(R, n1, n2, K, K)``.
+
+    Notes
+    -----
+    *Derived*. The arguments are not checked; the function can be compiled.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> from ntkdp._gradients import groups
+    >>> square = lambda w, x: x @ w**2
+    >>> w1, w2, x = jnp.full((1, 1), 1.0), jnp.full((1, 1), 3.0), jnp.ones((1, 1))
+    >>> ntkdp.ntk.between_parameters(square, w1, w2, x, x, groups.resolve(w1)).item()
+    12.0
+    """
+    if metric is not None:
+        roots = jax.tree.map(lambda d: 1 / jnp.sqrt(d), metric)
+        apply_fn = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
+        params1, params2 = (jax.tree.map(jnp.multiply, p, roots) for p in (params1, params2))
+    structure = per_sample.trace(apply_fn, params1, x1)
+
+    def factors_at(params: Params) -> _blocks.FactorsOf:
+        return lambda x: per_sample.factored_for_kernel(structure, params, x)
+
+    return _blocks.assemble(
+        factors_at(params1),
+        groups.leaf_to_group,
+        groups.size,
+        structure.n_outputs,
+        x1,
+        x2,
+        None,
+        factors_at(params2),
+    )
+
+
 def _kernel(
     apply_fn: ApplyFn,
     params: Params,

@@ -26,6 +26,9 @@ Noise moves the kernel of a network however wide it is. :func:`two_time_ensemble
 infinitely wide network with the kernels between times of :func:`ntkdp.two_time_kernel`, and
 :func:`two_time_flow` does so in flow time; :func:`weight_noise_variance` says when that is needed.
 
+:func:`response_ensemble` takes any network, of any width and parameterisation: it follows a run
+without noise, what noise does to the network along it, and how the outputs respond.
+
 :func:`final_outputs` takes many learning rates and clipping norms at once, for what training ends
 with.
 """
@@ -35,6 +38,8 @@ from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
+from ntkdp.stochastic_flow._response.ensemble import response_ensemble
+from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._weight_noise import weight_noise_variance
@@ -42,6 +47,7 @@ from ntkdp.stochastic_flow._weight_noise import weight_noise_variance
 __all__ = [
     "FinalOutputs",
     "Moments",
+    "ResponseFlow",
     "TwoTimeFlow",
     "ensemble",
     "ensemble_phases",
@@ -49,6 +55,7 @@ __all__ = [
     "fixed_privacy_flow",
     "moment_flow",
     "moments",
+    "response_ensemble",
     "two_time_ensemble",
     "two_time_flow",
     "weight_noise_variance",

@@ -12,7 +12,9 @@ import pytest
 from helpers import normal, stored
 
 import ntkdp
+from ntkdp import models
 from ntkdp._backend import memory
+from ntkdp._gradients import groups as _groups
 
 
 @pytest.mark.parametrize("name", ["mlp_relu", "cnn_pool", "layernorm_mlp"])
@@ -349,3 +351,22 @@ def test_bad_parameters_and_output_gradients_are_named() -> None:
         ntkdp.infinite_ntk(model, X1, X2[:, :2])
     with pytest.raises(ValueError, match=r"x1 must have shape .* got \(0, 3\)"):
         ntkdp.layerwise_infinite_ntk(model, X1[:0])
+
+
+def test_a_kernel_between_two_networks_is_the_product_of_their_jacobians() -> None:
+    """Also through a metric, and in blocks of samples."""
+    model = models.mlp([8], 2)
+    x1, x2 = normal(31, 5, 3), normal(32, 4, 3)
+    first, second = (model.init(jax.random.key(seed), x1) for seed in (1, 2))
+    groups = _groups.resolve(first)
+    metric = jax.tree.map(lambda leaf: 1.5 + jnp.cos(leaf), first)
+    jacobians = [jax.jacrev(model.apply)(p, x) for p, x in ((first, x1), (second, x2))]
+    kernel = ntkdp.ntk.between_parameters(model.apply, first, second, x1, x2, groups)
+    scaled = ntkdp.ntk.between_parameters(model.apply, first, second, x1, x2, groups, metric)
+    for weights, terms in ((jax.tree.map(jnp.ones_like, metric), kernel), (metric, scaled)):
+        leaves = [jax.tree.leaves(tree) for tree in (weights, *jacobians)]
+        expected = jnp.zeros((groups.size, 5, 4, 2, 2))
+        for group, d, j1, j2 in zip(groups.leaf_to_group, *leaves, strict=True):
+            flat = (j1 * d).reshape(5, 2, -1), j2.reshape(4, 2, -1)
+            expected = expected.at[group].add(jnp.einsum("ikp,jlp->ijkl", *flat))
+        np.testing.assert_allclose(terms, expected, atol=1e-12)

@@ -1,0 +1,185 @@
+r"""A linear optimizer as a filter: how it carries gradients, and noise, through time.
+
+The state of an optimizer that is linear, of momentum for example, and the position that it moves
+are one vector for each weight, :math:`x = (w, m, \ldots)`, with
+:math:`x_{k+1} = A_k x_k + b_k g_k`. All weights share the matrices, so the same filter carries
+anything that is linear in the gradients: noise of the weights, outputs, or charges of a kernel.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from ntkdp._backend.types import Array, Float, LearningRate, PyTree
+
+#: Largest difference from linear, relative to the sizes of the numbers.
+_TOLERANCE = 1e-4
+#: Variance of a position that is known, relative to the largest variance of any.
+_PINNED = 1e-12
+
+
+class LinearFilter(NamedTuple):
+    """Matrices ``(steps, d, d)`` and drives ``(steps, d)``; the position is entry 0."""
+
+    matrices: Float[np.ndarray, "steps d d"]
+    drives: Float[np.ndarray, "steps d"]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.drives)
+
+    @property
+    def size(self) -> int:
+        """Entries d of a state."""
+        size: int = self.drives.shape[1]
+        return size
+
+    def propagators(self, start: int, stop: int) -> Float[np.ndarray, "p d d"]:
+        """Matrices that carry a state from ``start`` to each step up to ``stop``, both included."""
+        carried = [np.eye(self.size)]
+        for k in range(start, stop):
+            carried.append(self.matrices[k] @ carried[-1])
+        return np.stack(carried)
+
+    def responses(self, start: int, stop: int) -> Float[np.ndarray, "p d"]:
+        """States at ``stop`` after a unit gradient at each step from ``start`` on."""
+        carried = np.eye(self.size)
+        responses = []
+        for k in range(stop - 1, start - 1, -1):
+            responses.append(carried @ self.drives[k])
+            carried = carried @ self.matrices[k]
+        return np.stack(responses[::-1])
+
+    def added_covariance(self, start: int, stop: int) -> Float[np.ndarray, "d d"]:
+        """Covariance that unit noise of the gradients adds to a state between two steps."""
+        added = np.zeros((self.size, self.size))
+        for k in range(start, stop):
+            matrix, drive = self.matrices[k], self.drives[k]
+            added = matrix @ added @ matrix.T + np.outer(drive, drive)
+        return added
+
+    def position_covariance(self, nodes: np.ndarray) -> Float[np.ndarray, "steps1 nodes"]:
+        """Covariance of the position at every step with that at the nodes, under unit noise."""
+        covariances = [np.zeros((self.size, self.size))]
+        for matrix, drive in zip(self.matrices, self.drives, strict=True):
+            covariances.append(matrix @ covariances[-1] @ matrix.T + np.outer(drive, drive))
+        result = np.zeros((self.steps + 1, len(nodes)))
+        for column, node in enumerate(nodes):
+            row = np.eye(self.size)[0]
+            for k in range(node, -1, -1):
+                # Here `row` carries a state at step k to the position at the node.
+                result[k, column] = (covariances[k] @ row)[0]
+                row = row @ self.matrices[k - 1] if k else row
+            carried = covariances[node][:, 0]
+            for k in range(node, self.steps):
+                carried = self.matrices[k] @ carried
+                result[k + 1, column] = carried[0]
+        return result
+
+
+class Bridge(NamedTuple):
+    """Noise of the gradients that brings the position to zero at every node.
+
+    The noise of step k is ``-gains[k] @ x_k`` plus a standard normal number times
+    ``deviations[k]``.
+    """
+
+    gains: Float[np.ndarray, "steps d"]
+    deviations: Float[np.ndarray, " steps"]
+
+
+def linear_filter(
+    optimizer: Callable[[LearningRate], optax.GradientTransformation],
+    learning_rate: LearningRate,
+    steps: int,
+) -> LinearFilter:
+    """The filter of an optimizer whose updates are linear in gradients and weights.
+
+    Raises
+    ------
+    ValueError
+        If the updates are not linear, as those of Adam.
+    """
+    matrices, drives, defect = _filter(optimizer, learning_rate, steps)
+    if not bool(defect <= _TOLERANCE):
+        raise ValueError(
+            f"optimizer must be linear in the gradients, as SGD with momentum is, got {optimizer!r}"
+        )
+    return LinearFilter(np.asarray(matrices, np.float64), np.asarray(drives, np.float64))
+
+
+@eqx.filter_jit
+def _filter(
+    optimizer: Callable[[LearningRate], optax.GradientTransformation],
+    learning_rate: LearningRate,
+    steps: int,
+) -> tuple[Array, Array, Array]:
+    transformation = optimizer(learning_rate)
+    position = jnp.zeros(())
+    state = transformation.init(position)
+    numbers, _ = eqx.partition(state, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten((position, numbers))
+    size = len(leaves)
+
+    def moved(vector: Array, counts: PyTree) -> tuple[Array, PyTree]:
+        """State after a step, from a state and a gradient."""
+        entries = [entry.astype(leaf.dtype) for entry, leaf in zip(vector, leaves, strict=False)]
+        position, numbers = jax.tree.unflatten(structure, entries)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, after = transformation.update(
+                vector[-1], eqx.combine(numbers, counts), position
+            )
+        after_numbers, after_counts = eqx.partition(after, eqx.is_inexact_array)
+        after_leaves = jax.tree.leaves((position + updates, after_numbers))
+        return jnp.stack([leaf.astype(vector.dtype) for leaf in after_leaves]), after_counts
+
+    def step(counts: PyTree, _: None) -> tuple[PyTree, tuple[Array, Array]]:
+        columns, after = jax.vmap(moved, (0, None), (0, None))(jnp.eye(size + 1), counts)
+        probe = jnp.cos(1.0 + jnp.arange(size + 1.0)) * 3
+        straight = probe @ columns
+        defect = jnp.max(jnp.abs(moved(probe, counts)[0] - straight)) / jnp.max(
+            jnp.abs(probe) @ jnp.abs(columns) + 1e-30
+        )
+        return after, (columns.T, defect)
+
+    _, counts = eqx.partition(state, eqx.is_inexact_array)
+    _, (both, defects) = lax.scan(step, counts, None, length=steps)
+    return both[:, :, :-1], both[:, :, -1], jnp.max(defects)
+
+
+def interpolation(filter: LinearFilter, nodes: np.ndarray) -> Float[np.ndarray, "steps1 nodes"]:
+    """Weights of the positions at the nodes in the mean position of every step, given those."""
+    covariance = filter.position_covariance(nodes)
+    between = covariance[nodes]
+    # The start is known, and so is a node without noise since the one before.
+    weights: Float[np.ndarray, "steps1 nodes"] = covariance @ np.linalg.pinv(
+        between, rcond=1e-12, hermitian=True
+    )
+    weights[nodes] = np.eye(len(nodes))
+    return weights
+
+
+def bridge(filter: LinearFilter, nodes: np.ndarray) -> Bridge:
+    """The noise between nodes, given that the position is zero at each of them."""
+    size, steps = filter.size, filter.steps
+    variances = np.diagonal(filter.position_covariance(nodes)[nodes])
+    pinned = 1 / (_PINNED * max(float(variances.max()), np.finfo(float).tiny))
+    known = set(np.asarray(nodes).tolist())
+    precision = np.zeros((size, size))
+    gains, deviations = np.zeros((steps, size)), np.zeros(steps)
+    for k in range(steps - 1, -1, -1):
+        if k + 1 in known:
+            precision[0, 0] += pinned
+        matrix, drive = filter.matrices[k], filter.drives[k]
+        total = 1 + drive @ precision @ drive
+        across = drive @ precision @ matrix
+        gains[k], deviations[k] = across / total, total**-0.5
+        precision = matrix.T @ precision @ matrix - np.outer(across, across) / total
+    return Bridge(gains, deviations)

@@ -1,0 +1,298 @@
+"""Noisy runs of any network, from its response to noise and gradients."""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntkdp import privacy
+from ntkdp._backend import memory, validate
+from ntkdp._backend import progress as _progress
+from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
+from ntkdp.gradient_flow import with_steps
+from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter
+from ntkdp.stochastic_flow._response import noise_path
+from ntkdp.stochastic_flow._response.flow import ResponseFlow, check_response_flow
+from ntkdp.stochastic_flow._response.kernels import NodeKernels, node_kernels
+from ntkdp.stochastic_flow._response.noise_free_path import (
+    Descent,
+    NoiseFreePath,
+    cells,
+    follow,
+    place_nodes,
+    resting,
+    slots,
+)
+from ntkdp.stochastic_flow._response.runs import Runs, Undriven, run
+from ntkdp.stochastic_flow._response.schedule import scheduled
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
+from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
+
+#: Nodes and draws by default.
+_NODES, _DRAWS = 7, 3
+#: Deviation of the kernels, relative to them, that is worth a warning.
+_LARGEST_ERROR = 0.1
+#: Part of the largest entry that is added to a covariance before its root is taken, in epsilons.
+_JITTER = 100
+
+#: Learning rate to optax transformation.
+Optimizer = Callable[[LearningRate], optax.GradientTransformation]
+
+
+def response_ensemble(
+    flow: ResponseFlow,
+    *,
+    learning_rate: LearningRate,
+    steps: int,
+    noise_multiplier: NoiseMultiplier = 0.0,
+    sample_rate: float = 1.0,
+    optimizer: Optimizer | None = None,
+    noise_per_group: bool = False,
+    about: Literal["path", "start"] | ResponseFlow = "path",
+    noise_at: Literal["nodes", "steps"] = "nodes",
+    nodes: int = _NODES,
+    draws: int = _DRAWS,
+    record_every: int = 1,
+    outputs: bool = False,
+    progress: Progress = False,
+    key: KeyLike,
+) -> Trajectory:
+    r"""Draw runs of DP-SGD on any network: run without noise, noise alone, and linear response.
+
+    See :class:`ResponseFlow` for the equation. Kernels are taken at a few times, averaged over
+    draws of the noise, and shared by all runs; between the times they are linear in each argument.
+
+    Parameters
+    ----------
+    flow : ResponseFlow
+        Network, data, loss and clipping.
+    learning_rate : float or optax schedule
+        Step size of the reduced loss's gradient.
+    steps : int
+        At least 1.
+    noise_multiplier : float or privacy.Budget
+        :math:`\sigma`: the noise of the summed gradient has standard deviation :math:`\sigma S` on
+        every weight, with S the sensitivity. A budget is spent on all the steps.
+    sample_rate : float
+        q in (0, 1]: 1 for full batches, less for Poisson sampling.
+    optimizer : callable, optional
+        Learning rate to optax transformation whose updates are linear in gradients and weights,
+        e.g. SGD with momentum and weight decay; by default plain steps.
+    noise_per_group : bool
+        For layerwise clipping: the noise of group r is in proportion to its own R_r, as in
+        ``dp_sgd.run``.
+    about : "path", "start" or ResponseFlow
+        What the response is taken about. ``"path"`` is the run without noise, which is made here
+        on full batches. ``"start"`` stays at the initial weights, so that nothing is trained: the
+        noise path alone, which is good while the drift of the weights moves the kernel little.
+        Another flow, of the same network on public data say, gives its run without noise.
+    noise_at : "nodes" or "steps"
+        Noise of the weights is drawn at the nodes, with the noise of the outputs between them, or
+        at every step. The latter is exact between nodes and takes a forward pass for each run and
+        step; with the key of ``dp_sgd.run`` it is the noise of that run, and the prediction is of
+        that very run.
+    nodes : int
+        Number of times at which kernels are taken, evenly in flow time, at least 2.
+    draws : int
+        Number of draws of the noise over which kernels are averaged.
+    record_every : int
+        Record every so many steps, and the last one.
+    outputs : bool
+        Record the outputs too.
+    progress : bool or callable
+        True shows a bar on a terminal; a function is called with the fraction done.
+    key : PRNG key
+        One key, or an array of S keys for S runs, which get a leading seed axis.
+
+    Returns
+    -------
+    Trajectory
+        Its times are the running sum of the learning rate.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for ``dp_sgd.run``; if the optimizer is not linear.
+    MemoryError
+        If kernels or paths do not fit.
+
+    Warns
+    -----
+    UserWarning
+        If kernels differ by more than a tenth between draws of the noise, so that their mean is
+        uncertain or each run has another one, or are not linear between neighbouring nodes.
+
+    Notes
+    -----
+    *Derived*. Exact in law for a model that is linear in its parameters, and for any network
+    without noise. A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2``
+    of them. A step costs three products of one of them with a matrix of S columns. Norms of
+    gradients are those of each run on its own noise path.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, ntkdp
+    >>> flow = ntkdp.stochastic_flow.ResponseFlow(
+    ...     lambda w, x: jnp.tanh(x @ w), jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1)),
+    ...     ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0))
+    >>> runs = ntkdp.stochastic_flow.response_ensemble(
+    ...     flow, learning_rate=0.5, steps=4, noise_multiplier=0.1,
+    ...     key=jax.random.split(jax.random.key(0), 10))
+    >>> runs.loss.shape
+    (10, 5)
+    """
+    flow = check_response_flow(flow)
+    stepping = Stepping(learning_rate, steps, record_every)
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
+    validate.choice(("nodes", "steps"), noise_at=noise_at)
+    keys = validate.keys(key=key)
+    chosen: Optimizer = optax.sgd if optimizer is None else optimizer
+    filter = linear_filter(chosen, stepping.learning_rate, stepping.steps)
+    times = np.asarray(
+        times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
+    )
+    places = place_nodes(times, _at_least("nodes", nodes, 2))
+    groups = flow.weight_groups()
+    stds = deviations(flow.clipping, sigma, groups.size, noise_per_group)
+    stds = (stds / (rate * flow.data.divisor)).astype(flow.dtype)
+    is_noisy = bool(jnp.any(stds > 0))
+    if not is_noisy:
+        draws = 1
+    _require_room(flow, keys.size, len(places), stepping, noise_at, outputs)
+    stds_of_leaves = [stds[group] for group in groups.leaf_to_group]
+    with _progress.listening(progress, "drawing runs of the network") as listener:
+        descent, path = _path(flow, about, chosen, stepping, filter, places)
+        transfers = noise_path.transfers(filter, times, places, path)
+        law = noise_path.NoisePath(flow, path, transfers, stds_of_leaves)
+        draw_keys = jax.random.split(jax.random.key(0), _at_least("draws", draws, 1))
+        kernels = node_kernels(law, stds**2, draw_keys)
+        _warn(kernels, len(places), draws)
+        flat_keys = keys.reshape(-1)
+        nodes_seen, roots, steps_seen = None, None, None
+        if noise_at == "steps":
+            slot = jnp.asarray(slots(places, stepping.steps))
+            seen = noise_path.at_steps(law, descent, slot, flat_keys)
+            steps_seen = _less(seen.outputs, path.outputs)
+        else:
+            seen = noise_path.at_nodes(law, flat_keys)
+            nodes_seen = _less(seen.outputs, path.outputs[places])
+            roots = _roots(kernels.covariance) if is_noisy else None
+        corrections = noise_path.norm_corrections(law, *map(jnp.asarray, cells(times, places)))
+        undriven = Undriven(nodes_seen, roots, steps_seen, seen.blocks, corrections)
+        schedule, propagators = scheduled(
+            filter, times, places, stepping.recorded, np.dtype(flow.dtype)
+        )
+        runs = Runs(flow, path, kernels, undriven, flat_keys, rate, outputs)
+        measured = run(runs, schedule, propagators, len(stepping.recorded), listener)
+        by_seed: Measurement = jax.tree.map(
+            lambda path: jnp.swapaxes(path, 0, 1).reshape(
+                *keys.shape, *path.shape[:1], *path.shape[2:]
+            ),
+            measured,
+        )
+        return from_measurements(
+            stepping.times,
+            by_seed,
+            steps=jnp.asarray(stepping.recorded),
+            setup=with_steps(flow.setup(), stepping, sigma, rate, noise_per_group),
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if validate.count(**{name: value}) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return value
+
+
+def _path(
+    flow: ResponseFlow,
+    about: str | ResponseFlow,
+    optimizer: Optimizer,
+    stepping: Stepping,
+    filter: LinearFilter,
+    places: np.ndarray,
+) -> tuple[Descent, NoiseFreePath]:
+    """The steps without noise, and the path that they make."""
+    if isinstance(about, ResponseFlow):
+        source = about
+    else:
+        validate.choice(("path", "start"), about=about)
+        source = flow
+    descent = Descent(source, optimizer, stepping.learning_rate, about != "start")
+    if about == "start" and bool(np.all(filter.matrices[:, 0, 0] == 1)):
+        return descent, resting(flow, stepping.steps, len(places))
+    slot = jnp.asarray(slots(places, stepping.steps))
+    return descent, follow(descent, None if source is flow else flow, slot, len(places))
+
+
+def _less(
+    seen: Float[Array, "times N K S"], path: Float[Array, "times N K"]
+) -> Float[Array, "times NK S"]:
+    moved = seen - path[..., None]
+    return moved.reshape(len(moved), -1, moved.shape[-1])
+
+
+@jax.jit
+def _roots(covariance: Float[Array, "nodes NK NK"]) -> Float[Array, "M NK NK"]:
+    """Roots of the mean covariance in each cell."""
+    within = (covariance[1:] + covariance[:-1]) / 2
+    size = within.shape[-1]
+    largest = jnp.max(jnp.diagonal(within, axis1=1, axis2=2), axis=1)
+    jitter = _JITTER * jnp.finfo(within.dtype).eps * largest
+    eye = jnp.eye(size, dtype=within.dtype)
+    roots: Array = jnp.linalg.cholesky(within + jitter[:, None, None] * eye)
+    return roots
+
+
+def _warn(kernels: NodeKernels, n_nodes: int, draws: int) -> None:
+    """Warn if kernels vary much between draws, or are curved between nodes."""
+    spread = float(jnp.max(kernels.spread)) / draws**0.5
+    if draws > 1 and spread > _LARGEST_ERROR:
+        warnings.warn(
+            f"kernels are known to {spread:.0%} only, from draws={draws}; use more draws",
+            stacklevel=3,
+        )
+    curvature = _curvature(kernels.between[:n_nodes])
+    if curvature > _LARGEST_ERROR:
+        warnings.warn(
+            f"kernels are not linear between nodes={n_nodes} times, by {curvature:.0%}; use more "
+            "nodes",
+            stacklevel=3,
+        )
+
+
+def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> float:
+    """The error of linear interpolation between neighbours, relative to the kernels."""
+    worst = 0.0
+    for before, here, after in zip(kernels[:-2], kernels[1:-1], kernels[2:], strict=True):
+        # An interval of half the length has a quarter of the error at its middle.
+        bend = jnp.linalg.norm((before + after) / 2 - here) / 4
+        worst = max(worst, float(bend / jnp.linalg.norm(here)))
+    return worst
+
+
+def _require_room(
+    flow: ResponseFlow,
+    n_runs: int,
+    n_nodes: int,
+    stepping: Stepping,
+    noise_at: str,
+    outputs: bool,
+) -> None:
+    n_points = flow.points.shape[0]
+    rows, columns = n_points * flow.n_outputs, flow.n_samples * flow.n_outputs
+    n_kernels = n_nodes * (n_nodes + 1) // 2
+    kernels = n_kernels * flow.weight_groups().size * rows * columns + 3 * n_nodes * rows**2
+    states = stepping.steps + 1 if noise_at == "steps" else 3 * n_nodes
+    states += n_nodes * flow.n_outputs
+    kept = len(stepping.recorded) * bool(outputs)
+    memory.require(
+        ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize,
+        f"the response of {n_runs:,} runs with {n_kernels} kernels of {rows:,} x {columns:,}",
+        "use fewer samples, fewer nodes, fewer keys at a time, or float32",
+    )

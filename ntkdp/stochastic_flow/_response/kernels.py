@@ -1,0 +1,110 @@
+"""Kernels between a few times of noisy training, averaged over draws of the noise."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp import ntk
+from ntkdp._backend.types import Array, Float, Key, Params
+from ntkdp.stochastic_flow._response.noise_path import NoisePath
+
+#: The kernel of one draw of the noise, by its number.
+_OneDraw: TypeAlias = Callable[[Array], Array]
+
+
+class NodeKernels(NamedTuple):
+    r"""Kernels of all points with samples that drive them, as matrices by group ``(T, N K, n K)``.
+
+    The samples are those of the flow, and those of its path after them if these are others.
+
+    Attributes
+    ----------
+    between
+        :math:`\Theta` for each pair of nodes, the later first.
+    covariance
+        :math:`\Theta(a, a)` at each node between all points, weighted by the variances of the
+        groups, ``(nodes, N K, N K)``.
+    number
+        The place of a pair, ``(nodes, nodes)``.
+    traces
+        Traces of the blocks of each point with itself at each node, ``(nodes, T, N)``.
+    spread
+        Deviation of :math:`\Theta(a, a)` over draws of the noise, relative to it, ``(nodes,)``.
+    """
+
+    between: Float[Array, "pairs T NK nK"]
+    covariance: Float[Array, "nodes NK NK"]
+    number: Array
+    traces: Float[Array, "nodes T N"]
+    spread: Float[Array, " nodes"]
+
+
+def pairs_of_nodes(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (later, earlier) of nodes, and their numbers ``(nodes, nodes)``; those equal first."""
+    equal = [(a, a) for a in range(n_nodes)]
+    different = [(a, b) for a in range(n_nodes) for b in range(a)]
+    pairs = np.asarray(equal + different)
+    number = np.zeros((n_nodes, n_nodes), int)
+    number[pairs[:, 0], pairs[:, 1]] = np.arange(len(pairs))
+    return pairs, number
+
+
+@eqx.filter_jit
+def node_kernels(
+    law: NoisePath, variances: Float[Array, " T"], keys: Key[Array, " D"]
+) -> NodeKernels:
+    """Kernels averaged over the noise of as many draws as there are keys."""
+    flow, path = law.flow, law.path
+    groups, points, dtype = flow.weight_groups(), flow.points, flow.dtype
+    foreign = path.charges is not None and not path.is_own
+    driving = jnp.concatenate([flow.x, path.x]) if foreign else flow.x
+    n_nodes, n_driving = law.transfers.carried.shape[0] + 1, flow.n_samples * flow.n_outputs
+    drawn = lax.map(law.draw, keys)
+
+    def kernel(draw: Array, later: Array, earlier: Array, x: Array) -> Array:
+        def weights(node: Array) -> Params:
+            return jax.tree.map(lambda leaf: leaf[draw, node], drawn)
+
+        terms = ntk.between_parameters(
+            flow.apply_fn, weights(later), weights(earlier), points, x, groups
+        )
+        rows, columns = terms.shape[1] * terms.shape[3], terms.shape[2] * terms.shape[4]
+        return jnp.transpose(terms, (0, 1, 3, 2, 4)).reshape(-1, rows, columns).astype(dtype)
+
+    def mean_over_draws(one: _OneDraw) -> tuple[Array, Array]:
+        """Mean over draws, and the mean of the squared norms."""
+
+        def add(total: tuple[Array, Array], draw: Array) -> tuple[tuple[Array, Array], None]:
+            drawn = one(draw)
+            return (total[0] + drawn, total[1] + jnp.sum(drawn**2)), None
+
+        zeros = jnp.zeros_like(jax.eval_shape(one, jnp.asarray(0)))
+        total, _ = lax.scan(add, (zeros, jnp.zeros((), dtype)), jnp.arange(keys.size))
+        return total[0] / keys.size, total[1] / keys.size
+
+    def at_node(node: Array) -> tuple[Array, Array, Array, Array]:
+        x = jnp.concatenate([points, path.x]) if foreign else points
+        mean, squares = mean_over_draws(lambda draw: kernel(draw, node, node, x))
+        of_mean = jnp.sum(mean**2)
+        excess = jnp.maximum(squares - of_mean, 0) * keys.size / max(keys.size - 1, 1)
+        size = mean.shape[1]
+        chosen = jnp.concatenate([mean[:, :, :n_driving], mean[:, :, size:]], axis=2)
+        covariance = jnp.tensordot(variances, mean[:, :, :size], 1)
+        diagonal = jnp.diagonal(mean[:, :, :size], axis1=1, axis2=2)
+        traces = diagonal.reshape(groups.size, -1, flow.n_outputs).sum(axis=2)
+        return chosen, covariance, traces, jnp.sqrt(excess / of_mean)
+
+    def between(pair: Array) -> Array:
+        return mean_over_draws(lambda draw: kernel(draw, pair[0], pair[1], driving))[0]
+
+    pairs, number = pairs_of_nodes(n_nodes)
+    equal, covariance, traces, spread = lax.map(at_node, jnp.arange(n_nodes))
+    different = lax.map(between, jnp.asarray(pairs[n_nodes:]))
+    return NodeKernels(
+        jnp.concatenate([equal, different]), covariance, jnp.asarray(number), traces, spread
+    )

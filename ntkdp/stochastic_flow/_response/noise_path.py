@@ -1,0 +1,296 @@
+r"""Noise on the path of the optimizer, and the outputs of the network along it.
+
+A run on the noise path descends with the output gradients :math:`\bar C \bar a` of the path without
+noise, which do not respond to it, through its own Jacobian:
+
+.. math:: \bar g_k = J(w_k)^\top \bar C_k \bar a_k + noise .
+
+Without noise it is the path. What the output gradients make of the noise is left to the response.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ntkdp._backend import norms
+from ntkdp._backend.norms import wide
+from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray, PyTree
+from ntkdp._gradients import per_sample
+from ntkdp.stochastic_flow._linear_filter import LinearFilter
+from ntkdp.stochastic_flow._response.flow import ResponseFlow
+from ntkdp.stochastic_flow._response.noise_free_path import Descent, NoiseFreePath, cells, moved
+
+#: Parameters and optimizer of the run without noise, and noise and optimizers of all runs.
+_Carry: TypeAlias = tuple[Params, PyTree, Params, PyTree]
+
+
+class Transfers(NamedTuple):
+    """How states of the filter go from node to node.
+
+    Attributes
+    ----------
+    carried, added
+        The state's matrix and the root of the covariance of the noise that is added, ``(M, d, d)``.
+    before, after
+        What drives the state, charges of the path, through the Jacobians of a cell's first and of
+        its last node, ``(M, d, T, n, K)``; None if nothing drives it.
+    """
+
+    carried: Float[Array, "M d d"]
+    added: Float[Array, "M d d"]
+    before: Float[Array, "M d T n K"] | None
+    after: Float[Array, "M d T n K"] | None
+
+
+def transfers(
+    filter: LinearFilter, times: np.ndarray, nodes: np.ndarray, path: NoiseFreePath
+) -> Transfers:
+    """Transfers between neighbouring nodes, for noise of unit deviation."""
+    carried, added, before, after = [], [], [], []
+    _, along = cells(times, nodes)
+    for start, stop in zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True):
+        carried.append(filter.propagators(start, stop)[-1])
+        added.append(_root(filter.added_covariance(start, stop)))
+        if path.charges is not None:
+            responses = jnp.asarray(filter.responses(start, stop), path.charges.dtype)
+            share = jnp.asarray(along[start:stop], path.charges.dtype)
+            charges = path.charges[start:stop]
+            before.append(jnp.einsum("jd,j,jtnk->dtnk", responses, 1 - share, charges))
+            after.append(jnp.einsum("jd,j,jtnk->dtnk", responses, share, charges))
+    dtype = path.outputs.dtype
+    return Transfers(
+        jnp.asarray(np.stack(carried), dtype),
+        jnp.asarray(np.stack(added), dtype),
+        jnp.stack(before) if before else None,
+        jnp.stack(after) if after else None,
+    )
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    root: np.ndarray = vectors * np.sqrt(values.clip(min=0))
+    return root
+
+
+class _Cell(NamedTuple):
+    """Key and transfer of a cell, and the path's weights at its two nodes."""
+
+    key: PRNGKeyArray
+    transfer: Transfers
+    here: list[Array]
+    ahead: list[Array]
+
+
+class NoisePath(eqx.Module):
+    """The law of noisy weights on a path, at the nodes."""
+
+    flow: ResponseFlow
+    path: NoiseFreePath
+    transfers: Transfers
+    deviations: list[Array]
+
+    def pull(self, params: Params, charges: Float[Array, "d T n K"]) -> list[Array]:
+        """Gradients of the weights that charges of the path's samples cause, ``(d, ...)``."""
+        flow, groups = self.flow, self.flow.weight_groups()
+        _, pullback = jax.vjp(lambda p: flow.apply_fn(p, self.path.x), params)
+        pulled: list[list[Array]] = [[]] * groups.size
+        for group in range(groups.size):
+            through = jax.vmap(pullback)(charges[:, group].astype(flow.output_dtype))
+            pulled[group] = jax.tree.leaves(through[0])
+        return [pulled[group][leaf] for leaf, group in enumerate(groups.leaf_to_group)]
+
+    def draw(self, key: PRNGKeyArray) -> Params:
+        """Weights at the nodes, with a leading axis of them."""
+        leaves, structure = jax.tree.flatten(self.flow.params)
+        size = self.transfers.carried.shape[1]
+        nodes = jax.tree.leaves(self.path.params)
+
+        def weights(node: list[Array], states: list[Array]) -> Params:
+            moved = [w + state[0].astype(w.dtype) for w, state in zip(node, states, strict=True)]
+            return jax.tree.unflatten(structure, moved)
+
+        def advance(
+            states: list[Array],
+            at: _Cell,
+        ) -> tuple[list[Array], list[Array]]:
+            own, transfer, here, ahead = at
+            following = [
+                jnp.tensordot(transfer.carried.astype(state.dtype), state, axes=1)
+                + jnp.tensordot(
+                    transfer.added.astype(state.dtype),
+                    deviation * jax.random.normal(leaf_key, state.shape, state.dtype),
+                    axes=1,
+                )
+                for leaf_key, state, deviation in zip(
+                    jax.random.split(own, len(states)), states, self.deviations, strict=True
+                )
+            ]
+            if transfer.before is not None and transfer.after is not None:
+                plain, noisy = jax.tree.unflatten(structure, here), weights(here, states)
+                following = _added(following, self._excess(plain, noisy, transfer.before))
+                # The Jacobian at the cell's end is taken where that of its beginning leads to.
+                guess = _added(following, self._excess(plain, noisy, transfer.after))
+                plain, noisy = jax.tree.unflatten(structure, ahead), weights(ahead, guess)
+                following = _added(following, self._excess(plain, noisy, transfer.after))
+            return following, [state[0] for state in following]
+
+        start = [jnp.zeros((size, *leaf.shape), wide(leaf).dtype) for leaf in leaves]
+        keys = jax.random.split(key, self.transfers.carried.shape[0])
+        ends = [leaf[:-1] for leaf in nodes], [leaf[1:] for leaf in nodes]
+        _, positions = lax.scan(advance, start, _Cell(keys, self.transfers, *ends))
+        weights_at_nodes = [
+            node + jnp.concatenate([jnp.zeros_like(path[:1]), path]).astype(node.dtype)
+            for path, node in zip(positions, nodes, strict=True)
+        ]
+        return jax.tree.unflatten(structure, weights_at_nodes)
+
+    def _excess(self, plain: Params, noisy: Params, charges: Array) -> list[Array]:
+        """What noise adds to the gradients that charges cause."""
+        with_noise, without = self.pull(noisy, charges), self.pull(plain, charges)
+        return [one - other for one, other in zip(with_noise, without, strict=True)]
+
+    def seen(self, params: Params) -> tuple[Float[Array, "N K"], Float[Array, "T N K K"]]:
+        """Outputs of all points, and the kernel's blocks of each point with itself."""
+        return self.flow.outputs(params, self.flow.points), diagonal_blocks(self.flow, params)
+
+
+def _added(states: list[Array], more: list[Array]) -> list[Array]:
+    return [state + one.astype(state.dtype) for state, one in zip(states, more, strict=True)]
+
+
+def diagonal_blocks(flow: ResponseFlow, params: Params) -> Float[Array, "T N K K"]:
+    """Blocks of the kernel of each point with itself, by group."""
+    groups, points = flow.weight_groups(), flow.points
+    structure = per_sample.trace(flow.apply_fn, params, points)
+    factors = per_sample.factored_for_kernel(structure, params, points)
+    blocks: list[Array | float] = [0.0] * groups.size
+    for group, factor in zip(groups.leaf_to_group, factors, strict=True):
+        block = jax.vmap(
+            lambda one: per_sample.kernel(jax.tree.map(lambda leaf: leaf[None], one), None)
+        )(factor)
+        blocks[group] = blocks[group] + jnp.asarray(block)
+    shape = (points.shape[0], flow.n_outputs, flow.n_outputs)
+    return jnp.stack(
+        [
+            jnp.broadcast_to(block, (shape[0], 1, *shape[1:2], 1, shape[2])).reshape(shape)
+            for block in blocks
+        ]
+    ).astype(flow.dtype)
+
+
+@eqx.filter_jit
+def norm_corrections(
+    law: NoisePath, cell: Array, along: Array
+) -> Float[Array, "steps1 T n"] | None:
+    """Gradient norms of the path at each step, over those of blocks interpolated between nodes.
+
+    None if the norms of the samples along the path are not known.
+    """
+    flow, path = law.flow, law.path
+    if path.norms is None:
+        return None
+    at_nodes = lax.map(lambda params: diagonal_blocks(flow, params), path.params)
+
+    def lengths(at: tuple[Array, Array, Array]) -> Array:
+        outputs, cell, along = at
+        a = flow.loss.output_gradient(outputs[: flow.n_samples], flow.targets)
+        blocks = (1 - along) * at_nodes[cell] + along * at_nodes[cell + 1]
+        return norms.through_kernel(blocks[:, : flow.n_samples], a)
+
+    interpolated = lax.map(lengths, (path.outputs[:-1], cell[:-1], along[:-1].astype(flow.dtype)))
+    usable = interpolated > 0
+    ratios = jnp.where(usable, path.norms / jnp.where(usable, interpolated, 1.0), 1.0)
+    return jnp.concatenate([ratios, ratios[-1:]])
+
+
+class SeenByRuns(NamedTuple):
+    """What runs on the noise path see, the last axis being that of the runs.
+
+    Attributes
+    ----------
+    outputs
+        Of all points at the nodes ``(nodes, N, K, S)``, or at every step.
+    blocks
+        Of each point with itself at the nodes, ``(nodes, T, N, K, K, S)``.
+    """
+
+    outputs: Float[Array, "times N K S"]
+    blocks: Float[Array, "nodes T N K K S"]
+
+
+@eqx.filter_jit
+def at_nodes(law: NoisePath, keys: Key[Array, " S"]) -> SeenByRuns:
+    """What each of many runs sees at the nodes."""
+    seen = lax.map(lambda key: lax.map(law.seen, law.draw(key)), keys)
+    return SeenByRuns(*(jnp.moveaxis(part, 0, -1) for part in seen))
+
+
+@eqx.filter_jit
+def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S"]) -> SeenByRuns:
+    """The same at every step, under the very noise that runs with these keys have."""
+    flow, transformation = law.flow, descent.transformation()
+    leaves, structure = jax.tree.flatten(flow.params)
+    n_nodes = law.transfers.carried.shape[0] + 1
+
+    def noise(key: PRNGKeyArray, k: Array) -> list[Array]:
+        _, own = jax.random.split(jax.random.fold_in(key, k))
+        return [
+            deviation * jax.random.normal(leaf_key, leaf.shape, wide(leaf).dtype)
+            for leaf_key, leaf, deviation in zip(
+                jax.random.split(own, len(leaves)), leaves, law.deviations, strict=True
+            )
+        ]
+
+    def outputs(params: Params) -> Array:
+        return flow.outputs(params, flow.points)
+
+    def kept(blocks: Array, at: Array, params: Params) -> Array:
+        """Blocks with those of a node, if the step is one."""
+
+        def put() -> Array:
+            own = lax.map(lambda one: diagonal_blocks(flow, one), params)
+            return blocks.at[at].set(jnp.moveaxis(own, 0, -1))
+
+        result: Array = lax.cond(at < n_nodes, put, lambda: blocks)
+        return result
+
+    def step(carry: tuple[Params, PyTree, Array], at: _Step) -> tuple[_Runs, Array]:
+        params, states, blocks = carry
+        blocks = kept(blocks, at.slot, params)
+        seen = jax.vmap(outputs, out_axes=-1)(params)
+
+        def follow(key: PRNGKeyArray, params: Params, state: PyTree) -> tuple[Params, PyTree]:
+            gradient = noise(key, at.number)
+            if at.charges is not None:
+                gradient = _added(gradient, [g[0] for g in law.pull(params, at.charges[None])])
+            return moved(transformation, params, state, jax.tree.unflatten(structure, gradient))
+
+        params, states = jax.vmap(follow)(keys, params, states)
+        return (params, states, blocks), seen
+
+    n_points, n_outputs = flow.points.shape[0], flow.n_outputs
+    shape = (n_nodes, flow.weight_groups().size, n_points, n_outputs, n_outputs, keys.size)
+    many = [
+        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (keys.size, *jnp.shape(leaf))), one)
+        for one in (descent.source.params, transformation.init(descent.source.params))
+    ]
+    steps = _Step(jnp.arange(len(slot) - 1), slot[:-1], law.path.charges)
+    (params, _, blocks), seen = lax.scan(step, (*many, jnp.zeros(shape, flow.dtype)), steps)
+    last = jax.vmap(outputs, out_axes=-1)(params)
+    return SeenByRuns(jnp.concatenate([seen, last[None]]), kept(blocks, slot[-1], params))
+
+
+class _Step(NamedTuple):
+    """Number of a step, which node it is, and the charges of the path."""
+
+    number: Array
+    slot: Array
+    charges: Array | None
+
+
+#: Parameters and optimizers of all runs, and their blocks at the nodes.
+_Runs: TypeAlias = tuple[Params, PyTree, Array]

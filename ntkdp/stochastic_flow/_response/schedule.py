@@ -1,0 +1,96 @@
+"""Steps in cells between nodes, with what the optimizer's filter does in each."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ntkdp._backend.types import Array
+from ntkdp.stochastic_flow import _linear_filter
+from ntkdp.stochastic_flow._linear_filter import LinearFilter
+from ntkdp.stochastic_flow._response import noise_free_path
+
+
+class Schedule(NamedTuple):
+    """A grid of steps in cells between nodes; arrays are ``(M, p, ...)``, with a row a cell.
+
+    Attributes
+    ----------
+    number
+        Number of the step; places that fill a cell up have that of the last step.
+    slot
+        Where the state before the step is recorded; one past the last place if it is not.
+    along
+        How far between the nodes of its cell the step is, in time.
+    matrices, drives
+        The filter of the optimizer ``(d, d)`` and ``(d,)``.
+    since
+        What the position is made of, in terms of the state at the beginning of the cell, ``(d,)``.
+    weights
+        Weights of the nodes in the mean of the noise path, ``(nodes,)``.
+    gains, deviations
+        The noise between the nodes, as in :class:`ntkdp.stochastic_flow._linear_filter.Bridge`.
+    """
+
+    number: Array
+    slot: Array
+    along: Array
+    matrices: Array
+    drives: Array
+    since: Array
+    weights: Array
+    gains: Array
+    deviations: Array
+
+
+def scheduled(
+    filter: LinearFilter,
+    times: np.ndarray,
+    nodes: np.ndarray,
+    recorded: np.ndarray,
+    dtype: np.dtype,
+) -> tuple[Schedule, Array]:
+    """Steps in cells, and propagators over whole cells ``(M, d, d)``.
+
+    The last state, which no step follows, is inside the last cell.
+    """
+    steps, size = filter.steps, filter.size
+    bridge = _linear_filter.bridge(filter, nodes)
+    weights = _linear_filter.interpolation(filter, nodes)
+    slot = np.full(steps + 1, len(recorded))
+    slot[recorded] = np.arange(len(recorded))
+    # The state after the last step stays where it is.
+    matrices = np.concatenate([filter.matrices, np.eye(size)[None]])
+    drives, gains = (
+        np.concatenate([array, np.zeros((1, size))]) for array in (filter.drives, bridge.gains)
+    )
+    deviations = np.append(bridge.deviations, 0.0)
+    _, along = noise_free_path.cells(times, nodes)
+    per_cell = int(np.diff(nodes).max()) + 1
+    rows, whole = [], []
+    for start, stop in zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True):
+        last = stop + (stop == steps)
+        propagators = filter.propagators(start, stop)
+        whole.append(propagators[-1])
+        inside = np.arange(start, last)
+        place = np.append(inside, np.full(per_cell - len(inside), steps))
+        filled = np.arange(per_cell) < len(inside)
+        since = propagators[np.minimum(place - start, stop - start), 0]
+        columns: dict[str, np.ndarray] = {
+            "number": place,
+            "slot": np.where(filled, slot[place], len(recorded)),
+            "along": np.where(filled, along[place], 1.0),
+            "matrices": np.where(filled[:, None, None], matrices[place], np.eye(size)),
+            "drives": np.where(filled[:, None], drives[place], 0.0),
+            "since": since,
+            "weights": weights[place],
+            "gains": np.where(filled[:, None], gains[place], 0.0),
+            "deviations": np.where(filled, deviations[place], 0.0),
+        }
+        rows.append(columns)
+    stacked = {name: np.stack([columns[name] for columns in rows]) for name in Schedule._fields}
+    schedule = {
+        name: jnp.asarray(column, None if column.dtype.kind == "i" else dtype)
+        for name, column in stacked.items()
+    }
+    return Schedule(**schedule), jnp.asarray(np.stack(whole), dtype)

@@ -1,0 +1,186 @@
+"""Responses: exact for linear models and without noise, and close to runs of networks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ntkdp
+from ntkdp import clipping, losses
+from ntkdp.clipping import ClippingRule
+from ntkdp.dp_sgd import run
+from ntkdp.stochastic_flow import ResponseFlow, response_ensemble
+
+N, M, D, K = 6, 4, 5, 3
+KEYS = jax.random.split(jax.random.key(1), 4)
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+X, TEST_X = draw(N, D), draw(M, D, seed=1)
+Y, TEST_Y = jnp.arange(N) % K, jnp.arange(M) % K
+LINEAR = {"body": draw(D, K, seed=2) / 3, "head": draw(K, seed=3) / 3}
+NETWORK = [draw(D, 8, seed=4) / 2, draw(8, K, seed=5) / 3]
+
+
+def linear(p: Any, x: jax.Array) -> jax.Array:
+    return x @ p["body"] + p["head"]
+
+
+def network(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p[0]) @ p[1]
+
+
+def decayed(learning_rate: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(0.1),
+        optax.trace(0.8, nesterov=True),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation] | None] = {
+    "steps": None,
+    "heavy ball": functools.partial(optax.sgd, momentum=0.9),
+    "Nesterov with decay": decayed,
+}
+
+
+def both(
+    apply_fn: Any, params: Any, rule: ClippingRule, about: Any = "path", **options: Any
+) -> tuple[ntkdp.Trajectory, ntkdp.Trajectory]:
+    """A prediction of the very runs, and the runs, with test samples and outputs."""
+    loss = losses.SoftmaxCrossEntropy()
+    data = {"test_x": TEST_X, "test_targets": TEST_Y}
+    flow = ResponseFlow(apply_fn, params, X, Y, loss, rule, **data)
+    own = {name: options.pop(name) for name in ("nodes", "draws") if name in options}
+    options = {"learning_rate": 0.3, "steps": 12, "outputs": True, "key": KEYS} | options
+    predicted = response_ensemble(flow, about=about, noise_at="steps", **own, **options)
+    options.pop("noise_per_group", None)
+    observed = run(apply_fn, params, X, Y, loss, rule, gradients="vmap", **data, **options)
+    return predicted, observed
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "about"),
+    [("steps", "path"), ("heavy ball", "start"), ("Nesterov with decay", "path")],
+)
+def test_a_linear_model_is_predicted_run_by_run(optimizer: str, about: str) -> None:
+    predicted, observed = both(
+        linear,
+        LINEAR,
+        clipping.Abadi((0.3, 0.5), scope="layerwise"),
+        about,
+        optimizer=OPTIMIZERS[optimizer],
+        learning_rate=optax.cosine_decay_schedule(0.4, 12),
+        noise_multiplier=0.7,
+        sample_rate=0.6,
+        nodes=4,
+        draws=1,
+        record_every=5,
+    )
+    np.testing.assert_allclose(predicted.times, observed.times)
+    np.testing.assert_array_equal(predicted.steps, observed.steps)
+    for name in ("outputs", "test_outputs", "loss", "test_loss", "accuracy"):
+        np.testing.assert_allclose(
+            getattr(predicted, name), getattr(observed, name), rtol=1e-9, atol=1e-10, err_msg=name
+        )
+
+
+def test_a_path_on_other_data_leaves_a_linear_model_exact() -> None:
+    public = ResponseFlow(
+        linear, LINEAR, draw(7, D, seed=8), jnp.zeros(7, int), losses.SoftmaxCrossEntropy(),
+        clipping.Abadi(0.2),
+    )  # fmt: skip
+    predicted, observed = both(
+        linear, LINEAR, clipping.Automatic(1.0), public, noise_multiplier=0.7, nodes=3, draws=1
+    )
+    np.testing.assert_allclose(predicted.outputs, observed.outputs, rtol=1e-9, atol=1e-10)
+
+
+def test_without_noise_any_network_is_predicted() -> None:
+    predicted, observed = both(
+        network, NETWORK, clipping.Abadi(0.5), optimizer=OPTIMIZERS["heavy ball"], nodes=3
+    )
+    np.testing.assert_allclose(predicted.outputs, observed.outputs, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(predicted.clip_fraction, observed.clip_fraction)
+
+
+def test_a_network_is_predicted_run_by_run() -> None:
+    """What is left out is of second order in the noise, but for a small part."""
+    shares = []
+    for sigma in (1.6, 0.2):
+        # Every step is a node, so that no kernel is interpolated.
+        predicted, observed = both(
+            network, NETWORK, clipping.Abadi(0.5), noise_multiplier=sigma, nodes=13, draws=1
+        )
+        left = jnp.max(jnp.abs(predicted.outputs - observed.outputs))
+        moved = jnp.max(jnp.abs(observed.outputs - jnp.mean(observed.outputs, axis=0)))
+        shares.append(float(left / moved))
+    assert shares[0] < 0.06
+    assert shares[1] < 0.012
+
+
+@pytest.mark.parametrize("optimizer", ["steps", "Nesterov with decay"])
+def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
+    """Mean, spread and the correlation between times of a linear model, 600 runs each."""
+    loss, rule = losses.SquaredError(), clipping.Abadi(0.5)
+    targets = draw(N, K, seed=9)
+    options: dict[str, Any] = {
+        "learning_rate": 0.5,
+        "steps": 12,
+        "noise_multiplier": 1.0,
+        "sample_rate": 0.5,
+        "optimizer": OPTIMIZERS[optimizer],
+    }
+    flow = ResponseFlow(linear, LINEAR, X, targets, loss, rule)
+    drawn = jax.random.split(jax.random.key(3), 600)
+    predicted = response_ensemble(flow, nodes=3, draws=1, key=drawn, **options).loss
+    drawn = jax.random.split(jax.random.key(4), 600)
+    observed = run(linear, LINEAR, X, targets, loss, rule, key=drawn, **options).loss
+    deviation = np.std(observed, axis=0)[1:] / 600**0.5
+    difference = (np.mean(predicted, axis=0) - np.mean(observed, axis=0))[1:]
+    assert np.max(np.abs(difference) / deviation / 2**0.5) < 3.5
+    np.testing.assert_allclose(np.std(predicted, 0)[1:], np.std(observed, 0)[1:], rtol=0.15)
+    # Between neighbouring times, inside a cell and across a node.
+    steps = [np.std(np.diff(path, axis=1), axis=0) for path in (predicted, observed)]
+    np.testing.assert_allclose(*steps, rtol=0.15)
+
+
+def test_one_key_gives_one_run() -> None:
+    flow = ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0))
+    options: dict[str, Any] = {"learning_rate": 0.3, "steps": 5, "noise_multiplier": 0.5}
+    single = response_ensemble(flow, key=KEYS[0], nodes=2, draws=1, **options)
+    assert single.loss.shape == (6,)
+    assert jnp.all(jnp.isfinite(single.loss))
+
+
+def test_few_draws_and_few_nodes_are_told() -> None:
+    flow = ResponseFlow(
+        network, NETWORK, 3 * X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0)
+    )
+    options: dict[str, Any] = {"steps": 12, "key": KEYS[0]}
+    with (
+        pytest.warns(UserWarning, match="draws=2; use more draws"),
+        pytest.warns(UserWarning, match="nodes=13 times"),
+    ):
+        response_ensemble(
+            flow, learning_rate=0.3, noise_multiplier=8.0, draws=2, nodes=13, **options
+        )
+    with pytest.warns(UserWarning, match="nodes=3 times"):
+        response_ensemble(flow, learning_rate=10.0, nodes=3, **options)
+
+
+def test_optimizers_that_are_not_linear_are_refused() -> None:
+    flow = ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0))
+    with pytest.raises(ValueError, match="optimizer must be linear in the gradients"):
+        response_ensemble(flow, learning_rate=0.1, steps=2, optimizer=optax.adam, key=KEYS[0])
+    with pytest.raises(ValueError, match="clipping must treat each sample by itself"):
+        ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Batch(1.0))

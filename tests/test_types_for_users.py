@@ -23,6 +23,8 @@ labels = jnp.arange(8) % 2
 model = ntkdp.models.mlp([16], 2, activation="tanh")
 params = model.init(jax.random.key(0), x)
 loss, rule = losses.SoftmaxCrossEntropy(), clipping.Abadi(0.5, scope="layerwise")
+own_rule = clipping.Custom(lambda s: 1 / (1 + s), 1.0, scope="flat")
+own_model = ntkdp.models.from_stax(lambda key, shape: ((2,), ()), lambda params, x: x)
 kernel = ntkdp.layerwise_ntk(model.apply, params, x)
 flow = ntkdp.KernelFlow(kernel, labels, loss, rule)
 run = dp_sgd.run(

@@ -202,11 +202,17 @@ class Custom(ClippingRule):
     [1.0, 0.5]
     """
 
-    function: Callable[[Array], Array] = eqx.field(static=True)  # type: ignore[misc]
+    function: Callable[[Array], Array] = eqx.field(static=True)
     R: ByGroup = eqx.field(converter=checked_clip_norm)
-    scope: Scope = eqx.field(default="flat", static=True)
+    scope: Scope = eqx.field(static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
+
+    # Type checkers would put the fields of the base class first.
+    def __init__(
+        self, function: Callable[[Array], Array], R: ByGroup, scope: Scope = "flat"
+    ) -> None:
+        self.function, self.R, self.scope = function, R, scope
 
     def __check_init__(self) -> None:
         if not callable(self.function):

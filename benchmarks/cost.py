@@ -5,6 +5,7 @@ and on eight simulated ones; of time one rate is calibrated for each method at i
 the other sizes are predicted. Prints the page and writes it to ``docs/cost.md``.
 """
 
+from typing import Any
 import argparse
 import gc
 import json
@@ -50,7 +51,7 @@ def network(n, k, width, depth, inputs):
     model = ntkdp.models.mlp([width] * depth, k)
     x = jax.random.normal(jax.random.key(0), (n, inputs))
     params = model.init(jax.random.key(1), x)
-    sizes = {
+    sizes: dict[str, Any] = {
         "n_samples": n,
         "n_outputs": k,
         "n_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -318,9 +319,9 @@ def time_table():
 
 def beyond():
     """Plans of what cannot be run here."""
-    common = {"n_outputs": 10, "n_inputs": 784, "memory": 80e9}
+    common: dict[str, Any] = {"n_outputs": 10, "n_inputs": 784, "memory": 80e9}
     # A network 784-1024-1024-10.
-    large = {"n_parameters": 1_900_000, "activations": 784 + 4 * 1024 + 10}
+    large: dict[str, Any] = {"n_parameters": 1_900_000, "activations": 784 + 4 * 1024 + 10}
     plans = {
         "50,000 samples on 8 devices of 80 GB": {"n_samples": 50_000, "n_devices": 8},
         "1,000,000 samples on one device of 80 GB": {"n_samples": 1_000_000},

@@ -42,4 +42,5 @@ from .ntk import two_time_kernel as two_time_kernel
 from .trajectory import Phase as Phase
 from .trajectory import Trajectory as Trajectory
 
+__all__: list[str]
 __version__: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ DATA = Path(__file__).parent / "data"
 KEY = jax.random.key(0)
 SQUARED, SOFTMAX = losses.SquaredError(), losses.SoftmaxCrossEntropy()
 
+Value = TypeVar("Value")
+Gradients = Literal["structured", "vmap"]
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 #: The metrics that a cell of a sweep may have.
@@ -31,6 +33,12 @@ METRICS = (
 def linear(w: Any, x: Any) -> Any:
     """The linear model, whose kernel is that of its inputs."""
     return x @ w
+
+
+def known(value: Value | None) -> Value:
+    """What a test knows to be there."""
+    assert value is not None
+    return value
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -75,6 +83,6 @@ def stored(name: str) -> tuple[models.Model, Any, dict[str, jax.Array]]:
     with np.load(DATA / f"{name}.npz") as file:
         values = {key: jnp.asarray(file[key]) for key in file}
     model = stored_model(name)
-    treedef = jax.tree.structure(model.init(KEY, values["x1"]))
+    treedef: Any = jax.tree.structure(model.init(KEY, values["x1"]))
     leaves = [values[f"param{i}"] for i in range(treedef.num_leaves)]
     return model, jax.tree.unflatten(treedef, leaves), values

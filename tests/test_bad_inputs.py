@@ -204,6 +204,7 @@ ROWS = [
     Row("a number for an activation", lambda t: ntkdp.models.mlp([8], 1, activation=3), T, "activation must be one of relu, .* or a function of one number, got 3"),
     Row("a stax layer that was not called", lambda t: ntkdp.models.serial(relu()), T, r"layers\[0\] must be a stax layer"),
     Row("a number for an equinox module", lambda t: ntkdp.models.from_equinox(3), T, "must be an equinox module or .*got 3"),
+    Row("a function to a number for an equinox module", lambda t: ntkdp.models.from_equinox(lambda key: 3), T, "must be an equinox module or"),
     Row("a number for a flax module", lambda t: ntkdp.models.from_flax(3), T, "must be a flax module or a function .*got 3"),
     Row("numbers for a stax network", lambda t: ntkdp.models.from_stax(1, 2, 3), T, "init_fn must be a function.*got 1"),
     Row("a metric by its name", lambda t: ntkdp.calibration.bootstrap("brier", [0.5], [1], key=key()), T, "metric must be a function.*'brier'"),

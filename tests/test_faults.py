@@ -232,7 +232,7 @@ def test_a_comparison_on_a_full_disk_and_a_damaged_case(
     measure = _run._measured
     made: list[float] = []
 
-    def counted(*arguments: Any) -> dict[str, Any]:
+    def counted(*arguments: Any) -> Any:
         made.append(arguments[3].clip_norm)
         return measure(*arguments)
 
@@ -258,9 +258,10 @@ def test_a_run_that_replaces_another_is_continued_as_it_says(
     config = tmp_path / "other.toml"
     config.write_text("seed = 1\n" + CONFIGS["compare"])
     _finished(out, experiment.load_config(config).model_dump(mode="json"))
-    measure, done = _run._measured, []
+    measure = _run._measured
+    done: list[Any] = []
 
-    def stopped(*arguments: Any) -> dict[str, Any]:
+    def stopped(*arguments: Any) -> Any:
         if done:
             raise KeyboardInterrupt
         done.append(measure(*arguments))

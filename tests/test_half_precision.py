@@ -11,6 +11,7 @@ import xarray as xr
 from helpers import KEY, linear
 
 import ntkdp
+from ntkdp.clipping import Scope
 
 HALF = (jnp.bfloat16, jnp.float16)
 SQUARED, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
@@ -93,7 +94,9 @@ def test_a_half_trajectory_is_stored_as_single_and_says_so(dtype: Any, tmp_path:
 
 @pytest.mark.parametrize("scope", ["flat", "layerwise"])
 @pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
-def test_a_linearised_network_takes_targets_of_another_precision(weights: Any, scope: str) -> None:
+def test_a_linearised_network_takes_targets_of_another_precision(
+    weights: Any, scope: Scope
+) -> None:
     data = jnp.float64 if weights == jnp.float32 else jnp.bfloat16
     params, x = {"w": jnp.asarray(W, weights)}, jnp.asarray(X, data)
     rule = ntkdp.clipping.Abadi(0.5, scope=scope)

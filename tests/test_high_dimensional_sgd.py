@@ -22,8 +22,8 @@ TIMES = np.linspace(0.0, 1.0, 5)
 
 
 def two_modes(**changes: Any) -> HighDimensionalSGD:
-    """Eigenvalues 2 and .5, fifty of each."""
-    values = {
+    """Eigenvalues 2 and 0.5, fifty of each."""
+    values: dict[str, Any] = {
         "eigenvalues": np.repeat([2.0, 0.5], 50),
         "initial": np.repeat([0.004, 0.024], 50),
         "clip_norm": 8.0,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import KEY
+from helpers import KEY, Gradients
 
 import ntkdp
 from ntkdp import calibration, certificates, dp_sgd, ntk, spectrum, stochastic_flow
@@ -19,7 +19,7 @@ from ntkdp import high_dimensional_sgd as hsgd
 N, M, D = 6, 2, 3
 DTYPE = jnp.float64
 LOSS, RULE = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(1.0)
-NOISY = {"learning_rate": 0.1, "steps": 3, "noise_multiplier": 0.5}
+NOISY: dict[str, Any] = {"learning_rate": 0.1, "steps": 3, "noise_multiplier": 0.5}
 LAYERWISE = ntkdp.clipping.Abadi(1.0, scope="layerwise")
 RULES = {
     "none": ntkdp.clipping.NoClipping(),
@@ -41,10 +41,10 @@ def normal(*shape: int, scale: float = 1.0) -> jax.Array:
 
 X, Y, X_TEST, Y_TEST = normal(N, D), normal(N, 1), normal(M, D, scale=0.5), normal(M, 1, scale=0.5)
 PARAMS = {"body": normal(D, 4), "head": {"w": normal(4, 1), "b": normal(1)}}
-TESTS = {"test_x": X_TEST, "test_targets": Y_TEST}
+TESTS: dict[str, Any] = {"test_x": X_TEST, "test_targets": Y_TEST}
 PROBS, CLASSES = np.array([0.9, 0.8, 0.3, 0.6], DTYPE), np.array([1, 0, 0, 1])
 LOGITS = normal(8, 3)
-PRIVATELY = {**NOISY, "clip_norm": 1.0, "key": KEY}
+PRIVATELY: dict[str, Any] = {**NOISY, "clip_norm": 1.0, "key": KEY}
 
 
 def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ class Made:
     @cached_property
     def tested(self) -> Any:
         test_kernel = ntkdp.layerwise_ntk(apply, PARAMS, X_TEST, X)
-        tests = {"test_kernel": test_kernel, "test_targets": Y_TEST}
+        tests: dict[str, Any] = {"test_kernel": test_kernel, "test_targets": Y_TEST}
         return ntkdp.KernelFlow(self.kernel, Y, LOSS, LAYERWISE, reduction="sum", **tests)
 
     @cached_property
@@ -289,8 +289,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "times_of_steps": lambda: ntkdp.trajectory.times_of_steps(0.3, np.arange(4)),
 }
-CALLS |= {f"loss: {name}": lambda name=name: of_loss(name) for name in LOSSES}
-CALLS |= {f"rule: {name}": lambda name=name: of_rule(name) for name in (*RULES, "custom")}
+CALLS |= {f"loss: {name}": partial(of_loss, name) for name in LOSSES}
+CALLS |= {f"rule: {name}": partial(of_rule, name) for name in (*RULES, "custom")}
 
 
 #: What takes a second or more to compile, and is much like something quicker.
@@ -348,7 +348,7 @@ def test_all_switches_at_once_change_nothing(name: str, switches: ExitStack) -> 
 
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
 def test_places_left_empty_are_nan_where_nan_is_an_error(
-    gradients: str, switches: ExitStack
+    gradients: Gradients, switches: ExitStack
 ) -> None:
     switches.enter_context(jax.debug_nans(True))
     _, info = step(sample_rate=0.5, gradients=gradients)

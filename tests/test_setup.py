@@ -95,7 +95,7 @@ def test_another_training_is_named(stepped: Any, name: str, changes: Any, words:
     found = compare(stepped, run, allow=name)
     assert list(found.differences) == [name]
     assert name in found.message
-    assert name in found.table().caption
+    assert name in str(found.table().caption)
 
 
 def test_another_clipping_norm_is_named_for_a_flow_too(run: Any) -> None:
@@ -148,7 +148,7 @@ def test_noise_and_sampling() -> None:
     for quiet in (solved(flow(), noisy), ntkdp.recursion(flow(), START, **STEPS)):
         found = compare(quiet, noisy)
         assert found.neglected == ("noise", "sampling")
-        assert "leaves out the run's noise and sampling" in found.table().caption
+        assert "leaves out the run's noise and sampling" in str(found.table().caption)
     budget = ntkdp.privacy.Budget(mu=4.0)
     assert compare(ensemble(noise_multiplier=budget), observed(noise_multiplier=budget))
 
@@ -208,7 +208,7 @@ def test_files_and_cells_keep_it(tmp_path: Path) -> None:
 
 def test_it_survives_transformations_and_costs_no_compilation() -> None:
     rates = jnp.array([0.1, 0.2])
-    steps = {"steps": 3, "record_every": 3}
+    steps: dict[str, Any] = {"steps": 3, "record_every": 3}
 
     def path(rate: Any) -> ntkdp.Trajectory:
         return ntkdp.recursion(flow(), START, learning_rate=rate, **steps)
@@ -220,10 +220,11 @@ def test_it_survives_transformations_and_costs_no_compilation() -> None:
     doubled = jax.tree.map(lambda leaf: 2 * leaf, path(0.1))
     assert doubled.setup[0].learning_rate == (0.1,)
     observed(learning_rate=0.15)
-    programs = _seeds.run._cached._cache_size()
+    cached: Any = _seeds.run
+    programs = cached._cached._cache_size()
     assert programs > 0
     assert observed(learning_rate=0.25, rule=clipping.Abadi(3.0)).setup[0].learning_rate == (0.25,)
-    assert _seeds.run._cached._cache_size() == programs
+    assert cached._cached._cache_size() == programs
 
 
 def test_numbers_agree_to_single_precision() -> None:

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -91,8 +91,16 @@ class ClippingRule(eqx.Module):
     2.0
     """
 
-    R: eqx.AbstractVar[ByGroup]  # a field, or a property where it means nothing
-    scope: eqx.AbstractVar[Scope]
+    if TYPE_CHECKING:
+        # As fields they would come first among the arguments of every rule for a type checker.
+        @property
+        def R(self) -> ByGroup: ...
+
+        @property
+        def scope(self) -> Scope: ...
+    else:
+        R: eqx.AbstractVar[ByGroup]  # a field, or a property where it means nothing
+        scope: eqx.AbstractVar[Scope]
     #: Whether the factors bound each sample's part, so that noise can make the sum private.
     bounds_each_sample: eqx.AbstractClassVar[bool]
     #: Whether ``factors`` needs ``total_norm``.

@@ -58,8 +58,8 @@ class NoClipping(ClippingRule):
     def __init__(self, scope: Scope = "flat") -> None:
         self.scope = scope
 
-    @property  # type: ignore[misc]
-    def R(self) -> np.ndarray:  # type: ignore[override]
+    @property
+    def R(self) -> np.ndarray:
         """One, so that every rule has a clipping norm; it is not used."""
         return np.asarray(1.0)
 
@@ -204,15 +204,9 @@ class Custom(ClippingRule):
 
     function: Callable[[Array], Array] = eqx.field(static=True)
     R: ByGroup = eqx.field(converter=checked_clip_norm)
-    scope: Scope = eqx.field(static=True)
+    scope: Scope = eqx.field(default="flat", static=True)
     bounds_each_sample: ClassVar[bool] = True
     needs_total_norm: ClassVar[bool] = False
-
-    # Type checkers would put the fields of the base class first.
-    def __init__(
-        self, function: Callable[[Array], Array], R: ByGroup, scope: Scope = "flat"
-    ) -> None:
-        self.function, self.R, self.scope = function, R, scope
 
     def __check_init__(self) -> None:
         if not callable(self.function):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from ntkdp._backend import validate
+from ntkdp._backend.types import ScalarLike
 from ntkdp.privacy import _bounds
 from ntkdp.privacy._arguments import ACCOUNTANTS, Accountant, checked_mechanism, number, probability
 
@@ -155,7 +156,7 @@ def noise_multiplier(
 
 
 def composed_epsilon(
-    mechanisms: Iterable[tuple[float, float, int]],
+    mechanisms: Iterable[tuple[ScalarLike, float, int]],
     delta: float,
     accountant: Accountant = "pld",
 ) -> float:

@@ -14,7 +14,7 @@ def stored_elsewhere(path: Path) -> str | None:
     OSError, KeyError, RuntimeError
         If it is no such file, or damaged.
     """
-    import h5py  # type: ignore[import-untyped]
+    import h5py
 
     with h5py.File(path, "r") as file:
         dict(file.attrs)

@@ -59,3 +59,8 @@ def bytes_on_first_device(tree: Any) -> int:
         for shard in leaf.addressable_shards
         if shard.device == device
     )
+
+
+def lowered(program: Any, *arguments: object) -> Any:
+    """A compiled function as it is before it is compiled for its arguments."""
+    return program.lower(*arguments)

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import known
 from mesh_problem import (
     FLAT,
     KERNELS,
@@ -29,6 +31,7 @@ from mesh_problem import (
     bytes_on_first_device,
     flow,
     kernel,
+    lowered,
     mesh_of,
 )
 from two_processes import trajectories
@@ -225,7 +228,8 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
         mesh = ntkdp._backend.devices.as_mesh(mesh_of(n_devices))
         place = ntkdp._backend.devices.everywhere
         kernel = (
-            _kernel_in_blocks.lower(
+            lowered(
+                _kernel_in_blocks,
                 MODEL.apply,
                 place(mesh, PARAMS),
                 ntkdp._backend.devices.spread(mesh, x),
@@ -256,7 +260,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
         return {
             "kernel": kernel.output_size_in_bytes + kernel.temp_size_in_bytes,
             "flow": bytes_on_first_device(of),
-            "step": step.argument_size_in_bytes + step.temp_size_in_bytes,
+            "step": known(step).argument_size_in_bytes + known(step).temp_size_in_bytes,
         }
 
     one, many = needed(1), needed(8)
@@ -278,16 +282,17 @@ def test_memory_asked_for_is_that_of_a_device(monkeypatch: pytest.MonkeyPatch) -
 def test_meshes_that_do_not_fit_are_refused(n_devices: int, words: str) -> None:
     wrong: dict[str, Any] = {"mesh": mesh_of(n_devices)}
     data: tuple[Any, ...] = (MODEL.apply, PARAMS, X)
-    for refuse in (
+    problem: tuple[Any, ...] = (Y, LOSS, FLAT)
+    rest: dict[str, Any] = {"learning_rate": 1.0, "steps": 1, "key": jax.random.key(0)}
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: ntkdp.empirical_ntk(*data, **wrong),
         lambda: ntkdp.infinite_ntk(MODEL, X, **wrong),
         lambda: ntkdp.KernelFlow(jnp.eye(N), Y, LOSS, FLAT, **wrong),
         lambda: ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, **wrong),
-        lambda: ntkdp.LinearisedFlow(*data, Y, LOSS, FLAT, **wrong),
-        lambda: dp_sgd.run(
-            *data, Y, LOSS, FLAT, learning_rate=1.0, steps=1, key=jax.random.key(0), **wrong
-        ),
-    ):
+        lambda: ntkdp.LinearisedFlow(*data, *problem, **wrong),
+        lambda: dp_sgd.run(MODEL.apply, PARAMS, X, Y, LOSS, FLAT, **rest, **wrong),
+    )
+    for refuse in calls:
         with pytest.raises(ValueError, match=words):
             refuse()
 
@@ -324,9 +329,9 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         process.wait(timeout=600)
     expected = trajectories(None)
     for number, process in enumerate(processes):
-        said = (tmp_path / f"said {number}").read_text()
-        assert process.returncode == 0, said
-        (line,) = [line for line in said.splitlines() if line.startswith('{"devices"')]
+        text = (tmp_path / f"said {number}").read_text()
+        assert process.returncode == 0, text
+        (line,) = [line for line in text.splitlines() if line.startswith('{"devices"')]
         found = json.loads(line)
         assert found["devices"] == 4
         assert found["found"].keys() == expected.keys()

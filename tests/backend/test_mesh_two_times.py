@@ -16,6 +16,7 @@ from mesh_problem import (
     Y,
     assert_same,
     bytes_on_first_device,
+    lowered,
     mesh_of,
 )
 
@@ -136,10 +137,10 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
         process = gaussian_process.OutputProcess(modes, *small)
         options = (7, 1.0, True, False, None)
         programs = {
-            "covariance": gaussian_process._covariance.lower(flow, variances[-1]),
-            "modes": gaussian_process._signed.lower(modes, flow.mesh),
-            "blocks": gaussian_process._blocks.lower(flow, variances, pairs, modes, rank),
-            "run": volterra.run.lower(flow, process, variances, *of_run, *options),
+            "covariance": lowered(gaussian_process._covariance, flow, variances[-1]),
+            "modes": lowered(gaussian_process._signed, modes, flow.mesh),
+            "blocks": lowered(gaussian_process._blocks, flow, variances, pairs, modes, rank),
+            "run": lowered(volterra.run, flow, process, variances, *of_run, *options),
         }
         taken = {"flow": bytes_on_first_device(flow)}
         for name, program in programs.items():

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +112,7 @@ def test_the_experimental_package_explains_itself() -> None:
     assert not hasattr(neural_tangents.experimental, "__wrapped__")
 
 
-def reference(name: str):
+def reference(name: str) -> tuple[Any, Callable[..., Any], dict[str, jax.Array]]:
     """A stored network and its kernels, computed by neural-tangents on a JAX it supports."""
     stax = _neural_tangents.stax
     wide, head = {"W_std": 1.4, "b_std": 0.1}, {"W_std": 1.0, "b_std": 0.1}
@@ -145,7 +147,7 @@ def reference(name: str):
         arrays = {key: jnp.asarray(stored[key]) for key in stored}
     init_fn, apply_fn, _ = stax.serial(*networks[name])
     _, example = init_fn(jax.random.key(0), arrays["x1"].shape)
-    treedef = jax.tree.structure(example)
+    treedef: Any = jax.tree.structure(example)
     params = jax.tree.unflatten(treedef, [arrays[f"param{i}"] for i in range(treedef.num_leaves)])
     return params, apply_fn, arrays
 

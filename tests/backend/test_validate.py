@@ -61,18 +61,18 @@ def test_traced_numbers_are_checked_when_they_are_known() -> None:
 
 
 def test_counts() -> None:
-    for value in (1, np.int64(7), jnp.array(3)):
+    for number, value in ((1, 1), (7, np.int64(7)), (3, jnp.array(3))):
         counted = validate.count(steps=value)
         assert type(counted) is int
-        assert counted == int(value)
-    for value in (0, -2):
-        with pytest.raises(ValueError, match=f"^steps must be at least 1, got {value}$"):
-            validate.count(steps=value)
-    for value in (1.0, "3", None, True, False, np.array([1, 2])):
+        assert counted == number
+    for low in (0, -2):
+        with pytest.raises(ValueError, match=f"^steps must be at least 1, got {low}$"):
+            validate.count(steps=low)
+    for wrong in (1.0, "3", None, True, False, np.array([1, 2])):
         for minimum in (0, 1):
             with pytest.raises(TypeError, match=r"^steps must be a whole number, got") as info:
-                validate.count(minimum, steps=value)
-            assert repr(value) in str(info.value)
+                validate.count(minimum, steps=wrong)
+            assert repr(wrong) in str(info.value)
 
 
 def test_counts_from_zero() -> None:
@@ -114,10 +114,14 @@ def test_times_that_do_not_increase(times: Any, match: str) -> None:
         validate.increasing(times=np.array(times))
 
 
+def _increasing(times: jax.Array) -> jax.Array:
+    return 1 * validate.increasing(times=times)
+
+
 def test_increasing_times() -> None:
     times = np.array([-1.0, 0.0, 1e-9])
     assert validate.increasing(times=times) is times
-    check: Callable[..., Any] = eqx.filter_jit(lambda t: 1 * validate.increasing(times=t))
+    check: Callable[..., Any] = eqx.filter_jit(_increasing)
     np.testing.assert_array_equal(check(jnp.array(times)), times)
     with pytest.raises(RuntimeError, match="times must be strictly increasing"):
         check(jnp.array([1.0, 1.0]))

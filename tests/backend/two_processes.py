@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
     loss, rule = ntkdp.losses.SquaredError(), ntkdp.clipping.Abadi(0.3)
     outputs = model.apply(params, x)
     keys = jax.random.split(jax.random.key(1), 3)
-    steps = {"learning_rate": 0.5, "steps": 6, "noise_multiplier": 0.5, "key": keys}
+    steps: dict[str, Any] = {"learning_rate": 0.5, "steps": 6, "noise_multiplier": 0.5, "key": keys}
 
     kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
     flow = ntkdp.KernelFlow(kernel, targets, loss, rule, mesh=mesh)
@@ -49,8 +50,8 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
     linearised = ntkdp.LinearisedFlow(model.apply, params, x, targets, loss, rule, mesh=mesh)
     between_times = ntkdp.stochastic_flow.TwoTimeFlow(model, x, targets, loss, rule, mesh=mesh)
     times = [0.0, 1.0, 3.0]
-    recorded = {"outputs": True, "test_x": x[:4], "test_targets": targets[:4]}
-    runs = {
+    recorded: dict[str, Any] = {"outputs": True, "test_x": x[:4], "test_targets": targets[:4]}
+    runs: dict[str, Any] = {
         "flow": ntkdp.solve(flow, outputs, times),
         "infinite, by layer": ntkdp.solve(by_layer, outputs, times),
         "weights": ntkdp.solve(weights, params, times, outputs=True),

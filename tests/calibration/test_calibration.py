@@ -3,7 +3,7 @@
 import itertools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
+from helpers import known
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 
@@ -23,7 +24,8 @@ from ntkdp.calibration import (
     reliability_bins,
 )
 
-NORMS = ("l1", "l2", "max")
+Norm = Literal["l1", "l2", "max"]
+NORMS: tuple[Norm, ...] = ("l1", "l2", "max")
 
 
 def random_case(generator: Any, n: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -351,9 +353,9 @@ def test_the_diagram_holds_the_bins() -> None:
     assert over[0].get_edgecolor() != under[0].get_edgecolor()
     ece = 0.75 * (0.9 - 1 / 3) + 0.25 * 0.4
     assert axes.get_title() == f"ECE = {100 * ece:.2g}%, n = 4"
-    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    shown = [text.get_text() for text in known(axes.get_legend()).get_texts()]
     assert shown == ["accuracy", "over-confident", "under-confident"]
-    axes.figure.draw_without_rendering()
+    known(axes.get_figure(root=True)).draw_without_rendering()
 
 
 def test_a_bin_of_no_width_is_seen() -> None:

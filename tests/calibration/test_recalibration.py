@@ -133,8 +133,10 @@ def test_no_best_platt() -> None:
         (np.eye(2) * 1j, np.array([0, 1]), TypeError, "logits must be real"),
     ],
 )
-def test_bad_logits(logits: Any, labels: Any, error: type, message: str) -> None:
-    for fit in (fit_temperature, fit_platt, partial(fit_temperature_privately, **DESCENT)):
+def test_bad_logits(logits: Any, labels: Any, error: type[Exception], message: str) -> None:
+    private = partial(fit_temperature_privately, **DESCENT)
+    fits: tuple[Callable[..., Any], ...] = (fit_temperature, fit_platt, private)
+    for fit in fits:
         with pytest.raises(error, match=message):
             fit(logits, labels)
 
@@ -190,7 +192,12 @@ def test_one_clipped_step_by_hand() -> None:
 def test_noise_has_the_standard_deviation_that_privacy_needs() -> None:
     """Logits of zero have no gradient: ln T is the sum of ``steps`` noises eta sigma R/n."""
     sigma, R, steps, rate, n, runs = 1.3, 0.5, 4, 0.2, 10, 4000
-    options = {"noise_multiplier": sigma, "clip_norm": R, "steps": steps, "learning_rate": rate}
+    options: dict[str, Any] = {
+        "noise_multiplier": sigma,
+        "clip_norm": R,
+        "steps": steps,
+        "learning_rate": rate,
+    }
     logits, labels = jnp.zeros((n, 3)), jnp.arange(n) % 3
     fit = jax.vmap(
         lambda key: fit_temperature_privately(logits, labels, **options, key=key).temperature

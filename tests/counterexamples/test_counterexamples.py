@@ -71,7 +71,8 @@ def output_gradient(example: Counterexample) -> np.ndarray:
         case "squared_error":
             return f - y
         case "huber":
-            return np.clip(f - y, -example.loss_options["delta"], example.loss_options["delta"])
+            delta = np.asarray(example.loss_options["delta"])
+            return np.clip(f - y, -delta, delta)
         case "logistic":
             return 1 / (1 + np.exp(-f)) - y
     exponentials = np.exp(f - f.max(axis=1, keepdims=True))

@@ -8,7 +8,10 @@ import json
 import struct
 import tracemalloc
 import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
 from email.message import Message
+from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.response import addinfourl
 
@@ -28,7 +31,7 @@ GENERATOR = np.random.default_rng(7)
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 
 
-def idx_bytes(array):
+def idx_bytes(array: np.ndarray) -> bytes:
     """IDX as its specification words it: big-endian lengths, then big-endian entries."""
     code = IDX_CODES[array.dtype.str[1:]]
     header = struct.pack(">BBBB", 0, 0, code, array.ndim)
@@ -36,17 +39,19 @@ def idx_bytes(array):
     return header + lengths + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
-def numbered(n, n_features=3):
+def numbered(n: int, n_features: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Samples whose first feature is their row number, with labels that the row decides."""
     x = np.column_stack([np.arange(n), GENERATOR.normal(size=(n, n_features - 1))])
     return x, np.arange(n) % 3
 
 
-def rows(data):
+def rows(data: datasets.Dataset) -> list[list[int]]:
     return [np.asarray(part[:, 0]).astype(int).tolist() for part in (data.x_train, data.x_test)]
 
 
-def write_csv(path, header, lines, delimiter=","):
+def write_csv(
+    path: Path, header: list[str], lines: Iterable[Sequence[object]], delimiter: str = ","
+) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
     writer.writerows([header, *lines])
@@ -66,7 +71,7 @@ def write_csv(path, header, lines, delimiter=","):
     ),
     st.booleans(),
 )
-def test_idx_round_trip(tmp_path_factory, array, zipped):
+def test_idx_round_trip(tmp_path_factory: pytest.TempPathFactory, array: Any, zipped: Any) -> None:
     path = tmp_path_factory.mktemp("idx") / "data.idx"
     path.write_bytes(gzip.compress(idx_bytes(array), mtime=0) if zipped else idx_bytes(array))
     read = _files.read_idx(path)
@@ -74,15 +79,18 @@ def test_idx_round_trip(tmp_path_factory, array, zipped):
     np.testing.assert_array_equal(read, array)
 
 
-def test_idx_written_byte_by_byte(tmp_path):
+def test_idx_written_byte_by_byte(tmp_path: Path) -> None:
     path = tmp_path / "two-by-three.idx"
     path.write_bytes(bytes([0, 0, 0x0B, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(12)))
     expected = [[0x0001, 0x0203, 0x0405], [0x0607, 0x0809, 0x0A0B]]
     np.testing.assert_array_equal(_files.read_idx(path), expected)
 
 
+IdxPair = tuple[Path, Path, np.ndarray, np.ndarray]
+
+
 @pytest.fixture
-def idx_pair(tmp_path):
+def idx_pair(tmp_path: Path) -> IdxPair:
     images = GENERATOR.integers(0, 256, size=(12, 4, 3), dtype=np.uint8)
     labels = (np.arange(12) % 3).astype(np.uint8)
     paths = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte"
@@ -91,7 +99,7 @@ def idx_pair(tmp_path):
     return *paths, images, labels
 
 
-def test_from_idx_keeps_images_with_their_labels(idx_pair):
+def test_from_idx_keeps_images_with_their_labels(idx_pair: IdxPair) -> None:
     images_path, labels_path, images, labels = idx_pair
     data = datasets.from_idx(images_path, labels_path, flat=False, standardise="none")
     assert (data.name, data.n_outputs) == ("t-images-idx3-ubyte", 3)
@@ -114,7 +122,7 @@ def test_from_idx_keeps_images_with_their_labels(idx_pair):
         (gzip.compress(idx_bytes(np.arange(99.0)), mtime=0)[:40], "truncated or damaged"),
     ],
 )
-def test_bad_idx_files_say_what_is_wrong(tmp_path, content, message):
+def test_bad_idx_files_say_what_is_wrong(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "bad-images-idx3-ubyte"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
@@ -122,7 +130,7 @@ def test_bad_idx_files_say_what_is_wrong(tmp_path, content, message):
     assert str(path) in str(raised.value)
 
 
-def test_idx_files_that_do_not_fit_each_other(idx_pair, tmp_path):
+def test_idx_files_that_do_not_fit_each_other(idx_pair: IdxPair, tmp_path: Path) -> None:
     images_path, labels_path, _, labels = idx_pair
     with pytest.raises(ValueError, match="images must have rank 2 or more and labels rank 1"):
         datasets.from_idx(labels_path, images_path)
@@ -137,7 +145,7 @@ def test_idx_files_that_do_not_fit_each_other(idx_pair, tmp_path):
 # --- NumPy archives ------------------------------------------------------------------------------
 
 
-def test_from_npz_reads_what_numpy_wrote(tmp_path):
+def test_from_npz_reads_what_numpy_wrote(tmp_path: Path) -> None:
     x, y = numbered(15)
     np.savez_compressed(tmp_path / "set.npz", inputs=x, labels=y)
     data = datasets.from_npz(tmp_path / "set.npz", x="inputs", y="labels", standardise="none")
@@ -147,7 +155,7 @@ def test_from_npz_reads_what_numpy_wrote(tmp_path):
     assert (data.name, data.task, data.feature_names) == ("set", "classification", None)
 
 
-def test_bad_npz_files_say_what_is_wrong(tmp_path):
+def test_bad_npz_files_say_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     np.savez(path, inputs=np.eye(3), y=np.array([{}, 1, 2], dtype=object))
     with pytest.raises(ValueError, match="has no array 'input'; did you mean 'inputs'"):
@@ -176,7 +184,9 @@ HOUSE_COLUMNS = ["longitude", "rooms", "near, ocean", "value"]
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
-def test_from_csv_finds_the_delimiter_and_encodes_text(tmp_path, delimiter, suffix):
+def test_from_csv_finds_the_delimiter_and_encodes_text(
+    tmp_path: Path, delimiter: str, suffix: str
+) -> None:
     path = write_csv(tmp_path / f"houses{suffix}", HOUSE_COLUMNS, HOUSES, delimiter)
     data = datasets.from_csv(path, target="value", standardise="none", n_test=1)
     categories = ["<1H OCEAN", "INLAND", "NEAR BAY"]
@@ -196,7 +206,7 @@ def test_from_csv_finds_the_delimiter_and_encodes_text(tmp_path, delimiter, suff
     np.testing.assert_array_equal(data.y_train[:, 0], [row[3] for row in ordered])
 
 
-def test_from_csv_text_targets_are_classes_and_numbers_are_not(tmp_path):
+def test_from_csv_text_targets_are_classes_and_numbers_are_not(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "wine.csv", ["ph", "quality", "colour"], [[3.1, 5, "red"]] * 4)
     with path.open("a") as file:
         file.write("3.0,6,white\n2.9,7,white\n")
@@ -211,47 +221,47 @@ def test_from_csv_text_targets_are_classes_and_numbers_are_not(tmp_path):
 
 
 @pytest.fixture
-def gappy(tmp_path):
-    lines = [[i, i * i, "ab"[i % 2], i / 4] for i in range(10)]
+def gappy(tmp_path: Path) -> Path:
+    lines: list[list[object]] = [[i, i * i, "ab"[i % 2], i / 4] for i in range(10)]
     lines[2][1], lines[5][1], lines[5][2], lines[7][2] = "", "NA", "?", ""
     return write_csv(tmp_path / "gappy.csv", ["row", "square", "letter", "y"], lines)
 
 
-def test_missing_values_are_refused_with_their_count(gappy):
+def test_missing_values_are_refused_with_their_count(gappy: Path) -> None:
     message = r"gappy.csv' lacks values in 3 of 10 rows, in columns 'square' \(2\), 'letter' \(2\)"
     with pytest.raises(ValueError, match=message + ".*missing='drop' or missing='mean'"):
         datasets.from_csv(gappy, target="y")
 
 
-def test_missing_values_are_dropped(gappy):
+def test_missing_values_are_dropped(gappy: Path) -> None:
     data = datasets.from_csv(gappy, target="y", missing="drop", standardise="none")
     train, test = rows(data)
     assert sorted(train + test) == [0, 1, 3, 4, 6, 8, 9]
 
 
-def test_missing_values_are_filled_by_means_of_the_training_part(gappy):
+def test_missing_values_are_filled_by_means_of_the_training_part(gappy: Path) -> None:
     for seed in range(5):
         data = datasets.from_csv(
             gappy, target="y", missing="mean", standardise="none", n_train=5, seed=seed
         )
         train, test = rows(data)
         squares = [i * i for i in train if i not in (2, 5)]
-        share = np.mean([i % 2 for i in train if i not in (5, 7)])
-        expected = {i: [i, i * i, 1 - i % 2, i % 2] for i in range(10)}
-        expected[2][1] = expected[5][1] = np.mean(squares)
+        share = float(np.mean([i % 2 for i in train if i not in (5, 7)]))
+        expected: dict[int, list[float]] = {i: [i, i * i, 1 - i % 2, i % 2] for i in range(10)}
+        expected[2][1] = expected[5][1] = float(np.mean(squares))
         expected[5][2:] = expected[7][2:] = [1 - share, share]
         np.testing.assert_allclose(data.x_train, [expected[i] for i in train], rtol=1e-14)
         np.testing.assert_allclose(data.x_test, [expected[i] for i in test], rtol=1e-14)
 
 
-def test_a_missing_target_is_never_filled(tmp_path):
+def test_a_missing_target_is_never_filled(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["a", "y"], [[1, 2.0], [2, ""], [3, 4.0], [4, 5.0]])
     with pytest.raises(ValueError, match=r"1 of 4 rows, in columns 'y' \(1\).*missing='drop'$"):
         datasets.from_csv(path, target="y", missing="mean")
     assert len(datasets.from_csv(path, target="y", missing="drop").x_train) == 2
 
 
-def test_a_column_without_a_training_value_has_no_mean(tmp_path):
+def test_a_column_without_a_training_value_has_no_mean(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["a", "b", "y"], [[i, "", i / 2] for i in range(5)])
     with pytest.raises(ValueError, match="in every column of the training part, got none in 'b'"):
         datasets.from_csv(path, target="y", missing="mean")
@@ -276,14 +286,14 @@ def test_a_column_without_a_training_value_has_no_mean(tmp_path):
         ("y,q\n1,\n", "lacks values in 1 of 1 rows"),
     ],
 )
-def test_bad_csv_files_say_what_is_wrong(tmp_path, text, message):
+def test_bad_csv_files_say_what_is_wrong(tmp_path: Path, text: Any, message: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         datasets.from_csv(path, target="y")
 
 
-def test_csv_options_are_checked(tmp_path, gappy):
+def test_csv_options_are_checked(tmp_path: Path, gappy: Path) -> None:
     with pytest.raises(ValueError, match="delimiter must be a single character or None, got ', '"):
         datasets.from_csv(gappy, target="y", delimiter=", ")
     with pytest.raises(ValueError, match="unknown missing 'means'; did you mean 'mean'"):
@@ -321,7 +331,7 @@ ARFF = b"""@RELATION flowers
 class CannedOpenML(urllib.request.HTTPSHandler):
     """Answers as openml.org does for a data set of one ARFF file."""
 
-    def https_open(self, request):
+    def https_open(self, request: urllib.request.Request) -> Any:
         columns = ["width", "colour", "id", "species"]
         features = [
             {
@@ -356,18 +366,18 @@ class CannedOpenML(urllib.request.HTTPSHandler):
         bodies = [json.dumps(v).encode() for k, v in answers.items() if k in request.full_url]
         body = ARFF if "/download/" in request.full_url else bodies[0]
         response = addinfourl(io.BytesIO(body), Message(), request.full_url, 200)
-        response.msg = "OK"
+        response.msg = "OK"  # type: ignore[attr-defined]
         return response
 
 
 @pytest.fixture
-def canned_openml():
+def canned_openml() -> Iterator[None]:
     urllib.request.install_opener(urllib.request.build_opener(CannedOpenML))
     yield
     urllib.request.install_opener(None)
 
 
-def test_openml_from_the_wire_to_the_arrays(canned_openml, tmp_path):
+def test_openml_from_the_wire_to_the_arrays(canned_openml: None, tmp_path: Path) -> None:
     data = datasets.openml(
         "flowers", version=1, missing="drop", data_home=tmp_path, standardise="none"
     )
@@ -385,16 +395,18 @@ def test_openml_from_the_wire_to_the_arrays(canned_openml, tmp_path):
     assert (width.task, width.feature_names) == ("regression", ("colour=blue", "colour=red"))
 
 
-def bunch(data, target):
+def bunch(data: Any, target: Any) -> Bunch:
     names = [target.name] if isinstance(target, pd.Series) else ["several"]
     return Bunch(data=data, target=target, target_names=names)
 
 
-def test_openml_passes_on_what_it_is_asked_and_explains_what_fails(monkeypatch):
-    asked = {}
+def test_openml_passes_on_what_it_is_asked_and_explains_what_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
 
-    def answer(result):
-        def fetch(**options):
+    def answer(result: Any) -> None:
+        def fetch(**options: Any) -> Any:
             asked.update(options)
             if isinstance(result, Exception):
                 raise result
@@ -424,7 +436,9 @@ def test_openml_passes_on_what_it_is_asked_and_explains_what_fails(monkeypatch):
         datasets.openml("canned")
 
 
-def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(tmp_path, monkeypatch):
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 2**26
     packed = gzip.compress(b"0" * size, mtime=0)
     assert len(packed) < size / 500
@@ -444,7 +458,9 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(tmp_path, mo
         assert peak < size / 4
 
 
-def test_a_large_plain_file_is_refused_unread(tmp_path, monkeypatch):
+def test_a_large_plain_file_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "long.csv").open("wb") as file:
         file.truncate(2**40)  # a hole: it takes no disk
     monkeypatch.setattr("ntkdp._backend.memory.available_bytes", lambda: 2**30)
@@ -452,6 +468,6 @@ def test_a_large_plain_file_is_refused_unread(tmp_path, monkeypatch):
         datasets.from_csv(tmp_path / "long.csv", target="a")
 
 
-def test_the_home_of_nobody_is_named():
+def test_the_home_of_nobody_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"'~no-such-user/x\.csv' does not exist"):
         datasets.from_csv("~no-such-user/x.csv", target="a")

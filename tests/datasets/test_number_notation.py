@@ -1,6 +1,7 @@
 """Numbers written in other ways: read where that is unambiguous, refused by name where not."""
 
 import string
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ntkdp.datasets._number_notation import PLAIN, Notation, looks_like_number, 
 ALL = notations(None, None)
 
 
-def load(tmp_path, columns: dict[str, list[str]], **options: Any) -> datasets.Dataset:
+def load(tmp_path: Path, columns: dict[str, list[str]], **options: Any) -> datasets.Dataset:
     """The data set of a file with these entries as they are, in order, one test sample aside."""
     rows = [list(columns), *zip(*columns.values(), strict=True)]
     quoted = ['"' + entry + '"' for row in rows for entry in row]
@@ -33,7 +34,7 @@ def column(data: datasets.Dataset, n: int) -> list[float]:
     return [float(x[y == row][0]) for row in range(n)]
 
 
-SPELLINGS = {
+SPELLINGS: dict[str, tuple[list[str], list[float]]] = {
     "decimal commas": (["1,5", "-2,25", "3"], [1.5, -2.25, 3]),
     "a leading zero is no thousand": (["0,500", "1,250", "2,125"], [0.5, 1.25, 2.125]),
     "four decimals are no thousand": (["1,2345", "2,125", "1"], [1.2345, 2.125, 1]),
@@ -55,7 +56,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_numbers_are_numbers_however_they_are_written(name, tmp_path):
+def test_numbers_are_numbers_however_they_are_written(name: str, tmp_path: Path) -> None:
     entries, values = SPELLINGS[name]
     rows = [str(row) for row in range(len(entries))]
     data = load(tmp_path, {"a": entries, "y": rows})
@@ -74,7 +75,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_what_may_be_two_numbers_is_refused(name, tmp_path):
+def test_what_may_be_two_numbers_is_refused(name: str, tmp_path: Path) -> None:
     entries, message = AMBIGUOUS[name]
     rows = ["0", "1", "2"]
     with pytest.raises(ValueError, match="column 'a' holds " + ".*" + message):
@@ -95,12 +96,14 @@ def test_what_may_be_two_numbers_is_refused(name, tmp_path):
         (["1 234", "5", "60 000"], {}, [1234, 5, 60000]),
     ],
 )
-def test_an_option_decides(entries, option, values, tmp_path):
+def test_an_option_decides(
+    entries: Any, option: dict[str, Any], values: Any, tmp_path: Path
+) -> None:
     data = load(tmp_path, {"a": entries, "y": ["0", "1", "2"]}, **option)
     assert column(data, 3) == values
 
 
-def test_another_column_decides(tmp_path):
+def test_another_column_decides(tmp_path: Path) -> None:
     rows = ["0", "1", "2"]
     data = load(tmp_path, {"a": ["1,234", "5", "6"], "b": ["0.5", "1.5", "2"], "y": rows})
     assert column(data, 3) == [1234, 5, 6]
@@ -131,7 +134,7 @@ def test_another_column_decides(tmp_path):
         ["1", "2", "three"],
     ],
 )
-def test_what_looks_like_numbers_is_never_text(entries, tmp_path):
+def test_what_looks_like_numbers_is_never_text(entries: Any, tmp_path: Path) -> None:
     rows = ["0", "1", "2"]
     with pytest.raises(ValueError, match=r"column 'a' holds numbers .*categorical="):
         load(tmp_path, {"a": entries, "y": rows})
@@ -157,14 +160,14 @@ def test_what_looks_like_numbers_is_never_text(entries, tmp_path):
         ["1st", "2nd", "3rd"],
     ],
 )
-def test_text_is_text(entries, tmp_path):
+def test_text_is_text(entries: Any, tmp_path: Path) -> None:
     data = load(tmp_path, {"a": entries, "y": ["0", "1", "2"]})
     assert data.feature_names == tuple(f"a={entry}" for entry in sorted(entries))
     data = load(tmp_path, {"a": ["0", "1", "2"], "y": entries})
     assert data.task == "classification"
 
 
-def test_gaps_and_categories_keep_their_meaning(tmp_path):
+def test_gaps_and_categories_keep_their_meaning(tmp_path: Path) -> None:
     data = load(
         tmp_path, {"a": ["1,5", "", "NA", "2,5"], "y": ["0", "1", "2", "3"]}, missing="mean",
         n_test=1, seed=1,
@@ -185,7 +188,7 @@ def test_gaps_and_categories_keep_their_meaning(tmp_path):
         ({"decimal": ".", "thousands": ","}, None),
     ],
 )
-def test_options_are_checked(option, message, tmp_path):
+def test_options_are_checked(option: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     columns = {"a": ["1.5", "2", "3"], "y": ["0", "1", "2"]}
     if message is None:
         assert column(load(tmp_path, columns, **option), 3) == [1.5, 2, 3]
@@ -205,8 +208,8 @@ def written(value: float, notation: Notation, decimals: int) -> str:
     st.integers(-(10**12), 10**12), st.integers(0, 6), st.sampled_from(ALL), st.sampled_from(ALL)
 )
 def test_a_number_is_read_back_and_no_other_notation_reads_it_wrong_alone(
-    digits, decimals, notation, other
-):
+    digits: Any, decimals: Any, notation: Any, other: Any
+) -> None:
     value = digits / 10**decimals
     entry = written(value, notation, decimals)
     found = readings([entry], ALL)
@@ -220,7 +223,7 @@ def test_a_number_is_read_back_and_no_other_notation_reads_it_wrong_alone(
 
 
 @given(st.text(string.printable, max_size=12))
-def test_any_text_is_read_or_left(entry):
+def test_any_text_is_read_or_left(entry: Any) -> None:
     found = readings([entry], ALL)
     assert not found or looks_like_number(entry)
     if PLAIN in found and entry.strip(string.digits + ".eE+-") == "":

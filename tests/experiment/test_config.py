@@ -26,7 +26,9 @@ def test_the_documented_configuration_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("training", [{"learning_rate": 0.1}, {"learning_rate": 1.5}])
-def test_a_learning_rate_that_is_written_is_used_by_every_default_rule(training: dict) -> None:
+def test_a_learning_rate_that_is_written_is_used_by_every_default_rule(
+    training: dict[str, Any],
+) -> None:
     written = experiment.config(**{"training": training})
     built = experiment.Config(training=_config.TrainingConfig(**training))
     for config in (written, built):
@@ -147,7 +149,7 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"training": {"n_predicted": 1}}, ["'training.n_predicted'", "1"]),
     ],
 )
-def test_errors_name_the_field_and_its_value(tree: dict, words: list[str]) -> None:
+def test_errors_name_the_field_and_its_value(tree: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(experiment.ConfigError) as caught:
         experiment.config(**tree)
     for word in words:
@@ -173,7 +175,9 @@ def test_default_predictions_follow_the_momentum() -> None:
         ({"rule": "automatic", "gamma": -1.0}, ["clipping.0", "gamma", "-1.0"]),
     ],
 )
-def test_rules_that_cannot_be_made_name_their_place(clipping: dict, words: list[str]) -> None:
+def test_rules_that_cannot_be_made_name_their_place(
+    clipping: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(experiment.ConfigError) as caught:
         experiment.rules_of(experiment.config(**{"clipping": [clipping]}))
     for word in words:

@@ -119,14 +119,13 @@ def test_the_learning_rate_of_every_case_is_shown(
     assert [case.learning_rate for case in found.cases] == [0.375, 0.125]
     # The times that a run passes through are those of the rate that is shown.
     assert [float(case.run.times[-1]) / 4 for case in found.cases] == [0.375, 0.125]
-    titles = []
-    monkeypatch.setattr(
-        "ntkdp._results.figure_style.draw_into",
-        lambda path, figure, form, dpi: (
-            titles.extend(ax.get_title() for ax in figure.get_figure(root=True).axes),
-            Path(path).write_bytes(b""),
-        ),
-    )
+    titles: list[str] = []
+
+    def only_titles(path: Path, figure: Any, form: str, dpi: int) -> None:
+        titles.extend(ax.get_title() for ax in figure.get_figure(root=True).axes)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("ntkdp._results.figure_style.draw_into", only_titles)
     _report.write_report(found, tmp_path)
     for rate in ("0.375", "0.125"):
         # loss, relative error, clip fraction, test loss, test accuracy
@@ -148,8 +147,8 @@ def test_metrics_can_be_recomputed_from_the_trajectories(run_folder: Path) -> No
         tree.load()
     for entry in metrics["results"]:
         label = f"{entry['clipping']['scope']} abadi R={entry['clipping']['clip_norm']:g}"
-        observed = tree[f"/{label}/observed"]["loss"].values
-        predicted = tree[f"/{label}/{entry['prediction']}"]["loss"].values
+        observed = np.asarray(tree[f"/{label}/observed"]["loss"])
+        predicted = np.asarray(tree[f"/{label}/{entry['prediction']}"]["loss"])
         error = np.max(np.abs(predicted - observed)[1:] / observed[1:])
         assert entry["sup_relative_error"] == pytest.approx(error, rel=1e-12)
         share = np.max(np.abs(predicted - observed)) / np.max(np.abs(observed - observed[0]))
@@ -327,7 +326,9 @@ def test_layerwise_noise_sampling_and_a_budget_are_predicted(
         ({"data": {"name": "diabetes"}}, ["field 'loss'", "diabetes"]),
     ],
 )
-def test_what_does_not_fit_together_names_its_field(changes: dict, words: list[str]) -> None:
+def test_what_does_not_fit_together_names_its_field(
+    changes: dict[str, Any], words: list[str]
+) -> None:
     data = {"n_train": 24, "n_test": 8} | changes.pop("data", {})
     with pytest.raises(experiment.ConfigError) as caught:
         experiment.run(experiment.config(**SMALL | changes | {"data": data}))
@@ -472,7 +473,7 @@ OTHERS: list[Any] = [
     ids="/".join,
 )
 def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any) -> None:
-    content = whole_case()
+    content: Any = whole_case()
     assert _run._checked_case(OF_CASE, OF_CASE.clipping[0], content).run_seconds == 1.0
     part = content
     for name in where[:-1]:

@@ -102,7 +102,7 @@ def test_trajectories_join_where_they_meet() -> None:
     np.testing.assert_array_equal(whole.loss, np.broadcast_to(np.arange(5.0), (2, 5)))
     assert whole.successful
     failed = path(0.0, 2, outcome=jnp.array([0, 3])).then(path(2.0, 2, outcome=jnp.array([1, 0])))
-    assert failed.outcome.tolist() == [1, 3]
+    assert np.asarray(failed.outcome).tolist() == [1, 3]
     outputs = path(0.0, 2, outputs=jnp.zeros((2, 3, 4, 1)))
     both = outputs.then(outputs).outputs
     assert both is not None

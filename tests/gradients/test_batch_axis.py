@@ -327,7 +327,8 @@ def test_coupling_is_refused_inside_transformations(name: str, where: str) -> No
     def norms(p: Any, x: jax.Array) -> jax.Array:
         return per_sample_gradient_norms(COUPLED[name], p, x, a)
 
-    transformed, x = jax.jit(norms), EQUAL_FIRST
+    transformed: Callable[..., jax.Array] = jax.jit(norms)
+    x = EQUAL_FIRST
     if where == "vmap":
         transformed, x = jax.vmap(norms, (None, 0)), jnp.stack([X, EQUAL_FIRST])
     with pytest.raises(Exception, match="changes with its neighbours, or with its place"):

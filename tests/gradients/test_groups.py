@@ -133,4 +133,4 @@ def test_leaves_that_cannot_be_trained(leaf: Any, kind: str) -> None:
 
 def test_labels_that_cannot_be_told_apart() -> None:
     with pytest.raises(TypeError, match=r"group labels must be hashable, got \['x'\]"):
-        _groups.resolve({"a": ONE}, lambda path: ["x"])
+        _groups.resolve({"a": ONE}, lambda path: ["x"])  # type: ignore[return-value]

@@ -21,7 +21,7 @@ def conv(x: jax.Array, w: jax.Array, stride: int = 1, padding: str = "VALID") ->
 
 def as_type(kind: str, mode: str) -> Apply:
     def apply(p: jax.Array, x: jax.Array) -> jax.Array:
-        options = {"fill_value": 0.0} if mode == "fill" else {}
+        options: dict[str, Any] = {"fill_value": 0.0} if mode == "fill" else {}
         rows = jnp.take(p, x.astype(kind), axis=0, mode=mode, **options)
         return jnp.sum(jnp.tanh(rows), 1)
 

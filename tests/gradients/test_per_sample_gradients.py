@@ -67,7 +67,12 @@ def attention(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def attention_params(d: int, heads: int, e: int, n_out: int) -> dict[str, jax.Array]:
-    shapes = {"q": (d, heads, e), "k": (d, heads, e), "v": (d, heads, e), "o": (heads, e, d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (d, heads, e),
+        "k": (d, heads, e),
+        "v": (d, heads, e),
+        "o": (heads, e, d),
+    }
     shapes |= {"gain": (d,), "shift": (d,), "head": (d, n_out)}
     return {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -108,6 +113,7 @@ def conditional(p: list[jax.Array], x: jax.Array) -> jax.Array:
     return jax.vmap(one)(x)
 
 
+X = normal(9, 3, 3)
 CASES: dict[str, Callable[[], Case]] = {
     "weight on the left": lambda: Case(
         lambda p, x: (p[1] @ jnp.tanh(p[0] @ x.T)).T, [normal(0, 4, 3), normal(1, 2, 4)], X, 2
@@ -252,7 +258,6 @@ CASES: dict[str, Callable[[], Case]] = {
         0,
     ),
 }
-X = normal(9, 3, 3)
 
 
 def check(case: Case) -> None:

@@ -28,6 +28,10 @@ def normalised(h: jax.Array) -> jax.Array:
     return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
 
 
+def _mixed(h: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.tanh(h @ q) * jnp.cos(h @ k) + jnp.tanh(h @ q - h @ k) @ v
+
+
 def rms(h: jax.Array) -> jax.Array:
     return h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-5)
 
@@ -91,9 +95,7 @@ PIECES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., jax.Array]]] 
     ),
     "fused, split": (
         ((D, 3 * D),),
-        lambda h, w: (
-            lambda q, k, v: jnp.tanh(h @ q) * jnp.cos(h @ k) + jnp.tanh(h @ q - h @ k) @ v
-        )(*jnp.split(w, 3, axis=1)),
+        lambda h, w: _mixed(h, *jnp.split(w, 3, axis=1)),
     ),
     "split by rows": (
         ((2 * D, 3),),

@@ -108,7 +108,8 @@ def test_under_jit_vmap_and_grad() -> None:
     def plain(params: Any) -> jax.Array:
         rows, columns = (jax.tree.leaves(jax.jacrev(network)(params, x)) for x in (X1, X2))
         flat = zip(rows, columns, strict=True)
-        return sum(jnp.sum(r[1, 0].ravel() * c[2, 1].ravel()) for r, c in flat)
+        products = [jnp.sum(r[1, 0].ravel() * c[2, 1].ravel()) for r, c in flat]
+        return jnp.sum(jnp.stack(products))
 
     expected = jax.jit(jax.grad(plain))(PARAMS)
     for batch_size in (None, 2):

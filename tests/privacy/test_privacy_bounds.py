@@ -49,7 +49,10 @@ def attacked(sigma: float, q: float, steps: int, delta: float) -> float:
 
 
 def epsilons(axes: Sequence[Sequence[Any]], accountant: Any) -> np.ndarray:
-    found = [privacy.epsilon(*case, accountant) for case in itertools.product(*axes)]
+    found = [
+        privacy.epsilon(sigma, q, steps, delta, accountant)
+        for sigma, q, steps, delta in itertools.product(*axes)
+    ]
     return np.reshape(found, [len(axis) for axis in axes])
 
 

@@ -187,7 +187,7 @@ def test_left_over_temporary_files_go_on_resuming(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
 def test_what_another_process_works_on_is_left_alone(
-    tmp_path: Path, options: dict[str, bool]
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
     path = tmp_path / "sweep"
     # Both have looked before either begins, as two commands do that start together.

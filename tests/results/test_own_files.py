@@ -21,7 +21,7 @@ from ntkdp._results.run_folder import RunFolder
 SETTINGS = {"seed": 0}
 
 
-def grow(path: Path, **options: bool) -> None:
+def grow(path: Path, **options: Any) -> None:
     """A sweep of two cells, with a report."""
     folder = CellFolder(path, SETTINGS, **options)
     with folder.growing():

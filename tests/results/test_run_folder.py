@@ -88,7 +88,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_not_read(
         RunFolder(tmp_path, overwrite=True)
     with pytest.raises(FileExistsError, match=rf"files that are not a run: {name}; choose"):
         RunFolder(tmp_path, finished={"seed": 1})
-    options: list[dict[str, bool]] = [{}, {"overwrite": True}, {"resume": True}]
+    options: list[dict[str, Any]] = [{}, {"overwrite": True}, {"resume": True}]
     for option in options:
         with pytest.raises(FileExistsError, match=rf"files that are not a sweep: {name}; choose"):
             CellFolder(tmp_path, {"seed": 1}, **option)
@@ -148,7 +148,7 @@ def test_killed_while_files_are_put_in_place_it_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_moved: int
 ) -> None:
     put(RunFolder(tmp_path), 1, ("a.html", "b.html"))
-    change = {"rename": os.rename, "unlink": os.unlink}
+    change: dict[str, Callable[..., None]] = {"rename": os.rename, "unlink": os.unlink}
     done: list[str] = []
 
     def slow(name: str) -> Callable[..., None]:

@@ -1,33 +1,40 @@
 """Spectra against NumPy and SciPy, closed forms, and full Hessians of small models."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import linear
+from helpers import Apply, linear
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.typing import DTypeLike
 
 import ntkdp
 from ntkdp import clipping, losses, spectrum
+from ntkdp.losses import Reduction
 
+Params = dict[str, jax.Array]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def random_terms(seed, n_groups=2, n=4, n_outputs=2):
+def random_terms(
+    seed: int, n_groups: int = 2, n: int = 4, n_outputs: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     jacobian = rng.normal(size=(n_groups, n, n_outputs, 2 * n * n_outputs))
     factors = rng.uniform(0.01, 1.0, size=(n_groups, n))
     return np.einsum("rikp,rjlp->rijkl", jacobian, jacobian), factors
 
 
-def as_kernel(terms):
+def as_kernel(terms: np.ndarray) -> ntkdp.LayerwiseKernel:
     return ntkdp.LayerwiseKernel(tuple(map(str, range(len(terms)))), jnp.asarray(terms))
 
 
-def operator(terms, factors):
+def operator(terms: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """sum_r H_r C_r, entry by entry."""
     n_groups, n, _, k, _ = terms.shape
     result = np.zeros((n * k, n * k))
@@ -42,7 +49,7 @@ def operator(terms, factors):
 
 
 @given(seed=SEEDS)
-def test_layerwise_spectra_against_scipy(seed):
+def test_layerwise_spectra_against_scipy(seed: Any) -> None:
     terms, factors = random_terms(seed)
     kernel, expected = as_kernel(terms), operator(terms, factors)
     np.testing.assert_allclose(spectrum.clipped_operator(kernel, factors), expected, rtol=1e-12)
@@ -55,8 +62,9 @@ def test_layerwise_spectra_against_scipy(seed):
     assert max(distance.min(axis=0).max(), distance.min(axis=1).max()) < 1e-9 * scale
     assert np.all(np.diff(found.real) >= 0)
     symmetric = np.linalg.eigvalsh((expected + expected.T) / 2)
-    found = spectrum.symmetric_eigenvalues(kernel, factors)
-    np.testing.assert_allclose(found, symmetric, rtol=1e-9, atol=1e-12 * scale)
+    np.testing.assert_allclose(
+        spectrum.symmetric_eigenvalues(kernel, factors), symmetric, rtol=1e-9, atol=1e-12 * scale
+    )
     assert bool(spectrum.has_positive_quadratic_form(kernel, factors)) == (symmetric[0] > 0)
     positive = reference.real.min() > 0
     assert bool(spectrum.has_positive_eigenvalues(kernel, factors)) == positive
@@ -66,7 +74,7 @@ def test_layerwise_spectra_against_scipy(seed):
 
 
 @given(seed=SEEDS)
-def test_flat_spectra_against_scipy(seed):
+def test_flat_spectra_against_scipy(seed: Any) -> None:
     terms, factors = random_terms(seed)
     expected = operator(terms, np.stack([factors[0]] * 2))
     reference = np.sort(scipy.linalg.eigvals(expected).real)
@@ -81,7 +89,7 @@ def test_flat_spectra_against_scipy(seed):
         assert bool(spectrum.has_positive_quadratic_form(kernel, factors[0])) == form
 
 
-def test_two_samples_in_closed_form():
+def test_two_samples_in_closed_form() -> None:
     """C2: {.0019, 1.0081}; C3: HC + CH has {-.334, 2.354}."""
     kernel, factors = np.array([[1.0, 0.9], [0.9, 1.0]]), np.array([1.0, 0.01])
     np.testing.assert_allclose(spectrum.eigenvalues(kernel, factors), [0.0019, 1.0081], atol=5e-5)
@@ -96,7 +104,7 @@ def test_two_samples_in_closed_form():
         assert bool(spectrum.has_positive_quadratic_form(kernel, unequal)) == holds
 
 
-def test_layerwise_eigenvalues_with_negative_real_part():
+def test_layerwise_eigenvalues_with_negative_real_part() -> None:
     """C13 at a = 20 (1, 1, 1): both terms are positive, the operator is not."""
     P = np.array([[1, -0.9, -0.22], [-0.9, 1, -0.22], [-0.22, -0.22, 1]])
     Q = np.array([[1, -0.22, -0.22], [-0.22, 1, -0.9], [-0.22, -0.9, 1]])
@@ -112,7 +120,7 @@ def test_layerwise_eigenvalues_with_negative_real_part():
     assert spectrum.has_positive_quadratic_form(kernel)
 
 
-def test_a_kernel_times_identity_keeps_each_eigenvalue_once():
+def test_a_kernel_times_identity_keeps_each_eigenvalue_once() -> None:
     terms, factors = random_terms(0, n_groups=2, n=3, n_outputs=1)
     small = terms[..., 0, 0]
     full = np.einsum("rij,kl->rijkl", small, np.eye(3))
@@ -122,7 +130,7 @@ def test_a_kernel_times_identity_keeps_each_eigenvalue_once():
         np.testing.assert_allclose(np.repeat(once.real, 3), thrice.real, rtol=1e-9)
 
 
-def test_singular_kernels():
+def test_singular_kernels() -> None:
     J = np.random.default_rng(0).normal(size=(5, 3))
     kernel = J @ J.T
     assert float(spectrum.condition_number(kernel)) == np.inf
@@ -135,9 +143,9 @@ def test_singular_kernels():
     assert not spectrum.has_positive_quadratic_form(np.eye(2), np.array([1.0, 0.0]))
 
 
-def test_under_jit_and_float32():
-    terms, factors = random_terms(1)
-    kernel, factors = as_kernel(terms), jnp.asarray(factors)
+def test_under_jit_and_float32() -> None:
+    terms, of_samples = random_terms(1)
+    kernel, factors = as_kernel(terms), jnp.asarray(of_samples)
     for f in (
         spectrum.clipped_operator,
         spectrum.eigenvalues,
@@ -170,7 +178,7 @@ def test_under_jit_and_float32():
         (as_kernel(np.ones((2, 3, 3))), 1.0, r"got \(\)"),
     ],
 )
-def test_bad_kernels_and_factors_are_named(kernel, factors, message):
+def test_bad_kernels_and_factors_are_named(kernel: Any, factors: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spectrum.eigenvalues(kernel, factors)
 
@@ -178,11 +186,13 @@ def test_bad_kernels_and_factors_are_named(kernel, factors, message):
 # --- without the matrix --------------------------------------------------------------------------
 
 
-def two_layers(params, x):
+def two_layers(params: Params, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["w"]) @ params["v"]
 
 
-def network(n, n_outputs=3, width=6, d=5, dtype=np.float64):
+def network(
+    n: int, n_outputs: int = 3, width: int = 6, d: int = 5, dtype: DTypeLike = np.float64
+) -> tuple[Apply, Params, jax.Array]:
     rng = np.random.default_rng(0)
     params = {
         "w": jnp.asarray(rng.normal(size=(d, width)), dtype),
@@ -192,7 +202,7 @@ def network(n, n_outputs=3, width=6, d=5, dtype=np.float64):
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(4, None), (15, None), (15, 4), (15, 15), (15, 99)])
-def test_extremes_of_a_kernel_against_the_dense_one(n, batch_size):
+def test_extremes_of_a_kernel_against_the_dense_one(n: int, batch_size: int | None) -> None:
     apply_fn, params, x = network(n, width=12)
     factors = np.random.default_rng(1).uniform(0.01, 1.0, n)
     for given_factors in (None, factors):
@@ -208,7 +218,7 @@ def test_extremes_of_a_kernel_against_the_dense_one(n, batch_size):
         assert found.smallest == pytest.approx(dense[0], abs=1e-10 * dense[-1])
 
 
-def test_extremes_of_singular_equal_and_zero_kernels():
+def test_extremes_of_singular_equal_and_zero_kernels() -> None:
     apply_fn, params, x = network(30)  # 30 x 3 outputs, 48 parameters
     found = spectrum.extreme_eigenvalues(apply_fn, params, x)
     assert found.smallest == pytest.approx(0, abs=1e-9 * found.largest)
@@ -222,7 +232,7 @@ def test_extremes_of_singular_equal_and_zero_kernels():
     assert rank_one == pytest.approx((0, 30), abs=1e-8)
 
 
-def test_extremes_in_float32():
+def test_extremes_in_float32() -> None:
     apply_fn, params, x = network(15, width=12, dtype=np.float32)
     found = spectrum.extreme_eigenvalues(apply_fn, params, x)
     exact = spectrum.extreme_eigenvalues(apply_fn, jax.tree.map(jnp.float64, params), x)
@@ -230,7 +240,7 @@ def test_extremes_in_float32():
     assert found.smallest == pytest.approx(exact.smallest, abs=1e-4 * exact.largest)
 
 
-def test_trouble_of_the_iteration_is_told():
+def test_trouble_of_the_iteration_is_told() -> None:
     apply_fn, params, x = network(60, width=12)
     with pytest.raises(RuntimeError, match=r"did not converge to tolerance=1e-15 in .*=1; raise"):
         spectrum.extreme_eigenvalues(apply_fn, params, x, tolerance=1e-15, max_iterations=1)
@@ -246,7 +256,7 @@ def test_trouble_of_the_iteration_is_told():
         ({"max_iterations": 0}, "max_iterations must be at least 1"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     apply_fn, params, x = network(4)
     with pytest.raises(ValueError, match=message):
         spectrum.extreme_eigenvalues(apply_fn, params, x, **options)
@@ -255,7 +265,14 @@ def test_bad_options_are_named(options, message):
 # --- sharpness -----------------------------------------------------------------------------------
 
 
-def full_hessian(apply_fn, params, x, targets, loss, reduction):
+def full_hessian(
+    apply_fn: Apply,
+    params: Params,
+    x: jax.Array,
+    targets: Any,
+    loss: losses.Loss,
+    reduction: Reduction,
+) -> np.ndarray:
     weights, unravel = jax.flatten_util.ravel_pytree(params)
     reduce = jnp.mean if reduction == "mean" else jnp.sum
     hessian = jax.hessian(lambda w: reduce(loss(apply_fn(unravel(w), x), targets)))(weights)
@@ -270,7 +287,7 @@ def full_hessian(apply_fn, params, x, targets, loss, reduction):
         (losses.SoftmaxCrossEntropy(), np.arange(11) % 3),
     ],
 )
-def test_sharpness_against_full_matrices(loss, targets, reduction):
+def test_sharpness_against_full_matrices(loss: Any, targets: Any, reduction: Reduction) -> None:
     apply_fn, params, x = network(11)
     targets = jnp.asarray(targets)
     kernel = np.asarray(ntkdp.empirical_ntk(apply_fn, params, x))
@@ -292,7 +309,7 @@ def test_sharpness_against_full_matrices(loss, targets, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_linear_model_with_squared_loss_has_the_kernels_spectrum(reduction):
+def test_a_linear_model_with_squared_loss_has_the_kernels_spectrum(reduction: Reduction) -> None:
     """J^T J and J J^T share their largest eigenvalue; batch clipping scales the kernel's."""
     rng = np.random.default_rng(0)
     x, w, y = (jnp.asarray(rng.normal(size=s)) for s in ((40, 30), (30, 1), (40, 1)))
@@ -308,7 +325,7 @@ def test_a_linear_model_with_squared_loss_has_the_kernels_spectrum(reduction):
     assert found.clipped_kernel == pytest.approx(0.1 * top, rel=1e-9)
 
 
-def test_two_over_the_learning_rate_is_where_descent_turns():
+def test_two_over_the_learning_rate_is_where_descent_turns() -> None:
     """Gradient descent on a linear model contracts below 2 / sharpness, and only there."""
     rng = np.random.default_rng(1)
     x, y = jnp.asarray(rng.normal(size=(6, 8))), jnp.asarray(rng.normal(size=(6, 1)))
@@ -322,7 +339,7 @@ def test_two_over_the_learning_rate_is_where_descent_turns():
     assert ends[0][-1] < ends[0][0] < ends[1][-1]
 
 
-def test_along_a_run():
+def test_along_a_run() -> None:
     apply_fn, params, x = network(7, n_outputs=1)
     targets, loss, rule = jnp.ones((7, 1)), losses.SquaredError(), clipping.Abadi(0.5)
     algorithm = ntkdp.dp_sgd.build(apply_fn, x, targets, loss, rule, learning_rate=0.5)
@@ -332,13 +349,13 @@ def test_along_a_run():
         state, _ = step(jax.random.key(k), state)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *visited)
     path = spectrum.sharpness_along(apply_fn, stacked, x, targets, loss, rule, reduction="sum")
-    assert path.hessian.shape == path.clipped_kernel.shape == (3,)
+    assert np.shape(path.hessian) == np.shape(path.clipped_kernel) == (3,)
     expected = [full_hessian(apply_fn, p, x, targets, loss, "sum")[-1] for p in visited]
     np.testing.assert_allclose(path.hessian, expected, rtol=1e-9)
     assert np.all(np.diff(path.clipped_kernel) != 0)
 
 
-def test_a_negative_curvature_is_not_the_largest():
+def test_a_negative_curvature_is_not_the_largest() -> None:
     """-w^2 / 2 of one weight: the Hessian is -1, and the kernel w^2."""
     apply_fn, x = (lambda w, x: x * w[0] ** 2), jnp.ones((1, 1))
     found = spectrum.sharpness(
@@ -349,7 +366,7 @@ def test_a_negative_curvature_is_not_the_largest():
     assert found.clipped_kernel == 0
 
 
-def test_bad_sharpness_arguments_are_named():
+def test_bad_sharpness_arguments_are_named() -> None:
     apply_fn, params, x = network(4)
     y, squared, rule = jnp.zeros((4, 3)), losses.SquaredError(), clipping.Abadi(1.0)
     layerwise = clipping.Abadi(1.0, scope="layerwise")
@@ -360,7 +377,7 @@ def test_bad_sharpness_arguments_are_named():
     with pytest.raises(ValueError, match="leading time axis"):
         spectrum.sharpness_along(apply_fn, {**params, "w": 1.0}, x, y, squared, rule)
 
-    def kinked(p, x):
+    def kinked(p: Params, x: jax.Array) -> jax.Array:
         return jnp.abs(x @ p["w"] @ p["v"]) ** 1.5
 
     flat = jax.tree.map(jnp.zeros_like, params)

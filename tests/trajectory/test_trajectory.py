@@ -345,4 +345,4 @@ def test_learning_rates() -> None:
         trajectory.check_learning_rate(falling, 11)
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match=f"of at least 0, got {value}"):
-            trajectory.check_learning_rate(lambda k, value=value: jnp.where(k < 2, 0.1, value), 3)
+            trajectory.check_learning_rate(lambda k: jnp.where(k < 2, 0.1, value), 3)  # noqa: B023

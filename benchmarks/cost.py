@@ -5,7 +5,6 @@ and on eight simulated ones; of time one rate is calibrated for each method at i
 the other sizes are predicted. Prints the page and writes it to ``docs/cost.md``.
 """
 
-from typing import Any
 import argparse
 import gc
 import json
@@ -14,7 +13,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, ParamSpec
 
 import diffrax
 import equinox as eqx
@@ -27,13 +29,16 @@ from ntkdp import dp_sgd
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
+from ntkdp._plan import MethodCost
 from ntkdp.dp_sgd import _seeds
-from ntkdp.gradient_flow import _solve
+from ntkdp.gradient_flow import Flow, _solve
 from ntkdp.stochastic_flow import _noise_covariance
 from ntkdp.stochastic_flow._ensemble import draw, noise_of_step
 from ntkdp.trajectory._stepping import Stepping
 
+Arguments = ParamSpec("Arguments")
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
+Shape = tuple[int, int, int, int, int]
 LOSS = ntkdp.losses.SquaredError()
 DEVICES = 8
 #: Samples, outputs, width, hidden layers, inputs.
@@ -46,7 +51,9 @@ IN_BATCHES = (60_000, 10, 128, 2, 64)
 CALLS = 15
 
 
-def network(n, k, width, depth, inputs):
+def network(
+    n: int, k: int, width: int, depth: int, inputs: int
+) -> tuple[ntkdp.models.Model, Any, jax.Array, dict[str, Any]]:
     """Model, parameters, inputs, and the sizes that a plan wants."""
     model = ntkdp.models.mlp([width] * depth, k)
     x = jax.random.normal(jax.random.key(0), (n, inputs))
@@ -61,27 +68,27 @@ def network(n, k, width, depth, inputs):
     return model, params, x, sizes
 
 
-def predicted(name, **arguments):
+def predicted(name: str, **arguments: Any) -> MethodCost:
     """The plan of one method."""
     methods = ntkdp.plan(**arguments, memory=1e18).methods
     return next(method for method in methods if method.name == name)
 
 
-def alive():
+def alive() -> int:
     """Bytes of all arrays, on each device that they are spread over."""
     return sum(
         int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize
         for a in jax.live_arrays()
-        if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
     )
 
 
-def high_water(call):
+def high_water(call: Callable[[], object]) -> tuple[int, object]:
     """Most bytes alive while Python runs a call, looked at whenever a step of it returns."""
     most = [alive()]
     steps = ("_terms", "_as_operator", "__init__")
 
-    def look(frame, event, _):
+    def look(frame: FrameType, event: str, _: object) -> None:
         if event == "return" and frame.f_code.co_name in steps:
             most[0] = max(most[0], alive())
 
@@ -93,38 +100,37 @@ def high_water(call):
     return max(most[0], alive()), result
 
 
-def compiled_bytes(lowered):
+def compiled_bytes(
+    program: Callable[Arguments, object], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> int:
     """Arguments, results and work that the compiler plans, on a device."""
-    program = lowered.compile()
-    found = getattr(program, "compiled", program).memory_analysis()
+    made_by_jit: Any = program
+    compiled = made_by_jit.lower(*arguments, **named).compile()
+    found = getattr(compiled, "compiled", compiled).memory_analysis()
     return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
 
 
-def solved(flow, params):
+def solved(flow: Flow, params: Any) -> int:
     """Peak of an adaptive solve."""
     times, tolerances = jnp.linspace(0.0, 1.0, 5), (1e-6, 1e-9)
     return compiled_bytes(
-        _solve._integrate.lower(
-            flow, flow.init(params), times, diffrax.Tsit5(), diffrax.RecursiveCheckpointAdjoint(),
-            tolerances, 1000, False, None,
-        )
+        _solve._integrate, flow, flow.init(params), times[0], times, diffrax.Tsit5(),
+        diffrax.RecursiveCheckpointAdjoint(), tolerances, 1000, False, None,
     )  # fmt: skip
 
 
-def drawn(flow, params):
+def drawn(flow: ntkdp.LinearisedFlow, params: Any) -> int:
     """Peak of one noisy run."""
     noise = noise_of_step(flow, 1.0, 1.0, None, False)
     key = _mesh.everywhere(flow.mesh, jax.random.key(0))
     stepping = Stepping(0.1, 100, 1)
-    return compiled_bytes(
-        draw.lower(flow, noise, flow.init(params), False, stepping, key, False, None)
-    )
+    return compiled_bytes(draw, flow, noise, flow.init(params), False, stepping, key, False, None)
 
 
-def resident(call):
+def resident(call: Callable[[], object]) -> int:
     """What the process holds more at the peak of a second call, workspace of LAPACK included."""
 
-    def read(what):
+    def read(what: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
         (line,) = [line for line in status if line.startswith(what)]
         return int(line.split()[1]) * 1024
@@ -137,12 +143,12 @@ def resident(call):
     return read("VmHWM") - before
 
 
-def kernel_memory(shape, devices, grouped):
+def kernel_memory(shape: Shape, devices: int, grouped: bool) -> tuple[dict[str, Any], int]:
     """Peak of making a flow from the empirical kernel."""
     model, params, x, sizes = network(*shape)
     mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
     rule = ntkdp.clipping.Abadi(1.0, scope="layerwise" if grouped else "flat")
-    make = ntkdp.layerwise_ntk if grouped else ntkdp.empirical_ntk
+    make: Callable[..., Any] = ntkdp.layerwise_ntk if grouped else ntkdp.empirical_ntk
     kernel = make(model.apply, params, x, mesh=mesh)
     groups = kernel.values.shape[0] if grouped else 1
     targets = jnp.zeros((shape[0], shape[1]))
@@ -150,14 +156,14 @@ def kernel_memory(shape, devices, grouped):
     return {**sizes, "n_groups": groups, "n_devices": devices, "noise": False}, peak
 
 
-def noise_memory(shape, devices):
+def noise_memory(shape: Shape, devices: int) -> tuple[dict[str, Any], int]:
     """Peak of making a flow and its noise, the kernel that the caller keeps included."""
     model, params, x, sizes = network(*shape)
     mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
     kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
     targets, rule = jnp.zeros((shape[0], shape[1])), ntkdp.clipping.Abadi(1.0)
 
-    def make():
+    def make() -> ntkdp.KernelFlow:
         return ntkdp.KernelFlow(kernel, targets, LOSS, rule, mesh=mesh)
 
     if mesh is None:
@@ -168,12 +174,15 @@ def noise_memory(shape, devices):
         flow = make()
         covariance = _noise_covariance.noise_covariance(flow, 1.0, None, False)
         held = alive()
-        plan = distributed_eigh.eigh.lower(flow.mesh, covariance).compile().memory_analysis()
+        find: Any = distributed_eigh.eigh
+        plan = find.lower(flow.mesh, covariance).compile().memory_analysis()
         peak = held + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return {**sizes, "n_devices": devices, "noise": True}, peak
 
 
-def network_memory(name, shape, devices, noise=False):
+def network_memory(
+    name: str, shape: Shape, devices: int, noise: bool = False
+) -> tuple[dict[str, Any], str, int]:
     """Peak of a method that has no kernel."""
     model, params, x, sizes = network(*shape)
     mesh = None if devices == 1 else jax.make_mesh((devices,), ("samples",))
@@ -186,17 +195,17 @@ def network_memory(name, shape, devices, noise=False):
         start = algorithm.init(params).params
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
-        peak = compiled_bytes(_seeds.run.lower(algorithm, start, False, key, stepping, False, None))
+        peak = compiled_bytes(_seeds.run, algorithm, start, False, key, stepping, False, None)
     elif name == "WeightFlow":
-        flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
-        peak = solved(flow, params)
+        exact = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
+        peak = solved(exact, params)
     else:
         flow = ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule, mesh=mesh)
         peak = drawn(flow, params) if noise else solved(flow, params)
     return {**sizes, "n_devices": devices, "noise": noise}, name, peak
 
 
-def memory():
+def memory() -> list[tuple[dict[str, Any], str, int]]:
     """Rows of predicted and measured peaks."""
     found = []
     for shape in KERNELS:
@@ -219,7 +228,7 @@ def memory():
     return found
 
 
-def calls_of(name, shape):
+def calls_of(name: str, shape: Shape) -> tuple[float, Callable[[], object]]:
     """A compiled velocity or step, and its operations."""
     model, params, x, sizes = network(*shape)
     n, k = shape[:2]
@@ -234,11 +243,12 @@ def calls_of(name, shape):
         algorithm = dp_sgd.build(model.apply, x, targets, LOSS, rule, learning_rate=0.1)
         step, state = algorithm.compile(), algorithm.init(params)
         return operations, lambda: step(jax.random.key(0), state)
+    flow: Flow
+    initial: Any = params
     if name == "WeightFlow":
-        flow, initial = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule), params
+        flow = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule)
     elif name == "LinearisedFlow":
         flow = ntkdp.LinearisedFlow(model.apply, params, x, targets, LOSS, rule)
-        initial = params
     else:
         empirical = name.startswith("empirical")
         kernel = (
@@ -247,13 +257,13 @@ def calls_of(name, shape):
             else ntkdp.infinite_ntk(model, x)
         )
         flow, initial = ntkdp.KernelFlow(kernel, targets, LOSS, rule), targets
-    state = flow.init(initial)
+    at = flow.init(initial)
     velocity = eqx.filter_jit(lambda flow, state: flow.velocity(state))
-    return operations, lambda: velocity(flow, state)
+    return operations, lambda: velocity(flow, at)
 
 
 #: Samples that are timed, and the network they pass through.
-TIMED = {
+TIMED: dict[str, tuple[tuple[int, ...], tuple[int, int, int, int]]] = {
     "empirical kernel, assembly": ((800, 1200, 1600), (4, 256, 1, 256)),
     "empirical kernel, velocity": ((2000, 2500, 3000), (3, 64, 1, 16)),
     "infinite kernel, assembly": ((3000, 4000, 5000), (10, 64, 1, 64)),
@@ -264,7 +274,7 @@ TIMED = {
 }
 
 
-def seconds_of(calls):
+def seconds_of(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Least seconds of each call, taken in turns."""
     least = [np.inf] * len(calls)
     for turn in range(CALLS + 1):
@@ -276,7 +286,7 @@ def seconds_of(calls):
     return least
 
 
-def memory_table():
+def memory_table() -> str:
     """Peaks, in a process of its own with eight simulated devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     done = subprocess.run(
@@ -298,11 +308,11 @@ def memory_table():
     return "\n".join(rows)
 
 
-def time_table():
+def time_table() -> str:
     """Seconds, each method calibrated at its first size."""
     rows = []
     for name, (samples, rest) in TIMED.items():
-        shapes = [(n, *rest) for n in samples]
+        shapes: list[Shape] = [(n, *rest) for n in samples]
         operations, calls = zip(*[calls_of(name, shape) for shape in shapes], strict=True)
         measured = seconds_of(calls)
         rate = operations[0] / measured[0]
@@ -317,12 +327,12 @@ def time_table():
     return "\n".join(rows)
 
 
-def beyond():
+def beyond() -> str:
     """Plans of what cannot be run here."""
     common: dict[str, Any] = {"n_outputs": 10, "n_inputs": 784, "memory": 80e9}
     # A network 784-1024-1024-10.
     large: dict[str, Any] = {"n_parameters": 1_900_000, "activations": 784 + 4 * 1024 + 10}
-    plans = {
+    plans: dict[str, dict[str, Any]] = {
         "50,000 samples on 8 devices of 80 GB": {"n_samples": 50_000, "n_devices": 8},
         "1,000,000 samples on one device of 80 GB": {"n_samples": 1_000_000},
     }
@@ -383,7 +393,7 @@ full kernel of 50,000 samples is 1 TB, 125 GB on each of eight devices.
 """  # noqa: E501
 
 
-def main():
+def main() -> None:
     """The job that is named, else the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", choices=["memory"])

@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -33,7 +35,7 @@ CALLS, ROUNDS = 7, 3
 BATCH, TOLERANCE = 2500, 1e-3
 
 
-def problem(n):
+def problem(n: int) -> tuple[Callable[..., jax.Array], Any, jax.Array, jax.Array]:
     """Model, parameters, inputs and labels of the first n of all 5,000 digits, shuffled."""
     data = ntkdp.datasets.mnist5k(n_train=2500, n_test=2500, standardise="unit")
     x = jnp.concatenate([data.x_train, data.x_test])[:n]
@@ -42,14 +44,14 @@ def problem(n):
     return model.apply, model.init(jax.random.key(0), x), x, y
 
 
-def flow_of(n):
+def flow_of(n: int) -> tuple[ntkdp.LinearisedFlow, Any]:
     """The flow and the parameters it starts from."""
     apply, params, x, y = problem(n)
     loss, rule = ntkdp.losses.SoftmaxCrossEntropy(), ntkdp.clipping.Abadi(CLIP_NORM)
     return ntkdp.LinearisedFlow(apply, params, x, y, loss, rule), params
 
 
-def velocity(n):
+def velocity(n: int) -> dict[str, Any]:
     """Seconds of one velocity, the median of several."""
     flow, params = flow_of(n)
     state = flow.init(params)
@@ -62,12 +64,13 @@ def velocity(n):
     return {"seconds": statistics.median(taken[1:]), "batch": flow.batch_size}
 
 
-def trajectory(n):
+def trajectory(n: int) -> dict[str, Any]:
     """Seconds of a whole flow, compilation included, and where the loss went."""
     flow, params = flow_of(n)
     start = time.perf_counter()
     path = ntkdp.solve(flow, params, np.linspace(0.0, HORIZON, 5), rtol=RTOL, atol=ATOL)
     jax.block_until_ready(path.loss)
+    assert path.accuracy is not None
     return {
         "seconds": time.perf_counter() - start,
         "message": path.message,
@@ -77,7 +80,7 @@ def trajectory(n):
     }
 
 
-def eigenvalues(n):
+def eigenvalues(n: int) -> dict[str, Any]:
     """Both ends of the spectrum of the kernel, over n, in units of 1 / learning rate."""
     apply, params, x, _ = problem(n)
     start = time.perf_counter()
@@ -91,7 +94,7 @@ def eigenvalues(n):
 JOBS = {job.__name__: job for job in (velocity, trajectory, eigenvalues)}
 
 
-def measured(job, n):
+def measured(job: str, n: int) -> Any:
     """What a job found, in a process of its own."""
     command = [sys.executable, __file__, "--job", job, "--samples", str(n)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -100,7 +103,7 @@ def measured(job, n):
     return found
 
 
-def page():
+def page() -> str:
     """All measurements, in Markdown."""
     # In turns, so that a drift of the machine's speed meets all sizes.
     rounds = [{n: measured("velocity", n) for n in SAMPLES} for _ in range(ROUNDS)]
@@ -128,9 +131,10 @@ def page():
     )  # fmt: skip
 
 
-def _machine():
+def _machine() -> str:
     kind = jax.devices()[0].device_kind
-    cores = {2: "two"}.get(os.cpu_count(), os.cpu_count())
+    number = os.cpu_count()
+    cores = "two" if number == 2 else number
     return f"{cores} cores, {platform.machine()}, JAX {jax.__version__} on {kind}"
 
 
@@ -156,7 +160,7 @@ With {largest:,} samples:
 """  # noqa: E501
 
 
-def main():
+def main() -> None:
     """One job if it is named, else all of them into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", choices=JOBS)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from public_names import MODULES, PublicName, public_names
-from sphinx.ext.napoleon import Config, NumpyDocstring
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import NumpyDocstring
 
 import ntkdp
 

@@ -54,7 +54,7 @@ html_css_files = ["narrow.css"]
 html_show_sourcelink = False
 html_copy_source = False
 # Pages without subpages need no room for a list.
-html_sidebars = {page: [] for page in ("install", "limits", "peers")}
+html_sidebars: dict[str, list[str]] = {page: [] for page in ("install", "limits", "peers")}
 html_context = {"default_mode": "auto"}
 html_theme_options = {
     "logo": {"text": "ntkdp"},

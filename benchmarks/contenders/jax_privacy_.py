@@ -1,5 +1,9 @@
 """jax-privacy: clipped gradients of single samples and Gaussian noise."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax_privacy
 import optax
@@ -7,7 +11,7 @@ import problems
 from contenders.jax_models import cross_entropy, step_problem
 
 
-def step(case):
+def step(case: str) -> Callable[[], None]:
     """``clipped_grad``, noise of its privatizer, and SGD."""
     apply_fn, params, x, labels = step_problem(case)
     clipped_gradient = jax_privacy.clipped_grad(
@@ -23,7 +27,7 @@ def step(case):
     optimizer = optax.sgd(problems.LEARNING_RATE)
 
     @jax.jit
-    def advance(params, noise_state, state):
+    def advance(params: Any, noise_state: Any, state: Any) -> tuple[Any, Any, Any]:
         gradient = clipped_gradient(params, x, labels)
         gradient, noise_state = privatizer.update(gradient, noise_state)
         updates, state = optimizer.update(gradient, state)
@@ -31,10 +35,10 @@ def step(case):
 
     held = [(params, privatizer.init(params), optimizer.init(params))]
 
-    def call():
+    def call() -> None:
         held.append(jax.block_until_ready(advance(*held.pop())))
 
     return call
 
 
-CASES = {case: lambda case=case: step(case) for case in (problems.STEP_MLP, problems.STEP_CNN)}
+CASES = {case: partial(step, case) for case in (problems.STEP_MLP, problems.STEP_CNN)}

@@ -4,6 +4,9 @@ try:
     import neural_tangents
 except ImportError:  # today's JAX, where only ntkdp's changes let it in
     from ntkdp._backend import neural_tangents as neural_tangents
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import problems
 from contenders.jax_models import kernel_problem
@@ -11,7 +14,7 @@ from contenders.jax_models import kernel_problem
 _MODES = {"jacobian contraction": 1, "NTK-vector products": 2, "structured derivatives": 3}
 
 
-def kernel(case, mode):
+def kernel(case: str, mode: int) -> Callable[[], jax.Array]:
     """``empirical_ntk_fn`` with all outputs."""
     apply_fn, params, x = kernel_problem(case)
     compute = neural_tangents.empirical_ntk_fn(
@@ -27,7 +30,7 @@ def kernel(case, mode):
 
 
 CASES = {
-    f"{case}, {name}": lambda case=case, mode=mode: kernel(case, mode)
+    f"{case}, {name}": partial(kernel, case, mode)
     for case in (*problems.MLP_WIDTHS, problems.KERNEL_CNN)
     for name, mode in _MODES.items()
 }

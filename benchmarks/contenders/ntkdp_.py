@@ -1,5 +1,8 @@
 """ntkdp: all layer terms of the kernel; a DP-SGD step with its diagnostics."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import problems
 from contenders.jax_models import kernel_problem, step_problem
@@ -7,17 +10,17 @@ from contenders.jax_models import kernel_problem, step_problem
 import ntkdp
 
 
-def kernel(case):
+def kernel(case: str) -> Callable[[], None]:
     """All terms, one a group."""
     apply_fn, params, x = kernel_problem(case)
 
-    def call():
+    def call() -> None:
         ntkdp.layerwise_ntk(apply_fn, params, x).values.block_until_ready()
 
     return call
 
 
-def step(case):
+def step(case: str) -> Callable[[], None]:
     """Clipped and noised; every call takes a step."""
     apply_fn, params, x, labels = step_problem(case)
     algorithm = ntkdp.dp_sgd.build(
@@ -33,7 +36,7 @@ def step(case):
     states = [algorithm.init(params)]
     key = jax.random.key(0)
 
-    def call():
+    def call() -> None:
         state, info = compiled(key, states.pop())
         states.append(jax.block_until_ready((state, info))[0])
 
@@ -41,5 +44,6 @@ def step(case):
 
 
 _KERNELS = [*problems.MLP_WIDTHS, problems.KERNEL_CNN, problems.TRANSFORMER]
-CASES = {case: lambda case=case: kernel(case) for case in _KERNELS}
-CASES |= {case: lambda case=case: step(case) for case in (problems.STEP_MLP, problems.STEP_CNN)}
+CASES: dict[str, Callable[[], Callable[[], None]]]
+CASES = {case: partial(kernel, case) for case in _KERNELS}
+CASES |= {case: partial(step, case) for case in (problems.STEP_MLP, problems.STEP_CNN)}

@@ -1,5 +1,9 @@
 """opacus: per-sample gradients, ghost clipping, and torch.func mapped over the samples."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import problems
 import torch
 from opacus import PrivacyEngine
@@ -9,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.manual_seed(0)
 
 
-def network(case):
+def network(case: str) -> nn.Module:
     """The network of the case, images NCHW."""
     if case == problems.STEP_MLP:
         return nn.Sequential(
@@ -29,7 +33,7 @@ def network(case):
     )
 
 
-def data(case):
+def data(case: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels as tensors."""
     flat = case == problems.STEP_MLP
     x = torch.from_numpy(problems.images(problems.BATCH, flat=flat))
@@ -37,7 +41,7 @@ def data(case):
     return x, torch.from_numpy(problems.labels(problems.BATCH)).long()
 
 
-def engine_step(case, mode):
+def engine_step(case: str, mode: str) -> Callable[[], None]:
     """A step of opacus' engine."""
     model, (x, labels) = network(case), data(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=problems.LEARNING_RATE)
@@ -58,7 +62,7 @@ def engine_step(case, mode):
     else:
         model, optimizer, _ = made
 
-    def call():
+    def call() -> None:
         optimizer.zero_grad()
         criterion(model(x), labels).backward()
         optimizer.step()
@@ -66,18 +70,18 @@ def engine_step(case, mode):
     return call
 
 
-def functional_step(case):
+def functional_step(case: str) -> Callable[[], None]:
     """The same by ``vmap`` of ``grad``, clipped and noised by hand."""
     model, (x, labels) = network(case), data(case)
     params = {name: value.detach() for name, value in model.named_parameters()}
 
-    def loss(params, x_i, label):
+    def loss(params: Any, x_i: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         outputs = torch.func.functional_call(model, params, (x_i[None],))
         return nn.functional.cross_entropy(outputs, label[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
 
-    def call():
+    def call() -> None:
         with torch.no_grad():
             gradients = gradient(params, x, labels)
             squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
@@ -90,8 +94,8 @@ def functional_step(case):
     return call
 
 
-CASES = {}
+CASES: dict[str, Callable[[], Callable[[], None]]] = {}
 for _case in (problems.STEP_MLP, problems.STEP_CNN):
-    CASES[f"{_case}, ghost clipping"] = lambda case=_case: engine_step(case, "ghost")
-    CASES[f"{_case}, per-sample gradients"] = lambda case=_case: engine_step(case, "hooks")
-    CASES[f"{_case}, torch.func"] = lambda case=_case: functional_step(case)
+    CASES[f"{_case}, ghost clipping"] = partial(engine_step, _case, "ghost")
+    CASES[f"{_case}, per-sample gradients"] = partial(engine_step, _case, "hooks")
+    CASES[f"{_case}, torch.func"] = partial(functional_step, _case)

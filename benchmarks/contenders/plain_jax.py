@@ -1,6 +1,8 @@
 """What one would write by hand in JAX: training without privacy, and per-sample Jacobians."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,13 @@ import problems
 from contenders.jax_models import cross_entropy, kernel_problem, step_problem
 
 
-def step(case, *, noise):
+def step(case: str, *, noise: bool) -> Callable[[], None]:
     """A step of SGD, with the noise of DP-SGD or without."""
     apply_fn, params, x, labels = step_problem(case)
     optimizer = optax.sgd(problems.LEARNING_RATE)
 
     @jax.jit
-    def advance(params, state, key):
+    def advance(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
         gradient = jax.grad(lambda p: cross_entropy(apply_fn(p, x), labels))(params)
         if noise:
             leaves, treedef = jax.tree.flatten(gradient)
@@ -34,29 +36,29 @@ def step(case, *, noise):
     held = [(params, optimizer.init(params))]
     key = jax.random.key(0)
 
-    def call():
+    def call() -> None:
         held.append(jax.block_until_ready(advance(*held.pop(), key)))
 
     return call
 
 
-def jacobian_kernel(case, block):
+def jacobian_kernel(case: str, block: int) -> Callable[[], None]:
     """Kernel by layer from the Jacobians of ``block`` samples at a time."""
     apply_fn, params, x = kernel_problem(case)
 
     @functools.partial(jax.jit, static_argnums=2)
-    def kernel(params, x, block):
+    def kernel(params: Any, x: jax.Array, block: int) -> jax.Array:
         blocks = x.reshape(-1, block, *x.shape[1:])
 
-        def jacobian(rows):
+        def jacobian(rows: jax.Array) -> list[jax.Array]:
             one = jax.jacrev(lambda p, x_i: apply_fn(p, x_i[None])[0])
             leaves = jax.tree.leaves(jax.vmap(one, (None, 0))(params, rows))
             return [leaf.reshape(block * problems.OUTPUTS, -1) for leaf in leaves]
 
-        def row(rows):
+        def row(rows: jax.Array) -> jax.Array:
             left = jacobian(rows)
 
-            def pair(columns):
+            def pair(columns: jax.Array) -> jax.Array:
                 right = jacobian(columns)
                 return jnp.stack([a @ b.T for a, b in zip(left, right, strict=True)])
 
@@ -64,17 +66,20 @@ def jacobian_kernel(case, block):
 
         return jax.lax.map(row, blocks)
 
-    return lambda: kernel(params, x, block).block_until_ready()
+    def call() -> None:
+        kernel(params, x, block).block_until_ready()
+
+    return call
 
 
-CASES = {
-    f"{case}, {name}": lambda case=case, noise=noise: step(case, noise=noise)
+CASES: dict[str, Callable[[], Callable[[], None]]] = {
+    f"{case}, {name}": functools.partial(step, case, noise=noise)
     for case in (problems.STEP_MLP, problems.STEP_CNN)
     for name, noise in (("no privacy", False), ("noise alone", True))
 }
 CASES |= {
-    f"{problems.TRANSFORMER}, blocks of {block}": lambda block=block: jacobian_kernel(
-        problems.TRANSFORMER, block
+    f"{problems.TRANSFORMER}, blocks of {block}": functools.partial(
+        jacobian_kernel, problems.TRANSFORMER, block
     )
     for block in (8, 16, 32)
 }

@@ -60,9 +60,9 @@ def observe(setting: Setting) -> ntkdp.Trajectory:
         of_network, of_run = jax.random.split(key)
         params = model.init(of_network, x)
         # Single precision is faster, and its rounding far below what is measured.
-        single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
+        start, inputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
         return dp_sgd.run(
-            model.apply, *single, targets, loss, rule, key=of_run, **setting.options()
+            model.apply, start, inputs, targets, loss, rule, key=of_run, **setting.options()
         )
 
     keys = jax.random.split(jax.random.key(0), RUNS)
@@ -138,11 +138,11 @@ def draw() -> Figure:
         quiet = stochastic_flow.two_time_ensemble(
             flow, key=keys, **(setting.options() | {"noise_multiplier": 0.0})
         )
-        means = [jnp.mean(path, axis=0) for path in (quiet.loss, quiet.clip_fraction)]
+        loss, clipped = (jnp.mean(path, axis=0) for path in (quiet.loss, quiet.clip_fraction))
         predictions = {
             "kernels between times": predict(setting, frozen=False),
             "frozen kernel": predict(setting, frozen=True),
-            "without noise": ntkdp.Trajectory(quiet.times, *means),
+            "without noise": ntkdp.Trajectory(quiet.times, loss, clipped),
         }
         plotting.loss_curves(predictions, runs, ax=ax)
         ax.set_title(f"v(T) = {variance:g}")
@@ -161,7 +161,9 @@ def digits_row(n_runs: int) -> list[str]:
         losses.SoftmaxCrossEntropy(),
     )
     params = model.init(jax.random.key(0), x)
-    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, test_x))
+    start_single, x_single, test_single = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), (params, x, test_x)
+    )
     initial = (model.apply(params, x), model.apply(params, test_x))
     rows = [
         "| scope | v(T) | E L(T), runs | between times | error | frozen kernel | error | without "
@@ -178,7 +180,7 @@ def digits_row(n_runs: int) -> list[str]:
         }  # fmt: skip
         start = time.perf_counter()
         runs = dp_sgd.run(
-            model.apply, *single[:2], data.y_train, loss, rule, test_x=single[2],
+            model.apply, start_single, x_single, data.y_train, loss, rule, test_x=test_single,
             test_targets=data.y_test, key=jax.random.split(jax.random.key(5), n_runs), **shared,
         )  # fmt: skip
         jax.block_until_ready(runs.loss)

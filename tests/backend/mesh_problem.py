@@ -1,6 +1,7 @@
 """A small problem for one device and for several, and what is compared."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 
 import ntkdp
 from ntkdp import clipping, losses
+
+Arguments = ParamSpec("Arguments")
 
 N, M, K = 16, 8, 3
 LOSS = losses.SoftmaxCrossEntropy()
@@ -61,6 +64,9 @@ def bytes_on_first_device(tree: Any) -> int:
     )
 
 
-def lowered(program: Any, *arguments: object) -> Any:
-    """A compiled function as it is before it is compiled for its arguments."""
-    return program.lower(*arguments)
+def lowered(
+    program: Callable[Arguments, object], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> Any:
+    """What ``jit`` made of a function, before it is compiled for these arguments."""
+    made_by_jit: Any = program
+    return made_by_jit.lower(*arguments, **named)

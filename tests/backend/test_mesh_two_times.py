@@ -131,11 +131,12 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
             jnp.zeros(()),
         )
         variances = jnp.linspace(0.0, 0.2, 3)[:, None] * jnp.ones(2)
+        pairs: Any
         small, variances, pairs, of_run = devices.everywhere(
             flow.mesh, (small, variances, np.tril_indices(3), (steps, KEYS[:1]))
         )
         process = gaussian_process.OutputProcess(modes, *small)
-        options = (7, 1.0, True, False, None)
+        options: tuple[Any, ...] = (7, 1.0, True, False, None)
         programs = {
             "covariance": lowered(gaussian_process._covariance, flow, variances[-1]),
             "modes": lowered(gaussian_process._signed, modes, flow.mesh),

@@ -2,6 +2,8 @@
 
 from ntkdp.models._adapters import from_equinox, from_flax, from_function
 from ntkdp.models._layers import from_stax, serial
+from ntkdp.models._model import HasKernel as HasKernel
+from ntkdp.models._model import HasLayerKernels as HasLayerKernels
 from ntkdp.models._model import Model
 from ntkdp.models._model import TwoTimeKernelFn as TwoTimeKernelFn
 from ntkdp.models._model import TwoTimeRule as TwoTimeRule

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias, final
+from typing import NamedTuple, Protocol, TypeAlias, final, runtime_checkable
 
 import jax
 
@@ -49,6 +49,31 @@ class TwoTimeRule(NamedTuple):
     check: Callable[[Array], tuple[str, ...]]
     kernel: TwoTimeKernelFn
     own_variances: Callable[[Array], dict[str, float]]
+
+
+@runtime_checkable
+class HasKernel(Protocol):
+    """A model of any class that has an infinite-width kernel."""
+
+    @property
+    def kernel_fn(self) -> Callable[..., Array] | None:
+        """``kernel_fn(x1, x2, "ntk") -> (n1, n2)``, as that of `Model`."""
+        ...
+
+
+@runtime_checkable
+class HasLayerKernels(Protocol):
+    """A model of any class whose infinite-width kernel is known by layer."""
+
+    @property
+    def init(self) -> InitFn:
+        """As that of `Model`."""
+        ...
+
+    @property
+    def layer_kernel_fn(self) -> LayerKernelFn | None:
+        """As that of `Model`."""
+        ...
 
 
 @final

@@ -14,7 +14,7 @@ from ntkdp._backend import devices, memory, program_memory, validate
 from ntkdp._backend.precision import in_double
 from ntkdp._backend.types import Array, ArrayLike, Float, Real, common_dtype, is_traced
 from ntkdp._gradients import groups
-from ntkdp.models import Model
+from ntkdp.models import HasKernel, HasLayerKernels
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 
 #: A kernel, or a pytree of kernels.
@@ -29,7 +29,7 @@ _WAYS_OUT = "use fewer samples or float32"
 
 
 def infinite_ntk(
-    model: Model,
+    model: HasKernel,
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
@@ -40,7 +40,8 @@ def infinite_ntk(
     Parameters
     ----------
     model : Model
-        A model with a ``kernel_fn``, for instance from :func:`ntkdp.models.mlp`.
+        A model with a ``kernel_fn``, for instance from :func:`ntkdp.models.mlp`. An object of
+        another class will do if it has a ``kernel_fn(x1, x2, "ntk")``.
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
     mesh : jax.sharding.Mesh, optional
@@ -80,7 +81,7 @@ def infinite_ntk(
     >>> ntkdp.infinite_ntk(model, jnp.eye(3)).shape
     (3, 3)
     """
-    if not isinstance(model, Model) or model.kernel_fn is None:
+    if not isinstance(model, HasKernel) or model.kernel_fn is None:
         raise ValueError(
             f"model must have an infinite-width kernel, got {type(model).__name__} with "
             "kernel_fn=None; use empirical_ntk, or a model built with ntkdp.models.mlp, cnn, "
@@ -93,7 +94,7 @@ def infinite_ntk(
 
 
 def layerwise_infinite_ntk(
-    model: Model,
+    model: HasLayerKernels,
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
@@ -106,7 +107,8 @@ def layerwise_infinite_ntk(
     Parameters
     ----------
     model : Model
-        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``.
+        A model that knows its layers: :func:`ntkdp.models.mlp`, ``cnn`` or ``serial``. An object
+        of another class will do if it has ``init`` and ``layer_kernel_fn`` as a `Model` does.
     x1, x2, mesh
         As for :func:`infinite_ntk`.
 
@@ -133,7 +135,7 @@ def layerwise_infinite_ntk(
     >>> ntkdp.layerwise_infinite_ntk(model, jnp.eye(3)).names
     ('0', '2')
     """
-    if not isinstance(model, Model) or model.layer_kernel_fn is None:
+    if not isinstance(model, HasLayerKernels) or model.layer_kernel_fn is None:
         raise ValueError(
             f"model must have layer terms of its infinite-width kernel, got {type(model).__name__} "
             "without them; build it with ntkdp.models.mlp, cnn or serial, or use layerwise_ntk"

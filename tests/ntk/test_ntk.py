@@ -310,6 +310,29 @@ def test_what_has_no_infinite_kernel_raises() -> None:
             ntkdp.layerwise_infinite_ntk(model, X1)
 
 
+def test_a_model_of_another_class_has_its_infinite_kernels() -> None:
+    """Of the inputs themselves, so that the kernel is the Gram matrix; and its two terms."""
+
+    class Linear:
+        def init(self, key: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+            return {"a": jnp.ones((x.shape[1], 1)), "b": jnp.ones((1, 1))}
+
+        def kernel_fn(self, x1: jax.Array, x2: jax.Array | None, get: str) -> jax.Array:
+            assert get == "ntk"
+            return x1 @ (x1 if x2 is None else x2).T + 1
+
+        def layer_kernel_fn(
+            self, x1: jax.Array, x2: jax.Array | None = None
+        ) -> dict[str, jax.Array]:
+            gram = x1 @ (x1 if x2 is None else x2).T
+            return {"a": gram, "b": jnp.ones_like(gram)}
+
+    np.testing.assert_allclose(ntkdp.infinite_ntk(Linear(), X1, X2), X1 @ X2.T + 1, rtol=1e-14)
+    terms = ntkdp.layerwise_infinite_ntk(Linear(), X1)
+    assert terms.names == ("a", "b")
+    np.testing.assert_allclose(terms.total, X1 @ X1.T + 1, rtol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -350,6 +350,18 @@ def mean_or_sum(
     return reduced, None if correct is None else jnp.mean(correct)
 
 
+def divisor(reduction: Reduction, n_samples: int) -> int:
+    """What ``reduction`` divides a sum over samples by: their number if "mean", 1 if "sum".
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.losses.divisor("mean", 8), ntkdp.losses.divisor("sum", 8)
+    (8, 1)
+    """
+    return n_samples if reduction == "mean" else 1
+
+
 _CLASSES: dict[str, type[Loss]] = {
     "squared_error": SquaredError,
     "softmax_cross_entropy": SoftmaxCrossEntropy,

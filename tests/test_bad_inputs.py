@@ -187,6 +187,7 @@ ROWS = [
     Row("a seed of NumPy", lambda t: arrays(np.eye(4), seed=np.int64(3)) - arrays(np.eye(4), seed=3), value=np.zeros((3, 4))),
     Row("a part that is not whole", lambda t: ntkdp.datasets.from_arrays(np.eye(4), [0, 1, 0, 1], n_train=2.0), T, "n_train must be a whole number, got 2.0"),
     Row("labels of any kind", lambda t: arrays(np.eye(4), [{}, 1, 2, 3]), T, "labels y must be whole numbers or text, got an array of obj"),
+    Row("a schedule for a modified flow", lambda t: ntkdp.gradient_flow.ModifiedFlow(flow(), optax.linear_schedule(0.1, 0.0, 10)), T, "learning_rate must be a number, got a schedule.*use recursion"),
     Row("text for runs", lambda t: ntkdp.comparison.crps("a", "b"), T, "predicted must be real numbers, got 'a'"),
     Row("text for levels", lambda t: ntkdp.comparison.band(np.ones((2, 2)), levels="a"), T, "levels must be real"),
     Row("text for times", lambda t: ntkdp.solve(flow(), Y, ["a", "b"]), T, "times must be a real number or array"),

@@ -19,11 +19,14 @@ class Compiled(Protocol[_Arguments, _Result]):
 
 
 def jit(
-    *, static_argnums: int | tuple[int, ...] = ()
+    *,
+    static_argnums: int | tuple[int, ...] | None = None,
+    static_argnames: str | tuple[str, ...] | None = None,
 ) -> Callable[[Callable[_Arguments, _Result]], Compiled[_Arguments, _Result]]:
     """``jax.jit`` as a decorator whose result has the signature of what it decorates."""
 
     def compiled(function: Callable[_Arguments, _Result]) -> Compiled[_Arguments, _Result]:
-        return cast(Compiled[_Arguments, _Result], jax.jit(function, static_argnums=static_argnums))
+        made = jax.jit(function, static_argnums=static_argnums, static_argnames=static_argnames)
+        return cast(Compiled[_Arguments, _Result], made)
 
     return compiled

@@ -1,6 +1,5 @@
 """Samples grouped by confidence."""
 
-from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._backend import validate
+from ntkdp._backend import compiled, validate
 from ntkdp._backend.missing import nan_unless
 from ntkdp._backend.types import Array, ArrayLike
 from ntkdp.calibration._probabilities import checked
@@ -85,7 +84,7 @@ def checked_binning(n_bins: object, binning: object) -> tuple[int, Binning]:
     return validate.count(n_bins=n_bins), validate.choice(BINNINGS, binning=binning)
 
 
-@jax.jit
+@compiled.jit()
 def top_label(probs: Array, labels: Array) -> tuple[Array, Array]:
     """Confidence of the top label, and one where it is right, zero where it is not."""
     correct = jnp.argmax(probs, axis=1).astype(labels.dtype) == labels
@@ -115,7 +114,7 @@ def sums(confidence: Array, correct: Array, index: Array, n_bins: int) -> tuple[
     )
 
 
-@partial(jax.jit, static_argnames=("n_bins", "binning"))
+@compiled.jit(static_argnames=("n_bins", "binning"))
 def _reliability_bins(confidence: Array, correct: Array, n_bins: int, binning: Binning) -> Bins:
     """The bins; the means of empty ones are zero."""
     edges, index = binned(confidence, n_bins, binning)

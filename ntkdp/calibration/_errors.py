@@ -1,12 +1,11 @@
 """Errors and scores of predicted probabilities."""
 
-from functools import partial
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from ntkdp._backend import validate
+from ntkdp._backend import compiled, validate
 from ntkdp._backend.types import Array, ArrayLike, Float
 from ntkdp.calibration import _bins
 from ntkdp.calibration._bins import Binning
@@ -165,7 +164,7 @@ def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> Float[Array,
     return -jnp.mean(jnp.log(jnp.take_along_axis(probs, labels[:, None], axis=1)))
 
 
-@partial(jax.jit, static_argnames=("n_bins", "binning", "norm"))
+@compiled.jit(static_argnames=("n_bins", "binning", "norm"))
 def _calibration_error(
     confidence: Array, correct: Array, n_bins: int, binning: Binning, norm: Norm
 ) -> Float[Array, ""]:

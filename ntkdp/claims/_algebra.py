@@ -1,6 +1,5 @@
 """Claims C1-C5: kernels, factors and their quadratic forms."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ntkdp import certificates, clipping, dp_sgd, ntk, spectrum
+from ntkdp._backend import compiled
 from ntkdp._backend.types import Array, ScalarLike
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
@@ -258,7 +258,7 @@ def two_samples_cannot_make_the_loss_rise() -> list[Finding]:
     return [*findings, equal("0/1 rule: dL/dt of two", dropped, 2.0, within=1e-12)]
 
 
-@partial(jax.jit, static_argnames=("n", "dimension"))
+@compiled.jit(static_argnames=("n", "dimension"))
 def _smallest_alignments(
     rules: dict[str, clipping.ClippingRule], *, n: int, dimension: int
 ) -> Array:

@@ -207,7 +207,7 @@ class Algorithm(HasTrainingSet):
         groups = self._resolve(params)
         noise = self._noise(noise_key, trained, groups) if self.noisy else None
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
-        divisor = self.sample_rate * (n if self.reduction == "mean" else 1)
+        divisor = self.sample_rate * self.data.divisor
         variance = self._noise_variance(trained, groups, divisor)
         # Rounded to the precision of the parameters here, when the noise is in it.
         gradient = jax.tree.map(lambda g, w: (g / divisor).astype(w.dtype), total, trained)

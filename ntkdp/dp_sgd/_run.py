@@ -146,12 +146,13 @@ def run(
     >>> run.times.tolist(), run.loss.tolist()
     ([0.0, 0.5, 1.0], [4.5, 3.125, 2.0])
     """
+    keys = validate.keys(key=key)
     stepping = Stepping(learning_rate, steps, record_every)
     sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
     method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
     algorithm = algorithm_of(problem, method, Mechanism(clipping, learning_rate, sigma))
-    return _recorded([(algorithm, stepping)], params, key, outputs, progress)
+    return _recorded([(algorithm, stepping)], params, keys, outputs, progress)
 
 
 def run_phases(
@@ -225,6 +226,7 @@ def run_phases(
     >>> run.times.tolist(), [round(f, 3) for f in run.outputs.ravel().tolist()]
     ([0.0, 0.5, 1.0, 1.5], [3.0, 2.5, 2.0, 1.293])
     """
+    keys = validate.keys(key=key)
     phases = check_phases(phases)
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
     method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
@@ -242,18 +244,18 @@ def run_phases(
         for phase in phases
     ]
     parts = list(zip(algorithms, steppings(phases, record_every), strict=True))
-    return _recorded(parts, params, key, outputs, progress)
+    return _recorded(parts, params, keys, outputs, progress)
 
 
 def _recorded(
     phases: list[tuple[Algorithm, Stepping]],
     params: Params,
-    key: Key[Array, "*seeds"] | UInt32[Array, "*seeds words"],
+    keys: Key[Array, "*seeds"],
     outputs: bool,
     progress: Progress,
 ) -> Trajectory:
     """Train phase by phase, each from where the one before ended, and record it."""
-    keys = devices.everywhere(phases[0][0].mesh, validate.keys(key=key))
+    keys = devices.everywhere(phases[0][0].mesh, keys)
     # All phases are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm, _ in phases]
     start: Start = (params, None)

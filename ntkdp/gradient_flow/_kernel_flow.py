@@ -1,14 +1,11 @@
 """The flow of the outputs under a frozen kernel."""
 
-from functools import partial
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
-from ntkdp._backend import devices, memory, program_memory, validate
+from ntkdp._backend import compiled, devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, common_dtype, is_traced
@@ -283,7 +280,7 @@ def _require_room(layered: bool, mesh: Mesh | None, *kernels: object) -> None:
 
 
 # Compiled, so that no copy is made but the result.
-@partial(jax.jit, static_argnums=(1, 2))
+@compiled.jit(static_argnums=(1, 2))
 def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
     return devices.diagonal(mesh, terms if layered else terms[None])

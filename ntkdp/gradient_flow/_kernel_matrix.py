@@ -1,15 +1,13 @@
 """The terms of a kernel as one matrix, which knows whether it means ``(x) I_K``."""
 
 from abc import abstractmethod
-from functools import partial
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkdp import clipping
-from ntkdp._backend import devices
+from ntkdp._backend import compiled, devices
 from ntkdp._backend.types import Array, Float
 
 
@@ -99,7 +97,7 @@ def kernel_matrix(terms: Array, layered: bool, mesh: Mesh | None) -> KernelMatri
 
 
 # Compiled, so that no copy is made but the result.
-@partial(jax.jit, static_argnums=(1, 2))
+@compiled.jit(static_argnums=(1, 2))
 def _side_by_side(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
     """Terms as one matrix, ``(m K, R n K)`` or ``(m, R n)``."""
 

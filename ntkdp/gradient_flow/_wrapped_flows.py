@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, LearningRate, PyTree, ScalarLike, as_constant
+from ntkdp._backend.types import Array, PyTree, ScalarLike, as_constant
 from ntkdp._setup import Setup, number, rates
 from ntkdp.gradient_flow._flow import Flow, WrappedFlow
 from ntkdp.trajectory import Measurement
@@ -136,7 +136,7 @@ class ModifiedFlow(WrappedFlow):
     flow: Flow
     learning_rate: Array
 
-    def __init__(self, flow: Flow, learning_rate: LearningRate) -> None:
+    def __init__(self, flow: Flow, learning_rate: ScalarLike) -> None:
         _check_inner(flow)
         if callable(learning_rate):
             raise TypeError(

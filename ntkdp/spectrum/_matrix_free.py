@@ -192,7 +192,7 @@ def sharpness(
     validate.choice(("mean", "sum"), reduction=reduction)
     targets = loss.check(targets, n, n_outputs)
     size = n if batch_size is None else min(validate.count(batch_size=batch_size), n)
-    scale = 1 / n if reduction == "mean" else 1.0
+    scale = 1 / losses.divisor(reduction, n)
 
     output_gradient = _output_gradient(apply_fn, loss, params, x, targets)
     norms = per_sample_gradient_norms(apply_fn, params, x, output_gradient)

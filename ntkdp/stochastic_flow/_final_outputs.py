@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -34,8 +33,10 @@ from ntkdp.stochastic_flow._matrix_root import eigh, square_root, symmetric
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
 from ntkdp.stochastic_flow._sampling import batch_weights, sampling
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, points_of
-from ntkdp.trajectory import check_steps
+from ntkdp.trajectory import Stepping, check_steps
 
+#: How often progress is told.
+_TOLD = 100
 #: Eigenvalues of a covariance below this many roundings of the largest count as zero.
 _ROUNDINGS = 100
 
@@ -135,7 +136,9 @@ def final_outputs(
             "flow must have a rule with a clipping norm, got NoClipping; for no clipping take "
             "Abadi and a large clip_norm"
         )
+    # Each cell has a learning rate of its own; nothing is recorded, but progress is told.
     steps = check_steps(steps)
+    stepping = Stepping(1.0, steps, max(1, steps // _TOLD))
     state, test = flow.init(initial)
     cells = _cells(state.dtype, learning_rates, clip_norms, noise_multipliers)
     rate, divisor = sampling(flow, sample_rate)
@@ -152,7 +155,7 @@ def final_outputs(
     noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
     with _progress.listening(progress, "predicting the cells") as listener:
         final: FinalOutputs = program_memory.call(
-            _final, flow, noise, (state, test), cells, keys, steps, rate, divisor, listener,
+            _final, flow, noise, (state, test), cells, keys, stepping, rate, divisor, listener,
             what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
             ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
             results=program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
@@ -228,7 +231,7 @@ def _final(
     initial: tuple[Array, Array | None],
     cells: _Cells,
     keys: Key[Array, "*seeds"],
-    steps: int,
+    stepping: Stepping,
     sample_rate: float,
     divisor: float,
     listener: Listener,
@@ -264,23 +267,17 @@ def _final(
         if noise is not None:
             summed_noise = jnp.zeros((noise.root.shape[1], columns), start.dtype)
 
-        def tell_and_step(k: Array, carry: _Carry) -> _Carry:
-            if listener is not None:
-                due = k % max(1, steps // 100) == 0
-                lax.cond(due, lambda: _progress.report(listener, k / steps), lambda: None)
-            return step(k, carry)
-
-        f, charges, summed_noise = lax.fori_loop(
-            0, steps, tell_and_step, (start, charges, summed_noise)
+        (f, charges, summed_noise), _ = stepping.walk_to_end(
+            step, lambda _: None, (start, charges, summed_noise), listener
         )
         if test is None or flow.test_drive is None:
             return FinalOutputs(f, None)
         f_test = test - ruled.through(flow.test_drive, charges)
         if noise is not None and noise.test_given_train is not None:
             assert noise.test_root is not None
-            own = white(jax.random.fold_in(key, steps), noise.test_given_train.shape[0])
+            own = white(jax.random.fold_in(key, stepping.steps), noise.test_given_train.shape[0])
             drawn = noise.test_given_train @ summed_noise
-            drawn = drawn + jnp.sqrt(steps) * (noise.test_root @ own)
+            drawn = drawn + jnp.sqrt(stepping.steps) * (noise.test_root @ own)
             f_test = f_test + scale * drawn.reshape(f_test.shape)
         return FinalOutputs(f, f_test)
 

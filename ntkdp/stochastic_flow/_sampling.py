@@ -11,7 +11,7 @@ from ntkdp.gradient_flow import LinearModelFlow
 def sampling(flow: LinearModelFlow, sample_rate: float) -> tuple[float, float]:
     """The sampling rate, checked, and the divisor of the noisy sum."""
     rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-    return rate, rate * (flow.targets.shape[0] if flow.reduction == "mean" else 1)
+    return rate, rate * flow.data.divisor
 
 
 def batch_weights(

@@ -117,7 +117,7 @@ def operator_of(flow: KernelFlow) -> Array:
 
     def rows(train: Array, test: Array | None) -> Array:
         both = train if test is None else jnp.concatenate([train, test])
-        return both / flow.targets.shape[0] if flow.reduction == "mean" else both
+        return both / flow.data.divisor
 
     test = None if flow.test_drive is None else flow.test_drive.matrix
     return devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.matrix, test)

@@ -5,7 +5,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import privacy
+from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float, LearningRate, ScalarLike
 from ntkdp.clipping import ClippingRule
@@ -115,7 +115,7 @@ def weight_noise_variance(
     sigma = privacy.as_noise_multiplier(noise_multiplier, steps, float(q))
     stds = deviations(rule, sigma, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))
-    divisor = q * (n if reduction == "mean" else 1)
+    divisor = q * losses.divisor(reduction, n)
     accumulated = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)
     return jnp.concatenate([jnp.zeros((1, n_groups), accumulated.dtype), accumulated])
 
@@ -135,5 +135,5 @@ def variance_of_budget(
             f"unbounded, got {budget}; clip each sample, e.g. with Abadi"
         )
     assert budget.mu is not None
-    divisor = n_samples if reduction == "mean" else 1
+    divisor = losses.divisor(reduction, n_samples)
     return (horizon * float(rule.sensitivity(n_groups)) / (divisor * budget.mu)) ** 2

@@ -107,7 +107,7 @@ class TrainingSet(eqx.Module):
     @property
     def divisor(self) -> int:
         """What the reduction divides a sum over the samples by: n, or 1."""
-        return self.n_samples if self.reduction == "mean" else 1
+        return losses.divisor(self.reduction, self.n_samples)
 
     def measure(
         self, train: Array, test: Array | None, clip_fraction: Array, outputs: bool
@@ -136,7 +136,14 @@ class TrainingSet(eqx.Module):
         return targets if known is None else self.loss.check(targets, n, known, name)
 
     def _with(self, targets: Array, test_targets: Array | None) -> "TrainingSet":
-        return TrainingSet(targets, self.loss, self.clipping, self.reduction, test_targets)
+        """The same with other targets, which are not checked again."""
+        changed: TrainingSet = eqx.tree_at(
+            lambda data: (data.targets, data.test_targets),
+            self,
+            (targets, test_targets),
+            is_leaf=lambda node: node is None,
+        )
+        return changed
 
 
 class HasTrainingSet(eqx.Module):

@@ -21,6 +21,7 @@ from ntkdp import clipping, dp_sgd, losses
 from ntkdp._gradients import per_sample
 from ntkdp.clipping import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping, Scope
 from ntkdp.losses import Reduction
+from ntkdp.trajectory import Phase
 
 N, D, K = 6, 5, 3
 X = jax.random.normal(jax.random.key(1), (N, D))
@@ -858,6 +859,18 @@ def test_bad_input(wrong: dict[str, Any], error: Any, match: str) -> None:
     options = {"rule": Abadi(0.8), **wrong}
     with pytest.raises(error, match=match):
         run(options.pop("rule"), **options)
+
+
+def test_a_wrong_key_is_refused_before_work() -> None:
+    def untouched(params: Any, x: jax.Array) -> jax.Array:
+        raise AssertionError("the model was called")
+
+    loss, rule, keys = losses.SquaredError(), Abadi(0.8), jax.random.split(KEY, (2, 2))
+    with pytest.raises(ValueError, match="key must be one key"):
+        dp_sgd.run(untouched, W, X, Y, loss, rule, learning_rate=0.1, steps=1, key=keys)
+    phases = [Phase(1, rule, learning_rate=0.1)]
+    with pytest.raises(ValueError, match="key must be one key"):
+        dp_sgd.run_phases(untouched, W, X, Y, loss, phases, key=keys)
 
 
 SEEN_BY_USERS = """

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.linalg
 from helpers import SQUARED
@@ -256,8 +255,6 @@ def test_bad_input() -> None:
             ModifiedFlow(flow, rate)
     with pytest.raises(ValueError, match=r"learning_rate must be a single number, got shape"):
         ModifiedFlow(flow, np.array([0.1, 0.2]))
-    with pytest.raises(TypeError, match=r"must be a number, got a schedule.*use recursion"):
-        ModifiedFlow(flow, optax.linear_schedule(0.1, 0.0, 10))
     for other in (ntkdp.HeavyBallFlow(flow, 1.0), ModifiedFlow(flow, 0.1)):
         with pytest.raises(TypeError, match="flow must be a KernelFlow, a WeightFlow or a Linear"):
             ModifiedFlow(other, 0.1)

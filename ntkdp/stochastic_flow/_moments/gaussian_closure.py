@@ -30,6 +30,7 @@ from ntkdp._backend import devices
 from ntkdp._backend.norms import through_kernel
 from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.losses import divisor
 from ntkdp.stochastic_flow._moments import excess_variance
 from ntkdp.stochastic_flow._moments.covariance import Covariance, CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
@@ -312,7 +313,7 @@ class Closure(eqx.Module):
             state.covariance, part.test, expansion.gradient, expansion.hessian
         )
         total = variance + jnp.sum(expansion.excess) + excess
-        scale = 1 / expansion.mean.shape[0] if self.flow.reduction == "mean" else 1.0
+        scale = 1 / divisor(self.flow.reduction, expansion.mean.shape[0])
         std = scale * jnp.sqrt(jnp.maximum(total, 0.0))
         accuracy = None if expansion.accuracy is None else jnp.mean(expansion.accuracy)
         return scale * jnp.sum(expansion.mean), std, accuracy

@@ -31,7 +31,7 @@ from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
 from ntkdp._plan import MethodCost
 from ntkdp.dp_sgd import _seeds
-from ntkdp.gradient_flow import Flow, _solve
+from ntkdp.gradient_flow import Flow, _solve, optimizer_steps
 from ntkdp.stochastic_flow import _noise_covariance
 from ntkdp.stochastic_flow._ensemble import draw, noise_of_step
 from ntkdp.trajectory._stepping import Stepping
@@ -124,7 +124,8 @@ def drawn(flow: ntkdp.LinearisedFlow, params: Any) -> int:
     noise = noise_of_step(flow, 1.0, 1.0, None, False)
     key = _mesh.everywhere(flow.mesh, jax.random.key(0))
     stepping = Stepping(0.1, 100, 1)
-    return compiled_bytes(draw, flow, noise, flow.init(params), False, stepping, key, False, None)
+    walk, start = optimizer_steps(flow, None, 0.1, None), (flow.init(params), None)
+    return compiled_bytes(draw, walk, noise, start, False, stepping, key, False, None)
 
 
 def resident(call: Callable[[], object]) -> int:
@@ -192,7 +193,7 @@ def network_memory(
             model.apply, x, targets, LOSS, rule, learning_rate=0.1,
             noise_multiplier=float(noise), mesh=mesh,
         )  # fmt: skip
-        start = algorithm.init(params).params
+        start = algorithm.init(params).params, None
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
         peak = compiled_bytes(_seeds.run, algorithm, start, False, key, stepping, False, None)

@@ -93,7 +93,7 @@ def test_the_bound_is_never_below(scope: Scope, seed: int, size: tuple[int, int]
 
 
 def test_two_samples_in_closed_form() -> None:
-    """C4: |rho| < 2 sqrt(c1 c2) / (c1 + c2); the critical ratio is 2.5454 at rho = .9."""
+    """C4: |rho| < 2 sqrt(c1 c2) / (c1 + c2); the critical ratio is 2.5454 at rho = 0.9."""
     kernel, a = jnp.array([[1.0, 0.9], [0.9, 1.0]]), jnp.array([[5.0], [1.0]])
     for rule in (safe_clip_norm, safe_clip_norm_bound):
         assert 5.0 / float(rule(kernel, a)) == pytest.approx(2.5454, abs=5e-5)

@@ -47,7 +47,7 @@ def residual_moments(variance: float, threshold: float) -> tuple[float, float]:
 
 
 def test_the_quoted_numbers() -> None:
-    """Isotropic, eta 3, c .5, zeta .3, d/n .1, d = 200, s^2 = .2: r(.25), r(1) = .606, .111."""
+    """Isotropic, eta 3, c 0.5, zeta 0.3, d/n 0.1, d = 200, s^2 = 0.2: 0.606 and 0.111."""
     R = 0.5 * 200**0.5
     problem = HighDimensionalSGD(
         np.ones(200), np.full(200, 1 / 200), R, 3.0, 2000, 0.2**0.5 / R, 0.3

@@ -16,7 +16,8 @@ from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 @claim(
     "C1",
-    statement="A per-sample gradient's squared norm is |g_i|^2 = a_i' H_ii a_i, and so by group.",
+    statement="The squared norm of a per-sample gradient is |g_i|^2 = a_i' H_ii a_i, and the same "
+    "holds group by group.",
     assumptions="any differentiable network and loss; H the empirical kernel, with full outputs",
     source="derived",
 )
@@ -112,7 +113,7 @@ def eigenvalues_of_the_clipped_kernel_are_positive() -> list[Finding]:
 @claim(
     "C3",
     statement="The quadratic form of HC may be indefinite though all its eigenvalues are positive.",
-    assumptions="flat clipping; H = [[1, .9], [.9, 1]], factors 1 and .01",
+    assumptions="flat clipping; H = [[1, 0.9], [0.9, 1]], factors 1 and 0.01",
     source="paper",
 )
 def the_clipped_kernel_is_no_positive_form() -> list[Finding]:
@@ -130,9 +131,10 @@ def the_clipped_kernel_is_no_positive_form() -> list[Finding]:
 
 @claim(
     "C4",
-    statement="For two samples HC + CH > 0 if and only if |rho| < 2 sqrt(c1 c2)/(c1 + c2); for any "
-    "number it is enough that (kC - 1)/(kC + 1) < 2 sqrt(kH)/(kH + 1), with condition numbers kC "
-    "and kH. So there is a clipping norm above which the loss decays.",
+    statement="For two samples HC + CH > 0 if and only if |rho| < 2 sqrt(c1 c2)/(c1 + c2). For any "
+    "number of samples it is enough that (kC - 1)/(kC + 1) < 2 sqrt(kH)/(kH + 1), where "
+    "kC and kH are condition numbers. So there is a clipping norm above which the loss "
+    "decays.",
     assumptions="flat clipping, H > 0; with several outputs kH is that of the whole kernel",
     source="derived",
 )
@@ -150,8 +152,8 @@ def close_factors_keep_the_form_positive() -> list[Finding]:
     positive = jax.jit(jax.vmap(smallest_of))(rho, ratio) > 0
     predicted = jnp.abs(rho) < 2 * jnp.sqrt(ratio) / (1 + ratio)
     findings = [
-        equal("ratio of factors at which rho = .9 fails", critical, 2.5454, within=5e-5),
-        equal("safe R for norms 1 and 10, rho = .9", safe, 10 / 2.5454, within=1e-4),
+        equal("ratio of factors at which rho = 0.9 fails", critical, 2.5454, within=5e-5),
+        equal("safe R for norms 1 and 10, rho = 0.9", safe, 10 / 2.5454, within=1e-4),
         equal("contradictions in 500 pairs", jnp.sum(positive != predicted), 0, within=0),
         at_least("pairs of 500 that fail", jnp.sum(~predicted), 100),
     ]
@@ -207,7 +209,7 @@ def close_factors_keep_the_form_positive() -> list[Finding]:
             "form just above the safe R, at its least", jnp.min(jnp.where(exists, beyond, 1.0)), 0.0
         ),
         at_most("dL/dt of C7 at the R that the condition gives", at_bound, 0.0),
-        at_least("dL/dt of C7 at .65 of it", under, 0.1),
+        at_least("dL/dt of C7 at 0.65 of it", under, 0.1),
     ]
 
 

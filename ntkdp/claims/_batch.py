@@ -18,8 +18,8 @@ from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 @claim(
     "C15",
-    statement="Under batch clipping the loss never rises; flat, the outputs follow the path of "
-    "unclipped descent in another time.",
+    statement="Under batch clipping the loss never rises. If it is flat, the outputs follow the "
+    "path of unclipped descent in another time.",
     assumptions="frozen kernel, flat or layerwise; squared loss (sum)",
     source="paper",
 )

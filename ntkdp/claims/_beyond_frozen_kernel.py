@@ -88,10 +88,10 @@ def kernel_change_is_inverse_to_the_width() -> list[Finding]:
 
 @claim(
     "C34",
-    statement="Clipping moves the fixed point: with gradient noise 2 (probability 1/3) or -1 (2/3) "
-    "it is max(0, 1 - c/2), not 0.",
-    assumptions="f = w^2/2 in all, as three samples with targets -2, 1, 1 of the constant function "
-    "w, squared loss, abadi, R = c",
+    statement="Clipping moves the fixed point: with gradient noise of 2 (probability 1/3) or -1 "
+    "(probability 2/3) it is max(0, 1 - c/2), not 0.",
+    assumptions="the loss w^2/2 on the whole, of three samples with targets -2, 1, 1 of the "
+    "constant function w; squared loss, abadi, R = c",
     source="derived",
 )
 def clipping_moves_the_fixed_point() -> list[Finding]:
@@ -156,10 +156,11 @@ def _linear(w: Array, x: Array) -> Array:
 
 @claim(
     "C35",
-    statement="Clipped, noised SGD in high dimension follows the equation of its modes; isotropic, "
-    "the risk is .606 at t = .25 and .111 at t = 1.",
-    assumptions="One pass over Gaussian data, lam_j = 1, r(0) = 1, eta = 3, c = .5, zeta = .3, "
-    "d/n = .1, noise variance .2 a coordinate and step; 400 runs of DP-SGD with d = 100",
+    statement="Clipped, noised SGD in high dimension follows the equation of its modes. In the "
+    "isotropic case the risk is 0.606 at t = 0.25 and 0.111 at t = 1.",
+    assumptions="One pass over Gaussian data, lam_j = 1, r(0) = 1, eta = 3, c = 0.5, zeta = 0.3, "
+    "d/n = 0.1, noise of variance 0.2 for each coordinate and step; 400 runs of DP-SGD with "
+    "d = 100",
     source="Marshall et al. 2406.11733; with noise derived",
 )
 def high_dimensional_regression_follows_its_equation() -> list[Finding]:
@@ -182,16 +183,16 @@ def high_dimensional_regression_follows_its_equation() -> list[Finding]:
     ratio, error = np.mean(runs, axis=0) / smaller[1:], np.std(runs, axis=0) / 20 / smaller[1:]
     return [
         equal("r(1)", predicted[2], 0.111, within=5e-4),
-        equal("r(.25)", predicted[1], 0.606, within=5e-4),
+        equal("r(0.25)", predicted[1], 0.606, within=5e-4),
         at_most("change of r(1) from d = 200 to 100", abs(smaller[2] - predicted[2]), 1e-6),
-        equal("r(.25), DP-SGD / predicted", ratio[0], 1.0, within=0.02),
+        equal("r(0.25), DP-SGD / predicted", ratio[0], 1.0, within=0.02),
         equal("r(1), DP-SGD / predicted", ratio[1], 1.0, within=0.02),
         at_most("standard error of the last", error[1], 0.01),
     ]
 
 
 def _streaming_dp_sgd(problem: high_dimensional_sgd.HighDimensionalSGD, keys: Array) -> np.ndarray:
-    """Risk of DP-SGD at t = .25 and 1, a fresh sample at every step, isotropic: (S, 2)."""
+    """Risk of DP-SGD at t = 0.25 and 1, a fresh sample at every step, isotropic: (S, 2)."""
     d, n = problem.eigenvalues.size, int(problem.n_samples)
     algorithm = dp_sgd.build(
         _linear,
@@ -230,7 +231,7 @@ def _streaming_dp_sgd(problem: high_dimensional_sgd.HighDimensionalSGD, keys: Ar
     statement="The mean flow of DPZero is clipping with C_i = erf(c / (sqrt(2) ||g_i||)), whose "
     "sensitivity is c sqrt(2/pi).",
     assumptions="Directions u ~ N(0, I), two-point differences clipped at c = 1.5, small lam; "
-    "C_i = .3115 at ||g|| = sqrt(14)",
+    "C_i = 0.3115 at ||g|| = sqrt(14)",
     source="derived; DPZero is 2310.09639",
 )
 def mean_flow_of_dpzero() -> list[Finding]:

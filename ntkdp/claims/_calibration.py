@@ -21,9 +21,9 @@ def _linear(weights: Array, x: Array) -> Array:
 @claim(
     "C26",
     statement=(
-        "The flat flow converges to p = max(q, 1 - tau (1 - q)/q) with tau = R/||x||, so the ECE "
-        "is (1 - q)(1 - tau/q) where that is positive, 0 otherwise, and the accuracy is q for "
-        "every R: small R is as accurate, and over-confident."
+        "The flat flow converges to p = max(q, 1 - tau (1 - q)/q) with tau = R/||x||. So the ECE "
+        "is (1 - q)(1 - tau/q) where that is positive and 0 otherwise, and the accuracy is q for "
+        "every R: with a small R the network is as accurate, and over-confident."
     ),
     assumptions="logistic loss, one output, all samples share x, P(y = 1) = q > 1/2, abadi",
     source="derived",
@@ -163,8 +163,8 @@ def automatic_clipping_makes_logits_grow_linearly() -> list[Finding]:
     source="derived; temperature scaling: Guo et al. 2017",
 )
 def temperature_scaling_keeps_the_top_labels() -> list[Finding]:
-    # Five bins. (.4, .6]: two samples, none right; (.6, .8]: .7, .7, .8, .8, three right, no gap;
-    # (.8, 1]: four at .95, three right, a gap of .2.
+    # Five bins. (0.4, 0.6]: two samples, none right; (0.6, 0.8]: 0.7, 0.7, 0.8, 0.8, three right,
+    # no gap; (0.8, 1]: four at 0.95, three right, a gap of 0.2.
     confidence = jnp.array([0.55, 0.55, 0.7, 0.7, 0.8, 0.8, 0.95, 0.95, 0.95, 0.95])
     right = jnp.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 0])
     rest = (1 - confidence) / 2
@@ -237,8 +237,8 @@ def _recalibrated(logits: Array, labels: Array) -> _Recalibrated:
     "C29",
     statement=(
         "Along an anti-diagonal of the grid of learning rate and clipping norm in powers of two, "
-        "eta R constant, losses, accuracies and calibration errors are equal to rounding while "
-        "all samples are clipped, predicted and observed."
+        "eta R is constant. There losses, accuracies and calibration errors, predicted and "
+        "observed, are equal up to rounding while all samples are clipped."
     ),
     assumptions="real data (digits), abadi, flat and layerwise, with and without noise, same key",
     source="derived; seen in the paper's Figure 3",

@@ -34,7 +34,8 @@ def _slopes(errors: ArrayLike, rates: ArrayLike) -> np.ndarray:
     "C19",
     statement="Clipped descent follows its flow to first order in the learning rate: "
     "sup_t |L_discrete - L_flow| = O(eta).",
-    assumptions="a tanh network, all weights trained, squared loss (sum), abadi with R = .5, T = 4",
+    assumptions="a tanh network, all weights trained, squared loss (sum), abadi with R = 0.5, "
+    "T = 4",
     source="derived",
 )
 def descent_follows_the_flow_to_first_order() -> list[Finding]:
@@ -47,9 +48,9 @@ def descent_follows_the_flow_to_first_order() -> list[Finding]:
     plain = _error(_run(rule, finest * 16, 50, gradients="vmap"), path, 16)
     slopes = _slopes(errors, every)
     return [
-        equal("error at eta = .08", errors[0], 0.01131, within=5e-6),
-        equal("error at eta = .005", errors[-1], 0.000698, within=5e-7),
-        equal("error at eta = .08, vmap", plain, 0.01131, within=5e-6),
+        equal("error at eta = 0.08", errors[0], 0.01131, within=5e-6),
+        equal("error at eta = 0.005", errors[-1], 0.000698, within=5e-7),
+        equal("error at eta = 0.08, vmap", plain, 0.01131, within=5e-6),
         *(equal("log-log slope", slope, 1.0, within=0.05) for slope in slopes),
         equal("first slope", slopes[0], 1.010, within=5e-4),
         equal("last slope", slopes[-1], 1.001, within=5e-4),
@@ -76,10 +77,11 @@ class _DescentOfSpeed(gradient_flow.Flow):
 
 @claim(
     "C20",
-    statement="The modified equation -(G + (eta/2) DG G), G = sum_i C_i g_i, is met to second "
-    "order. The clipped drift is no gradient: with grad |G|^2/2 for DG G it is not.",
+    statement="Clipped descent follows the modified equation -(G + (eta/2) DG G), G = sum_i C_i "
+    "g_i, to second order. The clipped drift is no gradient: with grad |G|^2/2 in place "
+    "of DG G, descent follows it to first order only.",
     assumptions="away from the kinks of clipping: AUTO-S, or abadi with a fixed set of clipped "
-    "samples; C19's network up to T = .8, where abadi clips four samples of five",
+    "samples; C19's network up to T = 0.8, where abadi clips four samples of five",
     source="derived",
 )
 def descent_follows_the_modified_equation_to_second_order() -> list[Finding]:
@@ -106,7 +108,7 @@ def descent_follows_the_modified_equation_to_second_order() -> list[Finding]:
                 if right
                 else at_most(f"{name}, grad |G|^2/2: order", order, 1.3)
             )
-    # The last runs and path are abadi's; up to T = .8 none may meet a kink.
+    # The last runs and path are abadi's; up to T = 0.8 none may meet a kink.
     shares = jnp.concatenate(
         [path.clip_fraction, runs[0].clip_fraction[: steps // 2 + 1], runs[1].clip_fraction]
     )
@@ -120,7 +122,8 @@ def descent_follows_the_modified_equation_to_second_order() -> list[Finding]:
 @claim(
     "C21",
     statement="Past the edge of stability, eta h > 2, clipped descent ends in a two-cycle with "
-    "|a_k| + |a_(k+1)| = eta R sqrt(h) and mean L >= eta^2 R^2 h/8; unclipped it diverges.",
+    "|a_k| + |a_(k+1)| = eta R sqrt(h) and mean L >= eta^2 R^2 h/8. Unclipped descent "
+    "diverges.",
     assumptions="one sample, frozen kernel h, squared loss (sum), abadi",
     source="derived",
 )

@@ -46,7 +46,7 @@ def the_loss_may_rise() -> list[Finding]:
 @claim(
     "C7",
     statement="Flat clipping makes the loss rise at first and converge to zero in the end.",
-    assumptions="H = 11' + .1 I, y = (-3, 1, 1), f(0) = 0, R = 1, squared loss (sum), abadi",
+    assumptions="H = 11' + 0.1 I, y = (-3, 1, 1), f(0) = 0, R = 1, squared loss (sum), abadi",
     source="derived",
 )
 def the_loss_rises_and_converges() -> list[Finding]:
@@ -76,8 +76,9 @@ def the_loss_rises_and_converges() -> list[Finding]:
 
 @claim(
     "C8",
-    statement="Psi = sum_i psi_i with psi_i' = l_i' min(1, tau_i/|l_i'|), tau_i = R/sqrt(H_ii), a "
-    "Huberisation of each sample's loss, always decreases, also where L rises.",
+    statement="Psi = sum_i psi_i, with psi_i' = l_i' min(1, tau_i/|l_i'|) and "
+    "tau_i = R/sqrt(H_ii), is Huber's form of each sample's loss. It always decreases, also "
+    "where L rises.",
     assumptions="one output, frozen H > 0, flat clipping, abadi",
     source="derived",
 )
@@ -170,7 +171,7 @@ def one_sample_leaves_the_clipped_zone() -> list[Finding]:
 @claim(
     "C10",
     statement="The time to leave the clipped zone grows like 1/R.",
-    assumptions="C9's sample, R from .1 to .01",
+    assumptions="C9's sample, R from 0.1 to 0.01",
     source="derived",
 )
 def the_clipped_zone_lasts_as_one_over_the_norm() -> list[Finding]:
@@ -187,14 +188,14 @@ def the_clipped_zone_lasts_as_one_over_the_norm() -> list[Finding]:
     return [
         equal("log-log slope at the small end", slopes[-1], -1.0, within=0.02),
         equal("log-log slope at the large end", slopes[0], -1.0, within=0.02),
-        equal("time at R = .01", left[-1], (5 - 0.005) / 0.02, within=0.6),
+        equal("time at R = 0.01", left[-1], (5 - 0.005) / 0.02, within=0.6),
     ]
 
 
 @claim(
     "C11",
-    statement="While every sample is clipped only eta R matters: (R, eta) = (.1, .1), (.01, 1) and "
-    "(.001, 10) give the same run.",
+    statement="While every sample is clipped, only the product eta R matters: (R, eta) = "
+    "(0.1, 0.1), (0.01, 1) and (0.001, 10) give the same run.",
     assumptions="abadi, the same key, noise included; flat or layerwise",
     source="paper",
 )

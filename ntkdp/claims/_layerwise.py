@@ -73,8 +73,8 @@ def layerwise_clipping_may_get_stuck() -> list[Finding]:
 
 @claim(
     "C13",
-    statement="Layerwise clipping may diverge though every H_r > 0; from close by it converges, "
-    "and flat or unclipped it does from both.",
+    statement="Layerwise clipping may diverge though every H_r > 0. From a start close by it "
+    "converges, and with flat clipping or none training converges from both starts.",
     assumptions="three samples, two layers, R_r = 1, abadi, squared loss (sum)",
     source="derived",
 )
@@ -116,7 +116,7 @@ def layerwise_clipping_may_diverge() -> list[Finding]:
 
 @claim(
     "C14",
-    statement="|J_r' C_r a|^2 >= lambda_min(H_r) min_i C_ir^2 |a|^2, so if some H_r > 0 every "
+    statement="|J_r' C_r a|^2 >= lambda_min(H_r) min_i C_ir^2 |a|^2, so if some H_r > 0, every "
     "equilibrium of the weights has a = 0.",
     assumptions="every factor positive (the 0/1 rule is left out), layerwise clipping",
     source="derived",

@@ -28,7 +28,8 @@ def _linear_in_two_groups(w: dict[str, Array], x: Array) -> Array:
     "C22",
     statement="The stationary mean loss is E L = 1/2 sum_k eta sigma^2 S^2 / (2 - eta lam_k).",
     assumptions="Linear model with kernel eigenvalues lam_k, squared loss (sum), R above every "
-    "norm; S is the sensitivity, R flat. With the mean, eta/n takes the place of eta",
+    "norm; S is the sensitivity, which is R for flat clipping. With the mean, eta/n takes the "
+    "place of eta",
     source="derived",
 )
 def stationary_loss_of_a_linear_model() -> list[Finding]:
@@ -71,9 +72,9 @@ def stationary_loss_of_a_linear_model() -> list[Finding]:
 
 @claim(
     "C23",
-    statement="Noise vanishes from the limit eta -> 0 at fixed sigma, where Var f(T) / eta is "
-    "about constant; at fixed privacy (mu-GDP, sigma = sqrt(T/eta)/mu) it does not: E L(T) keeps "
-    "more than twice the value without noise, whatever eta is.",
+    statement="As eta -> 0 at fixed sigma, noise vanishes: Var f(T) / eta is about constant. At "
+    "fixed privacy (mu-GDP, sigma = sqrt(T/eta)/mu) it does not: E L(T) stays above "
+    "twice its value without noise, whatever eta is.",
     assumptions="Linear model with the stored J (8 samples, 30 weights), squared loss (sum), "
     "targets 0, f(0) = 30, abadi, R = 1, mu = 1, T = 20; Var f is summed over samples",
     source="derived",
@@ -135,10 +136,10 @@ def noise_vanishes_at_fixed_sigma_but_not_at_fixed_privacy() -> list[Finding]:
 
 @claim(
     "C24",
-    statement="Under inertia with friction alpha the energy Psi + |w'|^2/2 never rises, "
-    "dE/dt = -alpha |w'|^2, though the loss does.",
+    statement="Under inertia with friction alpha, the energy Psi + |w'|^2/2 never rises, dE/dt = "
+    "-alpha |w'|^2, though the loss does.",
     assumptions="Frozen kernel, one output, flat abadi, squared loss; C7's instance with "
-    "alpha = .3, where L rises from 5.5 to 6.66",
+    "alpha = 0.3, where L rises from 5.5 to 6.66",
     source="derived",
 )
 def energy_of_the_heavy_ball_never_rises() -> list[Finding]:
@@ -274,9 +275,9 @@ def adam_without_epsilon_is_independent_of_the_clipping_norm() -> list[Finding]:
     automatic = [train(clipping=clipping.Automatic(R, gamma=0.0)) for R in (1e-4, 1e4)]
     share = min(float(np.min(run.clip_fraction)) for run in (*flat[:3], *layerwise))
     return [
-        at_most("largest change of the outputs, R .001 for .01", apart(*flat[:2]), 1e-9),
+        at_most("largest change of the outputs, R 0.001 for 0.01", apart(*flat[:2]), 1e-9),
         at_most("the same, R 1e-5", apart(flat[0], flat[2]), 1e-9),
-        at_most("the same layerwise, plain gradients, R 1e-4 for .01", apart(*layerwise), 1e-9),
+        at_most("the same layerwise, plain gradients, R 1e-4 for 0.01", apart(*layerwise), 1e-9),
         at_most("the same under the automatic rule, R 1e4 for 1e-4", apart(*automatic), 1e-9),
         at_least("least clip fraction of these", share, 1.0),
         at_least("change at R = 100, which clips none", apart(flat[0], flat[3]), 0.1),

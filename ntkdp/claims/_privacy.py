@@ -170,7 +170,8 @@ def _attack(R: float, sigma: float, sample_rate: float, epsilon: float) -> tuple
     "C30",
     statement=(
         "Epsilon depends neither on the clipping norm nor on the rule: noise over sensitivity is "
-        "sigma, with sensitivity R flat and sqrt(sum R_r^2) layerwise, and a sample attains it."
+        "sigma. The sensitivity is R for flat and sqrt(sum R_r^2) for layerwise clipping, and a "
+        "sample attains it."
     ),
     assumptions="add or remove one sample; noise of the sum has standard deviation sigma times S",
     source="known",
@@ -182,7 +183,7 @@ def epsilon_depends_on_neither_norm_nor_rule() -> list[Finding]:
     for name, pick in (("smallest", min), ("largest", max)):
         ratio, error = pick(measured)
         findings.append(
-            equal(f"{name} noise over sensitivity, sigma = .7", ratio, _SIGMA, within=5 * error)
+            equal(f"{name} noise over sensitivity, sigma = 0.7", ratio, _SIGMA, within=5 * error)
         )
     sigma, sample_rate = 0.7, 0.3
     bound = privacy.delta(sigma, sample_rate, 1, 1.0)
@@ -200,7 +201,7 @@ def epsilon_depends_on_neither_norm_nor_rule() -> list[Finding]:
         "the paper's SNLI run. It is no guarantee: a test of the largest step shows that epsilon "
         "is above 4.9, and the bounds by PLD and RDP are 5.13 and 6.50."
     ),
-    assumptions="n = 550152, batch 32, sigma = .4, 51576 steps, delta = 1/n, Poisson sampling",
+    assumptions="n = 550152, batch 32, sigma = 0.4, 51576 steps, delta = 1/n, Poisson sampling",
     source="paper (1.25); the rest derived",
 )
 def the_central_limit_understates_epsilon() -> list[Finding]:
@@ -230,11 +231,11 @@ def the_central_limit_understates_epsilon() -> list[Finding]:
     "C32",
     statement=(
         "Released alone, the last of 1000 noisy gradient steps on a quadratic gives away a "
-        "divergence of .0855; all steps together 4.5."
+        "divergence of 0.0855; all steps together give away 4.5."
     ),
     assumptions=(
-        "curvature lam = 1, eta = .1, noise of a step sqrt(2 eta s^2) with s^2 = .5; neighbours "
-        "whose gradients differ by D = .3 at every weight"
+        "curvature lam = 1, eta = 0.1, noise of a step sqrt(2 eta s^2) with s^2 = 0.5; neighbours "
+        "whose gradients differ by D = 0.3 at every weight"
     ),
     source="derived",
 )

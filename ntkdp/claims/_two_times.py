@@ -27,9 +27,10 @@ def _noisy(params: Params, key: PRNGKeyArray, variance: float) -> Params:
 
 @claim(
     "C37",
-    statement="J(w_t) J(w_s)^T of a network whose weights are its random ones and noise tends to "
-    "Theta(t, s), and the covariance of f(w_t), f(w_s) to Sigma(t, s), as width^(-1/2).",
-    assumptions="NTK parameterisation, two hidden layers of ReLU or erf, v_t = .3, v_s = .1, 4 "
+    statement="For a network whose weights are random and gather noise, J(w_t) J(w_s)^T tends to "
+    "Theta(t, s), and the covariance of f(w_t) and f(w_s) to Sigma(t, s), as "
+    "width^(-1/2).",
+    assumptions="NTK parameterisation, two hidden layers of ReLU or erf, v_t = 0.3, v_s = 0.1, 4 "
     "inputs; as many outputs as hidden units average the covariance; mean over 8 draws",
     source="derived",
 )
@@ -96,8 +97,8 @@ def _between(apply: ApplyFn, after: Params, before: Params, x: Array) -> tuple[A
 
 @claim(
     "C38",
-    statement="Noisy clipped descent of wide networks is predicted by the kernels between times at "
-    "every step, where the frozen kernel fails at every width.",
+    statement="The kernels between times predict noisy clipped descent of wide networks at every "
+    "step, where the frozen kernel fails at every width.",
     assumptions="The stored 16 samples, two hidden ReLU layers, squared loss, flat abadi, full "
     "batch, random initial networks, 80 steps, v(T) = 1; means over runs, within 3 standard errors "
     "of the difference. E L(T) of the frozen kernel is derived and checked by runs of linearised "
@@ -136,7 +137,7 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
         at_least("the same of the frozen kernel", np.max(errors[1]), 6.0),
         equal("E L(T)", np.mean(between[:, -1]), 0.66, within=0.04),
         equal("E L(T), observed", last, 0.66, within=0.07),
-        # Twenty thousand draws give .3785 +- .0014, 5000 runs of DP-SGD on linearised networks of
-        # width 512 .3772 +- .0029, of width 1024 .3768 +- .0032.
+        # Twenty thousand draws give 0.3785 +- 0.0014, 5000 runs of DP-SGD on linearised networks of
+        # width 512 0.3772 +- 0.0029, of width 1024 0.3768 +- 0.0032.
         equal("E L(T) of the frozen kernel", np.mean(frozen[:, -1]), 0.3785, within=0.01),
     ]

@@ -341,7 +341,7 @@ def test_bad_options() -> None:
 
 
 def test_the_diagram_holds_the_bins() -> None:
-    """Accuracy 1/3 at .9, over-confident by .5666; 1 at .6, under-confident by .4."""
+    """Accuracy 1/3 at 0.9, over-confident by 0.5666; 1 at 0.6, under-confident by 0.4."""
     p, y = np.array([0.9, 0.9, 0.9, 0.6]), np.array([1, 0, 0, 1])
     axes = Figure().subplots()
     assert calibration.reliability_diagram(p, y, n_bins=5, ax=axes) is axes

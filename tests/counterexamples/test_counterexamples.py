@@ -202,7 +202,7 @@ def find_on_c7(rule: Any, kernel: Any = H7, targets: Any = Y7, **options: Any) -
 
 
 def test_the_rise_on_a_given_kernel_is_at_least_that_of_the_known_state() -> None:
-    """C7: dL/dt = +.4767 at f = 0."""
+    """C7: dL/dt = +0.4767 at f = 0."""
     known = Counterexample(
         "rise",
         kernel=(tuple(map(tuple, np.asarray(H7).tolist())),),

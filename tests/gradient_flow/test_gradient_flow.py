@@ -378,7 +378,7 @@ def c7_flow(rule: Any) -> ntkdp.KernelFlow:
 
 
 def test_heavy_ball_against_scipy_and_its_energy() -> None:
-    """L rises from 5.5 to 6.66 with friction .3, while Psi + |f'|^2 / 2 (in H^-1) never rises."""
+    """L rises from 5.5 to 6.66 with friction 0.3, while Psi + |f'|^2 / 2 (in H^-1) never rises."""
     ball = ntkdp.HeavyBallFlow(c7_flow(clipping.Abadi(1.0)), friction=0.3)
     times = np.linspace(0.0, 12.0, 241)
     path = ntkdp.solve(ball, np.zeros((3, 1)), times, rtol=1e-8, atol=1e-10, outputs=True)

@@ -16,7 +16,7 @@ from ntkdp.gradient_flow import ModifiedFlow
 from ntkdp.trajectory import Trajectory
 
 FINEST, COUNT = 0.01, 80
-#: A step of a run is so many of the finest; the last time common to all is .8, up to which abadi
+#: A step of a run is so many of the finest; the last time common to all is 0.8, up to which abadi
 #: clips the same four samples of five.
 EVERY = (4, 2, 1)
 RULES = {"abadi": clipping.Abadi(0.5), "AUTO-S": clipping.Automatic(0.5)}
@@ -121,7 +121,7 @@ def test_descent_of_a_linearised_network_meets_it_at_second_order(
 
 
 def mean_errors(flow: Any, initial: Any) -> np.ndarray:
-    """Mean sup |L_discrete - L_modified| over learning rates from .04 to .08, and an eighth."""
+    """Mean sup |L_discrete - L_modified| over learning rates from 0.04 to 0.08, and an eighth."""
 
     def error(rate: float) -> float:
         run = ntkdp.recursion(flow, initial, learning_rate=rate, steps=200)
@@ -134,13 +134,13 @@ def mean_errors(flow: Any, initial: Any) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_kink_keeps_the_order_and_a_jump_takes_one() -> None:
-    """One sample leaves abadi's clipped zone at t = .2; another comes back to the 0/1 rule's."""
+    """One sample leaves abadi's clipped zone at t = 0.2; another comes back to the 0/1 rule's."""
     kink = ntkdp.KernelFlow(
         4 * jnp.eye(1), jnp.zeros((1, 1)), SQUARED, clipping.Abadi(1.0), reduction="sum"
     )
     coarse, fine = mean_errors(kink, jnp.array([[0.9]]))
     assert np.log(coarse / fine) / np.log(8) == pytest.approx(2.0, abs=0.3)
-    # Sample 0 is dropped until its residual is 1: 1.2 - .45 (1 - exp(-t)), at t = .59.
+    # Sample 0 is dropped until its residual is 1: 1.2 - 0.45 (1 - exp(-t)), at t = 0.59.
     jump = ntkdp.KernelFlow(
         jnp.array([[1.0, 0.5], [0.5, 1.0]]),
         jnp.zeros((2, 1)),

@@ -22,7 +22,13 @@ CLOSE = jnp.concatenate([X, 1.0001 * X[:1], -X[:1], jnp.zeros((1, 3))])
 def kernels(model: models.Model, x: Any = CLOSE) -> Any:
     assert model.kernel_fn is not None
     kernel_fn = model.kernel_fn
-    return jax.jit(lambda x: kernel_fn(x, None, ("nngp", "ntk"))[:2])(x)
+
+    @jax.jit
+    def both(x: Any) -> Any:
+        found = kernel_fn(x, None, ("nngp", "ntk"))
+        return found.nngp, found.ntk
+
+    return both(x)
 
 
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {

@@ -235,7 +235,7 @@ def test_extremes() -> None:
         assert privacy.epsilon(1e12, 1.0, 10, 1e-6, accountant) == 0
     assert privacy.gaussian_dp(0.0, 0.1, 10, 1e-5).epsilon == math.inf
     assert privacy.gaussian_dp(0.01, 0.1, 10, 1e-5).epsilon == math.inf
-    # Whoever is drawn with probability 1e-7 loses nothing else at delta = .01.
+    # Whoever is drawn with probability 1e-7 loses nothing else at delta = 0.01.
     assert privacy.epsilon(0.01, 1e-8, 10, 0.01) == 0
     assert "epsilon = inf" in str(privacy.report(0.0, 0.1, 10, 1e-5))
 

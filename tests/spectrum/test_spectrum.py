@@ -90,7 +90,7 @@ def test_flat_spectra_against_scipy(seed: Any) -> None:
 
 
 def test_two_samples_in_closed_form() -> None:
-    """C2: {.0019, 1.0081}; C3: HC + CH has {-.334, 2.354}."""
+    """C2: {0.0019, 1.0081}; C3: HC + CH has {-0.334, 2.354}."""
     kernel, factors = np.array([[1.0, 0.9], [0.9, 1.0]]), np.array([1.0, 0.01])
     np.testing.assert_allclose(spectrum.eigenvalues(kernel, factors), [0.0019, 1.0081], atol=5e-5)
     form = 2 * spectrum.symmetric_eigenvalues(kernel, factors)
@@ -113,7 +113,7 @@ def test_layerwise_eigenvalues_with_negative_real_part() -> None:
     a = 20.0
     factors = np.minimum(1, 1 / (a * np.sqrt(np.einsum("rii->ri", terms))))
     kernel = as_kernel(terms)
-    # H_r C_r a = R_r applied to unit gradients: da/dt is -(.064, .24, .064).
+    # H_r C_r a = R_r applied to unit gradients: da/dt is -(0.064, 0.24, 0.064).
     drift = -np.asarray(spectrum.clipped_operator(kernel, factors)) @ np.full(3, a)
     np.testing.assert_allclose(drift, [0.064, 0.24, 0.064], atol=5e-4)
     assert not spectrum.has_positive_quadratic_form(kernel, factors)

@@ -33,7 +33,7 @@ def problem(n_outputs: int) -> tuple[dict[str, jax.Array], jax.Array]:
 
 RULES = {
     "unclipped": clipping.Abadi(1e4),
-    "abadi .5": clipping.Abadi(0.5),
+    "abadi 0.5": clipping.Abadi(0.5),
     "abadi 1": clipping.Abadi(1.0),
     "layerwise": clipping.Abadi(np.array([0.4, 0.8]), scope="layerwise"),
     "automatic": clipping.Automatic(0.5, gamma=0.1),
@@ -43,7 +43,7 @@ RULES = {
 SETTINGS = [
     ("unclipped", "squared", 0.5, 2e-5, 1.0, "mean", False),
     ("unclipped", "squared", 0.1, 2e-5, 0.5, "mean", False),
-    ("abadi .5", "squared", 1.0, 0.5, 1.0, "mean", False),
+    ("abadi 0.5", "squared", 1.0, 0.5, 1.0, "mean", False),
     ("abadi 1", "squared", 0.3, 0.5, 0.5, "mean", False),
     ("layerwise", "squared", 0.1, 0.5, 1.0, "sum", False),
     ("layerwise", "squared", 0.5, 0.5, 0.7, "mean", True),

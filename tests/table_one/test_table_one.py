@@ -144,7 +144,7 @@ def test_the_circling_network_goes_around_for_ever_by_scipy_too() -> None:
 
 
 def test_the_fewest_digits_of_the_indefinite_pair() -> None:
-    """HC + CH of the pair has eigenvalues -.334 and 2.354 ."""
+    """HC + CH of the pair has eigenvalues -0.334 and 2.354 ."""
     pair = table_one.State(((1.0, 0.9), (0.9, 1.0)), (1.0, 100.0), 1.0)
     kernel, factors = _compute._operator_at(pair)
     np.testing.assert_allclose(factors, [1.0, 0.01])

@@ -351,7 +351,7 @@ def mean_or_sum(
 
 
 def divisor(reduction: Reduction, n_samples: int) -> int:
-    """What ``reduction`` divides a sum over samples by: their number if "mean", 1 if "sum".
+    """What ``reduction`` divides a sum over samples by: ``n_samples`` if "mean", 1 if "sum".
 
     Examples
     --------

@@ -170,7 +170,7 @@ def test_public_names_follow_the_source() -> None:
     source = "from a import b as b, c\nD = 1\n_E = 2\ndef f(): ...\nclass _G: ..."
     assert public_names.names_in(source) == ["b", "D", "f"]
     assert public_names.names_in(f'{source}\n__all__ = ["f"]') == ["f"]
-    assert {name for name in dir(ntkdp) if name not in public_names.MODULES} <= {
+    assert {name for name in ntkdp.__all__ if name not in public_names.MODULES} <= {
         name.name for name in NAMES
     }
     assert {f"ntkdp.{module}" for module in public_names.MODULES} <= {name.module for name in NAMES}

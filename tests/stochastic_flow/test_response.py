@@ -64,15 +64,11 @@ def both(
     own: dict[str, Any] = {
         name: options.pop(name) for name in ("nodes", "draws") if name in options
     }
-    options = {
-        "learning_rate": 0.3,
-        "steps": 12,
-        "outputs": True,
-        "key": KEYS,
-    } | options
-    predicted = response_ensemble(flow, about=about, noise_at="steps", **own, **options)
-    options.pop("noise_per_group", None)
-    observed = run(apply_fn, params, X, Y, loss, rule, gradients="vmap", **data, **options)
+    settings: dict[str, Any] = {"learning_rate": 0.3, "steps": 12, "outputs": True, "key": KEYS}
+    settings |= options
+    predicted = response_ensemble(flow, about=about, noise_at="steps", **own, **settings)
+    settings.pop("noise_per_group", None)
+    observed = run(apply_fn, params, X, Y, loss, rule, gradients="vmap", **data, **settings)
     return predicted, observed
 
 

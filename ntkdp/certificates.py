@@ -46,7 +46,7 @@ def safe_clip_norm(
         :math:`a_i`, shape ``(n, K)``: the gradient of each sample's own loss in its outputs, never
         divided by n.
     scope : {"flat", "layerwise"}
-        Layerwise, the same R in every group.
+        With layerwise scope, R is the same in every group.
 
     Returns
     -------
@@ -58,8 +58,8 @@ def safe_clip_norm(
     Raises
     ------
     ValueError
-        Shapes that do not fit, NaN or infinities, a kernel that is not symmetric, an unknown scope,
-        layerwise scope without layer terms.
+        If shapes do not fit, numbers are NaN or infinite, the kernel is not symmetric, the scope is
+        unknown, or it is layerwise and the kernel has no layer terms.
 
     Notes
     -----
@@ -88,10 +88,10 @@ def safe_clip_norm_bound(
 ) -> Float[Array, ""]:
     r"""A cheap upper bound on the safe clipping norm, from condition numbers.
 
-    Flat, :math:`\mathrm{sym}(HC) > 0` if
+    With flat scope, :math:`\mathrm{sym}(HC) > 0` if
     :math:`\kappa_C < ((\sqrt{\kappa_H} + 1) / (\sqrt{\kappa_H} - 1))^2`, and the factors at R have
-    :math:`\kappa_C \le \min(\max_i s_i / R, \max_i s_i / \min_i s_i)`. Layerwise, the symmetric
-    part is positive if
+    :math:`\kappa_C \le \min(\max_i s_i / R, \max_i s_i / \min_i s_i)`. With layerwise scope, the
+    symmetric part is positive if
     :math:`\sum_r \lambda_{\max}(H_r) (1 - \min_i C_{ir}) < \lambda_{\min}(H)`.
 
     Parameters
@@ -163,7 +163,7 @@ def certify(
     kernel : array or LayerwiseKernel
         As for :func:`safe_clip_norm`, of the training points; the same at all times.
     trajectory : Trajectory
-        With outputs.
+        It must have recorded outputs.
     targets, loss
         As the flow or the run has them.
     clipping : ClippingRule
@@ -177,7 +177,7 @@ def certify(
     Raises
     ------
     ValueError, TypeError
-        A trajectory without outputs; shapes that do not fit; as for :func:`safe_clip_norm`.
+        If the trajectory has no outputs, or shapes do not fit; as for :func:`safe_clip_norm`.
 
     Notes
     -----

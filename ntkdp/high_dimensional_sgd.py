@@ -105,7 +105,7 @@ class HighDimensionalSGD(eqx.Module):
     Raises
     ------
     ValueError, TypeError
-        Numbers out of range, shapes that do not fit.
+        If a number is out of its range, or shapes do not fit.
 
     Notes
     -----
@@ -250,7 +250,7 @@ def solve(
     Raises
     ------
     ValueError, TypeError
-        Times that do not increase or begin before the start, tolerances not positive.
+        If times do not increase or begin before the start, or tolerances are not positive.
 
     Notes
     -----
@@ -301,8 +301,8 @@ def risk_by_clip_norm(
 ) -> Array:
     r"""Excess risk at a time, as a function of the clipping norm at a fixed noise multiplier.
 
-    The noise is in proportion to R, the descent saturates with it: the risk is least in between,
-    often at an R that clips most samples ("aggressive clipping").
+    Noise grows in proportion to R, while descent saturates. So the risk is least in between, often
+    at an R that clips most samples ("aggressive clipping").
 
     Parameters
     ----------
@@ -321,7 +321,7 @@ def risk_by_clip_norm(
     Raises
     ------
     ValueError, TypeError
-        Clipping norms or a time not positive.
+        If a clipping norm or the time is not positive.
 
     Notes
     -----
@@ -364,7 +364,7 @@ def simulate(
     problem : HighDimensionalSGD
         Data, step size, clipping and noise.
     steps : int
-        At least 1; ``n_samples`` steps are a unit of time. A sample each.
+        At least 1. Each takes one sample, and ``n_samples`` steps are a unit of time.
     record_every : int
         Record every ``record_every`` steps, and the last.
     key : PRNG key
@@ -378,7 +378,7 @@ def simulate(
     Raises
     ------
     ValueError, TypeError
-        Steps below 1, a key that is not a JAX PRNG key.
+        If there are no steps, or ``key`` is not a JAX PRNG key.
 
     Examples
     --------

@@ -108,7 +108,7 @@ class SGD(Optimizer):
     Raises
     ------
     ValueError, TypeError
-        Numbers out of their range, ``nesterov`` without momentum.
+        If a number is out of its range, or ``nesterov`` is asked for without momentum.
 
     Notes
     -----
@@ -201,8 +201,8 @@ class Adam(Optimizer):
     Raises
     ------
     ValueError, TypeError
-        Numbers out of their range. ``correct_noise`` in a loop of your own: if ``update`` is not
-        given ``noise_variance``, a number or a tree like the gradient.
+        If a number is out of its range. With ``correct_noise`` in a loop of your own, if ``update``
+        is not given ``noise_variance``, a number or a tree like the gradient.
 
     Notes
     -----

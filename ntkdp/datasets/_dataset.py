@@ -105,7 +105,7 @@ def from_arrays(
     seed: int = 0,
     standardise: str | None = None,
 ) -> Dataset:
-    r"""Arrays in memory, split by ``seed`` and standardised.
+    r"""A data set of arrays in memory, split by ``seed`` and standardised.
 
     Parameters
     ----------
@@ -121,17 +121,17 @@ def from_arrays(
     class_names : sequence of K str, optional
         With it, ``y`` must already be in 0..K-1. Default: the labels as text.
     feature_names : sequence of str, optional
-        What the inputs are, one a column.
+        What the inputs are, one name for each column.
     n_train, n_test : int, optional
         Sizes of the parts. One alone leaves all other samples to the other part; without both a
         fifth of the samples, rounded down, is the test part.
     seed : int
         Permutes the samples (NumPy's ``default_rng``). The test part depends on ``seed`` and
         ``n_test`` alone, and a smaller training part is the beginning of a larger one. The parts
-        share no row; rows that the source holds twice are its own affair.
+        share no row of the source; a row that the source holds twice may be in both.
     standardise : "feature", "unit", "none" or None
-        None is ``"feature"``, but must not be left so if x holds whole numbers: tokens and other
-        labels need ``"none"``, measurements one of the others.
+        None means ``"feature"``, but is refused if x holds whole numbers: tokens and other labels
+        need ``"none"``, and measurements one of the others.
 
         - ``"feature"``: every feature has mean 0 and standard deviation 1 (divisor n) over the
           training part, and the test part is shifted and scaled by the same numbers; a feature that

@@ -130,7 +130,7 @@ def from_idx(
     flat: bool = True,
     **split: Unpack[Split],
 ) -> Dataset:
-    """Images and labels in the IDX format of MNIST and its kin, gzipped or not.
+    """A data set of images and labels in the IDX format of MNIST and similar sets, gzipped or not.
 
     Inputs are ``(n, h * w)``; with ``flat=False`` they keep their shape, with a channel axis added
     to grey images: ``(n, h, w, 1)``. By default each pixel is standardised over the training part;
@@ -172,7 +172,7 @@ def from_npz(
     task: str | None = None,
     **split: Unpack[Split],
 ) -> Dataset:
-    """The arrays named ``x`` and ``y`` of a NumPy archive; nothing is unpickled.
+    """A data set of the arrays ``x`` and ``y`` of a NumPy archive; nothing is unpickled.
 
     By default each feature is standardised over the training part; ``task`` and the other arguments
     are those of :func:`from_arrays`.
@@ -211,7 +211,7 @@ def from_csv(
     missing: str = "error",
     **split: Unpack[Split],
 ) -> Dataset:
-    """A table in a text file whose first line names the columns, gzipped or not.
+    """A data set from a table in a text file whose first line names the columns, gzipped or not.
 
     A text column becomes one column of zeros and ones per category. By default each feature is
     standardised over the training part, and so are regression targets.
@@ -219,8 +219,8 @@ def from_csv(
     Numbers may be written in another way: with a decimal comma, with thousands separated, with a
     percent sign (``10%`` is 0.1) or a currency before or after them, with Fortran's exponents
     (``1D+02``). They are read where all ways that the file as a whole allows give the same numbers.
-    Of columns such as ``1,234`` alone, which may be 1.234 or 1234, the file must be told by
-    ``decimal`` or ``thousands``.
+    Where columns such as ``1,234`` leave it open whether 1.234 or 1234 is meant, ``decimal`` or
+    ``thousands`` must say so.
 
     Parameters
     ----------
@@ -242,8 +242,8 @@ def from_csv(
         Columns to take as text, though their entries are or look like numbers.
     missing : "error", "drop" or "mean"
         What to do about rows that lack a value (an empty field, ``NA``, ``NaN``, ``?``, ...):
-        refuse, leave them out, or fill in the mean of the column over the training part (for a text
-        column the frequency of each category). A missing target is never filled in.
+        refuse them, leave them out, or fill in the mean of the column over the training part (for a
+        text column the frequency of each category). A missing target is never filled in.
     **split
         ``n_train``, ``n_test``, ``seed``, ``standardise``: as in :func:`from_arrays`.
 

@@ -132,7 +132,7 @@ def gaussian(
         d.
     task : "classification" or "regression"
     n_classes : int, optional
-        K >= 2, 2 by default; of classification only. A small sample may lack some class.
+        K, at least 2, and 2 by default; for classification only. A small sample may lack a class.
     labels : "teacher" or "random"
     n_train, n_test, seed, standardise
         As in :func:`from_arrays`; ``seed`` also draws the data.
@@ -203,7 +203,7 @@ def separable(
     n_features : int
         d.
     margin : float
-        In the units of x.
+        The least distance of a sample from the hyperplane, in the units of x.
     n_train, n_test, seed, standardise
         As in :func:`from_arrays`; ``seed`` also draws the data.
 

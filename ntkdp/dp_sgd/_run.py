@@ -127,9 +127,9 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        Shapes that do not fit, NaN or infinities, sigma < 0 or with a rule of unbounded
-        sensitivity, a sampling rate outside (0, 1], a learning rate or clipping norm not
-        positive, steps < 1, a model that couples the samples of a batch.
+        If shapes do not fit, numbers are NaN or infinite, sigma is negative or given with a rule of
+        unbounded sensitivity, the sampling rate is outside (0, 1], the learning rate or clipping
+        norm is not positive, there are no steps, or the model couples the samples of a batch.
 
     Notes
     -----

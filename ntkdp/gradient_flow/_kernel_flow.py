@@ -49,8 +49,8 @@ class KernelFlow(LinearModelFlow):
     Raises
     ------
     ValueError
-        Shapes that do not fit, NaN or infinities, layerwise clipping of a kernel without layer
-        terms, one R too few, numbers of samples that do not divide over the mesh.
+        If shapes do not fit, numbers are NaN or infinite, layerwise clipping meets a kernel without
+        layer terms or has too few R, or the numbers of samples do not divide over the mesh.
 
     Notes
     -----

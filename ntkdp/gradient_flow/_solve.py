@@ -116,8 +116,8 @@ def solve(
     Raises
     ------
     ValueError, TypeError
-        Times that do not increase or begin before the start, initial states that do not fit,
-        tolerances not positive.
+        If times do not increase or begin before the start, the initial state does not fit, or
+        tolerances are not positive.
 
     Notes
     -----
@@ -271,8 +271,9 @@ def recursion(
     Raises
     ------
     ValueError, TypeError
-        Learning rate not positive, steps below 1, a flow of another kind; with a KernelFlow an
-        optimizer that is not linear, or weight decay without ``outputs_at_zero``.
+        If the learning rate is not positive, there are no steps, or the flow is of another kind;
+        with a KernelFlow, if the optimizer is not linear, or decays weights without
+        ``outputs_at_zero``.
 
     Notes
     -----

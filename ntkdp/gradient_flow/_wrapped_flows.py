@@ -39,7 +39,7 @@ class HeavyBallFlow(WrappedFlow):
     Raises
     ------
     ValueError
-        Friction below 0 or not finite.
+        If the friction is below 0 or not finite.
 
     Notes
     -----
@@ -106,9 +106,9 @@ class ModifiedFlow(WrappedFlow):
     Raises
     ------
     ValueError
-        Learning rate not positive or not finite.
+        If the learning rate is not positive or not finite.
     TypeError
-        A schedule in place of a learning rate, a flow of another kind.
+        If the learning rate is a schedule, or the flow is of another kind.
 
     Notes
     -----

@@ -17,9 +17,10 @@ _Module = TypeVar("_Module")
 
 
 def from_function(init: InitFn, apply: ApplyFn) -> Model:
-    """Plain functions ``init(key, x) -> params`` and ``apply(params, x) -> (n, K)`` or ``(n,)``.
+    """A model of plain functions.
 
-    ``apply`` must treat the samples of a batch one by one.
+    They are ``init(key, x) -> params`` and ``apply(params, x)``, which returns ``(n, K)`` or
+    ``(n,)`` and must treat the samples of a batch one by one.
 
     Examples
     --------
@@ -35,13 +36,13 @@ def from_function(init: InitFn, apply: ApplyFn) -> Model:
 
 
 def from_equinox(module: eqx.Module | Callable[[PRNGKeyArray], eqx.Module]) -> Model:
-    """An equinox module that acts on a single sample.
+    """A model from an equinox module that acts on a single sample.
 
     Parameters
     ----------
     module
-        A function from a key to a new module, or a module. Of a module ``init`` returns **its own
-        arrays, whatever the key**: give a function for random initial weights.
+        A function from a key to a new module, or a module. Given a module, ``init`` returns **the
+        module's own arrays, whatever the key**: give a function for random initial weights.
 
     Returns
     -------
@@ -54,8 +55,8 @@ def from_equinox(module: eqx.Module | Callable[[PRNGKeyArray], eqx.Module]) -> M
     TypeError
         If ``module`` is, or makes, no equinox module.
     ValueError
-        If the module keeps state between calls (batch normalisation, which couples the samples of a
-        batch, spectral normalisation), or has dropout in training mode.
+        If the module keeps state between calls, as batch normalisation does, which couples the
+        samples of a batch, and spectral normalisation; or if it has dropout in training mode.
 
     Examples
     --------
@@ -86,19 +87,19 @@ def from_flax(
     state: Mapping[str, PyTree] | None = None,
     **call_arguments: Any,
 ) -> Model:
-    """A flax network: a `flax.linen` module, a `flax.nnx` module, or a function that makes one.
+    """A model from a flax network.
 
     Parameters
     ----------
     module
-        A linen module; or a function from a key to an nnx module; or an nnx module, of which
-        ``init`` returns **its own arrays, whatever the key**: give a function for random initial
-        weights, ``lambda key: Net(rngs=nnx.Rngs(key))``.
+        A `flax.linen` module; or a function from a key to a `flax.nnx` module; or a `flax.nnx`
+        module, for which ``init`` returns **the module's own arrays, whatever the key**: give a
+        function for random initial weights, ``lambda key: Net(rngs=nnx.Rngs(key))``.
     state
-        Linen only: the collections other than ``"params"`` that the module reads, such as
-        ``{"batch_stats": ...}``. They are constant. (An nnx module holds its own.)
+        For linen modules only: the collections other than ``"params"`` that the module reads, such
+        as ``{"batch_stats": ...}``. They are constant. (An nnx module holds its own.)
     **call_arguments
-        Passed to the module with each batch, such as ``train=False``.
+        Arguments that the module is called with on each batch, such as ``train=False``.
 
     Returns
     -------
@@ -110,9 +111,9 @@ def from_flax(
     TypeError
         If ``module`` is, or makes, no flax module.
     ValueError
-        On ``init`` and ``apply``: if the module changes its state or draws random numbers while it
-        runs. Batch normalisation in training mode does: it couples the samples of a batch, so that
-        no per-sample gradient exists. Also if it reads collections that ``state`` lacks.
+        On ``init`` and ``apply``, if the module changes its state or draws random numbers while it
+        runs. Batch normalisation in training mode does so: it couples the samples of a batch, so
+        that no per-sample gradient exists. Also if it reads collections that ``state`` lacks.
     ImportError
         If flax is not installed.
 
@@ -149,7 +150,7 @@ _COUPLED = (
 def _builder(
     module: object, kind: type[_Module], article: str
 ) -> Callable[[PRNGKeyArray], _Module]:
-    """``key -> module``, whether ``module`` is one or makes one."""
+    """A function from a key to the module, whether ``module`` is one or makes one."""
 
     if isinstance(module, type) and issubclass(module, kind) and not _takes_a_key(module):
         raise TypeError(

@@ -21,7 +21,7 @@ from ntkdp.models._stax_types import (
 
 
 def serial(*layers: StaxLayer) -> Model:
-    """Layers of `neural_tangents.stax` one after the other, with a kernel term for each.
+    """A model of `neural_tangents.stax` layers in a row, with a kernel term for each.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def serial(*layers: StaxLayer) -> Model:
     TypeError
         If a layer is not a triple of functions.
     ValueError
-        If there are no layers. On evaluating the layer terms: if a single block holds all
-        parameters (pass its layers instead).
+        If there are no layers. When the layer terms are evaluated, if a single block holds all
+        parameters: pass its layers instead.
 
     Notes
     -----
@@ -73,7 +73,7 @@ def from_stax(
     apply_fn: StaxApplyFn,
     kernel_fn: KernelFn | None = None,
 ) -> Model:
-    """The triple of a `neural_tangents.stax` network.
+    """A model from the triple of a `neural_tangents.stax` network.
 
     The layers inside cannot be told apart, so the model has no layer terms: build it with `serial`
     for those.
@@ -83,14 +83,15 @@ def from_stax(
     init_fn
         ``init_fn(key, input_shape) -> (output_shape, params)``.
     apply_fn
-        ``apply_fn(params, x)``, (n, K) or (n,); random layers (dropout) must be in test mode.
+        ``apply_fn(params, x)`` returns outputs (n, K) or (n,); random layers (dropout) must be in
+        test mode.
     kernel_fn
         The infinite-width kernel, or None.
 
     Returns
     -------
     Model
-        With ``init`` and ``apply``, and the kernel if there is one.
+        It has ``init`` and ``apply``, and the kernel if there is one.
 
     Examples
     --------

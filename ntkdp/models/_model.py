@@ -89,12 +89,12 @@ class Model:
         ``apply(params, x) -> outputs``, (n, K). It is hashable, so it can be a static argument of
         ``jit``.
     kernel_fn
-        ``kernel_fn(x1, x2, get)``, the infinite-width kernel in neural-tangents' sense, (n1, n2)
-        meaning Theta (x) I_K, or None for a model without one.
+        ``kernel_fn(x1, x2, get)`` is the infinite-width kernel in neural-tangents' sense: (n1, n2),
+        which means Theta (x) I_K. None for a model without one.
     layer_kernel_fn
-        ``layer_kernel_fn(x1, x2) -> {name: term}``, the infinite-width neural tangent kernel as a
-        sum over the layers that have parameters; each term (n1, n2), named as the default groups of
-        the parameters are. None for a model whose layers are not known.
+        ``layer_kernel_fn(x1, x2) -> {name: term}`` is the infinite-width neural tangent kernel as a
+        sum over the layers that have parameters. Each term is (n1, n2), and the names are those of
+        the default groups of the parameters. None for a model whose layers are not known.
     two_time
         Kernels between times under noise, or None for a model whose layers are not known.
 

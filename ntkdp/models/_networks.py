@@ -99,8 +99,8 @@ def mlp(
     residual
         Whether each hidden layer but the first is added to its input; the widths must be equal.
     W_std
-        :math:`\sigma_W` of the hidden layers. By default, the one that keeps the second moment of
-        the activations at 1: sqrt(2) for "relu".
+        :math:`\sigma_W` of the hidden layers. By default it keeps the second moment of the
+        activations at 1: it is sqrt(2) for "relu".
     b_std
         :math:`\sigma_b` of every layer; None means no biases.
     output_W_std
@@ -111,14 +111,14 @@ def mlp(
     Returns
     -------
     Model
-        With parameters as in `serial`: groups "0", "2", "4", ... for the dense layers, or with
+        Its parameters are as in `serial`: groups "0", "2", "4", ... for the dense layers, or with
         ``residual`` "0", "1", ... for those of the blocks.
 
     Raises
     ------
     ValueError, TypeError
-        Unknown activation or parameterization, a width or scale that is not positive, unequal
-        widths with ``residual``.
+        If the activation or parameterization is unknown, a width or scale is not positive, or
+        widths are unequal with ``residual``.
 
     Notes
     -----
@@ -183,9 +183,9 @@ def cnn(
     n_outputs
         K, outputs of the network.
     kernel_size, strides
-        Of every convolution: one number or (height, width).
+        Those of every convolution: one number or (height, width).
     padding
-        "SAME", "VALID" or "CIRCULAR", of every convolution.
+        That of every convolution: "SAME", "VALID" or "CIRCULAR".
     pooling
         "none": flatten before the last layer. "average" or "sum": also a 2 x 2 pooling after every
         activation, or with ``residual`` after every convolution. "global" or "global_sum": average
@@ -198,12 +198,12 @@ def cnn(
     Returns
     -------
     Model
-        With the infinite-width kernel.
+        It has the infinite-width kernel.
 
     Raises
     ------
     ValueError
-        Unknown names, sizes or scales that are not positive, images that are not of rank 4.
+        If a name is unknown, a size or scale is not positive, or images are not of rank 4.
 
     References
     ----------

@@ -93,7 +93,7 @@ class Budget:
         Raises
         ------
         ValueError, TypeError
-            An argument out of its range, or a budget that no noise keeps.
+            If an argument is out of its range, or no noise keeps the budget.
         """
         _, q, steps = checked_mechanism(1.0, sample_rate, steps)
         if self.epsilon is not None and self.delta is not None:

@@ -32,8 +32,8 @@ def clipped_operator(
     Raises
     ------
     ValueError
-        Shapes that do not fit, NaN or infinities, a kernel that is not symmetric, a negative
-        factor.
+        If shapes do not fit, numbers are NaN or infinite, the kernel is not symmetric, or a factor
+        is negative.
 
     Notes
     -----
@@ -54,8 +54,8 @@ def eigenvalues(
 ) -> Inexact[Array, " N"]:
     r"""Eigenvalues of the clipped operator, by real part, smallest first.
 
-    Flat, they are those of the symmetric :math:`C^{1/2} H C^{1/2}`: real, and accurate. Layerwise
-    they are complex in general.
+    With flat factors they are those of the symmetric :math:`C^{1/2} H C^{1/2}`: real, and accurate.
+    With layerwise factors they are complex in general.
 
     Parameters
     ----------
@@ -131,7 +131,8 @@ def condition_number(
 ) -> Float[Array, ""]:
     r"""Largest over smallest modulus of the eigenvalues of the clipped operator.
 
-    Flat, it is the condition number of :math:`C^{1/2} H C^{1/2}`, and of H without factors.
+    With flat factors it is the condition number of :math:`C^{1/2} H C^{1/2}`, and without factors
+    that of H.
 
     Parameters
     ----------

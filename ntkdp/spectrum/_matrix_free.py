@@ -142,10 +142,10 @@ def sharpness(
     targets, loss
         As the run has them.
     clipping : ClippingRule
-        With flat scope.
+        Its scope must be flat.
     reduction : {"mean", "sum"}
-        Of the loss over samples. With ``"mean"`` the clipped kernel is divided by n, so that both
-        numbers are in units of 1 / learning rate.
+        How the loss is reduced over samples. With ``"mean"`` the clipped kernel is divided by n, so
+        that both numbers are in units of 1 / learning rate.
     batch_size, tolerance, max_iterations
         As for :func:`extreme_eigenvalues`.
 
@@ -242,7 +242,7 @@ def sharpness_along(
     Raises
     ------
     ValueError
-        Leaves without a common leading axis; as for :func:`sharpness`.
+        If the leaves have no common leading axis; as for :func:`sharpness`.
 
     Examples
     --------

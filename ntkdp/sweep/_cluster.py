@@ -38,7 +38,7 @@ def connected(scheduler: str, n_workers: int | None = None) -> "Iterator[Client]
     Raises
     ------
     ImportError
-        Without the package dask.distributed.
+        If the package dask.distributed is not installed.
     ConnectionError
         If no scheduler answers at the address within five seconds, or it is no address.
 

@@ -57,8 +57,9 @@ class Phase(eqx.Module):
     Raises
     ------
     ValueError, TypeError
-        Steps below 1, a learning rate not positive, sigma < 0, no group to train. A rule of
-        unbounded sensitivity is refused its noise where the phase is run or predicted.
+        If there are no steps, the learning rate is not positive, sigma is negative, or there is no
+        group to train. A rule of unbounded sensitivity is refused its noise where the phase is run
+        or predicted.
 
     Notes
     -----

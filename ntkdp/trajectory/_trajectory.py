@@ -50,11 +50,11 @@ class Trajectory(eqx.Module):
     start : number, optional
         Time of the initial state, which need not be recorded; by default the first of ``times``.
     setup : tuple
-        What training it is of, a phase an entry: clipping, loss, learning rate, noise, sampling and
-        optimizer, put there by what made the trajectory, so that :func:`ntkdp.compare` can tell
-        what does not belong together; empty if that is not known. It is part of the structure of
-        the pytree: ``jax.tree.map`` joins runs of one setting, and refuses runs of several until
-        each is ``dataclasses.replace(path, setup=())``.
+        The training that it is of, one entry for each phase: clipping, loss, learning rate, noise,
+        sampling and optimizer. What made the trajectory puts them there, so that
+        :func:`ntkdp.compare` can tell what does not belong together; empty if not known. It is part
+        of the structure of the pytree: ``jax.tree.map`` joins runs of one setting, and refuses runs
+        of several until each is ``dataclasses.replace(path, setup=())``.
 
     Examples
     --------

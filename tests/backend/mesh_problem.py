@@ -42,8 +42,10 @@ def kernel(kind: str, mesh: Any, x1: Any = X, x2: Any = None) -> Any:
 
 def flow(kind: str, mesh: Any, rule: Any = None, test: bool = True) -> ntkdp.KernelFlow:
     rule = (LAYERWISE if "layer" in kind else FLAT) if rule is None else rule
-    beside = {"test_kernel": kernel(kind, mesh, TEST_X, X), "test_targets": TEST_Y} if test else {}
-    return ntkdp.KernelFlow(kernel(kind, mesh), Y, LOSS, rule, mesh=mesh, **beside)
+    with_test = (
+        {"test_kernel": kernel(kind, mesh, TEST_X, X), "test_targets": TEST_Y} if test else {}
+    )
+    return ntkdp.KernelFlow(kernel(kind, mesh), Y, LOSS, rule, mesh=mesh, **with_test)
 
 
 def assert_same(found: Any, expected: Any) -> None:

@@ -154,7 +154,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     one, many = needed(1), needed(8)
     for what in one:
         # What is small is whole on each: points, paths, what the leading modes do. For the blocks
-        # a device holds the part that goes round beside its own.
+        # a device holds the part that goes round next to its own.
         share = 5 if what == "blocks" else 7
         assert one[what] / 8 <= many[what] < one[what] / share, (what, one, many)
 

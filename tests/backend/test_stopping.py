@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin: one line, the status that shells know, and nothing half written, whenever."""
+"""Ctrl-C and similar signals: one line, the status that shells know, nothing half written."""
 
 import os
 import signal

@@ -222,7 +222,7 @@ def test_the_rise_on_a_given_kernel_is_at_least_that_of_the_known_state() -> Non
 
 
 def test_samples_that_play_no_part_are_dropped() -> None:
-    """Three samples of C7 beside four that nothing couples to them."""
+    """Three samples of C7 next to four that nothing couples to them."""
     kernel = jnp.eye(7).at[jnp.ix_(jnp.array([1, 4, 5]), jnp.array([1, 4, 5]))].set(H7)
     found = find_on_c7(clipping.Abadi(1.0), kernel, jnp.arange(7.0))
     assert len(found.outputs) == 3

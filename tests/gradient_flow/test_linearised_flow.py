@@ -399,7 +399,7 @@ def test_batches_change_nothing(batch_size: int, n: int, rule: str) -> None:
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
-    """What the compiler plans beside arguments and results; with the size of a batch it does."""
+    """What the compiler plans besides arguments and results; with the size of a batch it does."""
     apply_fn, params, _, _ = PROBLEMS["mlp"]
 
     def planned(n: int, batch_size: int | None) -> int:

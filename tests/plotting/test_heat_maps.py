@@ -152,7 +152,7 @@ def test_one_scale_a_pair_over_what_converges() -> None:
             rtol=1e-14,
         )
         assert isinstance(scale, LogNorm) == (name == "test_loss")
-    # One colour bar a row beside its two panels.
+    # One colour bar a row next to its two panels.
     assert len(figure.axes) == 3 * len(SHOWN)
 
 

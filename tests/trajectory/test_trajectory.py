@@ -16,7 +16,7 @@ import optax
 import pytest
 import xarray as xr
 
-from ntkdp import Trajectory, trajectory
+from ntkdp import Trajectory, clipping, losses, trajectory
 from ntkdp.trajectory import Measurement, Outcome
 
 T, S, N, M, K = 4, 3, 5, 2, 2
@@ -346,3 +346,17 @@ def test_learning_rates() -> None:
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match=f"of at least 0, got {value}"):
             trajectory.check_learning_rate(lambda k: jnp.where(k < 2, 0.1, value), 3)  # noqa: B023
+
+
+def test_a_changed_training_set_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = clipping.Abadi(1.0)
+    ones, zeros = jnp.ones((3, 1)), jnp.zeros((2, 1))
+    both = trajectory.TrainingSet(ones, losses.SquaredError(), rule, "mean", zeros)
+    alone = trajectory.TrainingSet(ones, losses.SquaredError(), rule, "sum")
+    monkeypatch.setattr("ntkdp.trajectory._training_set.check_clipping", None)
+    for data, n_test in ((both, 2), (alone, None)):
+        single = data.fit(3, n_test, 1).in_precision(np.dtype("float32"))
+        assert single.targets.dtype == jnp.float32
+        assert (single.test_targets is None) == (n_test is None)
+        assert type(single.clipping) is clipping.Abadi
+        assert (single.reduction, single.divisor) == (data.reduction, data.divisor)

@@ -12,7 +12,7 @@ from ntkdp.trajectory import MOST_STEPS
 
 #: The most bytes in the name of a run.
 _LONGEST_NAME = 150
-PredictionName = Literal["exact", "frozen", "infinite", "recursion"]
+PredictionName = Literal["exact", "frozen", "infinite", "recursion", "response"]
 
 
 class DataConfig(Section):
@@ -219,7 +219,8 @@ class Config(ProblemConfig):
         description="exact: flow in weight space; frozen: flow of the empirical kernel; infinite: "
         "flow of the infinite-width kernel, with noise an ensemble under the kernels between "
         "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
-        "ensemble of them; by default without recursion if there is momentum",
+        "ensemble of them; response: noisy runs of the network itself, about a run without noise; "
+        "by default without recursion if there is momentum, and with response if there is noise",
     )
     rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
@@ -240,10 +241,22 @@ class Config(ProblemConfig):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
-        if self.training.momentum > 0 and "predictions" not in self.model_fields_set:
+        if "predictions" not in self.model_fields_set:
+            predictions = [
+                name
+                for name in self.predictions
+                if name != "recursion" or self.training.momentum == 0
+            ]
+            couples = any(rule.rule == "batch" for rule in self.clipping)
+            if self.training.noisy and not couples:
+                predictions.append("response")
             # A configuration is frozen for its users, but its defaults are not complete yet.
-            without = [name for name in self.predictions if name != "recursion"]
-            object.__setattr__(self, "predictions", without)
+            object.__setattr__(self, "predictions", predictions)
+        if "response" in self.predictions and any(rule.rule == "batch" for rule in self.clipping):
+            raise ValueError(
+                "predictions must not hold 'response' with rule 'batch', which couples samples; "
+                "use exact, frozen or recursion"
+            )
         if self.training.momentum > 0 and "recursion" in self.predictions:
             raise ValueError(
                 "predictions must not hold 'recursion' with training.momentum > 0, "

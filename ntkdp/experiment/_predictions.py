@@ -15,16 +15,24 @@ from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.optimizers import SGD
 from ntkdp.trajectory import Trajectory
 
 #: The kernel that a prediction needs, by its name in results, or None.
-KERNEL_OF = {"exact": None, "frozen": "empirical", "infinite": "infinite", "recursion": "empirical"}
+KERNEL_OF = {
+    "exact": None,
+    "frozen": "empirical",
+    "infinite": "infinite",
+    "recursion": "empirical",
+    "response": None,
+}
 #: Names of predictions in tables and pictures.
 LABELS = {
     "exact": "exact flow",
     "frozen": "frozen kernel",
     "infinite": "infinite width",
     "recursion": "kernel recursion",
+    "response": "response",
 }
 
 
@@ -86,7 +94,8 @@ def noise_free(config: Config) -> list[str]:
     """
     if not config.training.noisy:
         return []
-    return [name for name in config.predictions if name != "recursion" and not _moves(config, name)]
+    noisy = {"recursion", "response"}
+    return [name for name in config.predictions if name not in noisy and not _moves(config, name)]
 
 
 def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
@@ -188,6 +197,23 @@ def predict(
             test_targets=problem.test_targets,
         )
         predicted = stochastic_flow.two_time_ensemble(two_times, initial, **steps, **drawn)
+        jax.block_until_ready(predicted.loss)
+        return predicted, time.perf_counter() - start
+    if name == "response":
+        network = stochastic_flow.ResponseFlow(
+            problem.model.apply,
+            problem.params,
+            problem.x,
+            problem.targets,
+            problem.loss,
+            rule,
+            reduction=training.reduction,
+            test_x=problem.test_x,
+            test_targets=problem.test_targets,
+        )
+        predicted = stochastic_flow.response_ensemble(
+            network, optimizer=SGD(momentum=training.momentum), **steps, **drawn
+        )
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
     if name == "recursion":

@@ -163,6 +163,14 @@ def test_default_predictions_follow_the_momentum() -> None:
     assert experiment.config(**with_momentum.model_dump()) == with_momentum
 
 
+def test_default_predictions_follow_the_noise() -> None:
+    noisy = experiment.config(**{"training": {"momentum": 0.9, "noise_multiplier": 1.0}})
+    assert noisy.predictions == ["frozen", "infinite", "response"]
+    assert experiment.noise_free(noisy) == ["frozen", "infinite"]
+    with pytest.raises(experiment.ConfigError, match="'response' with rule 'batch'"):
+        experiment.config(**{"predictions": ["response"], "clipping": [{"rule": "batch"}]})
+
+
 @pytest.mark.parametrize(
     ("clipping", "words"),
     [

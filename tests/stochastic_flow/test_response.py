@@ -12,7 +12,7 @@ import pytest
 from helpers import known
 
 import ntkdp
-from ntkdp import clipping, losses
+from ntkdp import clipping, losses, optimizers
 from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd import run
 from ntkdp.stochastic_flow import ResponseFlow, response_ensemble
@@ -47,10 +47,12 @@ def decayed(learning_rate: Any) -> optax.GradientTransformation:
     )
 
 
+AVERAGE = optimizers.SGD(momentum=0.5, average=0.8)
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation] | None] = {
     "steps": None,
     "heavy ball": functools.partial(optax.sgd, momentum=0.9),
     "Nesterov with decay": decayed,
+    "average": AVERAGE,
 }
 
 
@@ -74,7 +76,12 @@ def both(
 
 @pytest.mark.parametrize(
     ("optimizer", "about"),
-    [("steps", "path"), ("heavy ball", "start"), ("Nesterov with decay", "path")],
+    [
+        ("steps", "path"),
+        ("heavy ball", "start"),
+        ("Nesterov with decay", "path"),
+        ("average", "path"),
+    ],
 )
 def test_a_linear_model_is_predicted_run_by_run(optimizer: str, about: str) -> None:
     predicted, observed = both(
@@ -119,6 +126,28 @@ def test_without_noise_any_network_is_predicted() -> None:
         known(predicted.outputs), known(observed.outputs), rtol=1e-9, atol=1e-10
     )
     np.testing.assert_allclose(predicted.clip_fraction, observed.clip_fraction)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optimizers.Adam(eps=1e-3), optimizers.Adam(correct_noise=True, floor=1e-2)]
+)
+def test_adam_is_predicted_run_by_run(optimizer: optimizers.Adam) -> None:
+    """Without noise exactly; with noise that dominates, next to how far it moves the outputs."""
+    still, real = both(
+        network, NETWORK, clipping.Abadi(0.5), optimizer=optimizer, learning_rate=0.02, nodes=13
+    )
+    assert still.outputs is not None
+    assert real.outputs is not None
+    np.testing.assert_allclose(still.outputs, real.outputs, rtol=1e-7, atol=1e-9)
+    predicted, observed = both(
+        network, NETWORK, clipping.Abadi(0.5), optimizer=optimizer, learning_rate=0.02,
+        noise_multiplier=2.0, nodes=13, draws=1,
+    )  # fmt: skip
+    assert predicted.outputs is not None
+    assert observed.outputs is not None
+    left = jnp.sqrt(jnp.mean((predicted.outputs - observed.outputs) ** 2))
+    moved = jnp.sqrt(jnp.mean((observed.outputs - still.outputs) ** 2))
+    assert left < 0.02 * moved
 
 
 def test_a_network_is_predicted_run_by_run() -> None:
@@ -191,6 +220,6 @@ def test_few_draws_and_few_nodes_are_told() -> None:
 def test_optimizers_that_are_not_linear_are_refused() -> None:
     flow = ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0))
     with pytest.raises(ValueError, match="optimizer must be linear in the gradients"):
-        response_ensemble(flow, learning_rate=0.1, steps=2, optimizer=optax.adam, key=KEYS[0])
+        response_ensemble(flow, learning_rate=0.1, steps=2, optimizer=optax.lion, key=KEYS[0])
     with pytest.raises(ValueError, match="clipping must treat each sample by itself"):
         ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Batch(1.0))

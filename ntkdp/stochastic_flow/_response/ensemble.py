@@ -1,7 +1,6 @@
 """Noisy runs of any network, from its response to noise and gradients."""
 
 import warnings
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp import privacy
+from ntkdp import optimizers, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
 from ntkdp.gradient_flow import with_steps
+from ntkdp.optimizers import Adam, OptimizerLike
 from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter
 from ntkdp.stochastic_flow._response import noise_path
 from ntkdp.stochastic_flow._response.flow import ResponseFlow, check_response_flow
@@ -39,9 +39,6 @@ _LARGEST_ERROR = 0.1
 #: Part of the largest entry that is added to a covariance before its root is taken, in epsilons.
 _JITTER = 100
 
-#: Learning rate to optax transformation.
-Optimizer = Callable[[LearningRate], optax.GradientTransformation]
-
 
 def response_ensemble(
     flow: ResponseFlow,
@@ -50,7 +47,7 @@ def response_ensemble(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerLike | None = None,
     noise_per_group: bool = False,
     about: Literal["path", "start"] | ResponseFlow = "path",
     noise_at: Literal["nodes", "steps"] = "nodes",
@@ -79,9 +76,10 @@ def response_ensemble(
         every weight, with S the sensitivity. A budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
-    optimizer : callable, optional
-        Learning rate to optax transformation whose updates are linear in gradients and weights,
-        e.g. SGD with momentum and weight decay; by default plain steps.
+    optimizer : optimizers.Optimizer or callable, optional
+        :class:`ntkdp.optimizers.SGD` or :class:`ntkdp.optimizers.Adam` with all their options, or a
+        function of the learning rate that returns an optax transformation whose updates are linear
+        in gradients and weights; by default plain steps.
     noise_per_group : bool
         For layerwise clipping: the noise of group r is in proportion to its own R_r, as in
         ``dp_sgd.run``.
@@ -116,7 +114,7 @@ def response_ensemble(
     Raises
     ------
     ValueError, TypeError
-        As for ``dp_sgd.run``; if the optimizer is not linear.
+        As for ``dp_sgd.run``; if the optimizer is neither Adam nor linear.
     MemoryError
         If kernels or paths do not fit.
 
@@ -131,7 +129,10 @@ def response_ensemble(
     *Derived*. Exact in law for a model that is linear in its parameters, and for any network
     without noise. A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2``
     of them. A step costs three products of one of them with a matrix of S columns. Norms of
-    gradients are those of each run on its own noise path.
+    gradients are those of each run on its own noise path. The second moment of Adam is its
+    expectation along the run without noise, with the variance of the noise and without that of
+    sampling. If the optimizer averages the weights, distances from the run without noise are
+    averaged in the outputs.
 
     Examples
     --------
@@ -150,9 +151,11 @@ def response_ensemble(
     sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
     validate.choice(("nodes", "steps"), noise_at=noise_at)
+    if not isinstance(about, ResponseFlow):
+        validate.choice(("path", "start"), about=about)
     keys = validate.keys(key=key)
-    chosen: Optimizer = optax.sgd if optimizer is None else optimizer
-    filter = linear_filter(chosen, stepping.learning_rate, stepping.steps)
+    chosen = optimizers.recognised(optimizers.as_optimizer(optimizer))
+    filter = linear_filter(_linear_part(chosen), stepping.learning_rate, stepping.steps)
     times = np.asarray(
         times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
     )
@@ -166,7 +169,18 @@ def response_ensemble(
     _require_room(flow, keys.size, len(places), stepping, noise_at, outputs)
     stds_of_leaves = [stds[group] for group in groups.leaf_to_group]
     with _progress.listening(progress, "drawing runs of the network") as listener:
-        descent, path = _path(flow, about, chosen, stepping, filter, places)
+        variances = [std**2 for std in stds_of_leaves]
+        descent = Descent(
+            about if isinstance(about, ResponseFlow) else flow,
+            chosen,
+            stepping.learning_rate,
+            variances,
+            validate.choice(
+                ("path", "start"), about="path" if isinstance(about, ResponseFlow) else about
+            )
+            == "path",
+        )
+        path = _path(flow, descent, stepping, filter, places)
         transfers = noise_path.transfers(filter, times, places, path)
         law = noise_path.NoisePath(flow, path, transfers, stds_of_leaves)
         draw_keys = jax.random.split(jax.random.key(0), _at_least("draws", draws, 1))
@@ -187,7 +201,9 @@ def response_ensemble(
         schedule, propagators = scheduled(
             filter, times, places, stepping.recorded, np.dtype(flow.dtype)
         )
-        runs = Runs(flow, path, kernels, undriven, flat_keys, rate, outputs)
+        average = optimizers.average_of(chosen)
+        average = None if average is None else jnp.asarray(average, flow.dtype)
+        runs = Runs(flow, path, kernels, undriven, flat_keys, average, rate, outputs)
         measured = run(runs, schedule, propagators, len(stepping.recorded), listener)
         by_seed: Measurement = jax.tree.map(
             lambda path: jnp.swapaxes(path, 0, 1).reshape(
@@ -199,7 +215,7 @@ def response_ensemble(
             stepping.times,
             by_seed,
             steps=jnp.asarray(stepping.recorded),
-            setup=with_steps(flow.setup(), stepping, sigma, rate, noise_per_group),
+            setup=with_steps(flow.setup(), stepping, sigma, rate, noise_per_group, chosen),
         )
 
 
@@ -209,25 +225,34 @@ def _at_least(name: str, value: int, least: int) -> int:
     return value
 
 
+def _linear_part(optimizer: OptimizerLike) -> OptimizerLike:
+    """The optimizer as a filter: that of Adam acts in coordinates that its metric divides by."""
+    if not isinstance(optimizer, Adam):
+        return optimizer
+
+    def moments(learning_rate: LearningRate) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.ema(float(optimizer.b1), debias=True),
+            optax.add_decayed_weights(float(optimizer.weight_decay)),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return moments
+
+
 def _path(
     flow: ResponseFlow,
-    about: str | ResponseFlow,
-    optimizer: Optimizer,
+    descent: Descent,
     stepping: Stepping,
     filter: LinearFilter,
     places: np.ndarray,
-) -> tuple[Descent, NoiseFreePath]:
-    """The steps without noise, and the path that they make."""
-    if isinstance(about, ResponseFlow):
-        source = about
-    else:
-        validate.choice(("path", "start"), about=about)
-        source = flow
-    descent = Descent(source, optimizer, stepping.learning_rate, about != "start")
-    if about == "start" and bool(np.all(filter.matrices[:, 0, 0] == 1)):
-        return descent, resting(flow, stepping.steps, len(places))
-    slot = jnp.asarray(slots(places, stepping.steps))
-    return descent, follow(descent, None if source is flow else flow, slot, len(places))
+) -> NoiseFreePath:
+    """The path that the steps without noise make."""
+    stays = not descent.is_driven and bool(np.all(filter.matrices[:, 0, 0] == 1))
+    if stays and not isinstance(descent.optimizer, Adam):
+        return resting(flow, stepping.steps, len(places), descent.optimizer)
+    watched = None if descent.source is flow else flow
+    return follow(descent, watched, jnp.asarray(slots(places, stepping.steps)), len(places))
 
 
 def _less(

@@ -66,15 +66,28 @@ def node_kernels(
     n_nodes, n_driving = law.transfers.carried.shape[0] + 1, flow.n_samples * flow.n_outputs
     drawn = lax.map(law.draw, keys)
 
-    def kernel(draw: Array, later: Array, earlier: Array, x: Array) -> Array:
+    def kernel(draw: Array, later: Array, earlier: Array, x: Array, power: int = 1) -> Array:
+        """The kernel of a draw, through a power of the metric at the earlier node."""
+
         def weights(node: Array) -> Params:
             return jax.tree.map(lambda leaf: leaf[draw, node], drawn)
 
         terms = ntk.between_parameters(
-            flow.apply_fn, weights(later), weights(earlier), points, x, groups
+            flow.apply_fn,
+            weights(later),
+            weights(earlier),
+            points,
+            x,
+            groups,
+            metric(earlier, power),
         )
         rows, columns = terms.shape[1] * terms.shape[3], terms.shape[2] * terms.shape[4]
         return jnp.transpose(terms, (0, 1, 3, 2, 4)).reshape(-1, rows, columns).astype(dtype)
+
+    def metric(node: Array, power: int) -> Params | None:
+        if path.metric is None or power == 0:
+            return None
+        return jax.tree.map(lambda leaf: leaf[node] ** power, path.metric)
 
     def mean_over_draws(one: _OneDraw) -> tuple[Array, Array]:
         """Mean over draws, and the mean of the squared norms."""
@@ -94,8 +107,12 @@ def node_kernels(
         excess = jnp.maximum(squares - of_mean, 0) * keys.size / max(keys.size - 1, 1)
         size = mean.shape[1]
         chosen = jnp.concatenate([mean[:, :, :n_driving], mean[:, :, size:]], axis=2)
-        covariance = jnp.tensordot(variances, mean[:, :, :size], 1)
-        diagonal = jnp.diagonal(mean[:, :, :size], axis1=1, axis2=2)
+        plain = noisy = mean[:, :, :size]
+        if path.metric is not None:
+            plain, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 0))
+            noisy, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 2))
+        covariance = jnp.tensordot(variances, noisy, 1)
+        diagonal = jnp.diagonal(plain, axis1=1, axis2=2)
         traces = diagonal.reshape(groups.size, -1, flow.n_outputs).sum(axis=2)
         return chosen, covariance, traces, jnp.sqrt(excess / of_mean)
 

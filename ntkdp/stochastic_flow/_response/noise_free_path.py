@@ -1,7 +1,6 @@
 """The run without noise that a response is taken about."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -10,8 +9,10 @@ import numpy as np
 import optax
 from jax import lax
 
+from ntkdp import optimizers
 from ntkdp._backend.types import Array, Float, LearningRate, Params, PyTree
 from ntkdp._gradients import clipped_sum
+from ntkdp.optimizers import Adam, OptimizerLike
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 
 
@@ -30,6 +31,11 @@ class NoiseFreePath(NamedTuple):
         on. Charges are None if nothing drives it, and so are norms of samples of another flow.
     x
         Those samples.
+    averaged
+        Outputs at the average of the weights, if the optimizer keeps one.
+    metric
+        What the optimizer multiplies a gradient by at the nodes, besides its filter, in the shape
+        of the parameters with a leading axis; None for one.
     """
 
     params: Params
@@ -37,6 +43,8 @@ class NoiseFreePath(NamedTuple):
     charges: Float[Array, "steps T n K"] | None
     norms: Float[Array, "steps T n"] | None
     x: Array
+    averaged: Float[Array, "steps1 N K"] | None = None
+    metric: Params | None = None
 
     @property
     def is_own(self) -> bool:
@@ -67,22 +75,71 @@ def slots(nodes: np.ndarray, steps: int) -> np.ndarray:
 
 
 class Descent(eqx.Module):
-    """Full-batch steps without noise; if they are not driven, the optimizer acts by itself."""
+    r"""Full-batch steps without noise; if they are not driven, the optimizer acts by itself.
+
+    Adam is told of the noise: its second moment is that of the gradient without noise plus the
+    variance of the noise, which is what it expects of a noisy gradient.
+    """
 
     source: ResponseFlow
-    optimizer: Callable[[LearningRate], optax.GradientTransformation]
+    optimizer: OptimizerLike
     learning_rate: LearningRate
+    noise_variances: list[Array]
     is_driven: bool = eqx.field(static=True)
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer at its learning rate."""
         return self.optimizer(self.learning_rate)
 
-    def step(self, params: Params, state: PyTree) -> tuple[Params, PyTree, "Seen | None"]:
-        """Parameters and state after a step, and what the samples saw before it."""
+    def init(self) -> PyTree:
+        """The optimizer's state before the first step."""
+        if isinstance(self.optimizer, Adam):
+            return self._moments().init(self.source.params)
+        return self.transformation().init(self.source.params)
+
+    def step(self, params: Params, state: PyTree) -> "Step":
+        """A step, with what the samples saw before it."""
         gradient, seen = self._gradient(params)
-        params, state = moved(self.transformation(), params, state, gradient)
-        return params, state, seen
+        gradient = jax.tree.map(lambda g, w: g.astype(w.dtype), gradient, params)
+        metric = None
+        if isinstance(self.optimizer, Adam):
+            updates, state, metric = self._expected_adam(self.optimizer, gradient, state, params)
+        else:
+            updates, state = optimizers.updated(self.transformation(), gradient, state, params, 0.0)
+        return Step(optax.apply_updates(params, updates), state, seen, metric)
+
+    def _moments(self) -> optax.GradientTransformation:
+        assert isinstance(self.optimizer, Adam)
+        return optax.scale_by_adam(self.optimizer.b1, self.optimizer.b2)
+
+    def _expected_adam(
+        self, adam: Adam, gradient: Params, state: optax.ScaleByAdamState, params: Params
+    ) -> tuple[Params, optax.ScaleByAdamState, Params]:
+        """Updates, state, and what multiplies the first moment."""
+        count = state.count
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            _, state = self._moments().update(gradient, state, params)
+            moments = optax.tree.bias_correction(state.mu, adam.b1, state.count)
+            squares = optax.tree.bias_correction(state.nu, adam.b2, state.count)
+            variances = jax.tree.unflatten(jax.tree.structure(params), self.noise_variances)
+
+            def inverse(square: Array, variance: Array) -> Array:
+                if adam.correct_noise:
+                    return 1 / jnp.sqrt(jnp.maximum(square, adam.floor))
+                return 1 / (jnp.sqrt(square + variance) + adam.eps)
+
+            metric = jax.tree.map(inverse, squares, variances)
+            chosen = self.learning_rate
+            rate = jnp.asarray(chosen(count) if callable(chosen) else chosen)
+            updates = jax.tree.map(
+                lambda m, inverse, w: (-rate * (m * inverse + adam.weight_decay * w)).astype(
+                    w.dtype
+                ),
+                moments,
+                metric,
+                params,
+            )
+        return updates, state, jax.tree.map(lambda d, w: d.astype(w.dtype), metric, params)
 
     def _gradient(self, params: Params) -> tuple[Params, "Seen | None"]:
         source = self.source
@@ -116,15 +173,13 @@ class Seen(NamedTuple):
     norms: Float[Array, "T n"]
 
 
-def moved(
-    transformation: optax.GradientTransformation, params: Params, state: PyTree, gradient: Params
-) -> tuple[Params, PyTree]:
-    """Parameters and state of an optimizer after a step."""
-    gradient = jax.tree.map(lambda g, w: g.astype(w.dtype), gradient, params)
-    # Optimizers rely on promotion, of their count of steps for one.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, state = transformation.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
+class Step(NamedTuple):
+    """Parameters and optimizer's state after a step, what was seen before it, and its metric."""
+
+    params: Params
+    state: PyTree
+    seen: Seen | None
+    metric: Params | None
 
 
 @eqx.filter_jit
@@ -137,29 +192,54 @@ def follow(
     """
     source = descent.source
 
-    def step(
-        carry: tuple[Params, PyTree, Params], at: Array
-    ) -> tuple[tuple[Params, PyTree, Params], tuple[Array, Seen | None]]:
-        params, state, kept = carry
-        kept = jax.tree.map(lambda nodes, leaf: nodes.at[at].set(leaf), kept, params)
-        after, state, seen = descent.step(params, state)
-        train = None if seen is None else seen.outputs
-        return (after, state, kept), (_watched(source, watched, params, train), seen)
+    def outputs(params: Params, train: Array | None) -> Array:
+        return _watched(source, watched, params, train)
 
-    kept = jax.tree.map(
+    def keep(kept: Params, at: Array, leaves: Params) -> Params:
+        return jax.tree.map(lambda nodes, leaf: nodes.at[at].set(leaf), kept, leaves)
+
+    def step(carry: _Carry, at: Array) -> tuple[_Carry, tuple[Array, Seen | None, Array | None]]:
+        params, state, average, kept, metrics = carry
+        after = descent.step(params, state)
+        train = None if after.seen is None else after.seen.outputs
+        at_average = None if average is None else outputs(_in_dtype(average, params), None)
+        average = optimizers.next_average(descent.optimizer, average, after.params)
+        if after.metric is not None:
+            # The last node has the metric of the last step.
+            metrics = keep(keep(metrics, at, after.metric), jnp.asarray(n_nodes - 1), after.metric)
+        carry = (after.params, after.state, average, keep(kept, at, params), metrics)
+        return carry, (outputs(params, train), after.seen, at_average)
+
+    empty = jax.tree.map(
         lambda leaf: jnp.zeros((n_nodes + 1, *leaf.shape), leaf.dtype), source.params
     )
-    start = (source.params, descent.transformation().init(source.params), kept)
-    (params, _, kept), (outputs, seen) = lax.scan(step, start, slot[:-1])
-    kept = jax.tree.map(lambda nodes, leaf: nodes.at[slot[-1]].set(leaf)[:-1], kept, params)
-    last = _watched(source, watched, params, None)
+    average = optimizers.start_average(descent.optimizer, source.params)
+    metrics = empty if isinstance(descent.optimizer, Adam) else None
+    start = (source.params, descent.init(), average, empty, metrics)
+    (params, _, average, kept, metrics), (seen_outputs, seen, averaged) = lax.scan(
+        step, start, slot[:-1]
+    )
+    if average is not None and averaged is not None:
+        last = outputs(_in_dtype(average, params), None)
+        averaged = jnp.concatenate([averaged, last[None]])
+    kept = keep(kept, slot[-1], params)
     return NoiseFreePath(
-        params=kept,
-        outputs=jnp.concatenate([outputs, last[None]]),
+        params=jax.tree.map(lambda nodes: nodes[:-1], kept),
+        outputs=jnp.concatenate([seen_outputs, outputs(params, None)[None]]),
         charges=None if seen is None else seen.charges,
         norms=None if seen is None or watched is not None else seen.norms,
         x=source.x,
+        averaged=averaged,
+        metric=jax.tree.map(lambda nodes: nodes[:-1], metrics),
     )
+
+
+#: Parameters, optimizer and average, and parameters and metrics at the nodes.
+_Carry: TypeAlias = tuple[Params, PyTree, Params | None, Params, Params | None]
+
+
+def _in_dtype(average: Params, params: Params) -> Params:
+    return jax.tree.map(lambda mean, w: mean.astype(w.dtype), average, params)
 
 
 def _watched(
@@ -175,13 +255,19 @@ def _watched(
     return jnp.concatenate([train, source.outputs(params, source.test_x)])
 
 
-def resting(flow: ResponseFlow, steps: int, n_nodes: int) -> NoiseFreePath:
+def resting(
+    flow: ResponseFlow, steps: int, n_nodes: int, optimizer: OptimizerLike
+) -> NoiseFreePath:
     """The path that stays at the initial parameters."""
     outputs = flow.outputs(flow.params, flow.points)
+    outputs = jnp.broadcast_to(outputs, (steps + 1, *outputs.shape))
     return NoiseFreePath(
-        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n_nodes, *leaf.shape)), flow.params),
-        jnp.broadcast_to(outputs, (steps + 1, *outputs.shape)),
-        None,
-        None,
-        flow.x,
+        params=jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (n_nodes, *leaf.shape)), flow.params
+        ),
+        outputs=outputs,
+        charges=None,
+        norms=None,
+        x=flow.x,
+        averaged=None if optimizers.average_of(optimizer) is None else outputs,
     )

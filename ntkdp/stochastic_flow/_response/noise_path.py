@@ -14,18 +14,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
+from ntkdp import optimizers
 from ntkdp._backend import norms
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray, PyTree
 from ntkdp._gradients import per_sample
 from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
-from ntkdp.stochastic_flow._response.noise_free_path import Descent, NoiseFreePath, cells, moved
-
-#: Parameters and optimizer of the run without noise, and noise and optimizers of all runs.
-_Carry: TypeAlias = tuple[Params, PyTree, Params, PyTree]
+from ntkdp.stochastic_flow._response.noise_free_path import Descent, NoiseFreePath, cells
 
 
 class Transfers(NamedTuple):
@@ -77,12 +76,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 class _Cell(NamedTuple):
-    """Key and transfer of a cell, and the path's weights at its two nodes."""
+    """Key and transfer of a cell, the path's weights at its two nodes, and its metric."""
 
     key: PRNGKeyArray
     transfer: Transfers
     here: list[Array]
     ahead: list[Array]
+    metric: list[Array] | None
 
 
 class NoisePath(eqx.Module):
@@ -117,9 +117,12 @@ class NoisePath(eqx.Module):
             states: list[Array],
             at: _Cell,
         ) -> tuple[list[Array], list[Array]]:
-            own, transfer, here, ahead = at
-            following = [
-                jnp.tensordot(transfer.carried.astype(state.dtype), state, axes=1)
+            own, transfer, here, ahead, metric = at
+            stay = [transfer.carried[0, 0].astype(state.dtype) * state[0] for state in states]
+            # The position stays; all else that moves it goes through the metric.
+            carried = transfer.carried.at[0, 0].set(0)
+            more = [
+                jnp.tensordot(carried.astype(state.dtype), state, axes=1)
                 + jnp.tensordot(
                     transfer.added.astype(state.dtype),
                     deviation * jax.random.normal(leaf_key, state.shape, state.dtype),
@@ -129,19 +132,33 @@ class NoisePath(eqx.Module):
                     jax.random.split(own, len(states)), states, self.deviations, strict=True
                 )
             ]
+
+            def arrived(more: list[Array]) -> list[Array]:
+                moves = [one[0] for one in more]
+                if metric is not None:
+                    moves = [move * factor for move, factor in zip(moves, metric, strict=True)]
+                return [
+                    one.at[0].set(place + move)
+                    for one, place, move in zip(more, stay, moves, strict=True)
+                ]
+
             if transfer.before is not None and transfer.after is not None:
                 plain, noisy = jax.tree.unflatten(structure, here), weights(here, states)
-                following = _added(following, self._excess(plain, noisy, transfer.before))
+                more = _added(more, self._excess(plain, noisy, transfer.before))
                 # The Jacobian at the cell's end is taken where that of its beginning leads to.
-                guess = _added(following, self._excess(plain, noisy, transfer.after))
+                guess = arrived(_added(more, self._excess(plain, noisy, transfer.after)))
                 plain, noisy = jax.tree.unflatten(structure, ahead), weights(ahead, guess)
-                following = _added(following, self._excess(plain, noisy, transfer.after))
+                more = _added(more, self._excess(plain, noisy, transfer.after))
+            following = arrived(more)
             return following, [state[0] for state in following]
 
         start = [jnp.zeros((size, *leaf.shape), wide(leaf).dtype) for leaf in leaves]
         keys = jax.random.split(key, self.transfers.carried.shape[0])
         ends = [leaf[:-1] for leaf in nodes], [leaf[1:] for leaf in nodes]
-        _, positions = lax.scan(advance, start, _Cell(keys, self.transfers, *ends))
+        metric = None
+        if self.path.metric is not None:
+            metric = [(leaf[:-1] + leaf[1:]) / 2 for leaf in jax.tree.leaves(self.path.metric)]
+        _, positions = lax.scan(advance, start, _Cell(keys, self.transfers, *ends, metric))
         weights_at_nodes = [
             node + jnp.concatenate([jnp.zeros_like(path[:1]), path]).astype(node.dtype)
             for path, node in zip(positions, nodes, strict=True)
@@ -267,7 +284,15 @@ def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S
             gradient = noise(key, at.number)
             if at.charges is not None:
                 gradient = _added(gradient, [g[0] for g in law.pull(params, at.charges[None])])
-            return moved(transformation, params, state, jax.tree.unflatten(structure, gradient))
+            gradient = [g.astype(leaf.dtype) for g, leaf in zip(gradient, leaves, strict=True)]
+            updates, state = optimizers.updated(
+                transformation,
+                jax.tree.unflatten(structure, gradient),
+                state,
+                params,
+                jax.tree.unflatten(structure, descent.noise_variances),
+            )
+            return optax.apply_updates(params, updates), state
 
         params, states = jax.vmap(follow)(keys, params, states)
         return (params, states, blocks), seen

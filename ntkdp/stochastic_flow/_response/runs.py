@@ -107,6 +107,7 @@ class Runs(eqx.Module):
     kernels: NodeKernels
     undriven: Undriven
     keys: Key[Array, " S"]
+    average: Array | None
     sample_rate: float = eqx.field(static=True)
     outputs: bool = eqx.field(static=True)
 
@@ -185,9 +186,10 @@ class Runs(eqx.Module):
         steps: Schedule,
         charges: Float[Array, "nodes d T nK S"],
         bridge: Array,
+        average: Array,
         record: Measurement,
     ) -> "_Carry":
-        """Charges of a cell's own steps, the noise between nodes at its end, and the record."""
+        """Charges of a cell's own steps, noise and averages at its end, and the record."""
         undriven, own = self.undriven, self.triangle(cell)
         ends = self.scales(cell), self.scales(cell + 1)
         past = self.pasts(cell, charges), self.pasts(cell + 1, charges)
@@ -202,22 +204,34 @@ class Runs(eqx.Module):
             return f if root is None else f + root @ bridge[0]
 
         def step(carry: _Carry, at: Schedule) -> tuple[_Carry, None]:
-            now, bridge, record = carry
+            now, bridge, average, record = carry
             keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
             f = undriven_at(at, bridge) + own.apply(at.along, now, *ends)
             f += jnp.tensordot(at.since, (1 - at.along) * past[0] + at.along * past[1], 1)
             blocks = (1 - at.along) * undriven.blocks[cell] + at.along * undriven.blocks[cell + 1]
             clipped, factors = self.gradients(at, f, blocks, keys)
+            average, seen = self.averaged(at, f, average)
             record = jax.tree.map(
-                lambda path, value: path.at[at.slot].set(value), record, self.measure(f, factors)
+                lambda path, value: path.at[at.slot].set(value), record, self.measure(seen, factors)
             )
             if root is not None:
                 bridge = self.follow_bridge(at, bridge, keys)
-            return (now.after(at, self.responding(at, clipped)), bridge, record), None
+            return (now.after(at, self.responding(at, clipped)), bridge, average, record), None
 
         zeros = jnp.zeros_like(charges[0])
-        end, _ = lax.scan(step, (_Charges(zeros, zeros), bridge, record), steps)
+        end, _ = lax.scan(step, (_Charges(zeros, zeros), bridge, average, record), steps)
         return end
+
+    def averaged(
+        self, at: Schedule, f: Float[Array, "NK S"], average: Float[Array, "NK S"]
+    ) -> tuple[Array, Array]:
+        """Distance of outputs from those of the path, averaged, and the outputs of the average."""
+        if self.average is None or self.path.averaged is None:
+            return average, f
+        kept = 1 - at.counts * (1 - self.average)
+        distance = f - self.path.outputs[at.number].reshape(-1)[:, None]
+        average = kept * average + (1 - kept) * distance
+        return average, average + self.path.averaged[at.number].reshape(-1)[:, None]
 
     def follow_bridge(self, at: Schedule, bridge: Array, keys: Array) -> Float[Array, "d NK S"]:
         """Make a step of the standard noise that is zero at the nodes."""
@@ -230,8 +244,8 @@ class Runs(eqx.Module):
         return _filtered(at, bridge, noise)
 
 
-#: Charges of the cell, noise between its nodes, and the record.
-_Carry: TypeAlias = tuple[_Charges, Array, Measurement]
+#: Charges of the cell, noise between its nodes, averages, and the record.
+_Carry: TypeAlias = tuple[_Charges, Array, Array, Measurement]
 
 
 def _filtered(at: Schedule, state: Array, gradient: Array) -> Array:
@@ -256,11 +270,11 @@ def run(
 
     def cell(carry: _Whole, at: tuple[Array, Schedule, Array]) -> tuple[_Whole, None]:
         number, steps, propagator = at
-        charges, bridge, record = carry
+        charges, bridge, average, record = carry
         if listener is not None:
             progress.report(listener, number / n_cells)
-        own, bridge, record = runs.cell(number, steps, charges, bridge, record)
-        return (own.placed(propagator, charges, number), bridge, record), None
+        own, bridge, average, record = runs.cell(number, steps, charges, bridge, average, record)
+        return (own.placed(propagator, charges, number), bridge, average, record), None
 
     charges = jnp.zeros((n_cells + 1, size, n_groups, columns, count), dtype)
     bridge = jnp.zeros((size, rows, count), dtype)
@@ -274,12 +288,12 @@ def run(
     )
     end, _ = lax.scan(
         cell,
-        (charges, bridge, record),
+        (charges, bridge, jnp.zeros((rows, count), dtype), record),
         (jnp.arange(n_cells), schedule, propagators),
     )
     recorded: Measurement = jax.tree.map(lambda path: path[:-1], end[-1])
     return recorded
 
 
-#: Charges at the nodes, noise between them, and the record.
-_Whole: TypeAlias = tuple[Float[Array, "nodes d T nK S"], Array, Measurement]
+#: Charges at the nodes, noise between them, averages, and the record.
+_Whole: TypeAlias = tuple[Float[Array, "nodes d T nK S"], Array, Array, Measurement]

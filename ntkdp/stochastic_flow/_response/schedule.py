@@ -20,6 +20,8 @@ class Schedule(NamedTuple):
         Number of the step; places that fill a cell up have that of the last step.
     slot
         Where the state before the step is recorded; one past the last place if it is not.
+    counts
+        One for a step, zero for a place that fills a cell up.
     along
         How far between the nodes of its cell the step is, in time.
     matrices, drives
@@ -34,6 +36,7 @@ class Schedule(NamedTuple):
 
     number: Array
     slot: Array
+    counts: Array
     along: Array
     matrices: Array
     drives: Array
@@ -79,6 +82,7 @@ def scheduled(
         columns: dict[str, np.ndarray] = {
             "number": place,
             "slot": np.where(filled, slot[place], len(recorded)),
+            "counts": filled.astype(float),
             "along": np.where(filled, along[place], 1.0),
             "matrices": np.where(filled[:, None, None], matrices[place], np.eye(size)),
             "drives": np.where(filled[:, None], drives[place], 0.0),

@@ -21,7 +21,6 @@ from ntkdp.gradient_flow._linearised_flow import LinearisedFlow as LinearisedFlo
 from ntkdp.gradient_flow._optimizer_steps import OptimizerSteps as OptimizerSteps
 from ntkdp.gradient_flow._optimizer_steps import OutputsAtZero as OutputsAtZero
 from ntkdp.gradient_flow._optimizer_steps import Walked as Walked
-from ntkdp.gradient_flow._optimizer_steps import check_linear as check_linear
 from ntkdp.gradient_flow._optimizer_steps import optimizer_steps as optimizer_steps
 from ntkdp.gradient_flow._phases import check_decay_of_phases as check_decay_of_phases
 from ntkdp.gradient_flow._phases import flows_of_phases as flows_of_phases

@@ -12,7 +12,7 @@ from ntkdp._backend.types import ArrayLike, LearningRate, PyTree
 from ntkdp.gradient_flow._flow import LinearModelFlow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
-from ntkdp.optimizers import Optimizer, OptimizerLike
+from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import Measurement
 
 #: Outputs at zero weights, of training points or of a (train, test) pair.
@@ -98,11 +98,12 @@ def optimizer_steps(
             )
         return OptimizerSteps(flow, optimizer, learning_rate, flow.at_zero_weights())
     assert isinstance(flow, KernelFlow)
-    linear = check_linear(optimizer)
+    linear = optimizers.as_linear(optimizer)
     if flow.preconditioned and linear.decays_weights and not getattr(linear, "decoupled", False):
         raise ValueError(
             "optimizer must have decoupled weight decay with a preconditioned_kernel, got "
-            f"{_named(optimizer)}: what the preconditioner does to other decay is not in the kernel"
+            f"{type(linear).__name__}: what the preconditioner does to other decay is not in the "
+            "kernel"
         )
     at_zero = None
     if outputs_at_zero is not None:
@@ -113,20 +114,3 @@ def optimizer_steps(
             + _HOW_TO_FIND
         )
     return OptimizerSteps(flow, linear, learning_rate, at_zero)
-
-
-def check_linear(optimizer: OptimizerLike) -> Optimizer:
-    """``optimizer`` if its steps are the same in the outputs of a linear model as in weights."""
-    if isinstance(optimizer, Optimizer) and optimizer.is_linear:
-        return optimizer
-    raise ValueError(
-        "optimizer must be linear in gradients and weights, as optimizers.SGD and optax.sgd are, "
-        f"where only outputs are followed, got {_named(optimizer)}; LinearisedFlow steps the "
-        "weights and takes any optimizer, a preconditioned_kernel stands for a frozen "
-        "preconditioner, and stochastic_flow.response_ensemble predicts Adam under noise"
-    )
-
-
-def _named(optimizer: OptimizerLike) -> str:
-    is_module = isinstance(optimizer, Optimizer)
-    return type(optimizer).__name__ if is_module else getattr(optimizer, "__name__", "a function")

@@ -14,6 +14,7 @@ from ntkdp.claims import (
     _flat,
     _layerwise,
     _noise,
+    _optimizers,
     _privacy,
     _two_times,
 )
@@ -30,6 +31,7 @@ _MODULES = (
     _privacy,
     _beyond_frozen_kernel,
     _two_times,
+    _optimizers,
 )
 _FOUND = [
     value for module in _MODULES for value in vars(module).values() if isinstance(value, Claim)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
+from ntkdp.optimizers import SGD
 from ntkdp.trajectory import MOST_STEPS
 
 #: The most bytes in the name of a run.
@@ -77,7 +78,7 @@ class TrainingConfig(Section):
     steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     record_every: int = Field(2, ge=1, description="record every so many steps, and the last")
     momentum: float = Field(
-        0.0, ge=0, lt=1, description="heavy-ball momentum; above 0 the flow with inertia predicts"
+        0.0, ge=0, lt=1, description="heavy-ball momentum; above 0 the flows have inertia"
     )
     noise_multiplier: float = Field(
         0.0,
@@ -121,6 +122,11 @@ class TrainingConfig(Section):
     def noisy(self) -> bool:
         """Whether runs add noise."""
         return self.noise_multiplier > 0 or self.epsilon is not None or self.mu is not None
+
+    @property
+    def optimizer(self) -> SGD:
+        """What makes the steps, of runs and of predictions."""
+        return SGD(self.momentum)
 
     def sigma(self, steps: int) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
@@ -220,7 +226,7 @@ class Config(ProblemConfig):
         "flow of the infinite-width kernel, with noise an ensemble under the kernels between "
         "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
         "ensemble of them; response: noisy runs of the network itself, about a run without noise; "
-        "by default without recursion if there is momentum, and with response if there is noise",
+        "by default with response if there is noise",
     )
     rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
@@ -241,26 +247,14 @@ class Config(ProblemConfig):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
-        if "predictions" not in self.model_fields_set:
-            predictions = [
-                name
-                for name in self.predictions
-                if name != "recursion" or self.training.momentum == 0
-            ]
-            couples = any(rule.rule == "batch" for rule in self.clipping)
-            if self.training.noisy and not couples:
-                predictions.append("response")
+        couples = any(rule.rule == "batch" for rule in self.clipping)
+        if "predictions" not in self.model_fields_set and self.training.noisy and not couples:
             # A configuration is frozen for its users, but its defaults are not complete yet.
-            object.__setattr__(self, "predictions", predictions)
-        if "response" in self.predictions and any(rule.rule == "batch" for rule in self.clipping):
+            object.__setattr__(self, "predictions", [*self.predictions, "response"])
+        if "response" in self.predictions and couples:
             raise ValueError(
                 "predictions must not hold 'response' with rule 'batch', which couples samples; "
                 "use exact, frozen or recursion"
-            )
-        if self.training.momentum > 0 and "recursion" in self.predictions:
-            raise ValueError(
-                "predictions must not hold 'recursion' with training.momentum > 0, "
-                f"got momentum = {self.training.momentum}; use exact, frozen or infinite"
             )
         return self
 

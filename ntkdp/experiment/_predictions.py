@@ -178,6 +178,7 @@ def predict(
         "record_every": training.record_every,
         "progress": progress,
     }
+    optimizer = training.optimizer
     drawn: Any = {
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": training.sample_rate,
@@ -223,10 +224,10 @@ def predict(
         initial = problem.outputs if alone else initial
         if training.noisy or training.sample_rate < 1:
             predicted = stochastic_flow.ensemble(
-                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
+                flow, initial, noise_kernel=kernel.whole, optimizer=optimizer, **steps, **drawn
             )
         else:
-            predicted = recursion(flow, initial, **steps)
+            predicted = recursion(flow, initial, optimizer=optimizer, **steps)
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
     return _solved(config, problem, kernels, rule, mechanism, name, times, progress)
@@ -309,5 +310,6 @@ def weight_noise(
         sample_rate=config.training.sample_rate,
         n_groups=n_groups,
         reduction=config.training.reduction,
+        optimizer=config.training.optimizer,
     )
     return float(gathered[-1, 0])

@@ -4,17 +4,16 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ntkdp import _setup, comparison, dp_sgd, ntk
 from ntkdp._backend.config_files import ConfigError
-from ntkdp._backend.types import Array, LearningRate
+from ntkdp._backend.types import Array
 from ntkdp._gradients import groups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
@@ -220,12 +219,6 @@ def _run(
     return Results(config, cases, kernels, norms, cells.notes)
 
 
-@cache
-def _with_momentum(momentum: float) -> Callable[[LearningRate], optax.GradientTransformation]:
-    # One object for all cases: another would compile the same program again.
-    return partial(optax.sgd, momentum=momentum)
-
-
 def _measured(
     config: Config,
     problem: Problem,
@@ -252,7 +245,7 @@ def _measured(
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
         sample_rate=training.sample_rate,
-        optimizer=_with_momentum(training.momentum) if training.momentum > 0 else None,
+        optimizer=training.optimizer,
         reduction=training.reduction,
         test_x=problem.test_x,
         test_targets=problem.test_targets,

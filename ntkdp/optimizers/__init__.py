@@ -31,6 +31,7 @@ from ntkdp.optimizers._optimizer import updated as updated
 from ntkdp.optimizers._sgd import SGD
 from ntkdp.optimizers._transition import Transition as Transition
 from ntkdp.optimizers._transition import size_of_state as size_of_state
+from ntkdp.optimizers._transition import start_state as start_state
 from ntkdp.optimizers._transition import transition as transition
 
 __all__ = ["SGD", "Adam", "Optimizer"]

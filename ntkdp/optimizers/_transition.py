@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntkdp._backend.types import Array, Float, ScalarLike
+from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
 from ntkdp.optimizers._optimizer import Optimizer, next_average, start_average, updated
 
 
@@ -35,7 +35,20 @@ def size_of_state(optimizer: Optimizer) -> int:
     >>> ntkdp.optimizers.size_of_state(ntkdp.optimizers.SGD(momentum=0.9))
     2
     """
-    return len(jax.tree.leaves(jax.eval_shape(lambda: _start(optimizer, jnp.ones(()))[0])))
+    return len(jax.eval_shape(lambda: start_state(optimizer, jnp.ones(()))))
+
+
+def start_state(optimizer: Optimizer, weight: Array) -> list[Array]:
+    """What a linear optimizer holds of weights before the first step, each like ``weight``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, ntkdp
+    >>> sgd = ntkdp.optimizers.SGD(momentum=0.9, average=0.5)
+    >>> [part.item() for part in ntkdp.optimizers.start_state(sgd, jnp.ones(()))]
+    [1.0, 0.0, 1.0]
+    """
+    return jax.tree.leaves(_start(optimizer, weight))
 
 
 def transition(
@@ -51,10 +64,8 @@ def transition(
     [1.0, -0.05, -0.1, 1.0]
     """
     zero = jnp.zeros((), jnp.result_type(float) if dtype is None else dtype)
-    (state, structure), transformation = (
-        _start(optimizer, zero),
-        optimizer(jnp.asarray(learning_rate, zero.dtype)),
-    )
+    start, structure = jax.tree.flatten(_start(optimizer, zero))
+    transformation = optimizer(jnp.asarray(learning_rate, zero.dtype))
 
     def step(state: Array, gradient: Array, origin: Array) -> Array:
         weight, inner, average = jax.tree.unflatten(structure, list(state))
@@ -63,10 +74,10 @@ def transition(
         after = (weight, inner, next_average(optimizer, average, weight))
         return jnp.stack(jax.tree.leaves(after))
 
-    return Transition(*jax.jacfwd(step, argnums=(0, 1, 2))(jnp.stack(state), zero, zero))
+    return Transition(*jax.jacfwd(step, argnums=(0, 1, 2))(jnp.stack(start), zero, zero))
 
 
-def _start(optimizer: Optimizer, weight: Array) -> tuple[list[Array], jax.tree_util.PyTreeDef]:
+def _start(optimizer: Optimizer, weight: Array) -> tuple[Array, PyTree, Array | None]:
+    """Weight, state of the optimizer, and average."""
     inner = optimizer(jnp.ones((), weight.dtype)).init(weight)
-    leaves, structure = jax.tree.flatten((weight, inner, start_average(optimizer, weight)))
-    return leaves, structure
+    return weight, inner, start_average(optimizer, weight)

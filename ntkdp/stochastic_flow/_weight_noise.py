@@ -2,14 +2,17 @@
 
 from typing import TypeAlias
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float, LearningRate, ScalarLike
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Reduction
+from ntkdp.optimizers import Optimizer, OptimizerLike, as_linear, size_of_state, transition
 from ntkdp.trajectory import check_learning_rate, check_steps, times_of_steps
 
 #: Noise over sensitivity, or a budget that fixes it.
@@ -49,13 +52,18 @@ def weight_noise_variance(
     n_groups: int = 1,
     noise_per_group: bool = False,
     reduction: Reduction = "mean",
+    optimizer: OptimizerLike | None = None,
 ) -> Float[Array, "T R"]:
     r"""Variance of the noise that every weight has accumulated, :math:`v_k = \sum_j s_j^2`.
 
     Here :math:`s_j = \eta_j \sigma S / (q n)`, or :math:`\eta_j \sigma S / q` with
-    ``reduction="sum"``. In NTK parameterisation weights start with variance one, so v says when
-    noise moves the kernel: a frozen one is accurate while v is small compared with one, at any
-    width.
+    ``reduction="sum"``. A linear optimizer passes the noise on as it does gradients,
+    :math:`v_k = \sum_j h_{kj}^2 (\sigma S / (q n))^2`, with :math:`h_{kj}` its response at step k
+    to a gradient of one at step j: momentum :math:`\beta` multiplies v(T) by about
+    :math:`1/(1 - \beta)^2` over many steps.
+
+    In NTK parameterisation weights start with variance one, so v says when noise moves the kernel:
+    a frozen one is accurate while v is small compared with one, at any width.
 
     Parameters
     ----------
@@ -77,21 +85,27 @@ def weight_noise_variance(
         Noise of group r in proportion to its own R_r, as in ``dp_sgd.run``.
     reduction : {"mean", "sum"}
         Whether the loss is averaged over samples or summed.
+    optimizer : optimizers.SGD or callable, optional
+        A linear optimizer; by default plain SGD.
 
     Returns
     -------
     array
         ``(steps + 1, R)``: a row for each step, zero at the start, and a column for each group. The
-        columns are equal without ``noise_per_group``.
+        columns are equal without ``noise_per_group``. It is of the weights at which gradients are
+        taken, also if the optimizer averages them.
 
     Raises
     ------
     ValueError, TypeError
-        As for ``dp_sgd.run``.
+        As for ``dp_sgd.run``; an optimizer that is not linear.
 
     Notes
     -----
-    *Derived*. For full batches that are :math:`\mu`-GDP over the horizon T,
+    *Derived*. Of Adam only this is known: where noise dominates the gradients, v(T) is about
+    :math:`\eta^2` times the number of steps, whatever the noise is (claim C47).
+
+    For full batches that are :math:`\mu`-GDP over the horizon T, plain steps have
     :math:`v(T) = (T S/(n \mu))^2` whatever the learning rate is.
 
     Examples
@@ -116,8 +130,25 @@ def weight_noise_variance(
     stds = deviations(rule, sigma, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))
     divisor = q * losses.divisor(reduction, n)
+    linear = as_linear(optimizer)
+    if size_of_state(linear) > 1 or linear.decays_weights:
+        return _of_unit_noise(linear, rates)[:, None] * (stds[None] / divisor) ** 2
     accumulated = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)
     return jnp.concatenate([jnp.zeros((1, n_groups), accumulated.dtype), accumulated])
+
+
+@eqx.filter_jit
+def _of_unit_noise(optimizer: Optimizer, rates: Float[Array, " steps"]) -> Float[Array, " T"]:
+    """Variance of a weight after each step if the noise of its gradient has variance one."""
+    size = size_of_state(optimizer)
+
+    def step(covariance: Array, rate: Array) -> tuple[Array, Array]:
+        matrix, gradient, _ = transition(optimizer, rate)
+        after = matrix @ covariance @ matrix.T + jnp.outer(gradient, gradient)
+        return after, after[0, 0]
+
+    _, variances = lax.scan(step, jnp.zeros((size, size), rates.dtype), rates)
+    return jnp.concatenate([jnp.zeros(1, rates.dtype), variances])
 
 
 def variance_of_budget(

@@ -30,6 +30,7 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
+from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._moments import moments
 from ntkdp.trajectory._stepping import Stepping
@@ -176,7 +177,7 @@ def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> N
 
 
 MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "whole": ("whole", {}),
+    "whole": ("whole", {"optimizer": SGD(0.5, nesterov=True, average=0.5)}),
     "by layer, test points": ("by layer", {"sample_rate": 0.5}),
     "infinite, test points": ("infinite", {}),
     "a few modes": ("infinite", {"rank": 9, "sample_rate": 0.5}),
@@ -234,7 +235,14 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
         start = jnp.zeros((n, 1)), jnp.zeros((64, 1))
         closure, mean = moments._closure(of, start, *settings)
         step = (
-            lowered(moments._step_moments, closure, mean, Stepping(0.5, 2, 1), False, None)
+            lowered(
+                moments._step_moments,
+                moments.MomentSteps(closure, SGD(), None),
+                mean,
+                Stepping(0.5, 2, 1),
+                False,
+                None,
+            )
             .compile()
             .compiled.memory_analysis()
         )

@@ -140,10 +140,6 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"model": 3}, ["'model'", "3"]),
         ({"model": {"pooling": "sum"}}, ["model.pooling", "'none'", "'mlp'", "'sum'"]),
         ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),
-        (
-            {"training": {"momentum": 0.9}, "predictions": ["frozen", "recursion"]},
-            ["recursion", "momentum"],
-        ),
         ({"training": {"epsilon": 3.0}}, ["epsilon", "delta", "together"]),
         ({"training": {"mu": 1.0, "noise_multiplier": 2.0}}, ["one way", "mu"]),
         ({"training": {"n_predicted": 1}}, ["'training.n_predicted'", "1"]),
@@ -156,17 +152,12 @@ def test_errors_name_the_field_and_its_value(tree: dict[str, Any], words: list[s
         assert word in str(caught.value)
 
 
-def test_default_predictions_follow_the_momentum() -> None:
-    assert experiment.config(**{}).predictions == ["frozen", "infinite", "recursion"]
-    with_momentum = experiment.config(**{"training": {"momentum": 0.9}})
-    assert with_momentum.predictions == ["frozen", "infinite"]
-    assert experiment.config(**with_momentum.model_dump()) == with_momentum
-
-
 def test_default_predictions_follow_the_noise() -> None:
+    assert experiment.config(**{}).predictions == ["frozen", "infinite", "recursion"]
     noisy = experiment.config(**{"training": {"momentum": 0.9, "noise_multiplier": 1.0}})
-    assert noisy.predictions == ["frozen", "infinite", "response"]
+    assert noisy.predictions == ["frozen", "infinite", "recursion", "response"]
     assert experiment.noise_free(noisy) == ["frozen", "infinite"]
+    assert experiment.config(**noisy.model_dump()) == noisy
     with pytest.raises(experiment.ConfigError, match="'response' with rule 'batch'"):
         experiment.config(**{"predictions": ["response"], "clipping": [{"rule": "batch"}]})
 

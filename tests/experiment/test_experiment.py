@@ -192,12 +192,13 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     config = experiment.config(
         **SMALL
         | {
-            "predictions": ["frozen"],
+            "predictions": ["frozen", "recursion"],
             "training": {
                 "steps": 30,
                 "learning_rate": 0.01,
                 "record_every": 5,
                 "momentum": 0.5,
+                "n_predicted": 5,
                 "noise_multiplier": 0.05,
                 "sample_rate": 0.5,
                 "n_seeds": 3,
@@ -212,6 +213,14 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     prediction = case.predictions["frozen"]
     np.testing.assert_allclose(prediction.trajectory.times, case.run.times, rtol=1e-12)
     assert prediction.comparison.sup_relative_error < 0.05
+    # Discrete steps have the momentum itself, and the noise passes through it.
+    drawn = case.predictions["recursion"]
+    assert drawn.trajectory.loss.shape == (5, 7)
+    assert drawn.comparison.sup_relative_error < 0.05
+    assert drawn.trajectory.setup[0].optimizer_options == (("momentum", (0.5,)),)
+    response = np.sum(((1 - 0.5 ** np.arange(1, 31)) / 0.5) ** 2)
+    std = 0.01 * 0.05 * 0.5 / (0.5 * config.data.n_train)
+    np.testing.assert_allclose(case.weight_noise, response * std**2, rtol=1e-6)
     _report.write_report(results, tmp_path)
     assert "Without the noise: frozen kernel" in (tmp_path / "report.html").read_text()
     assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()

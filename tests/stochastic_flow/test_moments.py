@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import DATA, known
 from scipy.stats import binomtest
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, losses, stochastic_flow
+from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._moments import full_covariance, low_rank_covariance, moments
 from ntkdp.stochastic_flow._moments.gaussian_closure import integration_points
 
@@ -157,6 +159,68 @@ def test_moments_of_an_autoregression_are_exact() -> None:
     np.testing.assert_allclose(found.loss, (mean**2 + variance) / 2, rtol=1e-9)
     of_loss = np.sqrt(mean**2 * variance + variance**2 / 2)
     np.testing.assert_allclose(found.loss_std, of_loss, rtol=1e-6, atol=1e-8)
+
+
+def test_moments_of_an_optimizer_are_exact() -> None:
+    """Outputs, momentum and average of one mode, whose moments NumPy iterates as a 3 x 3 matrix."""
+    eta, h, std, steps, origin = 0.3, 2.0, 0.05, 12, 0.7
+    beta, decay, d = 0.8, 0.1, 0.6
+    found = stochastic_flow.moments(
+        one_sample(),
+        jnp.ones((1, 1)),
+        learning_rate=eta,
+        steps=steps,
+        noise_multiplier=std / 100,
+        optimizer=SGD(beta, nesterov=True, weight_decay=decay, average=d),
+        outputs_at_zero=jnp.full((1, 1), origin),
+        outputs=True,
+    )
+
+    def step(f: float, m: float, average: float, noise: float) -> np.ndarray:
+        g = h * f + decay * (f - origin) + noise
+        m = beta * m + g
+        f = f - eta * (g + beta * m)
+        return np.array([f, m, d * average + (1 - d) * f])
+
+    still = step(0.0, 0.0, 0.0, 0.0)
+    matrix = np.stack([step(*unit, 0.0) - still for unit in np.eye(3)], axis=1)
+    of_noise = step(0.0, 0.0, 0.0, 1.0) - still
+    mean, covariance = np.array([1.0, 0.0, 1.0]), np.zeros((3, 3))
+    for k in range(1, steps + 1):
+        mean = matrix @ mean + still
+        covariance = matrix @ covariance @ matrix.T + h * std**2 * np.outer(of_noise, of_noise)
+        np.testing.assert_allclose(found.mean[k, 0, 0], mean[2], rtol=1e-10)
+        np.testing.assert_allclose(found.covariance[k, 0, 0], covariance[2, 2], rtol=1e-9)
+        np.testing.assert_allclose(found.loss[k], (mean[2] ** 2 + covariance[2, 2]) / 2, rtol=1e-9)
+
+
+def test_momentum_under_sampling_and_clipping_has_the_spread_of_many_runs() -> None:
+    """Mean within 1.5%, deviation within 5% of 3000 drawn runs, or three standard errors."""
+    params, x = problem(1)
+    outputs = linear(params, x[:N])
+    flow = ntkdp.KernelFlow(
+        ntkdp.empirical_ntk(linear, params, x[:N]), jnp.zeros((N, 1)), losses.SquaredError(),
+        RULES["abadi 1"],
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "learning_rate": 0.15, "steps": 80, "noise_multiplier": 0.5, "sample_rate": 0.5,
+        "record_every": 20, "optimizer": SGD(0.5),
+    }  # fmt: skip
+    keys = jax.random.split(jax.random.key(5), 3000)
+    runs = np.asarray(stochastic_flow.ensemble(flow, outputs, key=keys, **options).loss)[:, 1:]
+    found = stochastic_flow.moments(flow, outputs, **options)
+    error = 3 * runs.std(0) / np.sqrt(len(runs))
+    off = np.abs(np.asarray(found.loss)[1:] - runs.mean(0))
+    assert np.all(off <= np.maximum(0.015 * runs.mean(0), error)), off / runs.mean(0)
+    off = np.abs(np.asarray(found.loss_std)[1:] - runs.std(0))
+    assert np.all(off <= np.maximum(0.05 * runs.std(0), 3 * error_of_spread(runs))), off
+
+
+def test_moments_refuse_an_optimizer_that_is_not_linear() -> None:
+    with pytest.raises(ValueError, match=r"optimizer must be linear in gradients .* got Adam"):
+        stochastic_flow.moments(
+            one_sample(), jnp.ones((1, 1)), learning_rate=0.1, steps=1, optimizer=optax.adam
+        )
 
 
 def test_covariance_under_poisson_sampling_of_a_linear_model_is_exact() -> None:
@@ -355,7 +419,8 @@ def test_all_modes_are_the_whole_covariance(shared: bool, monkeypatch: pytest.Mo
     options |= {"learning_rate": 1.0, "outputs": True, "rank": (N + M) * 3}
 
     def found() -> list[Any]:
-        stepped = stochastic_flow.moments(flow, start, steps=5, **options)
+        sgd = SGD(0.5, nesterov=True, average=0.5)
+        stepped = stochastic_flow.moments(flow, start, steps=5, optimizer=sgd, **options)
         if shared:
             return [stepped]
         tight: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}

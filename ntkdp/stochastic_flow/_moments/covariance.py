@@ -6,10 +6,13 @@ from typing import TypeAlias
 import equinox as eqx
 
 from ntkdp._backend.types import Array, Float, PyTree
+from ntkdp.optimizers import Transition
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 
 #: A covariance of all points, as its form represents it.
 Covariance: TypeAlias = PyTree
+#: Covariances of all that an optimizer holds of the outputs, each part with each: outputs first.
+Joint: TypeAlias = PyTree
 
 
 class CovarianceForm(eqx.Module):
@@ -20,6 +23,14 @@ class CovarianceForm(eqx.Module):
         """The covariance of outputs that are known exactly."""
 
     @abstractmethod
+    def joint_zero(self, size: int) -> Joint:
+        """The joint covariance of ``size`` parts that are known exactly."""
+
+    @abstractmethod
+    def part(self, joint: Joint, number: int) -> Covariance:
+        """The covariance of a part with itself."""
+
+    @abstractmethod
     def own_blocks(self, covariance: Covariance) -> Float[Array, "N K K"]:
         """Each point's own covariance."""
 
@@ -28,8 +39,8 @@ class CovarianceForm(eqx.Module):
         """Velocity of the mean under mean clipped gradients."""
 
     @abstractmethod
-    def step(self, covariance: Covariance, slope: Array, spread: Array, rate: Array) -> Covariance:
-        """The covariance after a step.
+    def step(self, joint: Joint, slope: Array, spread: Array, transition: Transition) -> Joint:
+        """The joint covariance after a step of a linear optimizer.
 
         ``spread`` is the covariance of each sample's clipped gradient, ``(n, R, K, R, K)``.
         """

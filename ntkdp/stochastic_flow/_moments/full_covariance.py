@@ -9,6 +9,7 @@ from jax import lax
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
+from ntkdp.optimizers import Transition
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
@@ -23,6 +24,17 @@ class Full(CovarianceForm):
 
     def zero(self) -> Array:
         return self.points.on_devices(_zeros_like, (0,), 0)(self.noise)
+
+    def joint_zero(self, size: int) -> Array:
+        """Zero; the axes are the rows, the parts of rows and of columns, and the columns."""
+
+        def zeros(rows: Array) -> Array:
+            return jnp.zeros((rows.shape[0], size, size, rows.shape[1]), rows.dtype)
+
+        return self.points.on_devices(zeros, (0,), 0)(self.noise)
+
+    def part(self, joint: Array, number: int) -> Array:
+        return joint[:, number, number]
 
     def _split(self, rows: Array) -> Float[Array, "points K devices own K"]:
         """A device's rows, by point and output."""
@@ -73,7 +85,7 @@ class Full(CovarianceForm):
         covariance: Array,
         slope: Array,
         spread: Array,
-        rate: Array,
+        step: Array | Transition,
     ) -> Array:
         """Apply ``rows`` to each device's rows of covariance, linear map and diffusion."""
 
@@ -83,26 +95,34 @@ class Full(CovarianceForm):
             noise: Array,
             slope: Array,
             spread: Array,
-            rate: Array,
+            step: Array | Transition,
         ) -> Array:
             linear_map = self._linear_map(operator, slope)
-            return rows(covariance, linear_map, self._diffusion(operator, noise, spread), rate)
+            return rows(covariance, linear_map, self._diffusion(operator, noise, spread), step)
 
         over_devices = self.points.on_devices(own_rows, (0, 0, 0, None, None, None), 0)
-        return over_devices(covariance, self.operator, self.noise, slope, spread, rate)
+        return over_devices(covariance, self.operator, self.noise, slope, spread, step)
 
-    def step(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
+    def step(self, joint: Array, slope: Array, spread: Array, transition: Transition) -> Array:
         mesh = self.points.mesh
 
-        def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
-            own = jnp.arange(len(linear_map))
-            place = devices.own_part(mesh, linear_map.shape[1]) + own
-            moved = (rate * linear_map).at[own, place].add(1.0)
-            after = devices.outer(mesh, devices.product(mesh, moved, covariance), moved)
-            after = after + rate**2 * diffusion
-            return (after + devices.transposed(mesh, after)) / 2
+        def rows(joint: Array, maps: Array, diffusion: Array, step: Transition) -> Array:
+            """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x diffusion."""
+            M, b = step.of_state, step.of_gradient
+            own, size = joint.shape[:2]
+            drawn = devices.product(mesh, maps, joint[:, 0].reshape(own, -1))
+            moved = jnp.einsum("ce,aedn->acdn", M, joint)
+            moved = moved - jnp.einsum("c,adn->acdn", b, drawn.reshape(own, size, -1))
+            back = devices.outer(mesh, moved[:, :, 0].reshape(own * size, -1), maps)
+            after = jnp.einsum("de,acen->acdn", M, moved)
+            after = after - jnp.einsum("d,acn->acdn", b, back.reshape(own, size, -1))
+            after = after + jnp.einsum("c,d,an->acdn", b, b, diffusion)
+            flipped = [
+                devices.transposed(mesh, after[:, d, c]) for c in range(size) for d in range(size)
+            ]
+            return (after + jnp.stack(flipped, axis=1).reshape(after.shape)) / 2
 
-        return self._evolved(rows, covariance, slope, spread, rate)
+        return self._evolved(rows, joint, slope, spread, transition)
 
     def velocity(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
         mesh = self.points.mesh

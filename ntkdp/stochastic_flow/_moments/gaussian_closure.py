@@ -215,27 +215,13 @@ class Closure(eqx.Module):
         count = 1 if self.flow.test_targets is None else 2
         return State(mean, self.form.zero(), jnp.zeros(count, mean.dtype))
 
-    def step(self, state: State, rate: Array) -> State:
-        """The state after a discrete step."""
-        mean, covariance, excess = state
-        own = self.form.own_blocks(covariance)
-        integrals = self.integrals(mean, own)
-        spread = (1 / self.sample_rate - 1) * integrals.second_moment + integrals.unexplained
-        coefficients, source = self._excess_rates(state, own, rate)
-        factors = jnp.maximum(1 + rate * coefficients, 0)
-        return State(
-            mean=mean + rate * self.form.drift(integrals.mean),
-            covariance=self.form.step(covariance, integrals.slope, spread, rate),
-            excess=factors**2 * excess + rate * source,
-        )
-
     def velocity(self, state: State, rate: Array) -> State:
         """Time derivative in flow time, with the noise that belongs to this learning rate."""
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
         integrals = self.integrals(mean, own)
         sampled = (1 / self.sample_rate - 1) * integrals.second_moment
-        coefficients, source = self._excess_rates(state, own, rate)
+        coefficients, source = self.excess_rates(state, own, rate)
         return State(
             mean=self.form.drift(integrals.mean),
             covariance=self.form.velocity(covariance, integrals.slope, sampled, rate),
@@ -251,7 +237,7 @@ class Closure(eqx.Module):
             parts.append(_Part(True, rows, self.flow.test_targets))
         return parts
 
-    def _excess_rates(self, state: State, own: Array, rate: Array) -> tuple[Array, Array]:
+    def excess_rates(self, state: State, own: Array, rate: Array) -> tuple[Array, Array]:
         """Coefficient and source of the excess variance of each loss."""
         flow, n = self.flow, self.flow.targets.shape[0]
 

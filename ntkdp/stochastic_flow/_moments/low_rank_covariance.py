@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow, SharedKernel
+from ntkdp.optimizers import Transition
 from ntkdp.stochastic_flow._matrix_root import eigh
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
@@ -167,6 +168,17 @@ class LowRank(CovarianceForm):
         dtype = self.operator.dtype
         return jnp.zeros((a * i, a * i), dtype), jnp.zeros((b, i, i), dtype)
 
+    def joint_zero(self, size: int) -> tuple[Array, Array]:
+        """Zero; both have two axes of the parts before those of the modes."""
+        leading, others = (
+            jnp.broadcast_to(zero, (size, size, *zero.shape)) for zero in self.zero()
+        )
+        return leading, others
+
+    def part(self, joint: tuple[Array, Array], number: int) -> tuple[Array, Array]:
+        leading, others = joint
+        return leading[number, number], others[number, number]
+
     def own_blocks(self, covariance: tuple[Array, Array]) -> Array:
         def blocks(leading: Modes, others: Modes, S: Array, s: Array) -> Array:
             of_leading = leading.between(leading.vectors, S, leading.vectors)
@@ -205,18 +217,18 @@ class LowRank(CovarianceForm):
         return maps.reshape(size, size), moved.reshape(size, size) + noise, own_maps, own
 
     def step(
-        self, covariance: tuple[Array, Array], slope: Array, spread: Array, rate: Array
+        self,
+        joint: tuple[Array, Array],
+        slope: Array,
+        spread: Array,
+        transition: Transition,
     ) -> tuple[Array, Array]:
         maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
-
-        def after_step(covariance: Array, maps: Array, diffusion: Array) -> Array:
-            eye = jnp.broadcast_to(jnp.eye(maps.shape[-1], dtype=maps.dtype), maps.shape)
-            moved = eye + rate * maps
-            after = moved @ covariance @ jnp.swapaxes(moved, -1, -2) + rate**2 * diffusion
-            return (after + jnp.swapaxes(after, -1, -2)) / 2
-
-        S, s = covariance
-        return after_step(S, maps, diffusion), after_step(s, own_maps, own_diffusion)
+        S, s = joint
+        return (
+            _after_step(S, maps, diffusion, transition),
+            _after_step(s, own_maps, own_diffusion, transition),
+        )
 
     def velocity(
         self, covariance: tuple[Array, Array], slope: Array, spread: Array, rate: Array
@@ -310,6 +322,18 @@ class LowRank(CovarianceForm):
         dropped = jnp.sum(jnp.trace(covariance[1], axis1=1, axis2=2))
         total = kept + dropped
         return jnp.where(total > 0, dropped / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def _after_step(joint: Array, maps: Array, diffusion: Array, step: Transition) -> Array:
+    """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x diffusion."""
+    M, b = step.of_state, step.of_gradient
+    moved = jnp.einsum("ce,ed...->cd...", M, joint)
+    moved = moved - jnp.einsum("c,d...->cd...", b, maps @ joint[0])
+    after = jnp.einsum("de,ce...->cd...", M, moved)
+    back = moved[:, 0] @ jnp.swapaxes(maps, -1, -2)
+    after = after - jnp.einsum("d,c...->cd...", b, back)
+    after = after + jnp.einsum("c,d,...->cd...", b, b, diffusion)
+    return (after + jnp.swapaxes(jnp.swapaxes(after, 0, 1), -1, -2)) / 2
 
 
 def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | None) -> LowRank:

@@ -23,11 +23,13 @@ from ntkdp._backend.types import (
     as_constant,
 )
 from ntkdp.clipping import Batch, Global
-from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.gradient_flow import KernelFlow, OutputsAtZero, check_kernel_flow, optimizer_steps
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.optimizers import OptimizerLike, as_linear, size_of_state
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
-from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
+from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Statistics
+from ntkdp.stochastic_flow._moments.optimizer_steps import JointState, MomentSteps
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
 from ntkdp.stochastic_flow._sampling import sampling
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
@@ -120,6 +122,8 @@ def moments(
     sample_rate: float = 1.0,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
+    optimizer: OptimizerLike | None = None,
+    outputs_at_zero: OutputsAtZero | None = None,
     rank: int | None = None,
     record_every: int = 1,
     outputs: bool = False,
@@ -130,7 +134,7 @@ def moments(
     Parameters
     ----------
     flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise_kernel, \
-    noise_per_group, record_every, progress
+    noise_per_group, optimizer, outputs_at_zero, record_every, progress
         As for :func:`ensemble`.
     rank : int, optional
         Number of modes of the noise whose correlations are all kept; each other mode evolves by
@@ -171,12 +175,15 @@ def moments(
     stepping = Stepping(learning_rate, steps, record_every)
     sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
     closure, mean = _closure(flow, initial, sigma, sample_rate, noise_kernel, noise_per_group, rank)
+    walk = optimizer_steps(closure.flow, optimizer, stepping.learning_rate, outputs_at_zero)
+    at_zero = None if walk.at_zero is None else _all_points(walk.at_zero)
+    steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero)
     with _progress.listening(progress, "stepping the moments") as listener:
         statistics = program_memory.call(
-            _step_moments, closure, mean, stepping, outputs, listener,
+            _step_moments, steps_of, mean, stepping, outputs, listener,
             what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
             results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
-            work=mean.size**2 * mean.dtype.itemsize,
+            work=size_of_state(steps_of.optimizer) ** 2 * mean.size**2 * mean.dtype.itemsize,
         )  # fmt: skip
         return _over_time(stepping.times, jnp.asarray(stepping.recorded), statistics)
 
@@ -353,8 +360,7 @@ def _closure(
         )
     rank = None if rank is None else validate.count(rank=rank)
     rate, divisor = sampling(flow, sample_rate)
-    train, test = flow.init(initial)
-    mean = train if test is None else jnp.concatenate([train, test])
+    mean = _all_points(flow.init(initial))
     covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
     noise = None if covariance is None else covariance / divisor**2
     n_outputs = mean.shape[1]
@@ -371,6 +377,12 @@ def _closure(
         weights=jnp.asarray(weights, mean.dtype),
     )
     return closure, mean
+
+
+def _all_points(outputs: tuple[Array, Array | None]) -> Array:
+    """Outputs of all points, train before test."""
+    train, test = outputs
+    return train if test is None else jnp.concatenate([train, test])
 
 
 def _bytes_at_a_time(mean: Array, outputs: bool) -> int:
@@ -392,13 +404,13 @@ def _over_time(
 
 @eqx.filter_jit
 def _step_moments(
-    closure: Closure, mean: Array, stepping: Stepping, outputs: bool, listener: Listener
+    steps: MomentSteps, mean: Array, stepping: Stepping, outputs: bool, listener: Listener
 ) -> Statistics:
-    def step(k: Array, state: State) -> State:
-        return closure.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
+    def step(k: Array, state: JointState) -> JointState:
+        return steps.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
 
     measured: Statistics = stepping.walk(
-        step, lambda state: closure.measure(state, outputs), closure.zero(mean), listener
+        step, lambda state: steps.measure(state, outputs), steps.start(mean), listener
     )
     return measured
 

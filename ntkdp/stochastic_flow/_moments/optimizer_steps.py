@@ -1,0 +1,96 @@
+"""Discrete steps of the moments by a linear optimizer."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ntkdp._backend.types import Array, Float
+from ntkdp.optimizers import (
+    Optimizer,
+    Transition,
+    average_of,
+    size_of_state,
+    start_state,
+    transition,
+)
+from ntkdp.stochastic_flow._moments.covariance import Joint
+from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
+
+
+class JointState(NamedTuple):
+    """Means and covariances of all that the optimizer holds of the outputs, which come first.
+
+    ``excess`` is that of the losses of the outputs themselves.
+    """
+
+    means: Float[Array, "C N K"]
+    covariance: Joint
+    excess: Array
+
+
+class MomentSteps(eqx.Module):
+    r"""Steps :math:`z^+ = M z + b\,(\text{gradient} + \text{noise})` of a Gaussian state.
+
+    z holds outputs, momentum and average; the gradient depends on the outputs alone, through the
+    closure. *Derived*.
+    """
+
+    closure: Closure
+    optimizer: Optimizer
+    at_zero: Float[Array, "N K"] | None
+
+    def start(self, mean: Array) -> JointState:
+        """The state of outputs that are known exactly, at rest."""
+        size = size_of_state(self.optimizer)
+        return JointState(
+            means=jnp.stack(start_state(self.optimizer, mean)),
+            covariance=self.closure.form.joint_zero(size),
+            excess=self.closure.zero(mean).excess,
+        )
+
+    def step(self, state: JointState, rate: Array) -> JointState:
+        """The state after a step at a learning rate."""
+        closure, outputs = self.closure, self._part(state, 0)
+        own = closure.form.own_blocks(outputs.covariance)
+        integrals = closure.integrals(outputs.mean, own)
+        spread = (1 / closure.sample_rate - 1) * integrals.second_moment + integrals.unexplained
+        step = transition(self.optimizer, rate, outputs.mean.dtype)
+        gradient = -closure.form.drift(integrals.mean)
+        means = jnp.einsum("ce,enk->cnk", step.of_state, state.means)
+        means = means + jnp.einsum("c,nk->cnk", step.of_gradient, gradient)
+        if self.at_zero is not None:
+            means = means + jnp.einsum("c,nk->cnk", step.of_zero, self.at_zero)
+        kept, effective = _of_outputs_alone(step)
+        coefficients, source = closure.excess_rates(outputs, own, effective)
+        factors = jnp.maximum(kept + effective * coefficients, 0)
+        return JointState(
+            means=means,
+            covariance=closure.form.step(state.covariance, integrals.slope, spread, step),
+            excess=factors**2 * state.excess + effective * source,
+        )
+
+    def measure(self, state: JointState, outputs: bool) -> Statistics:
+        """Statistics of the outputs, or of their average if there is one."""
+        averaged = average_of(self.optimizer) is not None
+        return self.closure.measure(self._part(state, -1 if averaged else 0), outputs)
+
+    def _part(self, state: JointState, number: int) -> State:
+        covariance = self.closure.form.part(state.covariance, number)
+        # The excess of an average is not known: that of a Gaussian is none.
+        excess = state.excess if number == 0 else jnp.zeros_like(state.excess)
+        return State(state.means[number], covariance, excess)
+
+
+def _of_outputs_alone(step: Transition) -> tuple[Array, Array]:
+    r"""Factor and learning rate of the outputs once their momentum has caught up with them.
+
+    The equation of the excess is of first order in time, so momentum enters it by the steps that it
+    makes in the end, :math:`\eta / (1 - \beta)`.
+    """
+    M, b = step.of_state, step.of_gradient
+    caught_up = jnp.linalg.solve(
+        jnp.eye(len(b) - 1, dtype=b.dtype) - M[1:, 1:], jnp.stack([M[1:, 0], b[1:]], axis=1)
+    )
+    through = M[0, 1:] @ caught_up
+    return M[0, 0] + through[0], -(b[0] + through[1])

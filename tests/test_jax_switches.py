@@ -13,7 +13,7 @@ import pytest
 from helpers import KEY, Gradients
 
 import ntkdp
-from ntkdp import calibration, certificates, dp_sgd, ntk, spectrum, stochastic_flow
+from ntkdp import calibration, certificates, dp_sgd, ntk, optimizers, spectrum, stochastic_flow
 from ntkdp import high_dimensional_sgd as hsgd
 
 N, M, D = 6, 2, 3
@@ -150,18 +150,27 @@ def _solve(flow: Any, initial: Any) -> Any:
     return ntkdp.solve(flow, initial, TIMES, outputs=True)
 
 
+MOMENTUM = optimizers.SGD(0.9, nesterov=True, weight_decay=0.1, average=0.5)
+ADAM = optimizers.Adam(weight_decay=0.1, correct_noise=True, average=0.5)
 CALLS: dict[str, Callable[[], Any]] = {
     "dp_sgd.run": run,
     "dp_sgd.run, seeds": lambda: run(key=MADE.keys),
     "dp_sgd.run, Poisson": lambda: run(sample_rate=0.5),
     "dp_sgd.run, vmap": lambda: run(gradients="vmap", sample_rate=0.5),
     "dp_sgd.run, layerwise": lambda: run(clipping=LAYERWISE, noise_per_group=True),
-    "dp_sgd.run, Adam": lambda: run(optimizer=optax.adam, microbatch_size=4),
+    "dp_sgd.run, Adam": lambda: run(optimizer=ADAM, microbatch_size=4),
     "dp_sgd.run, schedule": lambda: run(learning_rate=optax.linear_schedule(0.1, 0.01, 3)),
     "dp_sgd.run_phases": lambda: dp_sgd.run_phases(apply, PARAMS, X, Y, LOSS, PHASES, key=KEY),
     "dp_sgd.build": step,
     "dp_sgd.build, Poisson": lambda: step(sample_rate=0.5),
-    "recursion": lambda: ntkdp.recursion(MADE.flow, MADE.start, learning_rate=0.1, steps=2),
+    "recursion": lambda: ntkdp.recursion(
+        MADE.flow,
+        MADE.start,
+        learning_rate=0.1,
+        steps=2,
+        optimizer=MOMENTUM,
+        outputs_at_zero=MADE.start,
+    ),
     "recursion, layerwise": lambda: ntkdp.recursion(
         MADE.tested, MADE.starts, learning_rate=0.1, steps=2, outputs=True
     ),
@@ -181,7 +190,7 @@ CALLS: dict[str, Callable[[], Any]] = {
         MADE.flow, MADE.start, key=MADE.keys, sample_rate=0.5, **NOISY
     ),
     "ensemble, weights": lambda: stochastic_flow.ensemble(
-        MADE.linearised, PARAMS, key=MADE.keys, **NOISY
+        MADE.linearised, PARAMS, key=MADE.keys, optimizer=ADAM, **NOISY
     ),
     "ensemble_phases": lambda: stochastic_flow.ensemble_phases(
         MADE.kernel, Y, LOSS, PHASES, MADE.start, key=MADE.keys
@@ -190,7 +199,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moments, Poisson": lambda: stochastic_flow.moments(
         MADE.flow, MADE.start, sample_rate=0.5, **NOISY
     ),
-    "moments, low rank": lambda: stochastic_flow.moments(MADE.flow, MADE.start, rank=2, **NOISY),
+    "moments, low rank": lambda: stochastic_flow.moments(
+        MADE.flow, MADE.start, rank=2, optimizer=MOMENTUM, outputs_at_zero=MADE.start, **NOISY
+    ),
     "moment_flow": lambda: stochastic_flow.moment_flow(
         MADE.flow, MADE.start, TIMES, learning_rate=0.1, noise_multiplier=0.5
     ),
@@ -213,7 +224,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "two_time_flow": lambda: stochastic_flow.two_time_flow(
         MADE.two_times, None, TIMES, variance=0.1, steps=4, key=MADE.keys
     ),
-    "weight_noise_variance": lambda: stochastic_flow.weight_noise_variance(RULE, N, **NOISY),
+    "weight_noise_variance": lambda: stochastic_flow.weight_noise_variance(
+        RULE, N, optimizer=MOMENTUM, **NOISY
+    ),
     "empirical_ntk": lambda: ntkdp.empirical_ntk(apply, PARAMS, X, batch_size=4),
     "layerwise_ntk": lambda: ntkdp.layerwise_ntk(apply, PARAMS, X, X_TEST),
     "infinite_ntk": lambda: ntkdp.infinite_ntk(MLP, X, X_TEST),

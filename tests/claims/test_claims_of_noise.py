@@ -1,9 +1,10 @@
-"""Claims C22-C25 and C33-C36 hold, and fail for implementations that are wrong on purpose."""
+"""Claims C22-C25, C33-C36, C42 and C47 hold, and fail for implementations that are wrong."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from ntkdp import claims, clipping
@@ -65,3 +66,23 @@ def test_c36_fails_with_half_the_factor(mutate: Any) -> None:
         "mean estimate along the flow, linear model",
         "mean estimate along the flow, network, 5 samples, 2 outputs",
     } <= failing("C36")
+
+
+@pytest.mark.slow
+def test_c42_fails_if_momentum_looks_ahead(mutate: Any) -> None:
+    """Optax's own momentum still agrees, and the predicted moments follow the one that is wrong."""
+    trace = optax.trace
+    mutate(optax, "trace", lambda decay, nesterov=False: trace(decay, nesterov=True))
+    wrong = failing("C42")
+    assert {"E L / closed form", "E L of the predicted moments / closed form"} <= wrong
+    assert "E L / closed form, groups with R = 300, 400, mean" not in wrong
+
+
+@pytest.mark.slow
+def test_c47_fails_where_noise_does_not_dominate(mutate: Any) -> None:
+    mutate(clipping.ClippingRule, "sensitivity", lambda self, n_groups=1: 0.01)
+    wrong = failing("C47")
+    assert "largest |E L of Adam / E L of momentum - 1|, sigma 160" in wrong
+    # Adam's noise does not depend on sigma, but that of momentum does.
+    assert "v(T) / (eta^2 K), sigma 160" not in wrong
+    assert "v(T) of that momentum / (eta^2 K)" in wrong

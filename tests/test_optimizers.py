@@ -425,7 +425,7 @@ def test_own_optimizers_are_told_apart_by_being_linear() -> None:
     for other, name in ((Signs(), "Signs"), (optax.adam, "Adam"), (optax.lion, "lion")):
         with pytest.raises(ValueError, match=f"must be linear .* got {name}; LinearisedFlow"):
             ntkdp.recursion(flow, X @ W, optimizer=other, **given)
-        with pytest.raises(ValueError, match=r"Adam is SGD\(momentum=b1\) .*response_ensemble"):
+        with pytest.raises(ValueError, match="response_ensemble takes Adam"):
             stochastic_flow.ensemble(flow, X @ W, optimizer=other, key=KEY, **given)
 
 

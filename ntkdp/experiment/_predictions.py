@@ -15,7 +15,6 @@ from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.optimizers import SGD
 from ntkdp.trajectory import Trajectory
 
 #: The kernel that a prediction needs, by its name in results, or None.
@@ -213,7 +212,7 @@ def predict(
             test_targets=problem.test_targets,
         )
         predicted = stochastic_flow.response_ensemble(
-            network, optimizer=SGD(momentum=training.momentum), **steps, **drawn
+            network, optimizer=optimizer, **steps, **drawn
         )
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start

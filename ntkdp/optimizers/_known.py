@@ -80,7 +80,7 @@ def as_linear(optimizer: OptimizerLike | None) -> Optimizer:
     raise ValueError(
         "optimizer must be linear in gradients and weights, as optimizers.SGD and optax.sgd are, "
         f"where weights are not followed one by one, got {name}; LinearisedFlow steps the weights "
-        "and takes any optimizer, a preconditioned_kernel stands for a frozen preconditioner, and "
-        "where noise dominates the gradient Adam is SGD(momentum=b1) at the learning rate "
-        "(1 - b1) eta B/(sigma S) (claim C47), for stochastic_flow.response_ensemble too"
+        "and takes any optimizer, stochastic_flow.response_ensemble takes Adam, a "
+        "preconditioned_kernel stands for a frozen preconditioner, and where noise dominates the "
+        "gradient Adam is SGD(momentum=b1) at the learning rate (1 - b1) eta B/(sigma S)"
     )

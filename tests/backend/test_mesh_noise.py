@@ -33,6 +33,7 @@ from ntkdp._backend import devices, distributed_eigh
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._moments import moments
+from ntkdp.stochastic_flow._moments.optimizer_steps import MomentSteps
 from ntkdp.trajectory._stepping import Stepping
 
 slow = pytest.mark.slow
@@ -237,7 +238,7 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
         step = (
             lowered(
                 moments._step_moments,
-                moments.MomentSteps(closure, SGD(), None),
+                MomentSteps(closure, SGD(), None),
                 mean,
                 Stepping(0.5, 2, 1),
                 False,

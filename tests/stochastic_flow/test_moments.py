@@ -183,9 +183,12 @@ def test_moments_of_an_optimizer_are_exact() -> None:
         return np.array([f, m, d * average + (1 - d) * f])
 
     still = step(0.0, 0.0, 0.0, 0.0)
-    matrix = np.stack([step(*unit, 0.0) - still for unit in np.eye(3)], axis=1)
+    units = [step(1, 0, 0, 0), step(0, 1, 0, 0), step(0, 0, 1, 0)]
+    matrix = np.stack(units, axis=1) - still[:, None]
     of_noise = step(0.0, 0.0, 0.0, 1.0) - still
     mean, covariance = np.array([1.0, 0.0, 1.0]), np.zeros((3, 3))
+    assert found.mean is not None
+    assert found.covariance is not None
     for k in range(1, steps + 1):
         mean = matrix @ mean + still
         covariance = matrix @ covariance @ matrix.T + h * std**2 * np.outer(of_noise, of_noise)

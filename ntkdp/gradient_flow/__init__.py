@@ -20,13 +20,14 @@ from ntkdp.gradient_flow._kernel_matrix import SharedKernel as SharedKernel
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow as LinearisedFlow
 from ntkdp.gradient_flow._optimizer_steps import OptimizerSteps as OptimizerSteps
 from ntkdp.gradient_flow._optimizer_steps import OutputsAtZero as OutputsAtZero
+from ntkdp.gradient_flow._optimizer_steps import Start as Start
 from ntkdp.gradient_flow._optimizer_steps import Walked as Walked
 from ntkdp.gradient_flow._optimizer_steps import optimizer_steps as optimizer_steps
-from ntkdp.gradient_flow._phases import check_decay_of_phases as check_decay_of_phases
 from ntkdp.gradient_flow._phases import flows_of_phases as flows_of_phases
 from ntkdp.gradient_flow._phases import one_a_phase as one_a_phase
 from ntkdp.gradient_flow._phases import recursion_phases as recursion_phases
 from ntkdp.gradient_flow._phases import solve_phases as solve_phases
+from ntkdp.gradient_flow._phases import walks_of_phases as walks_of_phases
 from ntkdp.gradient_flow._solve import recursion as recursion
 from ntkdp.gradient_flow._solve import solve as solve
 from ntkdp.gradient_flow._weight_flow import WeightFlow as WeightFlow

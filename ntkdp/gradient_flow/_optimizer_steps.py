@@ -1,6 +1,6 @@
 """Steps of an optimizer in the state of a flow: outputs or weights of a linear model."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -16,7 +16,9 @@ from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import Measurement
 
 #: Outputs at zero weights, of training points or of a (train, test) pair.
-OutputsAtZero = ArrayLike | tuple[ArrayLike, ArrayLike]
+OutputsAtZero: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike]
+#: Where steps begin or end: the state of the flow, and its average if there is one.
+Start: TypeAlias = tuple[PyTree, PyTree | None]
 
 _HOW_TO_FIND = (
     "the outputs of the linear model at zero weights: f, Jw = jax.jvp(lambda w: apply_fn(w, x), "

@@ -6,10 +6,17 @@ from typing import Any, TypeAlias
 
 import equinox as eqx
 
+from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import ArrayLike, Progress, PyTree
 from ntkdp.gradient_flow._flow import Flow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
-from ntkdp.gradient_flow._solve import recursion, solve
+from ntkdp.gradient_flow._optimizer_steps import (
+    OptimizerSteps,
+    OutputsAtZero,
+    Start,
+    optimizer_steps,
+)
+from ntkdp.gradient_flow._solve import solve, step_and_record
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike, as_optimizer, recognised
@@ -29,6 +36,8 @@ def recursion_phases(
     reduction: Reduction = "mean",
     test_kernel: KernelOfPhases | None = None,
     test_targets: ArrayLike | None = None,
+    optimizer: OptimizerLike | None = None,
+    outputs_at_zero: OutputsAtZero | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -47,6 +56,10 @@ def recursion_phases(
         is left out: :func:`ntkdp.stochastic_flow.ensemble_phases` has it.
     initial : array or pair
         Outputs ``(n, K)``, or a (train, test) pair with a test kernel.
+    optimizer, outputs_at_zero
+        As for :func:`recursion`. The optimizer's state starts anew with each phase, while an
+        average of the weights goes on. Weight decay needs phases that train all groups under one
+        kernel.
     record_every : int
         Record each phase after every ``record_every`` steps, and its first and last state.
     outputs, progress
@@ -80,21 +93,17 @@ def recursion_phases(
     >>> [round(f, 4) for f in path.outputs.ravel().tolist()]
     [1.0, 0.9, 0.54]
     """
-
-    def advance(flow: KernelFlow, initial: PyTree, stepping: Stepping) -> Trajectory:
-        return recursion(
-            flow,
-            initial,
-            learning_rate=stepping.learning_rate,
-            steps=stepping.steps,
-            record_every=stepping.record_every,
-            outputs=True,
-            progress=progress,
-        )
-
     phases = check_phases(phases)
     flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
-    return _one_after_another(flows, initial, steppings(phases, record_every), advance, outputs)
+    steps_of = steppings(phases, record_every)
+    walks = walks_of_phases(flows, phases, steps_of, kernel, optimizer, outputs_at_zero)
+    start: Start = (flows[0].init(initial), None)
+    paths: list[Trajectory] = []
+    with _progress.listening(progress, "stepping the kernel") as listener:
+        for walk, stepping in zip(walks, steps_of, strict=True):
+            start, path = step_and_record(walk, start, stepping, outputs, listener)
+            paths.append(path)
+    return functools.reduce(Trajectory.then, paths)
 
 
 def solve_phases(
@@ -160,6 +169,22 @@ def solve_phases(
     return _one_after_another(flows, initial, steppings(phases, record_every), advance, outputs)
 
 
+def walks_of_phases(
+    flows: list[KernelFlow],
+    phases: tuple[Phase, ...],
+    steps_of: list[Stepping],
+    kernel: PyTree,
+    optimizer: OptimizerLike | None,
+    outputs_at_zero: OutputsAtZero | None,
+) -> list[OptimizerSteps]:
+    """The optimizer's steps in each phase; all are checked before the first begins."""
+    _check_decay(optimizer, phases, kernel)
+    return [
+        optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
+        for flow, stepping in zip(flows, steps_of, strict=True)
+    ]
+
+
 def _one_after_another(
     flows: list[KernelFlow],
     initial: PyTree,
@@ -215,7 +240,7 @@ def flows_of_phases(
     ]
 
 
-def check_decay_of_phases(
+def _check_decay(
     optimizer: OptimizerLike | None, phases: tuple[Phase, ...], kernel: PyTree
 ) -> None:
     """Raise if weight decay acts on weights of which the outputs do not tell enough."""

@@ -25,6 +25,7 @@ from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_
 from ntkdp.gradient_flow._optimizer_steps import (
     OptimizerSteps,
     OutputsAtZero,
+    Start,
     Walked,
     optimizer_steps,
 )
@@ -292,31 +293,38 @@ def recursion(
     flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
     walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
-    state = flow.init(initial)
+    start: Start = (flow.init(initial), None)
     with _progress.listening(progress, "stepping the kernel") as listener:
-        measured = program_memory.call(
-            _recur, walk, state, stepping, outputs, listener,
-            what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
-            results=stepping.bytes_of_record(flow.measure, state, outputs),
-        )  # fmt: skip
-        setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer)
-        return from_measurements(
-            stepping.times, measured, steps=jnp.asarray(stepping.recorded), setup=setup
-        )
+        return step_and_record(walk, start, stepping, outputs, listener)[1]
+
+
+def step_and_record(
+    walk: OptimizerSteps, start: Start, stepping: Stepping, outputs: bool, listener: Listener
+) -> tuple[Start, Trajectory]:
+    """Where the steps end, and what they pass."""
+    flow = walk.flow
+    end, measured = program_memory.call(
+        _recur, walk, start, stepping, outputs, listener,
+        what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
+        results=stepping.bytes_of_record(flow.measure, start[0], outputs),
+    )  # fmt: skip
+    setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer)
+    steps = jnp.asarray(stepping.recorded)
+    return end, from_measurements(stepping.times, measured, steps=steps, setup=setup)
 
 
 @eqx.filter_jit
 def _recur(
     walk: OptimizerSteps,
-    state: PyTree,
+    start: Start,
     stepping: Stepping,
     outputs: bool,
     listener: Listener,
-) -> Measurement:
+) -> tuple[Start, Measurement]:
     def step(k: Array | int, walked: Walked) -> Walked:
         return walk.step(walked, walk.flow.velocity(walked.position))
 
-    measured: Measurement = stepping.walk(
-        step, lambda walked: walk.measure(walked, outputs), walk.start(state), listener
+    end, measured = stepping.walk_to_end(
+        step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener
     )
-    return measured
+    return (end.position, end.average), measured

@@ -29,6 +29,7 @@ from ntkdp.gradient_flow import (
     LinearModelFlow,
     OptimizerSteps,
     OutputsAtZero,
+    Start,
     Walked,
     check_kernel_flow,
     check_linear_model_flow,
@@ -43,8 +44,6 @@ from ntkdp.stochastic_flow._sampling import batch_weights, sampling
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
 
-#: Where runs begin or end: the state of the flow, and its average if there is one.
-Start: TypeAlias = tuple[PyTree, PyTree | None]
 #: Outputs of training points, and of test points if there are any.
 _Outputs: TypeAlias = tuple[Array, Array | None]
 

@@ -11,16 +11,16 @@ from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
 from ntkdp.gradient_flow import (
     OutputsAtZero,
-    check_decay_of_phases,
+    Start,
     flows_of_phases,
     one_a_phase,
-    optimizer_steps,
+    walks_of_phases,
     with_steps,
 )
 from ntkdp.losses import Loss, Reduction
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._ensemble import Start, draw_within_memory, noise_of_step
+from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
 #: One kernel for all phases, or one for each.
@@ -106,12 +106,8 @@ def ensemble_phases(
     flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
     noise_kernels = one_a_phase(noise_kernel, phases, "noise_kernel")
     keys = validate.keys(key=key)
-    check_decay_of_phases(optimizer, phases, kernel)
     steps_of = steppings(phases, record_every)
-    walks = [
-        optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
-        for flow, stepping in zip(flows, steps_of, strict=True)
-    ]
+    walks = walks_of_phases(flows, phases, steps_of, kernel, optimizer, outputs_at_zero)
     start: Start = (flows[0].init(initial), None)
     paths: list[Trajectory] = []
     with _progress.listening(progress, "drawing runs") as listener:

@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free cost bench figures experiments sensitivity docs package pins clean
+.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free responses cost bench figures experiments sensitivity docs package pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ accuracy:  ## The accuracy figures of the README, on real data (about ten minute
 
 kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.md (about seven minutes)
 	uv run --extra data python benchmarks/kernel_free.py
+
+responses:  ## Responses of twelve networks to noise held against runs, into docs/responses.md (half an hour)
+	uv run python benchmarks/responses.py
 
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
 	uv run python benchmarks/cost.py

@@ -16,6 +16,7 @@ from ntkdp.claims import (
     _noise,
     _optimizers,
     _privacy,
+    _responses,
     _two_times,
 )
 from ntkdp.claims._claim import Claim, Verdict
@@ -29,6 +30,7 @@ _MODULES = (
     _noise,
     _calibration,
     _privacy,
+    _responses,
     _beyond_frozen_kernel,
     _two_times,
     _optimizers,

@@ -55,7 +55,7 @@ accuracy:  ## The accuracy figures of the README, on real data (about ten minute
 kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.md (about seven minutes)
 	uv run --extra data python benchmarks/kernel_free.py
 
-responses:  ## Responses of twelve networks to noise held against runs, into docs/responses.md (half an hour)
+responses:  ## Responses of twelve networks to noise held against runs, into docs/responses.md (an hour)
 	uv run python benchmarks/responses.py
 
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)

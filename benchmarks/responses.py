@@ -210,7 +210,7 @@ def measured(setting: Setting, cache: Path | None) -> Row:
             dp_sgd.run(
                 apply_fn, params, x, labels, loss, rule, gradients="vmap", key=some, **options
             ).loss
-            for some in np.split(keys, N_RUNS // AT_ONCE)
+            for some in jnp.split(keys, N_RUNS // AT_ONCE)
         ]
         return np.concatenate(losses)
 
@@ -303,10 +303,11 @@ draws of `stochastic_flow.response_ensemble` (7 times, 3 draws of the noise) and
 optimizer is linear, of `stochastic_flow.ensemble` under the kernel of the start. R = 1,
 δ = {DELTA:g}, single precision, {os.cpu_count()} cores.
 
-*loss* is the mean one at the start and the end. *error* is the largest error of the mean loss over all steps, with the largest standard error of
-the difference in brackets. *spread* is the standard deviation of the last loss, of runs over
-predicted. *least p* is the least of four two-sided binomial tests of the 90% band, one at each
-quarter of the horizon. *seconds* are of the runs and of the response, compilation included.
+*loss* is the mean one at the start and the end. *error* is the largest error of the mean loss over
+all steps, with the largest standard error of the difference in brackets. *spread* is the standard
+deviation of the last loss, of runs over predicted. *least p* is the least of four two-sided
+binomial tests of the 90% band, one at each quarter of the horizon. *seconds* are of the runs and
+of the response, compilation included.
 
 | network | training | loss | error, frozen | error, response | spread | least p | seconds |
 |---|---|---|---|---|---|---|---|

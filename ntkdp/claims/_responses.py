@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sklearn.datasets import load_wine
 
 import ntkdp
 from ntkdp import clipping, dp_sgd, losses, optimizers, stochastic_flow
-from ntkdp._backend.types import Array, Params
+from ntkdp._backend.types import ApplyFn, Array, Params
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 _N_RUNS = 40
@@ -38,13 +38,15 @@ def _weights(widths: list[int]) -> list[Array]:
 def _standard(weights: Params, x: Array) -> Array:
     for w in weights[:-1]:
         x = jax.nn.silu(x @ w)
-    return x @ weights[-1]
+    outputs: Array = x @ weights[-1]
+    return outputs
 
 
 def _ntk(weights: Params, x: Array) -> Array:
     for w in weights[:-1]:
         x = jax.nn.relu(2**0.5 * x @ w / w.shape[0] ** 0.5)
-    return x @ weights[-1] / weights[-1].shape[0] ** 0.5
+    outputs: Array = x @ weights[-1] / weights[-1].shape[0] ** 0.5
+    return outputs
 
 
 @claim(
@@ -53,9 +55,9 @@ def _ntk(weights: Params, x: Array) -> Array:
     "predict noisy clipped training of networks run by run, and so does the noise path alone while "
     "training moves the kernel little.",
     assumptions="64 and 32 wines, softmax loss, flat abadi, R = 1, full batches: SiLU, 2 x 96, in "
-    "standard parameterisation, momentum 0.9, 60 steps, v = 0.004 (response), and ReLU, 2 x 256, in "
-    "NTK parameterisation, 30 steps, v = 0.3 (noise path); 40 runs by plain per-sample gradients "
-    "with the same noise; errors of the mean loss at every step",
+    "standard parameterisation, momentum 0.9, 60 steps, v = 0.004 (response), and ReLU, 2 x 256, "
+    "in NTK parameterisation, 30 steps, v = 0.3 (noise path); 40 runs by plain per-sample "
+    "gradients with the same noise; errors of the mean loss at every step",
     source="derived",
 )
 def responses_predict_networks_run_by_run() -> list[Finding]:
@@ -63,13 +65,11 @@ def responses_predict_networks_run_by_run() -> list[Finding]:
     with jax.enable_x64(False):
         silu = [1.5 * w / w.shape[0] ** 0.5 for w in _weights([13, 96, 96, 3])]
         relu = _weights([13, 256, 256, 3])
-        for name, about, apply, weights, n, rate, steps, momentum, variance in (
-            ("response", "path", _standard, silu, 64, 0.02, 60, 0.9, 0.004),
-            ("noise path", "start", _ntk, relu, 32, 0.5, 30, 0.0, 0.3),
-        ):
-            observed, predicted, frozen = _losses(
-                about, apply, weights, n, rate, steps, momentum, variance
-            )
+        cases = {
+            "response": _losses("path", _standard, silu, 64, 0.02, 60, 0.9, 0.004),
+            "noise path": _losses("start", _ntk, relu, 32, 0.5, 30, 0.0, 0.3),
+        }
+        for name, (observed, predicted, frozen) in cases.items():
             mean = observed.mean(0)
             error, of_frozen = (
                 np.abs(loss.mean(0) / mean - 1)[1:].max() for loss in (predicted, frozen)
@@ -86,8 +86,8 @@ def responses_predict_networks_run_by_run() -> list[Finding]:
 
 
 def _losses(
-    about: str,
-    apply: Any,
+    about: Literal["path", "start"],
+    apply: ApplyFn,
     weights: list[Array],
     n: int,
     rate: float,

@@ -1,4 +1,4 @@
-"""Claims C22-C25, C33-C36, C42 and C47 hold, and fail for implementations that are wrong."""
+"""Claims C22-C25, C33-C36, C39, C42 and C47 hold, and fail for implementations that are wrong."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from ntkdp import claims, clipping
+from ntkdp.stochastic_flow._response import runs
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
 
@@ -86,3 +87,11 @@ def test_c47_fails_where_noise_does_not_dominate(mutate: Any) -> None:
     # Adam's noise does not depend on sigma, but that of momentum does.
     assert "v(T) / (eta^2 K), sigma 160" not in wrong
     assert "v(T) of that momentum / (eta^2 K)" in wrong
+
+
+@pytest.mark.slow
+def test_c39_fails_without_the_response(mutate: Any) -> None:
+    """The noise path goes on with the output gradients of the path, which do not respond."""
+    mutate(runs.Runs, "responding", lambda self, at, clipped: jnp.zeros_like(clipped))
+    wrong = failing("C39")
+    assert {"error of the response", "error of the noise path"} <= wrong

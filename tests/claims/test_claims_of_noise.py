@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from ntkdp import claims, clipping
-from ntkdp.stochastic_flow._response import runs
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
+from ntkdp.stochastic_flow._response import runs
 
 
 def failing(name: str) -> set[str]:

@@ -25,8 +25,9 @@ os.environ.setdefault(
 import equinox as eqx
 import hypothesis
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
+import strict_types
 
 jax.config.update("jax_enable_x64", True)
 
@@ -43,7 +44,8 @@ def _module_name(path: Path) -> str:
     return ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
 
 
-install_import_hook(
+jaxtyping.jaxtyped = strict_types.jaxtyped
+jaxtyping.install_import_hook(
     [
         _module_name(path)
         for path in _PACKAGE.rglob("*.py")

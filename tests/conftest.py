@@ -44,7 +44,7 @@ def _module_name(path: Path) -> str:
     return ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
 
 
-jaxtyping.jaxtyped = strict_types.jaxtyped
+vars(jaxtyping)["jaxtyped"] = strict_types.jaxtyped
 jaxtyping.install_import_hook(
     [
         _module_name(path)

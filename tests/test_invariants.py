@@ -473,9 +473,7 @@ def test_what_leaves_out_the_noise_is_told(
         training={"noise_multiplier": sigma, "momentum": momentum},
         model={"parameterization": parameterization},
     )
-    # Limits of wide networks under noise are known without momentum.
-    has_noise = {"recursion"} | ({"infinite"} if momentum == 0 else set())
-    left_out = [name for name in chosen if name not in has_noise]
+    left_out = [name for name in chosen if name not in ("recursion", "infinite")]
     assert experiment.noise_free(config) == (left_out if sigma > 0 else [])
 
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ntkdp._backend.types import Array, ProgressCallback, ScalarLike
+from ntkdp._backend.types import Array, Progress, ProgressCallback, ScalarLike
 
 #: The number of a run, or None if nobody listens to it. Compiled programs take it as an argument,
 #: so that one program serves every run, and tells each run's own listener.
@@ -111,3 +111,10 @@ def _registered(callback: ProgressCallback) -> Iterator[Array]:
         callback(1.0)
     finally:
         del _listening[number]
+
+
+def part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """Progress of one part of the work, reported as progress of the whole."""
+    if not callable(progress):
+        return progress
+    return lambda done: progress((number + done) / parts)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
+from ntkdp._backend.progress import part_of
 from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
 from ntkdp.comparison import CellMetrics, measure
 from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
@@ -126,7 +127,7 @@ def predict(
             sample_rate=sample_rate,
             noise_kernel=noise_kernel,
             noise_per_group=noise_per_group,
-            progress=_part_of(progress, number, len(parts)),
+            progress=part_of(progress, number, len(parts)),
             key=keys,
         )
         if keys is None:
@@ -158,10 +159,3 @@ def _cells_at_once(
     way_out = "use fewer keys, samples or float32"
     memory.require(noise_bytes + cell_bytes, "predicting a cell", way_out)
     return max(1, int(_SHARE * (memory.available_bytes() - noise_bytes) / cell_bytes))
-
-
-def _part_of(progress: Progress, number: int, parts: int) -> Progress:
-    """Progress of one part of the work, reported as progress of the whole."""
-    if not callable(progress):
-        return progress
-    return lambda done: progress((number + done) / parts)

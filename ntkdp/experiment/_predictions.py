@@ -76,8 +76,7 @@ def needed_kernels(config: Config) -> set[str]:
 
 def _moves(config: Config, name: str) -> bool:
     """Whether the prediction follows a kernel that noise moves, which it computes itself."""
-    training = config.training
-    return name == "infinite" and training.noisy and training.momentum == 0
+    return name == "infinite" and config.training.noisy
 
 
 def noise_free(config: Config) -> list[str]:
@@ -196,7 +195,9 @@ def predict(
             test_x=problem.test_x,
             test_targets=problem.test_targets,
         )
-        predicted = stochastic_flow.two_time_ensemble(two_times, initial, **steps, **drawn)
+        predicted = stochastic_flow.two_time_ensemble(
+            two_times, initial, optimizer=optimizer, **steps, **drawn
+        )
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
     if name == "response":

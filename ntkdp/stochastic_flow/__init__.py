@@ -30,7 +30,7 @@ infinitely wide network with the kernels between times of :func:`ntkdp.two_time_
 without noise, what noise does to the network along it, and how the outputs respond.
 
 :func:`final_outputs` takes many learning rates and clipping norms at once, for what training ends
-with.
+with, and so does :func:`two_time_final_outputs` with kernels between times.
 """
 
 from ntkdp.stochastic_flow._ensemble import ensemble
@@ -41,6 +41,7 @@ from ntkdp.stochastic_flow._phases import ensemble_phases
 from ntkdp.stochastic_flow._response.ensemble import response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
+from ntkdp.stochastic_flow._two_time.final import two_time_final_outputs
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._weight_noise import weight_noise_variance
 
@@ -57,6 +58,7 @@ __all__ = [
     "moments",
     "response_ensemble",
     "two_time_ensemble",
+    "two_time_final_outputs",
     "two_time_flow",
     "weight_noise_variance",
 ]

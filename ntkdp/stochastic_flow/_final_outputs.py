@@ -140,7 +140,7 @@ def final_outputs(
     steps = check_steps(steps)
     stepping = Stepping(1.0, steps, max(1, steps // _TOLD))
     state, test = flow.init(initial)
-    cells = _cells(state.dtype, learning_rates, clip_norms, noise_multipliers)
+    cells = cells_of(state.dtype, learning_rates, clip_norms, noise_multipliers)
     rate, divisor = sampling(flow, sample_rate)
     noisy = bool(np.any(np.asarray(cells[2]) > 0))
     if noisy and not flow.clipping.bounds_each_sample:
@@ -163,9 +163,10 @@ def final_outputs(
         return devices.whole(final)
 
 
-def _cells(
+def cells_of(
     dtype: DTypeLike, learning_rates: ArrayLike, clip_norms: ArrayLike, noise_multipliers: ArrayLike
 ) -> _Cells:
+    """Learning rates, clipping norms and noise multipliers of all cells, checked."""
     parts = {
         "learning_rates": validate.positive(learning_rates=learning_rates),
         "clip_norms": validate.positive(clip_norms=clip_norms),

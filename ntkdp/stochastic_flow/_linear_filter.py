@@ -20,8 +20,9 @@ from ntkdp._backend.types import Array, Float, LearningRate, PyTree
 
 #: Largest difference from linear, relative to the sizes of the numbers.
 _TOLERANCE = 1e-4
-#: Variance of a position that is known, relative to the largest variance of any.
-_PINNED = 1e-12
+#: Variance of a position that is known, relative to the largest variance of any: digits are lost in
+#: the square of the deviation.
+_PINNED = 1e-9
 
 
 class LinearFilter(NamedTuple):
@@ -67,21 +68,60 @@ class LinearFilter(NamedTuple):
 
     def position_covariance(self, nodes: np.ndarray) -> Float[np.ndarray, "steps1 nodes"]:
         """Covariance of the position at every step with that at the nodes, under unit noise."""
+        return self.covariance(nodes, (0,))[:, 0]
+
+    def covariance(
+        self, nodes: np.ndarray, readers: tuple[int, ...]
+    ) -> Float[np.ndarray, "steps1 readers all_nodes"]:
+        """Covariance of some entries at every step with those at the nodes, under unit noise.
+
+        The last axis are the nodes of the first of the ``readers``, then those of the next.
+        """
+        entries, own = list(readers), self._own_covariances()
+        places = {node: np.flatnonzero(nodes == node) for node in set(nodes.tolist())}
+        covariance = np.zeros((self.steps + 1, self.size, len(readers), len(nodes)))
+        # Forward in time, what a state has in common with a node is carried on.
+        common = np.zeros(covariance.shape[1:])
+        for k in range(self.steps + 1):
+            if k in places:
+                common[:, :, places[k]] = own[k][:, entries, None]
+            covariance[k] = common
+            if k < self.steps:
+                common = np.tensordot(self.matrices[k], common, axes=1)
+        # Backward in time, `reach` carries a state to the entries at a node.
+        reach = np.zeros(covariance.shape[1:])
+        for k in range(self.steps, -1, -1):
+            if k < self.steps:
+                reach = np.tensordot(self.matrices[k].T, reach, axes=1)
+            before = nodes > k
+            covariance[k][:, :, before] = np.tensordot(own[k], reach, axes=1)[:, :, before]
+            if k in places:
+                reach[:, :, places[k]] = np.eye(self.size)[:, entries, None]
+        return covariance[:, entries].reshape(self.steps + 1, len(readers), -1)
+
+    def undriven(self, start: Float[np.ndarray, " d"]) -> Float[np.ndarray, "steps1 d"]:
+        """States at every step without gradients."""
+        states = [start]
+        for matrix in self.matrices:
+            states.append(matrix @ states[-1])
+        return np.stack(states)
+
+    def _own_covariances(self) -> Float[np.ndarray, "steps1 d d"]:
         covariances = [np.zeros((self.size, self.size))]
         for matrix, drive in zip(self.matrices, self.drives, strict=True):
             covariances.append(matrix @ covariances[-1] @ matrix.T + np.outer(drive, drive))
-        result = np.zeros((self.steps + 1, len(nodes)))
-        for column, node in enumerate(nodes):
-            row = np.eye(self.size)[0]
-            for k in range(node, -1, -1):
-                # Here `row` carries a state at step k to the position at the node.
-                result[k, column] = (covariances[k] @ row)[0]
-                row = row @ self.matrices[k - 1] if k else row
-            carried = covariances[node][:, 0]
-            for k in range(node, self.steps):
-                carried = self.matrices[k] @ carried
-                result[k + 1, column] = carried[0]
-        return result
+        return np.stack(covariances)
+
+
+def averaged(filter: LinearFilter, decay: float) -> LinearFilter:
+    """The filter with one more entry, the last: the moving average of the position."""
+    steps, size = filter.drives.shape
+    matrices, drives = np.zeros((steps, size + 1, size + 1)), np.zeros((steps, size + 1))
+    matrices[:, :size, :size], drives[:, :size] = filter.matrices, filter.drives
+    matrices[:, size, :size] = (1 - decay) * filter.matrices[:, 0]
+    matrices[:, size, size] = decay
+    drives[:, size] = (1 - decay) * filter.drives[:, 0]
+    return LinearFilter(matrices, drives)
 
 
 class Bridge(NamedTuple):
@@ -156,27 +196,39 @@ def _filter(
 
 def interpolation(filter: LinearFilter, nodes: np.ndarray) -> Float[np.ndarray, "steps1 nodes"]:
     """Weights of the positions at the nodes in the mean position of every step, given those."""
-    covariance = filter.position_covariance(nodes)
-    between = covariance[nodes]
+    return readings(filter.covariance(nodes, (0,)), nodes)[:, 0]
+
+
+def readings(
+    covariance: Float[np.ndarray, "steps1 readers all_nodes"], nodes: np.ndarray
+) -> Float[np.ndarray, "steps1 readers all_nodes"]:
+    """Weights of the entries at the nodes in the mean of those at every step, given the former.
+
+    ``covariance`` is that of :meth:`LinearFilter.covariance`.
+    """
+    n_readers = covariance.shape[1]
+    between = np.swapaxes(covariance[nodes], 0, 1).reshape(-1, covariance.shape[-1])
+    spread = np.sqrt(np.diagonal(between))
     # The start is known, and so is a node without noise since the one before.
-    weights: Float[np.ndarray, "steps1 nodes"] = covariance @ np.linalg.pinv(
-        between, rcond=1e-12, hermitian=True
-    )
-    weights[nodes] = np.eye(len(nodes))
+    unit = np.where(spread > 0, spread, 1.0)
+    inverse = np.linalg.pinv(between / np.outer(unit, unit), rcond=1e-12, hermitian=True)
+    weights: Float[np.ndarray, "steps1 readers all_nodes"] = (covariance / unit) @ inverse / unit
+    itself = np.eye(n_readers * len(nodes)).reshape(n_readers, len(nodes), -1)
+    weights[nodes] = np.swapaxes(itself, 0, 1)
     return weights
 
 
-def bridge(filter: LinearFilter, nodes: np.ndarray) -> Bridge:
-    """The noise between nodes, given that the position is zero at each of them."""
+def bridge(filter: LinearFilter, nodes: np.ndarray, readers: tuple[int, ...] = (0,)) -> Bridge:
+    """The noise between nodes at each of which the position, or all ``readers``, are zero."""
     size, steps = filter.size, filter.steps
     variances = np.diagonal(filter.position_covariance(nodes)[nodes])
-    pinned = 1 / (_PINNED * max(float(variances.max()), np.finfo(float).tiny))
+    pinned = 1 / (_PINNED * (float(variances.max()) or 1.0))
     known = set(np.asarray(nodes).tolist())
     precision = np.zeros((size, size))
     gains, deviations = np.zeros((steps, size)), np.zeros(steps)
     for k in range(steps - 1, -1, -1):
         if k + 1 in known:
-            precision[0, 0] += pinned
+            precision[list(readers), list(readers)] += pinned
         matrix, drive = filter.matrices[k], filter.drives[k]
         total = 1 + drive @ precision @ drive
         across = drive @ precision @ matrix

@@ -23,8 +23,9 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import clipping, models
 from ntkdp._backend import devices, memory
+from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
-from ntkdp.stochastic_flow._two_time import gaussian_process, volterra
+from ntkdp.stochastic_flow._two_time import gaussian_process, volterra, weight_path
 
 MODEL = models.mlp([8], K, activation="erf", W_std=1.5, b_std=0.3)
 FLAT, LAYERWISE = clipping.Abadi(1.0), clipping.Abadi(0.8, scope="layerwise")
@@ -113,7 +114,9 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     n, m, rank = 192, 64, 4
     N = n + m
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 4)))
-    steps = volterra.grid(np.arange(7.0), np.linspace(0.0, 0.2, 7), np.arange(7), 3)
+    path, at = weight_path.path_of(SGD(), 0.2, 6), np.array([0, 3, 6, 6])
+    nodes, rest = weight_path.nodes_of(path, at), weight_path.rest_of(path, at)
+    cells = volterra.grid(path, nodes, rest, np.arange(7), 3, np.dtype(float))
 
     def needed(n_devices: int) -> dict[str, int]:
         flow = TwoTimeFlow(
@@ -122,26 +125,26 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
         )  # fmt: skip
         modes = devices.spread(flow.mesh, jnp.zeros((N, N)))
         small = (
-            jnp.zeros((3, N, K)),
+            jnp.zeros((4, N, K)),
             jnp.zeros((3 * rank, 3 * rank)),
             jnp.zeros((N - rank, 3, 3)),
-            jnp.arange(3),
-            jnp.zeros((2, rank, rank)),
-            jnp.zeros((2, N - rank)),
+            jnp.array([0, 1, 2, 2]),
+            jnp.zeros((3, rank, rank)),
+            jnp.zeros((3, N - rank)),
             jnp.zeros(()),
         )
-        variances = jnp.linspace(0.0, 0.2, 3)[:, None] * jnp.ones(2)
+        laws = gaussian_process.Laws.of(nodes, np.ones(2), np.dtype(float))
         pairs: Any
-        small, variances, pairs, of_run = devices.everywhere(
-            flow.mesh, (small, variances, np.tril_indices(3), (steps, KEYS[:1]))
+        small, laws, pairs, last, of_run = devices.everywhere(
+            flow.mesh, (small, laws, np.tril_indices(3), jnp.asarray(2), (cells, KEYS[:1]))
         )
         process = gaussian_process.OutputProcess(modes, *small)
-        options: tuple[Any, ...] = (7, 1.0, True, False, None)
+        options: tuple[Any, ...] = (None, (0,), 7, 1.0, True, False, None)
         programs = {
-            "covariance": lowered(gaussian_process._covariance, flow, variances[-1]),
+            "covariance": lowered(gaussian_process._covariance, flow, laws, last),
             "modes": lowered(gaussian_process._signed, modes, flow.mesh),
-            "blocks": lowered(gaussian_process._blocks, flow, variances, pairs, modes, rank),
-            "run": lowered(volterra.run, flow, process, variances, *of_run, *options),
+            "blocks": lowered(gaussian_process._blocks, flow, laws, pairs, modes, rank),
+            "run": lowered(volterra.run, flow, process, laws, *of_run, *options),
         }
         taken = {"flow": bytes_on_first_device(flow)}
         for name, program in programs.items():
@@ -168,7 +171,9 @@ def test_memory_asked_for_is_that_of_all_devices_of_a_host(monkeypatch: pytest.M
         TwoTimeFlow(MODEL, X, Y, LOSS, FLAT, frozen=True, mesh=mesh_of(8))
     # Kernels once; paths and the covariance of all nodes on each of the eight.
     kernels, paths, joint = 2 * 5 * 16 * 16, 3 * 5 * 16 * K, 3 * (5 * 16) ** 2
-    with pytest.raises(MemoryError, match=f"needs {8 * (kernels + 8 * (paths + joint)):,} bytes"):
+    filters = 3 * 3 * 1 * (5 + 1)
+    needed = 8 * (kernels + 8 * (paths + joint)) + 8 * filters
+    with pytest.raises(MemoryError, match=f"needs {needed:,} bytes"):
         two_time_ensemble(flow, learning_rate=0.5, steps=3, key=KEYS[0])
 
 

@@ -192,7 +192,7 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     config = experiment.config(
         **SMALL
         | {
-            "predictions": ["frozen", "recursion"],
+            "predictions": ["frozen", "infinite", "recursion"],
             "training": {
                 "steps": 30,
                 "learning_rate": 0.01,
@@ -214,10 +214,11 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     np.testing.assert_allclose(prediction.trajectory.times, case.run.times, rtol=1e-12)
     assert prediction.comparison.sup_relative_error < 0.05
     # Discrete steps have the momentum itself, and the noise passes through it.
-    drawn = case.predictions["recursion"]
-    assert drawn.trajectory.loss.shape == (5, 7)
-    assert drawn.comparison.sup_relative_error < 0.05
-    assert drawn.trajectory.setup[0].optimizer_options == (("momentum", (0.5,)),)
+    for name, most in (("recursion", 0.05), ("infinite", 0.1)):
+        drawn = case.predictions[name]
+        assert drawn.trajectory.loss.shape == (5, 7)
+        assert drawn.comparison.sup_relative_error < most, name
+        assert drawn.trajectory.setup[0].optimizer_options == (("momentum", (0.5,)),)
     response = np.sum(((1 - 0.5 ** np.arange(1, 31)) / 0.5) ** 2)
     std = 0.01 * 0.05 * 0.5 / (0.5 * config.data.n_train)
     np.testing.assert_allclose(case.weight_noise, response * std**2, rtol=1e-6)

@@ -525,7 +525,12 @@ def test_covariances_between_times_are_positive(later: float, share: float) -> N
 @cache
 def _covariance_of() -> Any:
     flow = _flow(ERF)
-    return jax.jit(lambda a, b: flow.covariance(jnp.full(2, a), jnp.full(2, b)))
+
+    def covariance(later: Any, earlier: Any) -> Any:
+        law = models.WeightLaw(later, jnp.minimum(later, earlier), earlier)
+        return flow.covariance(law)
+
+    return jax.jit(covariance)
 
 
 def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:

@@ -17,14 +17,14 @@ from ntkdp._backend.types import (
     ScalarLike,
 )
 from ntkdp.gradient_flow import with_steps
+from ntkdp.optimizers import OptimizerLike, as_linear
+from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._two_time import volterra
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
-from ntkdp.stochastic_flow._two_time.gaussian_process import output_process
-from ntkdp.stochastic_flow._weight_noise import (
-    NoiseMultiplier,
-    variance_of_budget,
-    weight_noise_variance,
-)
+from ntkdp.stochastic_flow._two_time.gaussian_process import Laws, output_process
+from ntkdp.stochastic_flow._two_time.volterra import Cases
+from ntkdp.stochastic_flow._two_time.weight_path import WeightPath, nodes_of, path_of, rest_of
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations, variance_of_budget
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
 #: Number of nodes times points up to which, by default, every step is a node.
@@ -44,6 +44,7 @@ def two_time_ensemble(
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
     noise_per_group: bool = False,
+    optimizer: OptimizerLike | None = None,
     nodes: int | None = None,
     rank: int | None = None,
     record_every: int = 1,
@@ -54,10 +55,13 @@ def two_time_ensemble(
     r"""Draw runs of DP-SGD on an infinitely wide network, whose kernel noise moves.
 
     .. math::
-        f_k = g_k - \frac{\eta}{n} \sum_{j < k} \sum_r \Theta_r(k, j)\, C_{ir}(j)\, a(j), \qquad
+        f_k = g_k + \frac1n \sum_{j < k} h_{kj} \sum_r \Theta_r(k, j)\, C_{ir}(j)\, a(j), \qquad
         g \sim GP(0, \Sigma(k, j) \otimes I_K),
 
-    where clipping takes the norms from :math:`\Theta(j, j)`.
+    where clipping takes the norms from :math:`\Theta(j, j)`, and :math:`h_{kj}` is what a linear
+    optimizer has made at step k of a gradient of one at step j: :math:`-\eta_j` for plain SGD.
+    The noise on the weights passes through the same filter, so that its covariance between times is
+    :math:`V(k, j) = (\sigma S/(q n))^2 \sum_i h_{ki} h_{ji}`.
 
     Parameters
     ----------
@@ -70,6 +74,9 @@ def two_time_ensemble(
     learning_rate, steps, noise_multiplier, sample_rate, noise_per_group, record_every, outputs, \
     progress
         As for :func:`ensemble`; the groups are the layers.
+    optimizer : optimizers.SGD or callable, optional
+        A linear optimizer, by default plain SGD: momentum, Nesterov momentum, weight decay, and the
+        average of the weights at which a run is measured.
     nodes : int, optional
         Number of times at which kernels are computed, at least 2; between them they are
         interpolated. The default is every step while that is cheap, and 16 or more otherwise.
@@ -87,14 +94,17 @@ def two_time_ensemble(
     Raises
     ------
     ValueError, TypeError
-        As for :func:`ensemble`.
+        As for :func:`ensemble`; an optimizer that is not linear, or one with weight decay and a
+        frozen flow, whose kernels do not follow the weights.
     MemoryError
         If kernels or paths do not fit.
 
     Notes
     -----
     *Derived*. Exact at infinite width with a node at every step. A step costs a product of
-    ``(N, 3 n)`` with ``(3 n, S K)``, and every two nodes a kernel ``(N, N)``.
+    ``(N, 3 n)`` with ``(3 n, S K)``, and every two nodes a kernel ``(N, N)``; momentum doubles the
+    products at the nodes, and an average doubles all of them. Weight decay acts on the initial
+    weights too, of which the share :math:`a_k` is left: it moves the kernels without noise.
 
     Examples
     --------
@@ -108,37 +118,34 @@ def two_time_ensemble(
     >>> runs.loss.shape
     (10, 5)
     """
-    _check_flow(flow)
+    check_flow(flow)
     stepping = Stepping(learning_rate, steps, record_every)
-    variances = weight_noise_variance(
-        flow.clipping,
-        flow.n_samples,
-        learning_rate=learning_rate,
-        steps=stepping.steps,
-        noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate,
-        n_groups=len(flow.names),
-        noise_per_group=noise_per_group,
-        reduction=flow.reduction,
-    )
+    linear = as_linear(optimizer)
+    if linear.decays_weights and flow.frozen:
+        raise ValueError(
+            "flow must not be frozen with weight decay, which moves the kernels of the start; take "
+            "frozen=False, or ensemble with a KernelFlow"
+        )
+    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
+    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, rate)
+    stds = deviations(flow.clipping, sigma, len(flow.names), noise_per_group)
+    divisor = rate * (flow.n_samples if flow.reduction == "mean" else 1)
     step_times = times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1))
     recorded = stepping.recorded
     measured = draw(
         flow,
         initial,
-        np.asarray(step_times, np.float64),
-        np.asarray(variances, np.float64),
+        path_of(linear, stepping.learning_rate, stepping.steps),
+        (np.asarray(stds, np.float64) / divisor) ** 2,
         recorded,
         nodes=nodes,
         rank=rank,
-        sample_rate=float(sample_rate),
-        trapezoidal=False,
+        sample_rate=rate,
         outputs=outputs,
         progress=progress,
         key=key,
     )
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group)
+    setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group, linear)
     return from_measurements(
         step_times[recorded], measured, steps=jnp.asarray(recorded), setup=setup
     )
@@ -204,7 +211,7 @@ def two_time_flow(
     >>> paths.loss.shape
     (5, 3)
     """
-    _check_flow(flow)
+    check_flow(flow)
     steps = validate.count(steps=steps)
     start, times = (np.asarray(part, np.float64) for part in validate.times_from(start, times))
     horizon = times[-1] - start
@@ -226,17 +233,22 @@ def two_time_flow(
     ]
     recorded = np.append(0, np.cumsum(pieces))[-len(times) :]
     whole = np.append(np.concatenate(fine), times[-1])
-    share = (whole - start) / horizon
+    lengths = np.diff(whole)
+    # The trapezoidal rule: a gradient belongs to half of the step on either side.
+    before = np.append(0.0, lengths)
+    gains = -(before[:-1] + lengths) / 2
+    noise = np.sqrt(lengths / horizon) / -gains
+    filter = LinearFilter(np.ones((len(gains), 1, 1)), gains[:, None])
     measured = draw(
         flow,
         initial,
-        whole,
-        share[:, None] * np.broadcast_to(variance, len(flow.names)),
+        WeightPath(filter, noise, (0,)),
+        np.broadcast_to(variance, len(flow.names)),
         recorded,
+        before=before,
         nodes=nodes,
         rank=rank,
         sample_rate=1.0,
-        trapezoidal=True,
         outputs=outputs,
         progress=progress,
         key=key,
@@ -249,61 +261,78 @@ def two_time_flow(
 def draw(
     flow: TwoTimeFlow,
     initial: PyTree,
-    times: Float[np.ndarray, " steps"],
-    variances: Float[np.ndarray, "steps R"],
+    path: WeightPath,
+    scales: Float[np.ndarray, " R"],
     recorded: np.ndarray,
     *,
+    before: Float[np.ndarray, " steps"] | None = None,
+    cases: Cases | None = None,
     nodes: int | None,
     rank: int | None,
     sample_rate: float,
-    trapezoidal: bool,
     outputs: bool,
     progress: Progress,
     key: KeyLike,
 ) -> Measurement:
-    """Measurements of runs on a grid of times, at its recorded places."""
+    """Measurements of runs along a path, at its recorded places.
+
+    ``scales`` are the variances of the layers' noise. With the lengths of the steps ``before`` each
+    step, the trapezoidal rule is used. ``cases`` has a clipping norm and a learning rate for each
+    key.
+    """
     keys = validate.keys(key=key)
     start = flow.initial(initial)
     n_points = flow.points.shape[0]
-    steps = len(times) - 1
+    steps, size = path.filter.drives.shape
+    n_readers = len(path.readers)
     if nodes is None:
         nodes = min(steps + 1, max(_FEWEST_NODES, _MOST_AT_EVERY_STEP // n_points))
     if validate.count(nodes=nodes) < 2:
         raise ValueError(f"nodes must be at least 2, the start and the end, got {nodes!r}")
     nodes = min(nodes, steps + 1)
-    rank = _MOST_TOGETHER // nodes if rank is None else validate.count(rank=rank)
+    rank = _MOST_TOGETHER // (n_readers * nodes) if rank is None else validate.count(rank=rank)
     # The last step is inside a cell, and so is every step that is recorded.
     per_cell = -(-steps // (nodes - 1))
     n_cells = steps // per_cell + 1
     n_columns = keys.size * flow.n_outputs
     itemsize = flow.points.dtype.itemsize
-    rows = 2 * (n_cells + 1) * flow.n_terms * n_points * flow.n_samples
-    paths = 3 * (n_cells + 1) * n_points * n_columns
-    joint = 3 * (min(rank, n_points) * (n_cells + 1)) ** 2
+    rows = (n_readers + 1) * (n_cells + 1) * flow.n_terms * n_points * flow.n_samples
+    paths = (2 + size) * n_readers * (n_cells + 1) * n_points * n_columns
+    joint = 3 * (min(rank, n_points) * n_readers * (n_cells + 1)) ** 2
     kept = len(recorded) * n_points * n_columns * bool(outputs)
+    filters = 3 * steps * size * (n_readers * (n_cells + 1) + size)
     copies = 1 if flow.mesh is None else flow.mesh.size
     memory.require(
-        devices.bytes_on_host(flow.mesh, (rows + copies * (paths + joint + kept)) * itemsize),
+        devices.bytes_on_host(
+            flow.mesh, (rows + copies * (paths + joint + kept)) * itemsize + 8 * filters
+        ),
         f"an ensemble of {keys.size} runs, {n_points} points and {n_cells + 1} nodes",
         "use fewer seeds at a time, fewer nodes, a lower rank or float32",
     )
-    at_nodes = variances[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
-    process = output_process(flow, at_nodes, start, rank)
-    # The layers' variances are in proportion, so their sum marks the same places.
-    steps_of_cells = volterra.grid(times, variances.sum(1), recorded, per_cell)
-    variances_of_nodes, steps_of_cells, keys_of_seeds = devices.everywhere(
-        flow.mesh, (jnp.asarray(at_nodes, flow.points.dtype), steps_of_cells, keys.reshape(-1))
+    if not np.any(scales > 0):
+        path = path._replace(noise=np.zeros(steps))
+    at = np.minimum(per_cell * np.arange(n_cells + 1), steps)
+    law = nodes_of(path, at)
+    rest = rest_of(path, at) if per_cell > 1 else None
+    dtype = flow.points.dtype
+    between = np.arange(n_cells + 1) if per_cell > 1 else np.arange(0)
+    process = output_process(flow, law, scales, between, start, rank)
+    cells = volterra.grid(path, law, rest, recorded, per_cell, dtype, before)
+    laws, cells, keys_of_seeds, cases = devices.everywhere(
+        flow.mesh, (Laws.of(law, scales, dtype), cells, keys.reshape(-1), cases)
     )
     with _progress.listening(progress, "drawing wide networks") as listener:
         measured = volterra.run(
             flow,
             process,
-            variances_of_nodes,
-            steps_of_cells,
+            laws,
+            cells,
             keys_of_seeds,
+            cases,
+            path.readers,
             len(recorded),
             sample_rate,
-            trapezoidal,
+            before is not None,
             outputs,
             listener,
         )
@@ -314,6 +343,7 @@ def draw(
     return single
 
 
-def _check_flow(flow: object) -> None:
+def check_flow(flow: object) -> None:
+    """Raise unless it is a flow between times."""
     if not isinstance(flow, TwoTimeFlow):
         raise TypeError(f"flow must be a TwoTimeFlow, got {type(flow).__name__}; see ensemble")

@@ -18,8 +18,8 @@ from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import setup_of
 from ntkdp.losses import Loss, Reduction
-from ntkdp.models import Model
-from ntkdp.ntk import TwoTimeKernel, between_times, check_two_time
+from ntkdp.models import Model, WeightLaw
+from ntkdp.ntk import TwoTimeKernel, check_two_time, under_laws
 from ntkdp.trajectory import HasTrainingSet, Measurement, TrainingSet
 
 #: The covariance of outputs and the terms of the tangent kernel between two times, of a model.
@@ -139,9 +139,10 @@ class TwoTimeFlow(HasTrainingSet):
                 f"the kernels of the start of shape {shape}",
                 "use fewer samples or float32",
             )
-            none = devices.everywhere(mesh, jnp.zeros(len(self.names), self.points.dtype))
+            none = jnp.zeros((), self.points.dtype)
+            law = devices.everywhere(mesh, WeightLaw(none, none, none))
             points = self.points
-            self.start = _compiled(self._kernel, self.names, points, points, none, none, mesh)
+            self.start = _compiled(self._kernel, self.names, points, points, law, mesh)
 
     def setup(self) -> Setup:
         """What training it predicts, for comparisons; noise and sampling are those of its runs."""
@@ -183,21 +184,29 @@ class TwoTimeFlow(HasTrainingSet):
         assert self.model.two_time is not None
         return self.model.two_time.kernel
 
-    def _between(self, x: Array, v1: Array, v2: Array) -> TwoTimeKernel:
-        return _in_precision(self._kernel, self.names, self.points, x, v1, v2, self.mesh)
+    def _under(self, x: Array, law: WeightLaw) -> TwoTimeKernel:
+        return _in_precision(self._kernel, self.names, self.points, x, law, self.mesh)
 
-    def covariance(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "N N"]:
-        """Covariance of the undriven outputs of all points, between noise variances by layer."""
+    def covariance(self, law: WeightLaw) -> Float[Array, "N N"]:
+        """Covariance of the undriven outputs of all points, for laws ``(R,)`` of the weights."""
         if self.start is None:
-            return self._between(self.points, v1, v2).nngp
+            return self._under(self.points, law).nngp
         start = self.start
-        return start.nngp + jnp.tensordot(jnp.minimum(v1, v2), start.ntk.values, axes=1)
+        return start.nngp + jnp.tensordot(law.between, start.ntk.values, axes=1)
 
-    def drive(self, v1: Float[Array, " R"], v2: Float[Array, " R"]) -> Float[Array, "T N n"]:
+    def response(self, law: WeightLaw, scales: Float[Array, " R"]) -> Float[Array, "N N"]:
+        """Covariance of the first order of the outputs in a change of the weights.
+
+        The change has the variances ``scales`` by layer.
+        """
+        whole = self._under(self.points, law) if self.start is None else self.start
+        return jnp.tensordot(scales, whole.ntk.values, axes=1)
+
+    def drive(self, law: WeightLaw) -> Float[Array, "T N n"]:
         """Tangent kernel of all points with the training points, by the terms of clipping."""
         n = self.n_samples
         if self.start is None:
-            terms = self._between(self.points[:n], v1, v2).ntk.values
+            terms = self._under(self.points[:n], law).ntk.values
         else:
             terms = self.start.ntk.values[:, :, :n]
         return jnp.sum(terms, 0, keepdims=True) if self.clipping.scope == "flat" else terms
@@ -226,12 +235,11 @@ def _in_precision(
     names: tuple[str, ...],
     points: Array,
     x: Array,
-    v1: Array,
-    v2: Array,
+    law: WeightLaw,
     mesh: Mesh | None,
 ) -> TwoTimeKernel:
     """Kernels between times, from neural-tangents' highest precision to that of the points."""
-    highest = between_times(kernel, names, points, x, v1, v2, mesh)
+    highest = under_laws(kernel, names, points, x, law, mesh)
     kernels: TwoTimeKernel = jax.tree.map(lambda leaf: leaf.astype(points.dtype), highest)
     return kernels
 

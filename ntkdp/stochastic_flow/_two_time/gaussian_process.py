@@ -1,7 +1,7 @@
 r"""The Gaussian process that the outputs follow under noise alone, at a few times.
 
-Between nodes of time the process is a straight line plus a Brownian bridge with the covariance of
-the increment: outputs under noise are as rough as Brownian motion. If points and nodes are many,
+Between nodes of time the process is read off the nodes, and the rest of the weights' noise moves it
+in first order: outputs under noise are as rough as the weights are. If points and nodes are many,
 the covariance is taken in its eigenbasis at the last time: the ``rank`` leading modes together at
 all times, and each of the others by itself. The share that this leaves out is reported.
 
@@ -17,29 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float, Key
+from ntkdp.models import WeightLaw
 from ntkdp.stochastic_flow._matrix_root import eigh
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
+from ntkdp.stochastic_flow._two_time.weight_path import Nodes
 
 
 class OutputProcess(NamedTuple):
-    """The law of g at nodes 0..M over all points; a pytree.
+    """The law of g at Q nodes over all points; a pytree.
 
     Attributes
     ----------
     modes
         ``(N, N)``, orthonormal columns, or None for the points themselves.
     mean
-        ``(M + 1, N, K)`` in the modes.
+        ``(Q, N, K)`` in the modes.
     head, tail
         Lower triangular roots over nodes: ``(D r, D r)`` of the leading modes together, ``(N - r,
         D, D)`` of the others one by one. D is the number of nodes that are drawn.
     place
-        ``(M + 1,)``, which of the drawn nodes each node is; -1 if it is none, and g is the mean.
-    bridge_head, bridge_tail
-        ``(M, r, r)`` and ``(M, N - r)``, roots of the increments' covariances.
+        ``(Q,)``, which of the drawn nodes each node is; -1 if it is none, and g is the mean.
+    rest_head, rest_tail
+        ``(M, r, r)`` and ``(M, N - r)``, roots of the covariance that noise of unit variance on the
+        weights adds between nodes; M is zero if every step is a node.
     left_out
         Share of the covariance, in the Frobenius norm, that the form leaves out.
     """
@@ -49,12 +53,12 @@ class OutputProcess(NamedTuple):
     head: Array
     tail: Array
     place: Array
-    bridge_head: Array
-    bridge_tail: Array
+    rest_head: Array
+    rest_tail: Array
     left_out: Array
 
     def draw(self, keys: Key[Array, " S"], n_outputs: int, mesh: Mesh | None) -> Array:
-        """Samples at the nodes, ``(M + 1, N, S, K)``."""
+        """Samples at the nodes, ``(Q, N, S, K)``."""
         n_modes, drawn = self.mean.shape[1], self.tail.shape[1]
         rank = n_modes - self.tail.shape[0]
         shape = (drawn * n_modes, n_outputs)
@@ -77,49 +81,70 @@ class OutputProcess(NamedTuple):
 
         return devices.over_samples(rows, mesh, (0, None), None)(self.modes, paths)
 
-    def bridges(self, mesh: Mesh | None) -> Array:
-        """Roots of the increments' covariances over the points, ``(M, N, N)``."""
+    def rests(self, mesh: Mesh | None) -> Array:
+        """Roots over the points of what noise adds between nodes, ``(M, N, N)``."""
         if self.modes is None:
-            return self.bridge_head
-        rank = self.bridge_head.shape[1]
+            return self.rest_head
+        rank = self.rest_head.shape[1]
 
         def rows(modes: Array, head: Array, tail: Array) -> Array:
             leading = jnp.einsum("Nr,arq->aNq", modes[:, :rank], head)
             return jnp.concatenate([leading, modes[:, rank:] * tail[:, None]], axis=2)
 
         over_devices = devices.over_samples(rows, mesh, (0, None, None), 1)
-        return over_devices(self.modes, self.bridge_head, self.bridge_tail)
+        return over_devices(self.modes, self.rest_head, self.rest_tail)
 
 
 def output_process(
-    flow: TwoTimeFlow, variances: np.ndarray, initial: Array | None, rank: int
+    flow: TwoTimeFlow,
+    nodes: Nodes,
+    scales: np.ndarray,
+    between: np.ndarray,
+    initial: Array | None,
+    rank: int,
 ) -> OutputProcess:
-    """The process at nodes of the given variances ``(M + 1, R)``, non-decreasing.
+    """The process at nodes, the first of which is the start.
 
-    If ``initial`` outputs are given it is conditioned on them, and the first node must be without
-    noise.
+    ``scales`` ``(R,)`` are the layers' variances for noise of unit variance, and ``between`` are
+    nodes between which, one and the next, there are steps. If ``initial`` outputs are given the
+    process is conditioned on them.
     """
     n_points = flow.points.shape[0]
     rank = min(rank, n_points)
-    # Nodes without noise between them share their draw.
-    distinct, place = np.unique(
-        np.asarray(variances, flow.points.dtype), axis=0, return_inverse=True
-    )
-    place = place.reshape(-1)
-    count = len(distinct)
+    # Nodes of one law share their draw.
+    rows = np.column_stack([nodes.covariance, nodes.kept]).astype(flow.points.dtype)
+    numbers: dict[bytes, int] = {}
+    place = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
+    count = len(numbers)
+    first = np.array([np.flatnonzero(place == number)[0] for number in range(count)])
+    laws = Laws.of(nodes, scales, flow.points.dtype)
     later, earlier = np.tril_indices(count)
-    nodes = devices.everywhere(flow.mesh, jnp.asarray(distinct))
-    pairs = devices.everywhere(flow.mesh, (jnp.asarray(later), jnp.asarray(earlier)))
+    widest = jnp.argmax(laws.covariance.diagonal())
+    laws, pairs, widest, ends = devices.everywhere(
+        flow.mesh,
+        (
+            laws,
+            (jnp.asarray(first[later]), jnp.asarray(first[earlier])),
+            widest,
+            jnp.asarray(between),
+        ),
+    )
     modes = None
     if rank < n_points:
-        _, vectors = eigh(_covariance(flow, nodes[-1]), flow.mesh)
+        _, vectors = eigh(_covariance(flow, laws, widest), flow.mesh)
         modes = _signed(devices.spread(flow.mesh, vectors[:, ::-1]), flow.mesh)
-    blocks = _blocks(flow, nodes, pairs, modes, rank)
+    blocks = _blocks(flow, laws, pairs, modes, rank)
+    rest = (
+        jnp.zeros((0, rank, rank), flow.points.dtype),
+        jnp.zeros((0, n_points - rank), flow.points.dtype),
+    )
+    if len(between):
+        rest = _responses(flow, laws, ends, modes, rank)
     start = initial if initial is None or modes is None else _in_modes(modes, initial, flow.mesh)
     if flow.mesh is not None:
         # The rest is small, and computed once rather than by every device.
-        blocks, start = jax.tree.map(
-            lambda leaf: jnp.asarray(devices.on_host(leaf)), (blocks, start)
+        blocks, rest, start = jax.tree.map(
+            lambda leaf: jnp.asarray(devices.on_host(leaf)), (blocks, rest, start)
         )
     head, tail, squares = blocks
     # Each pair of different nodes stands for two blocks.
@@ -127,18 +152,6 @@ def output_process(
     left_out = jnp.sqrt(jnp.maximum(1 - kept / total, 0))
     head = _symmetric(head, later, earlier, count)
     tail = _symmetric(tail[:, None, None], later, earlier, count)[:, :, 0, 0]
-
-    increments = [
-        over_nodes[1:, 1:] + over_nodes[:-1, :-1] - over_nodes[1:, :-1] - over_nodes[:-1, 1:]
-        for over_nodes in (head, tail)
-    ]
-    steps = np.arange(count - 1)
-    bridge_head = _roots(increments[0][steps, steps])
-    bridge_tail = jnp.sqrt(jnp.maximum(increments[1][steps, steps], 0))
-    # A cell between equal nodes has no bridge.
-    within = np.where(np.diff(place) > 0, place[:-1], count - 1)
-    bridge_head = jnp.concatenate([bridge_head, jnp.zeros_like(head[0, :1])])[within]
-    bridge_tail = jnp.concatenate([bridge_tail, jnp.zeros_like(tail[0, :1])])[within]
 
     mean = jnp.zeros((count, n_points, flow.n_outputs), head.dtype)
     if start is not None:
@@ -156,11 +169,30 @@ def output_process(
         head=_roots(joint[None])[0],
         tail=_roots(jnp.moveaxis(tail, -1, 0)),
         place=jnp.asarray(place if initial is None else place - 1),
-        bridge_head=bridge_head,
-        bridge_tail=bridge_tail,
+        rest_head=_roots(rest[0]),
+        rest_tail=jnp.sqrt(jnp.maximum(rest[1], 0)),
         left_out=left_out,
     )
     return devices.everywhere(flow.mesh, small)._replace(modes=modes)
+
+
+class Laws(NamedTuple):
+    """Covariances of the weights between nodes, for all layers; a pytree."""
+
+    covariance: Float[Array, "Q Q"]
+    kept: Float[Array, " Q"]
+    scales: Float[Array, " R"]
+
+    @classmethod
+    def of(cls, nodes: Nodes, scales: np.ndarray, dtype: DTypeLike) -> "Laws":
+        """The laws of nodes in the precision of a flow."""
+        return cls(*(jnp.asarray(part, dtype) for part in (*nodes[:2], scales)))
+
+    def between(self, later: Array | int, earlier: Array | int) -> WeightLaw:
+        """The law between two nodes."""
+        pairs = ((later, later), (later, earlier), (earlier, earlier))
+        first, both, second = (self.scales * self.covariance[pair] for pair in pairs)
+        return WeightLaw(first, both, second, self.kept[later], self.kept[earlier])
 
 
 @eqx.filter_jit
@@ -187,41 +219,62 @@ def _in_modes(
 
 
 @eqx.filter_jit
-def _covariance(flow: TwoTimeFlow, v: Array) -> Array:
-    return flow.covariance(v, v)
+def _covariance(flow: TwoTimeFlow, laws: Laws, node: Array) -> Array:
+    return flow.covariance(laws.between(node, node))
 
 
 @eqx.filter_jit
 def _blocks(
     flow: TwoTimeFlow,
-    variances: Array,
+    laws: Laws,
     pairs: tuple[Array, Array],
     modes: Array | None,
     rank: int,
 ) -> tuple[Array, Array, Array]:
     """Covariances between pairs of nodes, of the leading modes and of the others, and norms."""
-    mesh = flow.mesh
-
-    def whole(covariance: Array) -> tuple[Array, Array]:
-        return devices.gathered(mesh, covariance), covariance[0, :0]
-
-    def in_modes(covariance: Array, modes: Array) -> tuple[Array, Array]:
-        turned = devices.product(mesh, covariance, modes)
-        head = modes[:, :rank].T @ turned[:, :rank]
-        tail = jnp.sum(modes[:, rank:] * turned[:, rank:], axis=0)
-        return devices.total(mesh, (head, tail))
 
     def blocks_of(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        covariance = flow.covariance(variances[pair[0]], variances[pair[1]])
-        if modes is None:
-            head, tail = devices.over_samples(whole, mesh, (0,), None)(covariance)
-        else:
-            head, tail = devices.over_samples(in_modes, mesh, (0, 0), None)(covariance, modes)
+        covariance = flow.covariance(laws.between(*pair))
+        head, tail = _of_modes(flow.mesh, covariance, modes, rank)
         kept = jnp.sum(head**2) + jnp.sum(tail**2)
         return head, tail, jnp.stack([jnp.sum(covariance**2), kept])
 
     blocks: tuple[Array, Array, Array] = lax.map(blocks_of, pairs)
     return blocks
+
+
+@eqx.filter_jit
+def _responses(
+    flow: TwoTimeFlow, laws: Laws, nodes: Array, modes: Array | None, rank: int
+) -> tuple[Array, Array]:
+    """What noise of unit variance adds, as the mean of one node and the next; in the modes."""
+
+    def at(node: Array) -> tuple[Array, Array]:
+        response = flow.response(laws.between(node, node), laws.scales)
+        return _of_modes(flow.mesh, response, modes, rank)
+
+    found: tuple[Array, Array] = lax.map(at, nodes)
+    means: tuple[Array, Array] = jax.tree.map(lambda each: (each[1:] + each[:-1]) / 2, found)
+    return means
+
+
+def _of_modes(
+    mesh: Mesh | None, matrix: Array, modes: Array | None, rank: int
+) -> tuple[Array, Array]:
+    """A matrix over the points in the leading modes, and its diagonal in the others."""
+
+    def whole(matrix: Array) -> tuple[Array, Array]:
+        return devices.gathered(mesh, matrix), matrix[0, :0]
+
+    def in_modes(matrix: Array, modes: Array) -> tuple[Array, Array]:
+        turned = devices.product(mesh, matrix, modes)
+        head = modes[:, :rank].T @ turned[:, :rank]
+        tail = jnp.sum(modes[:, rank:] * turned[:, rank:], axis=0)
+        return devices.total(mesh, (head, tail))
+
+    if modes is None:
+        return devices.over_samples(whole, mesh, (0,), None)(matrix)
+    return devices.over_samples(in_modes, mesh, (0, 0), None)(matrix, modes)
 
 
 def _symmetric(blocks: Array, later: np.ndarray, earlier: np.ndarray, count: int) -> Array:

@@ -1,6 +1,6 @@
 r"""Steps of a Volterra equation whose kernel is known between nodes of time.
 
-.. math:: f_k = g_k - \sum_{j < k} h_j\, \Theta(k, j)\, \varphi(f_j)
+.. math:: f_k = g_k + \sum_{j < k} h_{kj}\, \Theta(k, j)\, \varphi(f_j)
 
 Steps are grouped in cells between nodes. A step lies at :math:`\lambda \in [0, 1]` between the two
 nodes A and A + 1 of its cell, and the kernel is linear in :math:`\lambda`: with an earlier cell, it
@@ -8,6 +8,9 @@ is between the kernels of the nodes; in the cell itself, on the triangle of :mat
 :math:`\Theta(A + 1, A)` and :math:`\Theta(A + 1, A + 1)`. So the past reduces to a charge at each
 node, and the cell's own past to two sums: of the clipped gradients, and of these times
 :math:`\lambda`. With a node at every step nothing is interpolated.
+
+The filter h is a linear optimizer, which makes its steps in the charges: each is a state of C
+numbers in place of one, of which the readers are read (`weight_path`).
 """
 
 from typing import NamedTuple, TypeAlias
@@ -17,110 +20,203 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from ntkdp._backend import devices, progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Float, Key
 from ntkdp.stochastic_flow._sampling import batch_weights
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
-from ntkdp.stochastic_flow._two_time.gaussian_process import OutputProcess
+from ntkdp.stochastic_flow._two_time.gaussian_process import Laws, OutputProcess
+from ntkdp.stochastic_flow._two_time.weight_path import Nodes, Rest, WeightPath
 from ntkdp.trajectory import Measurement
 
 
 class Steps(NamedTuple):
-    """A grid of steps in cells between nodes; arrays are ``(M, p)``, with a row for each cell.
+    """A grid of steps in cells between nodes; arrays are ``(M, p, ...)``, with a row for each cell.
 
-    ``along`` is how far between its nodes a step is and ``following`` how far the next one is, 1 at
-    the end of the cell; ``slot`` is where its state is recorded; ``before`` and ``after`` are the
-    lengths of the steps on its two sides.
+    ``along`` is how far between its nodes a step is, and ``slot`` where its state is recorded.
+    ``matrix`` and ``gain`` are those of the optimizer, ``response`` ``(readers, C)`` what the
+    readers have by now of a state at the start of the cell. ``weights`` ``(readers, readers, W)``
+    read the noise off W nodes, and ``rest`` and ``push`` move what is left of it. ``before`` is
+    the length of the step before.
     """
 
     number: Array
     along: Array
-    following: Array
     slot: Array
     before: Array
-    after: Array
+    matrix: Array
+    gain: Array
+    response: Array
+    weights: Array
+    rest: Array
+    push: Array
 
 
-def grid(times: np.ndarray, noise: np.ndarray, recorded: np.ndarray, per_cell: int) -> Steps:
-    """Steps at ``times``, in cells of ``per_cell``; the last step is inside a cell."""
-    steps = len(times) - 1
+class Cells(NamedTuple):
+    """What is known of each of M cells: its steps, and of the whole cell.
+
+    ``matrix`` ``(M, C, C)`` is what the optimizer makes of a state over the cell, and ``window``
+    ``(M,)`` the first of the nodes that its steps are read off.
+    """
+
+    steps: Steps
+    matrix: Array
+    window: Array
+
+
+def grid(
+    path: WeightPath,
+    nodes: Nodes,
+    rest: Rest | None,
+    recorded: np.ndarray,
+    per_cell: int,
+    dtype: DTypeLike,
+    before: np.ndarray | None = None,
+) -> Cells:
+    """Steps of a path in cells of ``per_cell``; the last step is inside a cell.
+
+    ``before`` are the lengths of the steps before each step, of the trapezoidal rule.
+    """
+    filter = path.filter
+    steps, size = filter.steps, filter.size
     n_cells = steps // per_cell + 1
     number = np.arange(n_cells * per_cell).reshape(n_cells, per_cell)
     inside = np.minimum(number, steps)
-    ends = noise[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
+    clock = path.clock
+    ends = clock[np.minimum(per_cell * np.arange(n_cells + 1), steps)]
     span = np.diff(ends)[:, None]
-    along = (noise[inside] - ends[:-1, None]) / np.where(span > 0, span, 1.0)
     slot = np.full(steps + 1, len(recorded))
     slot[recorded] = np.arange(len(recorded))
-    lengths = np.concatenate([[0.0], np.diff(times), np.zeros(number.size - steps)])
-    following = np.append(along[:, 1:], np.ones((n_cells, 1)), axis=1)
-    return Steps(
-        number=jnp.asarray(number),
-        along=jnp.asarray(along),
-        following=jnp.asarray(following),
-        slot=jnp.asarray(np.where(number <= steps, slot[inside], len(recorded))),
-        before=jnp.asarray(np.where(number <= steps, lengths[number], 0.0)),
-        after=jnp.asarray(lengths[number + 1]),
+
+    def filled(of_steps: np.ndarray, filling: np.ndarray | float) -> np.ndarray:
+        """What steps after the last one have, too."""
+        shape = (number.size - steps, *of_steps.shape[1:])
+        return np.concatenate([of_steps, np.broadcast_to(filling, shape)])[number]
+
+    matrix = filled(filter.matrices, np.eye(size))
+    response = np.empty((n_cells, per_cell, len(path.readers), size))
+    over_cell = np.broadcast_to(np.eye(size), (n_cells, size, size))
+    for place in range(per_cell):
+        response[:, place] = over_cell[:, list(path.readers)]
+        over_cell = matrix[:, place] @ over_cell
+    window, weights = _windows(nodes.weights[inside])
+    if rest is None:
+        rest = Rest(np.zeros_like(filter.matrices), np.zeros_like(filter.drives))
+    lengths = np.zeros(steps + 1) if before is None else before
+    numbers = {
+        "along": (clock[inside] - ends[:-1, None]) / np.where(span > 0, span, 1.0),
+        "before": np.where(number <= steps, lengths[inside], 0.0),
+        "matrix": matrix,
+        "gain": filled(filter.drives, 0.0),
+        "response": response,
+        "weights": weights,
+        "rest": filled(rest.matrices, 0.0),
+        "push": filled(rest.pushes, 0.0),
+    }
+    return Cells(
+        Steps(
+            number=jnp.asarray(number),
+            slot=jnp.asarray(np.where(number <= steps, slot[inside], len(recorded))),
+            **{name: jnp.asarray(value, dtype) for name, value in numbers.items()},
+        ),
+        jnp.asarray(over_cell, dtype),
+        jnp.asarray(window),
     )
 
 
-class _Nodes(NamedTuple):
-    """Kernels and paths at the two nodes of a cell, and the bridge between them.
+def _windows(
+    weights: Float[np.ndarray, "M p readers Q"],
+) -> tuple[np.ndarray, Float[np.ndarray, "M p readers readers W"]]:
+    """For each cell the first of the few nodes that its steps are read off, and their weights."""
+    n_cells, _, n_readers, n_all = weights.shape
+    n_nodes = n_all // n_readers
+    whole = weights.reshape(*weights.shape[:3], n_readers, n_nodes)
+    used = np.any(whole != 0, axis=(1, 2, 3))
+    first = np.argmax(used, axis=1)
+    last = n_nodes - 1 - np.argmax(used[:, ::-1], axis=1)
+    width = int(np.max(last - first)) + 1
+    first = np.minimum(first, n_nodes - width)
+    columns = first[:, None] + np.arange(width)
+    rows = np.arange(n_cells)[:, None]
+    # Advanced indices with slices between them come first.
+    return first, np.moveaxis(whole[rows, :, :, :, columns], 1, -1)
 
-    A path is the outputs with the drift of all earlier cells.
+
+class Cases(NamedTuple):
+    """Clipping norms of runs, and their learning rates over that of the filter; each ``(S,)``."""
+
+    clip_norms: Float[Array, " S"]
+    rates: Float[Array, " S"]
+
+
+class _Nodes(NamedTuple):
+    """Kernels and paths at the two nodes of a cell, for each reader, and what is between them.
+
+    A path is what the charges of all earlier cells add to the outputs, for each number of their
+    state; ``window`` are outputs without charges at the nodes that steps are read off.
     """
 
-    here: Float[Array, "T N n"]
-    across: Float[Array, "T N n"]
-    ahead: Float[Array, "T N n"]
-    path_here: Float[Array, "N C"]
-    path_ahead: Float[Array, "N C"]
-    bridge: Float[Array, "N N"] | None
+    here: Float[Array, "V T N n"]
+    across: Float[Array, "V T N n"]
+    ahead: Float[Array, "V T N n"]
+    path_here: Float[Array, "V C N D"]
+    path_ahead: Float[Array, "V C N D"]
+    window: Float[Array, "V W N D"]
+    rest: Float[Array, "N N"] | None
 
 
 class _Past(NamedTuple):
-    """Sums over the cell's own steps, its bridge, the last clipped gradients and the record."""
+    """Sums over the cell's own steps, its noise, the last clipped gradients and the record."""
 
-    gradients: Float[Array, "T n C"]
-    moments: Float[Array, "T n C"]
-    bridge: Float[Array, "N C"]
-    last: Float[Array, "T n C"]
+    gradients: Float[Array, "C T n D"]
+    moments: Float[Array, "C T n D"]
+    noise: Float[Array, "C N D"]
+    last: Float[Array, "T n D"]
     record: Measurement
 
 
-#: The last node's kernel and path, charges of all nodes, last clipped gradients, and the record.
-_NodeCarry: TypeAlias = tuple[Array, Array, Array, Array, Measurement]
+#: The last node's kernels and paths, charges of all nodes, noise, last clipped gradients, record.
+_NodeCarry: TypeAlias = tuple[Array, Array, Array, Array, Array, Measurement]
 
 
 class _Runs(eqx.Module):
-    """Steps of all seeds at once; the C columns are seeds times outputs."""
+    """Steps of all seeds at once; the D columns are seeds times outputs."""
 
     flow: TwoTimeFlow
-    variances: Float[Array, "nodes R"]
+    laws: Laws
     keys: Key[Array, " S"]
+    cases: Cases | None
+    readers: tuple[int, ...] = eqx.field(static=True)
     sample_rate: float = eqx.field(static=True)
     trapezoidal: bool = eqx.field(static=True)
     outputs: bool = eqx.field(static=True)
 
-    def kernels(self, later: Array) -> Float[Array, "nodes T N n"]:
-        """Kernels of one node with all nodes up to it, and zero for those beyond."""
-        flow, variances = self.flow, self.variances
+    @property
+    def n_nodes(self) -> int:
+        """Nodes of each reader."""
+        return self.laws.kept.shape[0] // len(self.readers)
+
+    def kernels(self, later: Array) -> Float[Array, "V nodes T N n"]:
+        """Kernels of one node with all nodes of the weights up to it, and zero beyond."""
+        flow, n_nodes = self.flow, self.n_nodes
         zeros = jnp.zeros((flow.n_terms, flow.points.shape[0], flow.n_samples), flow.points.dtype)
 
-        def with_node(earlier: Array) -> Array:
+        def with_node(pair: tuple[Array, Array]) -> Array:
+            reader, earlier = pair
             kernel: Array = lax.cond(
                 earlier <= later,
-                lambda: flow.drive(variances[later], variances[earlier]),
+                lambda: flow.drive(self.laws.between(reader * n_nodes + later, earlier)),
                 lambda: zeros,
             )
             return kernel
 
-        kernels: Array = lax.map(with_node, jnp.arange(variances.shape[0]))
-        return kernels
+        reader, earlier = jnp.divmod(jnp.arange(n_nodes * len(self.readers)), n_nodes)
+        kernels: Array = lax.map(with_node, (reader, earlier))
+        return kernels.reshape(len(self.readers), n_nodes, *zeros.shape)
 
-    def apply(self, kernels: Array, charges: Array) -> Float[Array, "N C"]:
+    def apply(self, kernels: Array, charges: Array) -> Float[Array, "N D"]:
         """Outputs that charges move: the sum over leading axes, terms and samples."""
         mesh = self.flow.mesh
 
@@ -130,26 +226,41 @@ class _Runs(eqx.Module):
         over_devices = devices.over_samples(rows, mesh, (kernels.ndim - 2, None), None)
         return over_devices(kernels, charges)
 
-    def along_bridge(self, bridge: Float[Array, "N N"], path: Array) -> Float[Array, "N C"]:
-        """Outputs on the paths of standard bridges."""
+    def paths(self, kernels: Array, charges: Array) -> Float[Array, "V C N D"]:
+        """What each number of the charges' states adds to the outputs of each reader."""
+        return jnp.stack(
+            [
+                jnp.stack([self.apply(row, charges[:, c]) for c in range(charges.shape[1])])
+                for row in kernels
+            ]
+        )
+
+    def along_rest(self, rest: Float[Array, "N N"], noise: Array) -> Float[Array, "N D"]:
+        """Outputs that the noise between nodes adds."""
         mesh = self.flow.mesh
 
-        def rows(bridge: Array, path: Array) -> Array:
-            return devices.gathered(mesh, bridge @ path)
+        def rows(rest: Array, noise: Array) -> Array:
+            return devices.gathered(mesh, rest @ noise)
 
-        return devices.over_samples(rows, mesh, (0, None), None)(bridge, path)
+        return devices.over_samples(rows, mesh, (0, None), None)(rest, noise)
 
     def by_seed(self, columns: Array) -> Float[Array, "S rows K"]:
         split = columns.reshape(columns.shape[0], self.keys.size, self.flow.n_outputs)
         return jnp.moveaxis(split, 1, 0)
 
     def gradients(self, f: Array, kernel: Array, batch: Array | None) -> tuple[Array, Array]:
-        """Clipped gradients ``(T, n, C)``, and the factors by seed."""
+        """Clipped gradients ``(T, n, D)``, and the factors by seed."""
         n = self.flow.n_samples
         diagonal = devices.diagonal(self.flow.mesh, kernel)
-        clipped, factors = jax.vmap(lambda outputs: self.flow.clipped(outputs, diagonal))(
-            self.by_seed(f[:n])
-        )
+
+        def of_seed(outputs: Array, case: Cases | None) -> tuple[Array, Array]:
+            if case is None:
+                return self.flow.clipped(outputs, diagonal)
+            ruled = eqx.tree_at(lambda flow: flow.clipping.R, self.flow, case.clip_norms)
+            clipped, factors = ruled.clipped(outputs, diagonal)
+            return case.rates * clipped, factors
+
+        clipped, factors = jax.vmap(of_seed)(self.by_seed(f[:n]), self.cases)
         if batch is not None:
             clipped = clipped * batch[:, None, :, None]
         return jnp.moveaxis(clipped, 0, 2).reshape(*clipped.shape[1:3], -1), factors
@@ -166,62 +277,76 @@ class _Runs(eqx.Module):
         n, dtype = self.flow.n_samples, self.flow.points.dtype
         return jax.vmap(lambda key: batch_weights(key, self.sample_rate, n, dtype))(keys)
 
+    def read(self, number: int, nodes: _Nodes, past: _Past, at: Steps) -> Float[Array, "N D"]:
+        """Outputs of a reader at a step."""
+        along, reader = at.along, self.readers[number]
+        f = jnp.einsum("vw,vwNd->Nd", at.weights[number], nodes.window)
+        path = (1 - along) * nodes.path_here[number] + along * nodes.path_ahead[number]
+        f = f + jnp.einsum("c,cNd->Nd", at.response[number], path)
+        if nodes.rest is None:
+            return f
+        kernels = jnp.stack([nodes.here[number], nodes.across[number], nodes.ahead[number]])
+        gradients, moments = past.gradients[reader], past.moments[reader]
+        charges = [(1 - along) * gradients, along * gradients - moments, moments]
+        f = f + self.apply(kernels, jnp.stack(charges))
+        return f + self.along_rest(nodes.rest, past.noise[reader])
+
     def step(self, nodes: _Nodes, past: _Past, at: Steps) -> _Past:
-        dtype = nodes.here.dtype
         keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
-        along, before, after = (v.astype(dtype) for v in (at.along, at.before, at.after))
-        f = (1 - along) * nodes.path_here + along * nodes.path_ahead
-        if nodes.bridge is not None:
-            kernels = jnp.stack([nodes.here, nodes.across, nodes.ahead])
-            charges = [
-                (1 - along) * past.gradients,
-                along * past.gradients - past.moments,
-                past.moments,
-            ]
-            f = f - self.apply(kernels, jnp.stack(charges))
-            f = f + self.along_bridge(nodes.bridge, past.bridge)
-        own = (1 - along) * nodes.here + along * nodes.ahead
+        f = self.read(0, nodes, past, at)
+        own = (1 - at.along) * nodes.here[0] + at.along * nodes.ahead[0]
         batch = self.batch(keys)
-        weight = after
         if self.trapezoidal:
             # The end of a step is on both sides of the equation: two rounds are second order.
-            guess = f - before / 2 * self.apply(own, past.last)
-            f = f - before / 2 * self.apply(own, self.gradients(guess, own, batch)[0])
-            weight = (before + after) / 2
+            guess = f - at.before / 2 * self.apply(own, past.last)
+            f = f - at.before / 2 * self.apply(own, self.gradients(guess, own, batch)[0])
         clipped, factors = self.gradients(f, own, batch)
+        measured = f
+        if len(self.readers) > 1:
+            # Not at steps that are not recorded.
+            is_recorded = at.slot < past.record.loss.shape[0] - 1
+            measured = lax.cond(is_recorded, lambda: self.read(1, nodes, past, at), lambda: f)
         record = jax.tree.map(
-            lambda path, now: path.at[at.slot].set(now), past.record, self.measure(f, factors)
+            lambda path, now: path.at[at.slot].set(now),
+            past.record,
+            self.measure(measured, factors),
         )
-        bridge = past.bridge
-        if nodes.bridge is not None:
-            bridge = self.follow_bridge(bridge, along, at.following.astype(dtype), keys)
+        noise = past.noise
+        if nodes.rest is not None:
+            noise = self.move_noise(noise, at, keys)
+        gain = at.gain[:, None, None, None]
         return _Past(
-            gradients=past.gradients + weight * clipped,
-            moments=past.moments + along * weight * clipped,
-            bridge=bridge,
+            gradients=_mixed(at.matrix, past.gradients) + gain * clipped,
+            moments=_mixed(at.matrix, past.moments) + at.along * gain * clipped,
+            noise=noise,
             last=clipped,
             record=record,
         )
 
-    def follow_bridge(self, path: Array, along: Array, following: Array, keys: Array) -> Array:
-        """Make a step of standard Brownian bridges that end at 1, ``(N, C)``."""
-        left = jnp.where(along < 1, 1 - along, 1.0)
-        shape = (path.shape[0], self.flow.n_outputs)
+    def move_noise(self, noise: Array, at: Steps, keys: Array) -> Array:
+        """Make a step of the noise between nodes, ``(C, N, D)``."""
+        shape = (noise.shape[1], self.flow.n_outputs)
         drawn = jax.vmap(
-            lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape, path.dtype)
+            lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape, noise.dtype)
         )(keys)
-        noise = jnp.moveaxis(drawn, 0, 1).reshape(path.shape)
-        variance = jnp.maximum((1 - following) * (following - along) / left, 0)
-        return path * (1 - following) / left + jnp.sqrt(variance) * noise
+        white = jnp.moveaxis(drawn, 0, 1).reshape(noise.shape[1:])
+        return _mixed(at.rest, noise) + at.push[:, None, None] * white
+
+
+def _mixed(matrix: Float[Array, "C C"], states: Array) -> Array:
+    """States, whose numbers are along the first axis, after a step."""
+    return jnp.tensordot(matrix, states, axes=1)
 
 
 @eqx.filter_jit
 def run(
     flow: TwoTimeFlow,
     process: OutputProcess,
-    variances: Float[Array, "nodes R"],
-    steps: Steps,
+    laws: Laws,
+    cells: Cells,
     keys: Key[Array, " S"],
+    cases: Cases | None,
+    readers: tuple[int, ...],
     n_recorded: int,
     sample_rate: float,
     trapezoidal: bool,
@@ -230,54 +355,60 @@ def run(
 ) -> Measurement:
     """Measurements ``(n_recorded, S)`` of runs over the grid of steps."""
     process_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    runs = _Runs(flow, variances, step_keys, sample_rate, trapezoidal, outputs)
-    n_nodes = variances.shape[0]
+    runs = _Runs(flow, laws, step_keys, cases, readers, sample_rate, trapezoidal, outputs)
+    n_nodes, size = runs.n_nodes, cells.matrix.shape[-1]
+    width = cells.steps.weights.shape[-1]
     undriven = process.draw(process_keys, flow.n_outputs, flow.mesh)
-    undriven = undriven.reshape(*undriven.shape[:2], -1)
-    bridges = process.bridges(flow.mesh) if steps.number.shape[1] > 1 else None
+    undriven = undriven.reshape(len(readers), n_nodes, undriven.shape[1], -1)
+    rests = process.rests(flow.mesh) if cells.steps.number.shape[1] > 1 else None
 
     def node(carry: _NodeCarry, place: Array) -> tuple[_NodeCarry, None]:
-        here, path_here, charges, last, record = carry
+        here, path_here, charges, noise, last, record = carry
         if listener is not None:
             progress.report(listener, place / n_nodes)
         row = runs.kernels(place)
 
-        def cell() -> tuple[Array, Array, Measurement]:
+        def cell() -> tuple[Array, Array, Array, Measurement]:
             """Make the steps between the node before and this one."""
-            cell_steps, bridge = jax.tree.map(lambda leaf: leaf[place - 1], (steps, bridges))
-            path_ahead = undriven[place] - runs.apply(row, charges)
+            own, rest = jax.tree.map(lambda leaf: leaf[place - 1], (cells, rests))
             nodes = _Nodes(
                 here=here,
-                across=row[place - 1],
-                ahead=row[place],
+                across=row[:, place - 1],
+                ahead=row[:, place],
                 path_here=path_here,
-                path_ahead=path_ahead,
-                bridge=bridge,
+                path_ahead=runs.paths(row, charges),
+                window=lax.dynamic_slice_in_dim(undriven, own.window, width, axis=1),
+                rest=rest,
             )
-            zeros = jnp.zeros_like(last)
-            start = _Past(zeros, zeros, jnp.zeros_like(path_here), last, record)
+            zeros = jnp.zeros((size, *last.shape), last.dtype)
+            start = _Past(zeros, zeros, noise, last, record)
             past, _ = lax.scan(
-                lambda past, at: (runs.step(nodes, past, at), None), start, cell_steps
+                lambda past, at: (runs.step(nodes, past, at), None), start, own.steps
             )
-            charged = charges.at[place - 1].add(past.gradients - past.moments)
-            return charged.at[place].add(past.moments), past.last, past.record
+            after = jnp.moveaxis(_mixed(own.matrix, jnp.moveaxis(charges, 1, 0)), 0, 1)
+            charged = after.at[place - 1].add(past.gradients - past.moments)
+            return charged.at[place].add(past.moments), past.noise, past.last, past.record
 
         # The first node has no cell; its kernel is computed here anyway, by the same program.
-        charges, last, record = lax.cond(place > 0, cell, lambda: (charges, last, record))
-        path = undriven[place] - runs.apply(row, charges)
-        return (row[place], path, charges, last, record), None
+        charges, noise, last, record = lax.cond(
+            place > 0, cell, lambda: (charges, noise, last, record)
+        )
+        return (row[:, place], runs.paths(row, charges), charges, noise, last, record), None
 
-    kernel = jnp.zeros((flow.n_terms, undriven.shape[1], flow.n_samples), undriven.dtype)
+    n_points, columns = undriven.shape[2:]
+    kernel = jnp.zeros((len(readers), flow.n_terms, n_points, flow.n_samples), undriven.dtype)
     measured = jax.eval_shape(
-        lambda f: runs.measure(f, runs.gradients(f, kernel, None)[1]), undriven[0]
+        lambda f: runs.measure(f, runs.gradients(f, kernel[0], None)[1]), undriven[0, 0]
     )
     # One more slot, where the steps that are not recorded are put.
     record = jax.tree.map(
         lambda leaf: jnp.zeros((n_recorded + 1, *leaf.shape), leaf.dtype), measured
     )
-    last = jnp.zeros((flow.n_terms, flow.n_samples, undriven.shape[2]), undriven.dtype)
-    charges = jnp.zeros((n_nodes, *last.shape), last.dtype)
-    carry: _NodeCarry = (kernel, undriven[0], charges, last, record)
+    last = jnp.zeros((flow.n_terms, flow.n_samples, columns), undriven.dtype)
+    charges = jnp.zeros((n_nodes, size, *last.shape), last.dtype)
+    noise = jnp.zeros((size, n_points, columns), last.dtype)
+    path = jnp.zeros((len(readers), size, n_points, columns), last.dtype)
+    carry: _NodeCarry = (kernel, path, charges, noise, last, record)
     last_carry, _ = lax.scan(node, carry, jnp.arange(n_nodes))
     recorded: Measurement = jax.tree.map(lambda path: path[:-1], last_carry[-1])
     return recorded

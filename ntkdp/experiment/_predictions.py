@@ -297,7 +297,7 @@ def _kernel_flow(
 def weight_noise(
     config: Config, problem: Problem, rule: ClippingRule, mechanism: Mechanism
 ) -> float:
-    """v(T), the variance that noise has added to each weight by the end."""
+    """v(T), the variance that noise has added to weights by the end, relative to their own."""
     n_groups = 1
     if rule.scope == "layerwise":
         n_groups = groups.resolve(problem.params).size
@@ -312,4 +312,7 @@ def weight_noise(
         reduction=config.training.reduction,
         optimizer=config.training.optimizer,
     )
-    return float(gathered[-1, 0])
+    relative = stochastic_flow.relative_weight_noise(
+        gathered[-1], problem.model, problem.params, problem.x
+    )
+    return float(relative)

@@ -212,8 +212,8 @@ def _warnings(results: Results) -> list[str]:
             f"{case.weight_noise:.3g} ({case.clipping.label})" for case in results.cases
         )
         warnings.append(
-            f"Noise adds a variance v(T) to every weight, besides the 1 of the start: {moved}. A "
-            "frozen kernel holds while it is small, at any width."
+            f"Noise adds v(T) times the weights' own variance by the end: {moved}. A frozen kernel "
+            "holds while v(T) is small, at any width."
         )
     if any(
         prediction.trajectory.test_loss is None

@@ -71,8 +71,9 @@ class Case(NamedTuple):
     """One clipping rule: the run, and the predictions of it by name.
 
     ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
-    ``weight_noise`` the variance v(T) that noise has added to each weight by the end. Compared
-    with 1, the variance of the weights at the start, it shows how far the noise moves the kernel.
+    ``weight_noise`` the variance v(T) that noise has added to weights by the end, relative to the
+    weights' own variance at the start, the largest over the layers. Compared with 1, it shows how
+    far the noise moves the kernel.
 
     Part of what :func:`run` returns.
     """

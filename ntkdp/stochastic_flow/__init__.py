@@ -24,7 +24,8 @@ rank, see ``Moments.truncation``.
 
 Noise moves the kernel of a network however wide it is. :func:`two_time_ensemble` draws runs of an
 infinitely wide network with the kernels between times of :func:`ntkdp.two_time_kernel`, and
-:func:`two_time_flow` does so in flow time; :func:`weight_noise_variance` says when that is needed.
+:func:`two_time_flow` does so in flow time; :func:`weight_noise_variance`, and relative to the
+weights :func:`relative_weight_noise`, say when that is needed.
 
 :func:`response_ensemble` takes any network, of any width and parameterisation: it follows a run
 without noise, what noise does to the network along it, and how the outputs respond.
@@ -38,6 +39,7 @@ from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
+from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
 from ntkdp.stochastic_flow._response.ensemble import response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
@@ -56,6 +58,7 @@ __all__ = [
     "fixed_privacy_flow",
     "moment_flow",
     "moments",
+    "relative_weight_noise",
     "response_ensemble",
     "two_time_ensemble",
     "two_time_final_outputs",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import ntkdp
 from ntkdp import cli, experiment, privacy
 from ntkdp._backend.config_files import describe
-from ntkdp.experiment import _report, _run
+from ntkdp.experiment import _predictions, _report, _run
 
 SMALL: dict[str, Any] = {
     "predictions": ["exact", "frozen", "infinite", "recursion"],
@@ -278,6 +278,23 @@ def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> No
     predicted = np.sort(np.asarray(case.predictions["recursion"].trajectory.loss)[:, 1:], axis=0)
     share = np.mean((predicted[19] <= runs) & (runs <= predicted[-20]))
     assert f">{share:.0%} of {361 / 401:.0%}</td>" in page
+
+
+def test_the_noise_of_weights_is_relative_to_their_own_variance() -> None:
+    noise = {}
+    for kind in ("ntk", "standard"):
+        config = experiment.config(
+            data={"n_train": 8, "n_test": 4},
+            model={"widths": [50], "W_std": 2.0, "parameterization": kind},
+            training={"steps": 5, "learning_rate": 0.1, "noise_multiplier": 2.0},
+            clipping=[{"clip_norm": 0.5}],
+        )
+        problem, (rule,) = experiment.problem_of(config), experiment.rules_of(config)
+        mechanism = _predictions.Mechanism.of(config, config.clipping[0])
+        noise[kind] = _predictions.weight_noise(config, problem, rule, mechanism)
+    assert noise["ntk"] == pytest.approx(5 * (0.1 * 2 * 0.5 / 8) ** 2)
+    # W^2 / N is 4 / 64 for the 64 pixels, and 1 / 50 for the last layer.
+    assert noise["standard"] == pytest.approx(50 * noise["ntk"])
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ compare that with runs of the same cells.
 
 from ntkdp.advisor._advise import Advice, advise
 from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
+from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
 from ntkdp.advisor._grid import Grid, predict
+from ntkdp.advisor._grid import KernelChoice as KernelChoice
 from ntkdp.advisor._stability import largest_stable_learning_rate
 from ntkdp.comparison import CellMetrics, pareto_front, regret
 

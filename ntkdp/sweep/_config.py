@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from ntkdp import privacy
 from ntkdp._backend.config_files import Section, check_as, load_as
+from ntkdp.advisor import MOVING_FROM
 from ntkdp.experiment import DataConfig, ModelConfig, ProblemConfig
 from ntkdp.trajectory import MOST_STEPS
 
@@ -83,6 +84,16 @@ class SweepConfig(ProblemConfig):
         "infinite",
         description="kernel that predicts: of infinite width, or the network's own at the start",
     )
+    kernels: Literal["auto", "frozen", "between times"] = Field(
+        "auto",
+        description="in cells with noise: frozen, those of the start; between times, those that "
+        "noise moves, at infinite width; auto, the latter where v(T) is kernels_move_from or more",
+    )
+    kernels_move_from: float = Field(
+        MOVING_FROM,
+        ge=0,
+        description="v(T), relative to the weights' own variance, from which auto follows kernels",
+    )
     observe: bool = Field(True, description="train every cell too; false: predict alone")
     objective: Literal["accuracy", "loss", "ece"] = Field(
         "accuracy", description="what the advised cell is best in, on the test set"
@@ -99,6 +110,11 @@ class SweepConfig(ProblemConfig):
             raise ValueError(
                 "grid.rules must not hold 'batch' with noise, whose sensitivity is unbounded; set "
                 "grid.noise_multipliers = [0.0]"
+            )
+        if self.prediction == "empirical" and self.kernels == "between times":
+            raise ValueError(
+                "kernels must be 'auto' or 'frozen' with prediction = 'empirical', which is the "
+                "network's own kernel at the start, got 'between times'"
             )
         if self.loss in ("squared_error", "huber") and self.objective == "ece":
             raise ValueError(

@@ -80,19 +80,21 @@ def metrics(results: Results) -> dict[str, Any]:
     for number, plane in enumerate(results.planes):
         predicted = results.predicted[number]
         observed = None if results.observed is None else results.observed[number]
-        cells = [cell for cell in results.cells if cell.plane == number]
+        numbers = [i for i, cell in enumerate(results.cells) if cell.plane == number]
         entries.append(
             {
                 **plane._asdict(),
                 "delta": results.config.training.delta,
                 "cells": [
                     {
-                        "learning_rate": cell.learning_rate,
-                        "clip_norm": cell.clip_norm,
+                        "learning_rate": results.cells[i].learning_rate,
+                        "clip_norm": results.cells[i].clip_norm,
+                        "weight_noise": results.weight_noise[i],
+                        "kernels": results.kernels[i],
                         "predicted": predicted.cell(index),
                         "observed": None if observed is None else observed.cell(index),
                     }
-                    for index, cell in enumerate(cells)
+                    for index, i in enumerate(numbers)
                 ],
                 "agreement": None if observed is None else _agreement(predicted, observed),
                 "advice": _advice(results, number),
@@ -300,6 +302,7 @@ def _summary(results: Results) -> list[str]:
             f"{predicted}; observed in {seconds['observation']:.0f} s, {speed_up:.0f} times as "
             "long."
         )
+    lines += _kernels_used(results)
     norms = results.gradient_norms
     low, middle, high = np.asarray(norms.norms)[[0, len(norms.norms) // 2, -1]]
     lines.append(
@@ -307,6 +310,24 @@ def _summary(results: Results) -> list[str]:
         f"({norms.quantiles[0]:.0%} and {norms.quantiles[-1]:.0%} quantile)."
     )
     return lines
+
+
+def _kernels_used(results: Results) -> list[str]:
+    """A sentence about the kernels that predicted cells with noise, if there are any."""
+    noisy = [i for i, noise in enumerate(results.weight_noise) if noise > 0]
+    if not noisy:
+        return []
+    followed = sum(results.kernels[i] == "between times" for i in noisy)
+    low, high = (of(results.weight_noise[i] for i in noisy) for of in (min, max))
+    where = f"v(T) from {low:.3g} to {high:.3g} times the weights' own variance"
+    if not followed:
+        return [f"Noise adds {where}; a frozen kernel predicts all cells."]
+    rest = "" if followed == len(noisy) else "; a frozen kernel predicts the others"
+    least = f", from {results.config.kernels_move_from:g} on" if rest else ""
+    return [
+        f"Noise adds {where}; kernels between times predict {followed} of {len(noisy)} cells with "
+        f"noise{least}{rest}."
+    ]
 
 
 def _divergence(agreement: AgreementEntry) -> str:

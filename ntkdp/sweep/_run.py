@@ -7,8 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import jax
+import numpy as np
 
-from ntkdp import advisor, gradient_flow
+from ntkdp import advisor, gradient_flow, stochastic_flow
+from ntkdp._gradients import groups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.experiment import Kernel, Problem, compute_kernel, problem_of, require_memory
@@ -37,6 +39,8 @@ class CellsPrediction(TypedDict):
     """The predicted metrics of all cells, as a folder can hold them."""
 
     metrics: list[Metrics]
+    kernels: list[str]
+    weight_noise: list[float]
     kernel_seconds: float
     prediction_seconds: float
 
@@ -44,9 +48,11 @@ class CellsPrediction(TypedDict):
 class Results(NamedTuple):
     """Maps of a sweep, one entry for each plane, with cells in the order of ``cells``.
 
-    ``seconds`` has the times of the kernel, of the prediction, and of all observed cells together,
-    compilation included. ``initial`` has the metrics before training. ``notes`` name the problems
-    that were met on the way and solved.
+    ``kernels`` says of each cell which kernels predicted it, "frozen" or "between times", and
+    ``weight_noise`` how much noise adds to the weights by the end, v(T), relative to their own
+    variance. ``seconds`` has the times of the kernel, of the prediction, and of all observed cells
+    together, compilation included. ``initial`` has the metrics before training. ``notes`` name the
+    problems that were met on the way and solved.
 
     Made by :func:`run`.
     """
@@ -57,6 +63,8 @@ class Results(NamedTuple):
     initial: CellMetrics
     predicted: list[CellMetrics]
     observed: list[CellMetrics] | None
+    kernels: list[str]
+    weight_noise: list[float]
     gradient_norms: advisor.GradientNorms
     seconds: dict[str, float]
     notes: list[str]
@@ -166,6 +174,8 @@ def run(
         initial,
         _by_plane(predicted["metrics"], len(maps)),
         observed,
+        predicted["kernels"],
+        predicted["weight_noise"],
         advisor.gradient_norms(
             problem.model.apply, problem.params, problem.x, problem.targets, problem.loss
         ),
@@ -214,12 +224,15 @@ def _observation(initial: CellMetrics, content: Observation) -> Observation:
 
 def _prediction(initial: CellMetrics, n_cells: int, content: CellsPrediction) -> CellsPrediction:
     """The prediction of all cells, read from a folder; raises if it is wrong."""
-    if len(content["metrics"]) != n_cells:
-        raise ValueError(f"it has {len(content['metrics'])} cells, not {n_cells}")
+    for part in (content["metrics"], content["kernels"], content["weight_noise"]):
+        if len(part) != n_cells:
+            raise ValueError(f"it has {len(part)} cells, not {n_cells}")
     for metrics in content["metrics"]:
         check_cell(metrics, initial.cell(0))
     return {
         "metrics": content["metrics"],
+        "kernels": [str(used) for used in content["kernels"]],
+        "weight_noise": [float(noise) for noise in content["weight_noise"]],
         "kernel_seconds": float(content["kernel_seconds"]),
         "prediction_seconds": float(content["prediction_seconds"]),
     }
@@ -302,6 +315,8 @@ def _predict(
     )
     start = time.perf_counter()
     metrics: list[Metrics] = []
+    kernels: list[str] = []
+    weight_noise: list[float] = []
     for number, plane in enumerate(maps):
         report(f"predicting {plane.label}", number / len(maps))
         random = plane.noise_multiplier > 0 or training.sample_rate < 1
@@ -315,14 +330,62 @@ def _predict(
             noise_multiplier=plane.noise_multiplier,
             sample_rate=training.sample_rate,
             noise_kernel=kernel.whole if plane.noise_multiplier > 0 else None,
+            between_times=_between_times(config, problem, plane),
+            kernels=config.kernels,
+            moving_from=config.kernels_move_from,
             key=jax.random.split(jax.random.key(config.seed + 2), n_drawn),
-        ).metrics
-        metrics += [predicted.cell(index) for index in range(len(predicted.loss))]
+        )
+        metrics += [predicted.metrics.cell(i) for i in range(len(predicted.metrics.loss))]
+        products = np.multiply(*predicted.cells())
+        used = predicted.kernels
+        kernels += ["frozen"] * len(products) if used is None else used.tolist()
+        weight_noise += (_noise_of_one(config, problem, plane) * products**2).tolist()
     return {
         "metrics": metrics,
+        "kernels": kernels,
+        "weight_noise": weight_noise,
         "kernel_seconds": kernel.seconds,
         "prediction_seconds": time.perf_counter() - start,
     }
+
+
+def _noise_of_one(config: SweepConfig, problem: Problem, plane: Plane) -> float:
+    """v(T) of a cell whose learning rate and clipping norm are one, relative to the weights."""
+    if plane.noise_multiplier == 0:
+        return 0.0
+    variance = stochastic_flow.weight_noise_variance(
+        rule_of(plane, 1.0),
+        len(problem.x),
+        learning_rate=1.0,
+        steps=config.training.steps,
+        noise_multiplier=plane.noise_multiplier,
+        sample_rate=config.training.sample_rate,
+        n_groups=groups.resolve(problem.params).size,
+        reduction=config.training.reduction,
+    )
+    relative = stochastic_flow.relative_weight_noise(
+        variance[-1], problem.model, problem.params, problem.x
+    )
+    return float(relative)
+
+
+def _between_times(
+    config: SweepConfig, problem: Problem, plane: Plane
+) -> stochastic_flow.TwoTimeFlow | None:
+    """The problem at infinite width, if there is noise and kernels may follow it."""
+    is_frozen = config.kernels == "frozen" or config.prediction == "empirical"
+    if is_frozen or plane.noise_multiplier == 0:
+        return None
+    return stochastic_flow.TwoTimeFlow(
+        problem.model,
+        problem.x,
+        problem.targets,
+        problem.loss,
+        rule_of(plane, 1.0),
+        reduction=config.training.reduction,
+        test_x=problem.test_x,
+        test_targets=problem.test_targets,
+    )
 
 
 def _flow(

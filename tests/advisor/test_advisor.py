@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import ntkdp
-from ntkdp import advisor, clipping, losses, privacy
+from ntkdp import advisor, clipping, losses, privacy, stochastic_flow
 from ntkdp._backend import memory
 from ntkdp.advisor import CellMetrics, Grid
 
@@ -350,6 +350,83 @@ def test_bad_input_of_predict(change: dict[str, Any], error: Any, message: str) 
     options |= {"steps": 2}
     with pytest.raises(error, match=message):
         advisor.predict(**(options | change))
+
+
+# --- kernels between times -----------------------------------------------------------------------
+
+
+def wide_problem(**options: Any) -> tuple[Any, Any, Any]:
+    """A kernel flow, the same problem between times, and outputs at the start."""
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    labels, loss = jnp.arange(6) % 2, losses.SoftmaxCrossEntropy()
+    model, rule = ntkdp.models.mlp([8], 2, activation="erf"), clipping.Abadi(1.0)
+    flow = ntkdp.KernelFlow(ntkdp.infinite_ntk(model, x), labels, loss, rule)
+    arguments: Any = {"targets": labels, "loss": loss, "clipping": rule} | options
+    return flow, stochastic_flow.TwoTimeFlow(model, x, **arguments), jnp.zeros((6, 2))
+
+
+def test_cells_in_which_noise_moves_the_kernel_are_predicted_between_times() -> None:
+    flow, between, initial = wide_problem()
+    keys = jax.random.split(jax.random.key(1), 3)
+    options: Any = {"steps": 5, "noise_multiplier": 2.0, "sample_rate": 0.8, "key": keys}
+    axes: Any = {"learning_rates": [0.1, 2.0], "clip_norms": [0.1, 1.0]}
+    grid = advisor.predict(flow, initial, between_times=between, **axes, **options)
+    # v(T) = 5 (eta sigma R / (q n))^2, in NTK parameterisation.
+    rates, norms = grid.cells()
+    noise = known(grid.weight_noise)
+    np.testing.assert_allclose(noise, 5 * (rates * 2 * norms / 4.8) ** 2, rtol=1e-12)
+    assert grid.kernels is not None
+    assert grid.kernels.tolist() == ["frozen", "frozen", "between times", "between times"]
+    frozen, all_moved = (
+        advisor.predict(flow, initial, between_times=between, kernels=choice, **axes, **options)
+        for choice in ("frozen", "between times")
+    )
+    plain = advisor.predict(flow, initial, **axes, **options)
+    assert plain.kernels is None
+    np.testing.assert_array_equal(frozen.metrics.loss, plain.metrics.loss)
+    np.testing.assert_array_equal(grid.metrics.loss[:2], frozen.metrics.loss[:2])
+    np.testing.assert_allclose(grid.metrics.loss[2:], all_moved.metrics.loss[2:], rtol=1e-9)
+    final = stochastic_flow.two_time_final_outputs(
+        between, initial, learning_rates=rates, clip_norms=norms, steps=5, noise_multipliers=2.0,
+        sample_rate=0.8, key=keys,
+    )  # fmt: skip
+    loss = jnp.mean(
+        jax.vmap(jax.vmap(flow.loss, (0, None)), (0, None))(final.train, flow.targets), (1, 2)
+    )
+    np.testing.assert_allclose(all_moved.metrics.loss, loss, rtol=1e-9)
+    assert np.all(np.abs(all_moved.metrics.loss[2:] / frozen.metrics.loss[2:] - 1) > 1e-3)
+    from_ten = advisor.predict(
+        flow, initial, between_times=between, moving_from=10.0, **axes, **options
+    )
+    assert from_ten.kernels is not None
+    assert set(from_ten.kernels.tolist()) == {"frozen"}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "error", "message"),
+    [
+        (
+            {"between_times": None, "kernels": "between times"},
+            {},
+            ValueError,
+            "must be given with k",
+        ),
+        ({}, {"clipping": clipping.Automatic(1.0)}, ValueError, "with Abadi.*got Automatic"),
+        ({}, {"reduction": "sum"}, ValueError, "with reduction mean, got reduction sum"),
+        ({"moving_from": -1.0}, {}, ValueError, "moving_from must be at least 0"),
+        ({"key": None}, {}, ValueError, "key must be given with noise"),
+    ],
+)
+def test_bad_kernels_between_times(
+    change: dict[str, Any], problem: dict[str, Any], error: Any, message: str
+) -> None:
+    flow, between, initial = wide_problem(**problem)
+    options: dict[str, Any] = {
+        "learning_rates": [2.0], "clip_norms": [1.0], "steps": 2, "noise_multiplier": 1.0,
+        "between_times": between, "key": jax.random.key(0),
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        advisor.predict(flow, initial, **options)
 
 
 # --- advice --------------------------------------------------------------------------------------

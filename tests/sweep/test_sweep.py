@@ -135,7 +135,13 @@ def test_planes_of_rules_scopes_and_noise(tmp_path: Path) -> None:
     for predicted, observed in zip(found.predicted, found.observed, strict=True):
         np.testing.assert_allclose(predicted.loss, observed.loss, rtol=0.1)
         np.testing.assert_allclose(known(predicted.test_loss), known(observed.test_loss), rtol=0.1)
-    _report.write_report(found, tmp_path)
+    # Noise of this size moves the kernel: v(T) = 6 (eta sigma S / (q n))^2, S^2 = 2 R^2 by layer.
+    assert found.kernels == ["between times"] * 2
+    assert found.weight_noise == pytest.approx([6 * (4 * 0.5 / 16) ** 2 * s for s in (1, 2)])
+    metrics = _report.write_report(found, tmp_path)
+    assert [plane["cells"][0]["kernels"] for plane in metrics["planes"]] == found.kernels
+    words = "kernels between times predict 2 of 2 cells with noise."
+    assert words in (tmp_path / "report.html").read_text()
     assert {f"map_{number}.png" for number in range(2)} <= {p.name for p in tmp_path.iterdir()}
 
 
@@ -271,7 +277,10 @@ INITIAL = CellMetrics.of_cells([CELL])
 def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
     good: Any = {"cell": {}, "metrics": CELL, "seconds": 1.0}
     assert _run._observation(INITIAL, good) == good
-    of_all: Any = {"metrics": [CELL, CELL], "kernel_seconds": 1.0, "prediction_seconds": 2.0}
+    of_all: Any = {
+        "metrics": [CELL, CELL], "kernels": ["frozen", "between times"],
+        "weight_noise": [0.0, 1.0], "kernel_seconds": 1.0, "prediction_seconds": 2.0,
+    }  # fmt: skip
     assert _run._prediction(INITIAL, 2, of_all) == of_all
     errors = (LookupError, TypeError, ValueError, AttributeError)
     contents: tuple[Any, ...] = (good | {"metrics": metrics}, {}, good | {"seconds": None})
@@ -283,6 +292,8 @@ def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
         of_all | {"metrics": [CELL, metrics]},
         of_all | {"metrics": [CELL]},
         of_all | {"kernel_seconds": []},
+        of_all | {"kernels": ["frozen"]},
+        of_all | {"weight_noise": [0.0, None]},
     ):
         with pytest.raises(errors):
             _run._prediction(INITIAL, 2, content)
@@ -327,6 +338,9 @@ def test_regression_has_losses_alone(tmp_path: Path) -> None:
         ({"training": {"steps": 0}}, "training.steps"),
         ({"training": {"delta": 1.5}}, "training.delta"),
         ({"objective": "ece", "loss": "huber"}, "objective must be accuracy or loss"),
+        ({"prediction": "empirical", "kernels": "between times"}, "kernels must be 'auto' or"),
+        ({"kernels": "frozenn"}, "'kernels'.*did you mean 'frozen'"),
+        ({"kernels_move_from": -1.0}, "kernels_move_from"),
         ({"clipping": [{}]}, "unknown field 'clipping'"),
     ],
 )

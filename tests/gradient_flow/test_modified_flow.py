@@ -1,5 +1,6 @@
 """The modified equation of descent: second order against steps, first order without it."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -258,6 +259,6 @@ def test_bad_input() -> None:
     for other in (ntkdp.HeavyBallFlow(flow, 1.0), ModifiedFlow(flow, 0.1)):
         with pytest.raises(TypeError, match="flow must be a KernelFlow, a WeightFlow or a Linear"):
             ModifiedFlow(other, 0.1)
-    plain: Any = getattr(ModifiedFlow.__init__, "__wrapped__", ModifiedFlow.__init__)
+    plain: Any = inspect.unwrap(ModifiedFlow.__init__)
     with pytest.raises(TypeError, match="KernelFlow, a WeightFlow or a LinearisedFlow, got str"):
         plain(object.__new__(ModifiedFlow), "flow", 0.1)

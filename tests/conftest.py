@@ -110,8 +110,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
 
 
-#: A process may have 65,530 memory maps on Linux, and every compiled program takes several.
-_MOST_MEMORY_MAPS = 20_000
+#: A process may have 65,530 memory maps on Linux, and every compiled program takes several. With
+#: 20,000 of them it held 9 GB.
+_MOST_MEMORY_MAPS = 10_000
 
 
 @pytest.fixture(scope="module", autouse=True)

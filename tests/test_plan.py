@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ntkdp
-from ntkdp import clipping
+from ntkdp import clipping, gradient_flow
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp.gradient_flow import _solve
@@ -133,9 +133,11 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
         model.apply, params, x, jnp.zeros((n, 4)), SQUARED, clipping.Abadi(1.0)
     )
     noise = _ensemble.noise_of_step(flow, 1.0, 1.0, None, False)
+    stepping = Stepping(0.1, 10, 1)
+    walk = gradient_flow.optimizer_steps(flow, None, stepping.learning_rate, None)
     draw: Any = _ensemble.draw
     lowered = draw.lower(
-        flow, noise, flow.init(params), False, Stepping(0.1, 10, 1), jax.random.key(0), False, None
+        walk, noise, (flow.init(params), None), False, stepping, jax.random.key(0), False, None
     )
     asked: Any = {**sizes, "dtype": "float64", "noise": True, "memory": PLENTY}
     planned, for_batches = (

@@ -39,6 +39,8 @@ from .ntk import layerwise_infinite_ntk as layerwise_infinite_ntk
 from .ntk import layerwise_ntk as layerwise_ntk
 from .ntk import per_sample_gradient_norms as per_sample_gradient_norms
 from .ntk import two_time_kernel as two_time_kernel
+from .stochastic_flow import diagnose as diagnose
+from .stochastic_flow import predict as predict
 from .trajectory import Phase as Phase
 from .trajectory import Trajectory as Trajectory
 

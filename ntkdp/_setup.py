@@ -38,7 +38,8 @@ class Setup:
     ``learning_rate`` holds the rates of the steps 0, 1, 2, 4, ...: one number if it is constant,
     and none for a flow, which stands for every small learning rate. None stands for values that are
     not known, e.g. inside a JAX transformation. ``neglects`` names what a prediction leaves out by
-    its nature: ``"noise"``, ``"sampling"``. ``optimizer`` names its kind, and ``optimizer_options``
+    its nature: ``"noise"``, ``"sampling"``. ``method`` says in sentences how it was predicted, if
+    that was chosen. ``optimizer`` names its kind, and ``optimizer_options``
     what is not as by default, without numbers where they are not known, e.g. the momentum.
     ``friction`` belongs to a flow with inertia, and
     ``time_scale`` is the number that times were multiplied by.
@@ -57,6 +58,7 @@ class Setup:
     friction: float | None = None
     time_scale: float | None = 1.0
     neglects: tuple[str, ...] = ()
+    method: str = ""
 
 
 def described(part: eqx.Module) -> Description:

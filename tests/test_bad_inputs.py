@@ -146,6 +146,10 @@ def experiment(**fields: Any) -> Any:
 V, T, F = "ValueError", "TypeError", "FileNotFoundError"
 ROWS = [
     # -------------------------------------------------------------------- shapes
+    Row("data in three parts", lambda t: ntkdp.diagnose(linear, W, (X, Y, X), squared(), abadi(), learning_rate=0.1, steps=2), T, r"data must be \(x, targets\).*got tuple of length 3"),
+    Row("no model and no function", lambda t: ntkdp.diagnose(3, W, (X, Y), squared(), abadi(), learning_rate=0.1, steps=2), T, "model must be one of ntkdp.models or a function.*got int"),
+    Row("an unknown method", lambda t: ntkdp.predict(linear, W, (X, Y), squared(), abadi(), learning_rate=0.1, steps=2, method="best", key=key()), V, "unknown method 'best'; known: auto, frozen"),
+    Row("no run to predict", lambda t: ntkdp.predict(linear, W, (X, Y), squared(), abadi(), learning_rate=0.1, steps=2, noise_multiplier=1.0, n_runs=0, key=key()), V, "n_runs must be.*got 0"),
     Row("kernel not square", lambda t: flow(np.ones((3, 2))), V, "kernel must be square.* 3 by 2"),
     Row("targets of another length", lambda t: flow(np.eye(2)), V, r"targets.* 2, got shape \(3, 1\)"),
     Row("initial of another shape", lambda t: ntkdp.solve(flow(), Y[:, 0], [0, 1]), V, r"initial must have shape \(3, 1\), got \(3,\)"),

@@ -213,7 +213,7 @@ def _warnings(results: Results) -> list[str]:
         )
         warnings.append(
             f"Noise adds v(T) times the weights' own variance by the end: {moved}. A frozen kernel "
-            "holds while v(T) is small, at any width."
+            "needs a small v(T), and features that training does not move: see ntkdp.diagnose."
         )
     if any(
         prediction.trajectory.test_loss is None

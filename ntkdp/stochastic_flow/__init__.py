@@ -28,38 +28,47 @@ infinitely wide network with the kernels between times of :func:`ntkdp.two_time_
 weights :func:`relative_weight_noise`, say when that is needed.
 
 :func:`response_ensemble` takes any network, of any width and parameterisation: it follows a run
-without noise, what noise does to the network along it, and how the outputs respond.
+without noise, what noise does to the network along it, and how the outputs respond. :func:`shifted`
+moves another prediction by a run without noise. :func:`diagnose` says before training which of all
+these to trust, and :func:`predict` takes it.
 
 :func:`final_outputs` takes many learning rates and clipping norms at once, for what training ends
 with, and so does :func:`two_time_final_outputs` with kernels between times.
 """
 
+from ntkdp.stochastic_flow._diagnosis import Diagnosis, diagnose
 from ntkdp.stochastic_flow._ensemble import ensemble
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
+from ntkdp.stochastic_flow._predict import predict
 from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
 from ntkdp.stochastic_flow._response.ensemble import response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
+from ntkdp.stochastic_flow._shift import shifted
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble, two_time_flow
 from ntkdp.stochastic_flow._two_time.final import two_time_final_outputs
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._weight_noise import weight_noise_variance
 
 __all__ = [
+    "Diagnosis",
     "FinalOutputs",
     "Moments",
     "ResponseFlow",
     "TwoTimeFlow",
+    "diagnose",
     "ensemble",
     "ensemble_phases",
     "final_outputs",
     "fixed_privacy_flow",
     "moment_flow",
     "moments",
+    "predict",
     "relative_weight_noise",
     "response_ensemble",
+    "shifted",
     "two_time_ensemble",
     "two_time_final_outputs",
     "two_time_flow",

@@ -11,7 +11,7 @@ from ntkdp.models import Model, TwoTimeRule
 
 
 def relative_weight_noise(
-    variance: ArrayLike, model: Model, params: Params, x: ArrayLike
+    variance: ArrayLike, model: Model | None, params: Params, x: ArrayLike
 ) -> Float[Array, "..."]:
     r"""Variance of the noise on a weight over the weight's own, the largest over the layers.
 
@@ -26,9 +26,10 @@ def relative_weight_noise(
     variance : float or array
         v, one number or ``(..., R)`` with a variance for each parameter group, or ``(..., 1)`` for
         all of them: of :func:`weight_noise_variance`.
-    model : Model
+    model : Model or None
         The network. If it knows its layers, the own variances are those that its layers are drawn
-        with; otherwise the mean squares of the arrays of ``params`` that have two axes or more.
+        with; otherwise, and with None, the mean squares of the arrays of ``params`` that have two
+        axes or more.
     params : pytree
         Its parameters at the start.
     x : array
@@ -68,9 +69,9 @@ def relative_weight_noise(
     return jnp.max(noise / jnp.asarray(own, noise.dtype), axis=-1)
 
 
-def _own_variances(model: Model, params: Params, x: Array) -> list[float]:
+def _own_variances(model: Model | None, params: Params, x: Array) -> list[float]:
     """The own variance of the weights of each group; infinite if a group has none."""
-    if model.two_time is not None and _is_known(model.two_time, x):
+    if model is not None and model.two_time is not None and _is_known(model.two_time, x):
         return list(model.two_time.own_variances(x).values())
     resolved = groups.resolve(params)
     least = np.full(resolved.size, np.inf)

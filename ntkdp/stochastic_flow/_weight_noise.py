@@ -62,8 +62,9 @@ def weight_noise_variance(
     to a gradient of one at step j: momentum :math:`\beta` multiplies v(T) by about
     :math:`1/(1 - \beta)^2` over many steps.
 
-    In NTK parameterisation weights start with variance one, so v says when noise moves the kernel:
-    a frozen one is accurate while v is small compared with one, at any width.
+    In NTK parameterisation weights start with variance one, so v says how far noise moves the
+    kernel, at any width: a frozen one needs a v that is small compared with one. Training moves the
+    kernel too, which :func:`diagnose` looks at.
 
     Parameters
     ----------

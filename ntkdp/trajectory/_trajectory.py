@@ -87,6 +87,11 @@ class Trajectory(eqx.Module):
         """What went wrong and what to do about it, or ``"success"``."""
         return message(self.outcome, ADVICE)
 
+    @property
+    def method(self) -> str:
+        """How :func:`ntkdp.predict` predicted it and why, in sentences; empty for anything else."""
+        return " ".join(phase.method for phase in self.setup if phase.method)
+
     def rescale_time(self, factor: float) -> "Trajectory":
         """The trajectory with all times multiplied, e.g. to compare with a `HeavyBallFlow`."""
         factor = validate.scalar(factor=validate.positive(factor=factor))

@@ -21,14 +21,13 @@ from ntkdp.stochastic_flow._response.kernels import NodeKernels, node_kernels
 from ntkdp.stochastic_flow._response.noise_free_path import (
     Descent,
     NoiseFreePath,
-    cells,
     follow,
     place_nodes,
     resting,
     slots,
 )
 from ntkdp.stochastic_flow._response.runs import Runs, Undriven, run
-from ntkdp.stochastic_flow._response.schedule import scheduled
+from ntkdp.stochastic_flow._response.schedule import middles, scheduled
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
@@ -155,7 +154,7 @@ def response_ensemble(
         validate.choice(("path", "start"), about=about)
     keys = validate.keys(key=key)
     chosen = optimizers.recognised(optimizers.as_optimizer(optimizer))
-    filter = linear_filter(_linear_part(chosen), stepping.learning_rate, stepping.steps)
+    filter = linear_filter(filtered_part(chosen), stepping.learning_rate, stepping.steps)
     times = np.asarray(
         times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
     )
@@ -182,7 +181,7 @@ def response_ensemble(
         )
         path = _path(flow, descent, stepping, filter, places)
         transfers = noise_path.transfers(filter, times, places, path)
-        law = noise_path.NoisePath(flow, path, transfers, stds_of_leaves)
+        law = noise_path.noise_path(flow, path, transfers, stds_of_leaves, jnp.asarray(places))
         draw_keys = jax.random.split(jax.random.key(0), _at_least("draws", draws, 1))
         kernels = node_kernels(law, stds**2, draw_keys)
         _warn(kernels, len(places), draws)
@@ -196,14 +195,14 @@ def response_ensemble(
             seen = noise_path.at_nodes(law, flat_keys)
             nodes_seen = _less(seen.outputs, path.outputs[places])
             roots = _roots(kernels.covariance) if is_noisy else None
-        corrections = noise_path.norm_corrections(law, *map(jnp.asarray, cells(times, places)))
-        undriven = Undriven(nodes_seen, roots, steps_seen, seen.blocks, corrections)
         schedule, propagators = scheduled(
             filter, times, places, stepping.recorded, np.dtype(flow.dtype)
         )
+        own_norms = noise_path.path_norms(law, *map(jnp.asarray, middles(schedule)))
+        undriven = Undriven(nodes_seen, roots, steps_seen, seen.lengths)
         average = optimizers.average_of(chosen)
         average = None if average is None else jnp.asarray(average, flow.dtype)
-        runs = Runs(flow, path, kernels, undriven, flat_keys, average, rate, outputs)
+        runs = Runs(flow, path, own_norms, kernels, undriven, flat_keys, average, rate, outputs)
         measured = run(runs, schedule, propagators, len(stepping.recorded), listener)
         by_seed: Measurement = jax.tree.map(
             lambda path: jnp.swapaxes(path, 0, 1).reshape(
@@ -225,7 +224,7 @@ def _at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-def _linear_part(optimizer: OptimizerLike) -> OptimizerLike:
+def filtered_part(optimizer: OptimizerLike) -> OptimizerLike:
     """The optimizer as a filter: that of Adam acts in coordinates that its metric divides by."""
     if not isinstance(optimizer, Adam):
         return optimizer
@@ -301,6 +300,15 @@ def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> float:
     return worst
 
 
+def is_room(flow: ResponseFlow, n_runs: int, n_nodes: int, stepping: Stepping) -> bool:
+    """Whether runs with noise at the nodes fit the memory."""
+    try:
+        _require_room(flow, n_runs, n_nodes, stepping, "nodes", False)
+    except MemoryError:
+        return False
+    return True
+
+
 def _require_room(
     flow: ResponseFlow,
     n_runs: int,
@@ -314,7 +322,6 @@ def _require_room(
     n_kernels = n_nodes * (n_nodes + 1) // 2
     kernels = n_kernels * flow.weight_groups().size * rows * columns + 3 * n_nodes * rows**2
     states = stepping.steps + 1 if noise_at == "steps" else 3 * n_nodes
-    states += n_nodes * flow.n_outputs
     kept = len(stepping.recorded) * bool(outputs)
     memory.require(
         ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize,

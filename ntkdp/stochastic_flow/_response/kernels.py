@@ -25,14 +25,16 @@ class NodeKernels(NamedTuple):
     Attributes
     ----------
     between
-        :math:`\Theta` for each pair of nodes, the later first.
+        :math:`\Theta` for each pair of nodes, the later first: of a node with itself averaged over
+        the draws, and of two nodes in one of the draws, which take turns.
     covariance
         :math:`\Theta(a, a)` at each node between all points, weighted by the variances of the
         groups, ``(nodes, N K, N K)``.
     number
         The place of a pair, ``(nodes, nodes)``.
-    traces
-        Traces of the blocks of each point with itself at each node, ``(nodes, T, N)``.
+    lengths
+        Root mean squares over the draws of the lengths of gradients at each node, ``(nodes, T,
+        N)``.
     spread
         Deviation of :math:`\Theta(a, a)` over draws of the noise, relative to it, ``(nodes,)``.
     """
@@ -40,7 +42,7 @@ class NodeKernels(NamedTuple):
     between: Float[Array, "pairs T NK nK"]
     covariance: Float[Array, "nodes NK NK"]
     number: Array
-    traces: Float[Array, "nodes T N"]
+    lengths: Float[Array, "nodes T N"]
     spread: Float[Array, " nodes"]
 
 
@@ -85,7 +87,7 @@ def node_kernels(
         return jnp.transpose(terms, (0, 1, 3, 2, 4)).reshape(-1, rows, columns).astype(dtype)
 
     def metric(node: Array, power: int) -> Params | None:
-        if path.metric is None or power == 0:
+        if path.metric is None:
             return None
         return jax.tree.map(lambda leaf: leaf[node] ** power, path.metric)
 
@@ -107,21 +109,25 @@ def node_kernels(
         excess = jnp.maximum(squares - of_mean, 0) * keys.size / max(keys.size - 1, 1)
         size = mean.shape[1]
         chosen = jnp.concatenate([mean[:, :, :n_driving], mean[:, :, size:]], axis=2)
-        plain = noisy = mean[:, :, :size]
+        noisy = mean[:, :, :size]
         if path.metric is not None:
-            plain, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 0))
             noisy, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 2))
         covariance = jnp.tensordot(variances, noisy, 1)
-        diagonal = jnp.diagonal(plain, axis1=1, axis2=2)
-        traces = diagonal.reshape(groups.size, -1, flow.n_outputs).sum(axis=2)
-        return chosen, covariance, traces, jnp.sqrt(excess / of_mean)
+
+        def squares_of(draw: Array) -> Array:
+            params = jax.tree.map(lambda leaf: leaf[draw, node], drawn)
+            return law.seen(params, law.directions[node])[1] ** 2
+
+        lengths = jnp.sqrt(jnp.mean(lax.map(squares_of, jnp.arange(keys.size)), axis=0))
+        return chosen, covariance, lengths, jnp.sqrt(excess / of_mean)
 
     def between(pair: Array) -> Array:
-        return mean_over_draws(lambda draw: kernel(draw, pair[0], pair[1], driving))[0]
+        # The sum over nodes averages; means over draws here were no closer to runs.
+        return kernel((pair[0] + pair[1]) % keys.size, pair[0], pair[1], driving)
 
     pairs, number = pairs_of_nodes(n_nodes)
-    equal, covariance, traces, spread = lax.map(at_node, jnp.arange(n_nodes))
+    equal, covariance, lengths, spread = lax.map(at_node, jnp.arange(n_nodes))
     different = lax.map(between, jnp.asarray(pairs[n_nodes:]))
     return NodeKernels(
-        jnp.concatenate([equal, different]), covariance, jnp.asarray(number), traces, spread
+        jnp.concatenate([equal, different]), covariance, jnp.asarray(number), lengths, spread
     )

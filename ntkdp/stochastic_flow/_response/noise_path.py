@@ -21,7 +21,7 @@ from ntkdp import optimizers
 from ntkdp._backend import norms
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray, PyTree
-from ntkdp._gradients import per_sample
+from ntkdp._gradients import clipped_sum, per_sample
 from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.noise_free_path import Descent, NoiseFreePath, cells
@@ -75,6 +75,17 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return root
 
 
+class _Pulled(NamedTuple):
+    """Gradients that the charges of cells cause on the path itself, ``(M, d, ...)`` by leaf.
+
+    ``before`` and ``after`` are at the first node of a cell, ``ahead`` those after at the last.
+    """
+
+    before: list[Array]
+    after: list[Array]
+    ahead: list[Array]
+
+
 class _Cell(NamedTuple):
     """Key and transfer of a cell, the path's weights at its two nodes, and its metric."""
 
@@ -83,15 +94,27 @@ class _Cell(NamedTuple):
     here: list[Array]
     ahead: list[Array]
     metric: list[Array] | None
+    pulled: _Pulled | None
 
 
 class NoisePath(eqx.Module):
-    """The law of noisy weights on a path, at the nodes."""
+    """The law of noisy weights on a path, at the nodes.
+
+    Attributes
+    ----------
+    directions
+        In which gradients of all points are measured at the nodes, of length one, ``(nodes, N,
+        K)``: those of the loss on the path, and any for test points.
+    pulled
+        What the path's own Jacobian makes of its charges; None if nothing drives it.
+    """
 
     flow: ResponseFlow
     path: NoiseFreePath
     transfers: Transfers
     deviations: list[Array]
+    directions: Float[Array, "nodes N K"]
+    pulled: _Pulled | None = None
 
     def pull(self, params: Params, charges: Float[Array, "d T n K"]) -> list[Array]:
         """Gradients of the weights that charges of the path's samples cause, ``(d, ...)``."""
@@ -117,7 +140,7 @@ class NoisePath(eqx.Module):
             states: list[Array],
             at: _Cell,
         ) -> tuple[list[Array], list[Array]]:
-            own, transfer, here, ahead, metric = at
+            own, transfer, here, ahead, metric, pulled = at
             stay = [transfer.carried[0, 0].astype(state.dtype) * state[0] for state in states]
             # The position stays; all else that moves it goes through the metric.
             carried = transfer.carried.at[0, 0].set(0)
@@ -142,13 +165,21 @@ class NoisePath(eqx.Module):
                     for one, place, move in zip(more, stay, moves, strict=True)
                 ]
 
-            if transfer.before is not None and transfer.after is not None:
-                plain, noisy = jax.tree.unflatten(structure, here), weights(here, states)
-                more = _added(more, self._excess(plain, noisy, transfer.before))
+            if pulled is not None and transfer.before is not None and transfer.after is not None:
+                both = jnp.concatenate([transfer.before, transfer.after])
+                noisy = self.pull(weights(here, states), both)
+                before, after = (
+                    [_less(leaf[part], plain) for leaf, plain in zip(noisy, known, strict=True)]
+                    for part, known in (
+                        (slice(size), pulled.before),
+                        (slice(size, None), pulled.after),
+                    )
+                )
+                more = _added(more, before)
                 # The Jacobian at the cell's end is taken where that of its beginning leads to.
-                guess = arrived(_added(more, self._excess(plain, noisy, transfer.after)))
-                plain, noisy = jax.tree.unflatten(structure, ahead), weights(ahead, guess)
-                more = _added(more, self._excess(plain, noisy, transfer.after))
+                guess = weights(ahead, arrived(_added(more, after)))
+                noisy = self.pull(guess, transfer.after)
+                more = _added(more, list(map(_less, noisy, pulled.ahead)))
             following = arrived(more)
             return following, [state[0] for state in following]
 
@@ -158,21 +189,77 @@ class NoisePath(eqx.Module):
         metric = None
         if self.path.metric is not None:
             metric = [(leaf[:-1] + leaf[1:]) / 2 for leaf in jax.tree.leaves(self.path.metric)]
-        _, positions = lax.scan(advance, start, _Cell(keys, self.transfers, *ends, metric))
+        _, positions = lax.scan(
+            advance, start, _Cell(keys, self.transfers, *ends, metric, self.pulled)
+        )
         weights_at_nodes = [
             node + jnp.concatenate([jnp.zeros_like(path[:1]), path]).astype(node.dtype)
             for path, node in zip(positions, nodes, strict=True)
         ]
         return jax.tree.unflatten(structure, weights_at_nodes)
 
-    def _excess(self, plain: Params, noisy: Params, charges: Array) -> list[Array]:
-        """What noise adds to the gradients that charges cause."""
-        with_noise, without = self.pull(noisy, charges), self.pull(plain, charges)
-        return [one - other for one, other in zip(with_noise, without, strict=True)]
+    def seen(self, params: Params, directions: Float[Array, "N K"]) -> tuple[Array, Array]:
+        """Outputs of all points ``(N, K)``, and norms of gradients ``(T, N)`` in directions."""
+        flow, groups = self.flow, self.flow.weight_groups()
+        outputs, factors = clipped_sum.gradients(
+            flow.apply_fn, params, flow.points, lambda f, a: a, directions.astype(flow.output_dtype)
+        )
+        lengths = per_sample.grouped_norms(
+            factors, groups.leaf_to_group, groups.size, outputs.shape[0]
+        )
+        return outputs.astype(flow.dtype), lengths.astype(flow.dtype)
 
-    def seen(self, params: Params) -> tuple[Float[Array, "N K"], Float[Array, "T N K K"]]:
-        """Outputs of all points, and the kernel's blocks of each point with itself."""
-        return self.flow.outputs(params, self.flow.points), diagonal_blocks(self.flow, params)
+
+@eqx.filter_jit
+def noise_path(
+    flow: ResponseFlow,
+    path: NoiseFreePath,
+    transfers: Transfers,
+    deviations: list[Array],
+    nodes: Array,
+) -> NoisePath:
+    """The law of noisy weights on a path whose nodes are steps of these numbers."""
+    law = NoisePath(flow, path, transfers, deviations, _directions(flow, path.outputs[nodes]))
+    if transfers.before is None or transfers.after is None:
+        return law
+
+    def pull(at: tuple[Params, Params, Array, Array]) -> _Pulled:
+        here, ahead, before, after = at
+        size = before.shape[0]
+        both = law.pull(here, jnp.concatenate([before, after]))
+        return _Pulled(
+            [leaf[:size] for leaf in both],
+            [leaf[size:] for leaf in both],
+            law.pull(ahead, after),
+        )
+
+    ends = [
+        jax.tree.map(lambda leaf, part=part: leaf[part], path.params)
+        for part in (slice(-1), slice(1, None))
+    ]
+    pulled = lax.map(pull, (*ends, transfers.before, transfers.after))
+    driven: NoisePath = eqx.tree_at(
+        lambda law: law.pulled, law, pulled, is_leaf=lambda node: node is None
+    )
+    return driven
+
+
+def _directions(
+    flow: ResponseFlow, outputs: Float[Array, "nodes N K"]
+) -> Float[Array, "nodes N K"]:
+    n = flow.n_samples
+    a = jax.vmap(lambda f: flow.loss.output_gradient(f[:n], flow.targets))(outputs)
+    others = jax.random.normal(jax.random.key(0), outputs[:, n:].shape, outputs.dtype)
+    both = jnp.concatenate([a, others], axis=1)
+    # Of a sample whose loss is at its least there is no direction: any will do.
+    largest = jnp.max(jnp.abs(both), axis=2, keepdims=True)
+    scaled = jnp.where(largest > 0, both / jnp.where(largest > 0, largest, 1.0), 1.0)
+    lengths: Array = jnp.linalg.norm(scaled, axis=2, keepdims=True)
+    return scaled / lengths
+
+
+def _less(one: Array, other: Array) -> Array:
+    return one - other
 
 
 def _added(states: list[Array], more: list[Array]) -> list[Array]:
@@ -199,18 +286,33 @@ def diagonal_blocks(flow: ResponseFlow, params: Params) -> Float[Array, "T N K K
     ).astype(flow.dtype)
 
 
-@eqx.filter_jit
-def norm_corrections(
-    law: NoisePath, cell: Array, along: Array
-) -> Float[Array, "steps1 T n"] | None:
-    """Gradient norms of the path at each step, over those of blocks interpolated between nodes.
+class PathNorms(NamedTuple):
+    """Norms of the path's gradients.
 
-    None if the norms of the samples along the path are not known.
+    Attributes
+    ----------
+    blocks
+        The kernel's blocks of each point with itself at the nodes, ``(nodes, T, N, K, K)``.
+    lengths
+        Norms of gradients at the nodes in their directions, ``(nodes, T, N)``.
+    corrections
+        Norms at each step over those of interpolated blocks, ``(steps + 1, T, n)``; None if the
+        norms of the samples along the path are not known.
     """
+
+    blocks: Float[Array, "nodes T N K K"]
+    lengths: Float[Array, "nodes T N"]
+    corrections: Float[Array, "steps1 T n"] | None
+
+
+@eqx.filter_jit
+def path_norms(law: NoisePath, cell: Array, along: Array) -> PathNorms:
+    """Norms of the path's gradients, where blocks are interpolated at a place for each state."""
     flow, path = law.flow, law.path
-    if path.norms is None:
-        return None
     at_nodes = lax.map(lambda params: diagonal_blocks(flow, params), path.params)
+    in_directions = jax.vmap(norms.through_kernel)(at_nodes, law.directions)
+    if path.norms is None:
+        return PathNorms(at_nodes, in_directions, None)
 
     def lengths(at: tuple[Array, Array, Array]) -> Array:
         outputs, cell, along = at
@@ -219,9 +321,14 @@ def norm_corrections(
         return norms.through_kernel(blocks[:, : flow.n_samples], a)
 
     interpolated = lax.map(lengths, (path.outputs[:-1], cell[:-1], along[:-1].astype(flow.dtype)))
-    usable = interpolated > 0
-    ratios = jnp.where(usable, path.norms / jnp.where(usable, interpolated, 1.0), 1.0)
-    return jnp.concatenate([ratios, ratios[-1:]])
+    ratios = over(path.norms, interpolated)
+    return PathNorms(at_nodes, in_directions, jnp.concatenate([ratios, ratios[-1:]]))
+
+
+def over(lengths: Array, others: Array) -> Array:
+    """Ratios of lengths; one where there is no length."""
+    usable = others > 0
+    return jnp.where(usable, lengths / jnp.where(usable, others, 1.0), 1.0)
 
 
 class SeenByRuns(NamedTuple):
@@ -231,18 +338,20 @@ class SeenByRuns(NamedTuple):
     ----------
     outputs
         Of all points at the nodes ``(nodes, N, K, S)``, or at every step.
-    blocks
-        Of each point with itself at the nodes, ``(nodes, T, N, K, K, S)``.
+    lengths
+        Norms of gradients in the directions of the nodes, ``(nodes, T, N, S)``.
     """
 
     outputs: Float[Array, "times N K S"]
-    blocks: Float[Array, "nodes T N K K S"]
+    lengths: Float[Array, "nodes T N S"]
 
 
 @eqx.filter_jit
 def at_nodes(law: NoisePath, keys: Key[Array, " S"]) -> SeenByRuns:
     """What each of many runs sees at the nodes."""
-    seen = lax.map(lambda key: lax.map(law.seen, law.draw(key)), keys)
+    seen = lax.map(
+        lambda key: lax.map(lambda at: law.seen(*at), (law.draw(key), law.directions)), keys
+    )
     return SeenByRuns(*(jnp.moveaxis(part, 0, -1) for part in seen))
 
 
@@ -265,19 +374,19 @@ def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S
     def outputs(params: Params) -> Array:
         return flow.outputs(params, flow.points)
 
-    def kept(blocks: Array, at: Array, params: Params) -> Array:
-        """Blocks with those of a node, if the step is one."""
+    def kept(lengths: Array, at: Array, params: Params) -> Array:
+        """Lengths with those of a node, if the step is one."""
 
         def put() -> Array:
-            own = lax.map(lambda one: diagonal_blocks(flow, one), params)
-            return blocks.at[at].set(jnp.moveaxis(own, 0, -1))
+            own = lax.map(lambda one: law.seen(one, law.directions[at])[1], params)
+            return lengths.at[at].set(jnp.moveaxis(own, 0, -1))
 
-        result: Array = lax.cond(at < n_nodes, put, lambda: blocks)
+        result: Array = lax.cond(at < n_nodes, put, lambda: lengths)
         return result
 
     def step(carry: tuple[Params, PyTree, Array], at: _Step) -> tuple[_Runs, Array]:
-        params, states, blocks = carry
-        blocks = kept(blocks, at.slot, params)
+        params, states, lengths = carry
+        lengths = kept(lengths, at.slot, params)
         seen = jax.vmap(outputs, out_axes=-1)(params)
 
         def follow(key: PRNGKeyArray, params: Params, state: PyTree) -> tuple[Params, PyTree]:
@@ -295,18 +404,17 @@ def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S
             return optax.apply_updates(params, updates), state
 
         params, states = jax.vmap(follow)(keys, params, states)
-        return (params, states, blocks), seen
+        return (params, states, lengths), seen
 
-    n_points, n_outputs = flow.points.shape[0], flow.n_outputs
-    shape = (n_nodes, flow.weight_groups().size, n_points, n_outputs, n_outputs, keys.size)
+    shape = (n_nodes, flow.weight_groups().size, flow.points.shape[0], keys.size)
     many = [
         jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (keys.size, *jnp.shape(leaf))), one)
         for one in (descent.source.params, transformation.init(descent.source.params))
     ]
     steps = _Step(jnp.arange(len(slot) - 1), slot[:-1], law.path.charges)
-    (params, _, blocks), seen = lax.scan(step, (*many, jnp.zeros(shape, flow.dtype)), steps)
+    (params, _, lengths), seen = lax.scan(step, (*many, jnp.zeros(shape, flow.dtype)), steps)
     last = jax.vmap(outputs, out_axes=-1)(params)
-    return SeenByRuns(jnp.concatenate([seen, last[None]]), kept(blocks, slot[-1], params))
+    return SeenByRuns(jnp.concatenate([seen, last[None]]), kept(lengths, slot[-1], params))
 
 
 class _Step(NamedTuple):
@@ -317,5 +425,5 @@ class _Step(NamedTuple):
     charges: Array | None
 
 
-#: Parameters and optimizers of all runs, and their blocks at the nodes.
+#: Parameters and optimizers of all runs, and their lengths at the nodes.
 _Runs: TypeAlias = tuple[Params, PyTree, Array]

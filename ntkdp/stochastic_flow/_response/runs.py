@@ -6,8 +6,12 @@ itself on the triangle of :math:`\Theta(a, a)`, :math:`\Theta(a + 1, a)` and
 :math:`\Theta(a + 1, a + 1)`. So the past is a charge at each node, and the cell's own past is two
 sums: of the clipped gradients, and of these times how far the step was along the cell. The filter
 of the optimizer carries the charges, which are states of it with d entries.
+
+A cell's own past is read once for a block of steps, and within the block the kernel is that of its
+middle: a step then costs one product of a kernel with the charges of all runs.
 """
 
+import functools
 from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -17,13 +21,17 @@ from jax import lax
 
 from ntkdp._backend import progress
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, Float, Key
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.kernels import NodeKernels
 from ntkdp.stochastic_flow._response.noise_free_path import NoiseFreePath
+from ntkdp.stochastic_flow._response.noise_path import PathNorms, over
 from ntkdp.stochastic_flow._response.schedule import Schedule
 from ntkdp.stochastic_flow._sampling import batch_weights
 from ntkdp.trajectory import Measurement
+
+#: Outputs up to which every step has noise of its own between the nodes.
+_OWN_NOISE = 512
 
 
 class Undriven(NamedTuple):
@@ -37,18 +45,14 @@ class Undriven(NamedTuple):
         Roots of the covariance of the noise between the nodes, ``(M, N K, N K)``.
     steps
         Outputs at every step less those of the path, ``(steps + 1, N K, S)``, if they are known.
-    blocks
-        The kernel's blocks of each point with itself at the nodes, ``(nodes, T, N, K, K, S)``.
-    corrections
-        Gradient norms of the path over those of its blocks between the nodes, ``(steps + 1, T,
-        n)``, where they are known.
+    lengths
+        Norms of gradients at the nodes in given directions, ``(nodes, T, N, S)``.
     """
 
     nodes: Float[Array, "nodes NK S"] | None
     roots: Float[Array, "M NK NK"] | None
     steps: Float[Array, "steps1 NK S"] | None
-    blocks: Float[Array, "nodes T N K K S"]
-    corrections: Float[Array, "steps1 T n"] | None
+    lengths: Float[Array, "nodes T N S"]
 
 
 class _Charges(NamedTuple):
@@ -79,13 +83,32 @@ class _Triangle(NamedTuple):
     across: Float[Array, "T NK nK"]
     ahead: Float[Array, "T NK nK"]
 
-    def apply(self, along: Array, charges: _Charges, first: "_Scales", last: "_Scales") -> Array:
-        """Outputs that charges of the cell move at a place in it."""
-        gradients, moments = charges.gradients[0], charges.moments[0]
-        here = self.here @ (first.columns * (1 - along) * gradients)
-        ahead = self.across @ (first.columns * (along * gradients - moments))
-        ahead += self.ahead @ (last.columns * moments)
-        return jnp.sum(first.rows * here + last.rows * ahead, axis=0)
+    def read(self, charges: _Charges, first: "_Scales", last: "_Scales") -> "_Line":
+        """Outputs that charges of the cell move, entry by entry, along the cell."""
+        gradients, moments = first.columns * charges.gradients, first.columns * charges.moments
+        here, across = first.rows * (self.here @ gradients), last.rows * (self.across @ gradients)
+        past = last.rows * (self.ahead @ (last.columns * charges.moments) - self.across @ moments)
+        return _Line(jnp.sum(here + past, axis=1), jnp.sum(across - here, axis=1))
+
+    def at(self, along: Array, first: "_Scales", last: "_Scales") -> "_Kernel":
+        """The kernel of a place in the cell with itself."""
+        return _Kernel(
+            (1 - along) * self.here + along * self.ahead,
+            _Scales(
+                (1 - along) * first.rows + along * last.rows,
+                (1 - along) * first.columns + along * last.columns,
+            ),
+        )
+
+
+class _Line(NamedTuple):
+    """Outputs that are linear along a cell: at its first node, and their change up to its last."""
+
+    start: Float[Array, "d NK S"]
+    slope: Float[Array, "d NK S"]
+
+    def at(self, along: Array) -> Float[Array, "d NK S"]:
+        return self.start + along * self.slope
 
 
 class _Scales(NamedTuple):
@@ -99,11 +122,34 @@ class _Scales(NamedTuple):
     columns: Float[Array, "T nK S"]
 
 
+class _Kernel(NamedTuple):
+    """A kernel of all runs, and what it is for each."""
+
+    mean: Float[Array, "T NK nK"]
+    scales: _Scales
+
+    def apply(self, charges: Float[Array, "T nK S"]) -> Float[Array, "NK S"]:
+        moved = self.scales.rows * (self.mean @ (self.scales.columns * charges))
+        return jnp.sum(moved, axis=0)
+
+
+class _Norms(NamedTuple):
+    """Blocks of the path's kernel, and how much longer the gradients of each run are.
+
+    A run has the length that its own output gradients have under the path's blocks, times its
+    ratio to the path in the direction of the path's gradient.
+    """
+
+    blocks: Float[Array, "T n K K"]
+    ratios: Float[Array, "T n S"]
+
+
 class Runs(eqx.Module):
     """Steps of all runs at once; the last axis of an array is that of the runs."""
 
     flow: ResponseFlow
     path: NoiseFreePath
+    norms: PathNorms
     kernels: NodeKernels
     undriven: Undriven
     keys: Key[Array, " S"]
@@ -114,9 +160,7 @@ class Runs(eqx.Module):
     def scales(self, node: Array) -> _Scales:
         """Scales of each run at a node."""
         flow = self.flow
-        traces = jnp.trace(self.undriven.blocks[node], axis1=2, axis2=3)
-        means = self.kernels.traces[node][..., None]
-        scales = jnp.sqrt(jnp.where(means > 0, traces / jnp.where(means > 0, means, 1.0), 1.0))
+        scales = over(self.undriven.lengths[node], self.kernels.lengths[node][..., None])
         rows = jnp.repeat(scales, flow.n_outputs, axis=1)
         columns = rows[:, : flow.n_samples * flow.n_outputs]
         others = self.kernels.between.shape[-1] - columns.shape[1]
@@ -133,6 +177,16 @@ class Runs(eqx.Module):
         past: Array = lax.fori_loop(0, node + 1, add, jnp.zeros(shape, charges.dtype))
         return jnp.sum(self.scales(node).rows * past, axis=1)
 
+    def norms_along(self, cell: Array, along: Array) -> "_Norms":
+        """The norms of training samples at a place in a cell."""
+        n, norms = self.flow.n_samples, self.norms
+        here, ahead = (
+            over(self.undriven.lengths[node][:, :n], norms.lengths[node][:, :n, None])
+            for node in (cell, cell + 1)
+        )
+        blocks = (1 - along) * norms.blocks[cell] + along * norms.blocks[cell + 1]
+        return _Norms(blocks[:, :n], (1 - along) * here + along * ahead)
+
     def triangle(self, cell: Array) -> _Triangle:
         kernels, number = self.kernels.between, self.kernels.number
         return _Triangle(
@@ -145,15 +199,15 @@ class Runs(eqx.Module):
         return jnp.moveaxis(f, -1, 0).reshape(self.keys.size, -1, self.flow.n_outputs)
 
     def gradients(
-        self, at: Schedule, f: Array, blocks: Float[Array, "T N K K S"], keys: Array
+        self, at: Schedule, f: Array, norms: _Norms, keys: Array
     ) -> tuple[Float[Array, "T nK S"], Array]:
         """Clipped gradients of the batches, and the factors by run."""
-        n, correction = self.flow.n_samples, None
-        if self.undriven.corrections is not None:
-            correction = self.undriven.corrections[at.number]
+        n, ratios = self.flow.n_samples, norms.ratios
+        if self.norms.corrections is not None:
+            ratios = ratios * self.norms.corrections[at.number][:, :, None]
         clipped, factors = jax.vmap(
-            lambda own, blocks: self.flow.clipped(own[:n], blocks, correction), (0, -1)
-        )(self.by_run(f), blocks[:, :n])
+            lambda f, ratios: self.flow.clipped(f[:n], norms.blocks, ratios), (0, -1)
+        )(self.by_run(f), ratios)
         if self.sample_rate < 1:
             batches = jax.vmap(
                 lambda key: batch_weights(
@@ -189,10 +243,15 @@ class Runs(eqx.Module):
         average: Array,
         record: Measurement,
     ) -> "_Carry":
-        """Charges of a cell's own steps, noise and averages at its end, and the record."""
+        """Charges of a cell's own steps, noise and averages at its end, and the record.
+
+        The noise between the nodes is followed in the outputs: what drives it is spread over them
+        once, by the root of their covariance, and the optimizer's filter does the rest.
+        """
         undriven, own = self.undriven, self.triangle(cell)
         ends = self.scales(cell), self.scales(cell + 1)
-        past = self.pasts(cell, charges), self.pasts(cell + 1, charges)
+        before = self.pasts(cell, charges)
+        past = _Line(before, self.pasts(cell + 1, charges) - before)
         root = None if undriven.roots is None else undriven.roots[cell]
 
         def undriven_at(at: Schedule, bridge: Array) -> Array:
@@ -200,26 +259,43 @@ class Runs(eqx.Module):
             if undriven.steps is not None:
                 return about + undriven.steps[at.number]
             assert undriven.nodes is not None
-            f = about + jnp.tensordot(at.weights, undriven.nodes, 1)
-            return f if root is None else f + root @ bridge[0]
+            return about + _mixed(at.weights, undriven.nodes) + bridge[0]
 
-        def step(carry: _Carry, at: Schedule) -> tuple[_Carry, None]:
-            now, bridge, average, record = carry
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
-            f = undriven_at(at, bridge) + own.apply(at.along, now, *ends)
-            f += jnp.tensordot(at.since, (1 - at.along) * past[0] + at.along * past[1], 1)
-            blocks = (1 - at.along) * undriven.blocks[cell] + at.along * undriven.blocks[cell + 1]
-            clipped, factors = self.gradients(at, f, blocks, keys)
-            average, seen = self.averaged(at, f, average)
-            record = jax.tree.map(
-                lambda path, value: path.at[at.slot].set(value), record, self.measure(seen, factors)
-            )
-            if root is not None:
-                bridge = self.follow_bridge(at, bridge, keys)
-            return (now.after(at, self.responding(at, clipped)), bridge, average, record), None
+        def block(carry: _Carry, steps: Schedule) -> tuple[_Carry, None]:
+            earlier = own.read(carry[0], *ends)
+            middle = steps.middle[0]
+            kernel = own.at(middle, *ends)
+            norms = self.norms_along(cell, middle)
+            noise = None if root is None else self.noise(steps, root)
+
+            def step(carry: _InBlock, own: tuple[Schedule, Array | None]) -> tuple[_InBlock, None]:
+                moved, carried, (now, bridge, average, record) = carry
+                at, drawn = own
+                keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
+                f = undriven_at(at, bridge) + moved[0]
+                f += _mixed(carried[0], earlier.at(at.along))
+                f += _mixed(at.since, past.at(at.along))
+                clipped, factors = self.gradients(at, f, norms, keys)
+                average, seen = self.averaged(at, f, average)
+                measured = self.measure(seen, factors)
+                record = jax.tree.map(
+                    lambda path, value: path.at[at.slot].set(value), record, measured
+                )
+                if drawn is not None:
+                    driving = at.deviations * drawn - _mixed(at.gains, bridge)
+                    bridge = _filtered(at, bridge, driving)
+                responding = self.responding(at, clipped)
+                moved = _filtered(at, moved, kernel.apply(responding))
+                whole = (now.after(at, responding), bridge, average, record)
+                return (moved, at.matrices @ carried, whole), None
+
+            moved = jnp.zeros_like(past.start)
+            carried = jnp.eye(len(moved), dtype=moved.dtype)
+            (_, _, carry), _ = lax.scan(step, (moved, carried, carry), (steps, noise))
+            return carry, None
 
         zeros = jnp.zeros_like(charges[0])
-        end, _ = lax.scan(step, (_Charges(zeros, zeros), bridge, average, record), steps)
+        end, _ = lax.scan(block, (_Charges(zeros, zeros), bridge, average, record), steps)
         return end
 
     def averaged(
@@ -233,25 +309,48 @@ class Runs(eqx.Module):
         average = kept * average + (1 - kept) * distance
         return average, average + self.path.averaged[at.number].reshape(-1)[:, None]
 
-    def follow_bridge(self, at: Schedule, bridge: Array, keys: Array) -> Float[Array, "d NK S"]:
-        """Make a step of the standard noise that is zero at the nodes."""
-        shape = bridge.shape[1:2]
-        drawn = jax.vmap(
-            lambda key: jax.random.normal(jax.random.split(key)[1], shape, bridge.dtype),
-            out_axes=-1,
-        )(keys)
-        noise = at.deviations * drawn - jnp.tensordot(at.gains, bridge, 1)
-        return _filtered(at, bridge, noise)
+    def noise(self, steps: Schedule, root: Float[Array, "NK NK"]) -> Float[Array, "p NK S"]:
+        """What drives the noise between the nodes at the steps of a block, in the outputs.
+
+        Of many outputs the steps of a block share what is drawn once: it has the same variance at
+        the end of the block, and the block is a small part of the way between two nodes.
+        """
+        n_steps, size = steps.number.shape[0], root.shape[1]
+        drawn_for = steps.number if size <= _OWN_NOISE else steps.number[:1]
+
+        def draw(key: PRNGKeyArray, number: Array) -> Array:
+            own = jax.random.split(jax.random.fold_in(key, number))[1]
+            return jax.random.normal(own, (size,), root.dtype)
+
+        drawn = jax.vmap(jax.vmap(draw, (0, None), 1), (None, 0), 1)(self.keys, drawn_for)
+        moved = (root @ drawn.reshape(size, -1)).reshape(-1, len(drawn_for), self.keys.size)
+        moved = jnp.swapaxes(moved, 0, 1)
+        if len(drawn_for) < n_steps:
+            moved = jnp.broadcast_to(moved / n_steps**0.5, (n_steps, *moved.shape[1:]))
+        return moved
 
 
 #: Charges of the cell, noise between its nodes, averages, and the record.
 _Carry: TypeAlias = tuple[_Charges, Array, Array, Measurement]
 
+#: Outputs that the steps of a block move, the filter since its beginning, and the rest.
+_InBlock: TypeAlias = tuple[Float[Array, "d NK S"], Float[Array, "d d"], _Carry]
+
 
 def _filtered(at: Schedule, state: Array, gradient: Array) -> Array:
     """The state of the optimizer's filter after a step."""
-    moved = jnp.tensordot(at.matrices, state, 1)
-    return moved + at.drives.reshape(-1, *[1] * gradient.ndim) * gradient[None]
+    entries = [
+        _mixed(row, state) + drive * gradient
+        for row, drive in zip(at.matrices, at.drives, strict=True)
+    ]
+    return jnp.stack(entries)
+
+
+def _mixed(weights: Float[Array, " d"], states: Float[Array, "d ..."]) -> Array:
+    """A weighted sum of a few states, in one pass; a product of matrices would be slower."""
+    terms = [weight * state for weight, state in zip(weights, states, strict=True)]
+    total: Array = functools.reduce(jnp.add, terms)
+    return total
 
 
 @eqx.filter_jit

@@ -26,6 +26,7 @@ import equinox as eqx
 import hypothesis
 import jax
 import jaxtyping
+import less_compilation
 import pytest
 import strict_types
 
@@ -53,6 +54,9 @@ jaxtyping.install_import_hook(
     ],
     "strict_types.check",
 )
+
+less_compilation.share_contexts()
+less_compilation.check_times_once()
 
 # Tracing makes many objects and little garbage: at Python's own thresholds a tenth of the time goes
 # into looking for it.

@@ -48,8 +48,8 @@ def texts(node: Any) -> list[str]:
     return []
 
 
-def test_there_are_eight_in_order() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"0{k}_" for k in range(1, 9)]
+def test_there_are_nine_in_order() -> None:
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"0{k}_" for k in range(1, 10)]
 
 
 def test_starts_with_what_it_shows_and_how_long_it_takes(notebook: dict[str, Any]) -> None:

@@ -163,6 +163,7 @@ def predict(
     mechanism: Mechanism,
     name: str,
     times: Array,
+    outputs: bool,
     progress: Callable[[float], None],
 ) -> tuple[Trajectory, float]:
     """A prediction at the recorded times of a run, and the seconds that it took.
@@ -174,6 +175,7 @@ def predict(
         "learning_rate": mechanism.learning_rate,
         "steps": mechanism.steps,
         "record_every": training.record_every,
+        "outputs": outputs,
         "progress": progress,
     }
     optimizer = training.optimizer
@@ -230,7 +232,7 @@ def predict(
             predicted = recursion(flow, initial, optimizer=optimizer, **steps)
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
-    return _solved(config, problem, kernels, rule, mechanism, name, times, progress)
+    return _solved(config, problem, kernels, rule, mechanism, name, times, outputs, progress)
 
 
 def _solved(
@@ -241,6 +243,7 @@ def _solved(
     mechanism: Mechanism,
     name: str,
     times: Array,
+    outputs: bool,
     progress: Callable[[float], None],
 ) -> tuple[Trajectory, float]:
     """Solve a flow without noise."""
@@ -269,7 +272,15 @@ def _solved(
         flow = HeavyBallFlow(flow, (1 - config.training.momentum) / unit)
 
     def solved(times: Array, progress: Progress) -> Trajectory:
-        path = solve(flow, initial, times, rtol=config.rtol, atol=config.atol, progress=progress)
+        path = solve(
+            flow,
+            initial,
+            times,
+            rtol=config.rtol,
+            atol=config.atol,
+            outputs=outputs,
+            progress=progress,
+        )
         jax.block_until_ready(path.loss)
         return path
 

@@ -23,6 +23,7 @@ from ntkdp._results.page import render
 from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
+from ntkdp.experiment._margins import error_of_margins
 from ntkdp.experiment._predictions import KERNEL_OF, LABELS
 from ntkdp.experiment._run import Results
 from ntkdp.ntk import LayerwiseKernel
@@ -55,6 +56,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "sup_relative_error": float(prediction.comparison.sup_relative_error),
                     "mean_relative_error": float(prediction.comparison.mean_relative_error),
                     "error_of_fall": prediction.comparison.error_of_fall,
+                    "error_of_margins": error_of_margins(prediction.margins, case.run_margins),
                     "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
@@ -123,6 +125,7 @@ _COLUMNS = (
     "clipped at start",
     "sup error of loss",
     "of the fall",
+    "of the margins",
     "runs in the band",
     "final loss, predicted",
     "observed",
@@ -130,8 +133,9 @@ _COLUMNS = (
     "run",
 )
 
-#: Columns for a terminal of eighty characters; report.html has them all.
-_NARROW = (0, 1, 2, 5, 6, 8, 9)
+#: Columns for a terminal, wide or of eighty characters; report.html has them all.
+_WIDE = tuple(number for number in range(len(_COLUMNS)) if _COLUMNS[number] != "of the margins")
+_NARROW = (0, 1, 2, 5, 6, 9, 10)
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
@@ -148,6 +152,7 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                     f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
                     _percent(compared.sup_relative_error),
                     _percent(compared.error_of_fall),
+                    _percent(error_of_margins(prediction.margins, case.run_margins)),
                     _in_band(compared),
                     _with_spread(prediction.trajectory.loss[..., -1]),
                     _with_spread(case.run.loss[..., -1]),
@@ -181,7 +186,7 @@ def _with_spread(values: Array) -> str:
 def print_table(results: Results) -> None:
     """Print the errors of all predictions, and warnings if there are any."""
     console = open_console()
-    shown = range(len(_COLUMNS)) if console.width >= 160 else _NARROW
+    shown = _WIDE if console.width >= 160 else _NARROW
     table = Table(title="Predicted against observed training loss", title_justify="left")
     for number in shown:
         table.add_column(_COLUMNS[number], justify="left" if number < 4 else "right")
@@ -299,6 +304,12 @@ def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
             _each(tested, partial(plotting.accuracy, test=True)),
             "Test accuracy, predicted and observed.",
         )
+    if all(case.run_margins is not None for case in results.cases):
+        figures["margins.png"] = (
+            _margins_of_classes(results),
+            "Mean margin of each class at the end: its own output less the mean of the others, "
+            "over its training samples and all runs. A loss may be right where these are not.",
+        )
     for kind, kernel in results.kernels.items():
         axes = plotting.kernel_spectrum(_drawable(kernel.train), label=f"{kind} kernel")
         figures[f"spectrum_{kind}.png"] = (
@@ -321,6 +332,28 @@ def _each(panels: Panels, draw: Callable[..., Axes]) -> Figure:
             ax = figure.add_subplot(rows, columns, number + 1)
             draw(predicted, run, ax=ax)
             ax.set_title(f"{scope}, {rule}")
+    return figure
+
+
+def _margins_of_classes(results: Results) -> Figure:
+    """One panel for every case: bars of the runs, and a marker for each prediction."""
+    columns = min(len(results.cases), 2)
+    rows = -(-len(results.cases) // columns)
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
+        for number, case in enumerate(results.cases):
+            ax = figure.add_subplot(rows, columns, number + 1)
+            assert case.run_margins is not None
+            place = np.arange(case.run_margins.shape[1])
+            ax.bar(place, case.run_margins[-1], color="0.85", label="observed")
+            shown = [(n, p) for n, p in case.predictions.items() if p.margins is not None]
+            for (name, prediction), marker in zip(shown, "osD^v", strict=False):
+                assert prediction.margins is not None
+                ax.plot(place, prediction.margins[-1], marker, ms=5, label=LABELS[name], alpha=0.8)
+            ax.set(xlabel="class", ylabel="mean margin", title=case.title)
+            ax.set_xticks(place)
+            ax.margins(y=0.35)
+            ax.legend(ncols=2, fontsize="small")
     return figure
 
 

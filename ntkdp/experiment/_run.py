@@ -18,6 +18,7 @@ from ntkdp._gradients import groups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
+from ntkdp.experiment import _margins
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._memory import require_memory
 from ntkdp.experiment._predictions import (
@@ -43,6 +44,7 @@ class MeasuredPrediction(TypedDict):
     """A predicted trajectory, and how long it took."""
 
     trajectory: Fields
+    margins: np.ndarray | None
     seconds: float
 
 
@@ -52,6 +54,7 @@ class Measured(TypedDict):
     noise_multiplier: float
     weight_noise: float
     run: Fields
+    run_margins: np.ndarray | None
     run_seconds: float
     predictions: dict[str, MeasuredPrediction]
 
@@ -59,12 +62,17 @@ class Measured(TypedDict):
 class Prediction(NamedTuple):
     """A predicted trajectory, held against the run.
 
+    ``margins`` ``(T, classes)`` holds how far the mean output of each class is above the mean of
+    the others, over the training samples of the class and all runs; None without classes, or if
+    the outputs of all runs take too much memory.
+
     Part of what :func:`run` returns.
     """
 
     trajectory: Trajectory
     comparison: Comparison
     seconds: float
+    margins: np.ndarray | None = None
 
 
 class Case(NamedTuple):
@@ -73,7 +81,8 @@ class Case(NamedTuple):
     ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
     ``weight_noise`` the variance v(T) that noise has added to weights by the end, relative to the
     weights' own variance at the start, the largest over the layers. Compared with 1, it shows how
-    far the noise moves the kernel.
+    far the noise moves the kernel. ``run_margins`` are those of the runs, as in
+    :class:`Prediction`.
 
     Part of what :func:`run` returns.
     """
@@ -85,6 +94,7 @@ class Case(NamedTuple):
     run_seconds: float
     predictions: dict[str, Prediction]
     learning_rate: float
+    run_margins: np.ndarray | None = None
 
     @property
     def title(self) -> str:
@@ -233,6 +243,10 @@ def _measured(
     mechanism = Mechanism.of(config, case)
     key = jax.random.key(config.seed + 1)
 
+    labels = _margins.labels_of(problem)
+    n_runs = max(training.n_seeds, training.n_predicted)
+    n_recorded = -(-mechanism.steps // training.record_every) + 1
+    outputs = _margins.keeps_outputs(problem, n_runs, n_recorded)
     report(f"{case.label}: training", 0.0)
     start = time.perf_counter()
     observed = dp_sgd.run(
@@ -251,6 +265,7 @@ def _measured(
         test_x=problem.test_x,
         test_targets=problem.test_targets,
         record_every=training.record_every,
+        outputs=outputs,
         progress=partial(report, f"{case.label}: training"),
         key=key if training.n_seeds == 1 else jax.random.split(key, training.n_seeds),
     )
@@ -269,13 +284,19 @@ def _measured(
             mechanism,
             name,
             observed.times,
+            outputs,
             partial(report, task),
         )
-        predictions[name] = {"trajectory": _fields(predicted), "seconds": seconds}
+        predictions[name] = {
+            "trajectory": _fields(predicted),
+            "margins": _margins.margins(predicted, labels),
+            "seconds": seconds,
+        }
     return {
         "noise_multiplier": mechanism.noise_multiplier,
         "weight_noise": weight_noise(config, problem, rule, mechanism),
         "run": _fields(observed),
+        "run_margins": _margins.margins(observed, labels),
         "run_seconds": run_seconds,
         "predictions": predictions,
     }
@@ -288,6 +309,9 @@ def _checked_case(config: Config, case: ClippingConfig, content: Measured) -> Ca
         if set(fields) != {field.name for field in dataclasses.fields(Trajectory)}:
             raise ValueError("the fields of a trajectory have other names")
         Trajectory.from_xarray(_trajectory(fields).to_xarray())
+    n_times = len(np.asarray(content["run"]["times"]))
+    for margins in (content["run_margins"], *(prediction["margins"] for prediction in predictions)):
+        _margins.check(margins, n_times)
     return _case(config, case, content)
 
 
@@ -298,7 +322,9 @@ def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
         prediction = measured["predictions"][name]
         predicted = _trajectory(prediction["trajectory"])
         compared = comparison.compare(predicted, observed)
-        predictions[name] = Prediction(predicted, compared, float(prediction["seconds"]))
+        predictions[name] = Prediction(
+            predicted, compared, float(prediction["seconds"]), prediction["margins"]
+        )
     return Case(
         case,
         float(measured["noise_multiplier"]),
@@ -307,10 +333,13 @@ def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
         float(measured["run_seconds"]),
         predictions,
         case.learning_rate_in(config.training),
+        measured["run_margins"],
     )
 
 
 def _fields(path: Trajectory) -> Fields:
+    # Outputs take much room, and have served for the margins.
+    path = dataclasses.replace(path, outputs=None, test_outputs=None)
     recorded = {name: value for name, value in vars(path).items() if name != "setup"}
     fields: dict[str, np.ndarray | str | None] = {"setup": _setup.to_json(path.setup)}
     for name, value in recorded.items():

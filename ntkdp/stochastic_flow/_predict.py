@@ -16,7 +16,7 @@ from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
 from ntkdp.stochastic_flow._diagnosis import Data, Training, checked_training, diagnosed
 from ntkdp.stochastic_flow._ensemble import ensemble
-from ntkdp.stochastic_flow._response.ensemble import response_ensemble
+from ntkdp.stochastic_flow._response.ensemble import DRAWS, NODES, response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._shift import shifted
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble
@@ -45,6 +45,8 @@ def predict(
     reduction: Reduction = "mean",
     method: Method = "auto",
     n_runs: int = 100,
+    nodes: int = NODES,
+    draws: int = DRAWS,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -69,6 +71,9 @@ def predict(
         the run without noise, and about the start.
     n_runs : int
         Number of runs that are drawn, if ``key`` is one key.
+    nodes, draws : int
+        Times at which the response takes kernels, and draws of the noise that these are averaged
+        over, as for :func:`response_ensemble`.
     record_every : int
         Record every so many steps, and the last one.
     outputs : bool
@@ -126,7 +131,8 @@ def predict(
         diagnosis = diagnosed(training, keys.size)
         method, reasons = diagnosis.method, diagnosis.reasons
         reasons += tuple(f"Caution: {one}" for one in diagnosis.cautions)
-    predicted = _drawn(training, method, keys, outputs, progress)
+    of_response = {"nodes": nodes, "draws": draws}
+    predicted = _drawn(training, method, keys, outputs, progress, of_response)
     words = " ".join([f"{_IN_WORDS[method]}.", *reasons])
     return replace(
         predicted, setup=tuple(replace(setup, method=words) for setup in predicted.setup)
@@ -143,7 +149,12 @@ _IN_WORDS = {
 
 
 def _drawn(
-    training: Training, method: str, keys: Array, outputs: bool, progress: Progress
+    training: Training,
+    method: str,
+    keys: Array,
+    outputs: bool,
+    progress: Progress,
+    of_response: dict[str, Any],
 ) -> Trajectory:
     """Runs by a method."""
     asked: dict[str, Any] = {
@@ -156,7 +167,9 @@ def _drawn(
     }
     if method in ("response", "noise_path"):
         about: Literal["path", "start"] = "path" if method == "response" else "start"
-        return response_ensemble(training.flow, about=about, outputs=outputs, **asked)
+        return response_ensemble(
+            training.flow, about=about, outputs=outputs, **of_response, **asked
+        )
     if method == "two_time":
         return _two_time(training, outputs, asked)
     frozen = _frozen(training)

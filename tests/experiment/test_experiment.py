@@ -128,8 +128,8 @@ def test_the_learning_rate_of_every_case_is_shown(
     monkeypatch.setattr("ntkdp._results.figure_style.draw_into", only_titles)
     _report.write_report(found, tmp_path)
     for rate in ("0.375", "0.125"):
-        # loss, relative error, clip fraction, test loss, test accuracy
-        assert sum(title.endswith(f"learning rate {rate}") for title in titles) == 5
+        # loss, relative error, clip fraction, test loss, test accuracy, margins
+        assert sum(title.endswith(f"learning rate {rate}") for title in titles) == 6
         assert f"<td>{rate}</td>" in (tmp_path / "report.html").read_text()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [entry["learning_rate"] for entry in metrics["results"]] == [0.375, 0.125]
@@ -471,8 +471,11 @@ def whole_case() -> dict[str, Any]:
         "noise_multiplier": 0.0,
         "weight_noise": 0.0,
         "run": path,
+        "run_margins": np.ones((3, 2)),
         "run_seconds": 1.0,
-        "predictions": {"recursion": {"trajectory": dict(path), "seconds": 1.0}},
+        "predictions": {
+            "recursion": {"trajectory": dict(path), "margins": np.ones((3, 2)), "seconds": 1.0}
+        },
     }
 
 
@@ -495,6 +498,8 @@ OTHERS: list[Any] = [
         ("run", "loss"),
         ("run", "outcome"),
         ("run", "clip_fraction"),
+        ("run_margins",),
+        ("predictions", "recursion", "margins"),
         ("predictions", "recursion", "trajectory", "times"),
     ],
     ids="/".join,
@@ -512,6 +517,8 @@ def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any)
     # Values are not judged, shapes and kinds are.
     judged = np.shape(other) != (3,) or np.asarray(other).dtype != float
     if where[-1] in ("loss", "clip_fraction") and not judged:
+        return
+    if "margins" in where[-1] and other is None:  # of a regression
         return
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
         _run._checked_case(OF_CASE, OF_CASE.clipping[0], content)

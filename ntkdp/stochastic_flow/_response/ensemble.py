@@ -32,7 +32,7 @@ from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
 #: Nodes and draws by default.
-_NODES, _DRAWS = 7, 3
+NODES, DRAWS = 7, 3
 #: Deviation of the kernels, relative to them, that is worth a warning.
 _LARGEST_ERROR = 0.1
 #: Part of the largest entry that is added to a covariance before its root is taken, in epsilons.
@@ -50,8 +50,8 @@ def response_ensemble(
     noise_per_group: bool = False,
     about: Literal["path", "start"] | ResponseFlow = "path",
     noise_at: Literal["nodes", "steps"] = "nodes",
-    nodes: int = _NODES,
-    draws: int = _DRAWS,
+    nodes: int = NODES,
+    draws: int = DRAWS,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,

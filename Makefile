@@ -57,6 +57,7 @@ kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.m
 
 responses:  ## Responses of twelve networks to noise held against runs, into docs/responses.md (an hour)
 	uv run python benchmarks/responses.py
+	uv run python benchmarks/response_cost.py --observed-steps 50
 
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
 	uv run python benchmarks/cost.py

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from ntkdp import optimizers, privacy
-from ntkdp._backend import memory, validate
+from ntkdp._backend import memory, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
 from ntkdp.gradient_flow import with_steps
@@ -35,6 +35,8 @@ from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurement
 NODES, DRAWS = 7, 3
 #: Deviation of the kernels, relative to them, that is worth a warning.
 _LARGEST_ERROR = 0.1
+#: Gradients in the shape of the weights that are kept at each node, of a filter with two entries.
+_PULLED = 6
 #: Part of the largest entry that is added to a covariance before its root is taken, in epsilons.
 _JITTER = 100
 
@@ -165,7 +167,7 @@ def response_ensemble(
     is_noisy = bool(jnp.any(stds > 0))
     if not is_noisy:
         draws = 1
-    _require_room(flow, keys.size, len(places), stepping, noise_at, outputs)
+    _require_room(flow, keys.size, len(places), stepping, noise_at, outputs, draws)
     stds_of_leaves = [stds[group] for group in groups.leaf_to_group]
     with _progress.listening(progress, "drawing runs of the network") as listener:
         variances = [std**2 for std in stds_of_leaves]
@@ -303,7 +305,7 @@ def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> float:
 def is_room(flow: ResponseFlow, n_runs: int, n_nodes: int, stepping: Stepping) -> bool:
     """Whether runs with noise at the nodes fit the memory."""
     try:
-        _require_room(flow, n_runs, n_nodes, stepping, "nodes", False)
+        _require_room(flow, n_runs, n_nodes, stepping, "nodes", False, DRAWS)
     except MemoryError:
         return False
     return True
@@ -316,6 +318,7 @@ def _require_room(
     stepping: Stepping,
     noise_at: str,
     outputs: bool,
+    draws: int,
 ) -> None:
     n_points = flow.points.shape[0]
     rows, columns = n_points * flow.n_outputs, flow.n_samples * flow.n_outputs
@@ -323,8 +326,10 @@ def _require_room(
     kernels = n_kernels * flow.weight_groups().size * rows * columns + 3 * n_nodes * rows**2
     states = stepping.steps + 1 if noise_at == "steps" else 3 * n_nodes
     kept = len(stepping.recorded) * bool(outputs)
+    # Weights at the nodes, of the path and of the draws, and gradients that charges cause there.
+    networks = (draws + 1 + _PULLED) * n_nodes * program_memory.bytes_of(flow.params)
     memory.require(
-        ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize,
+        ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize + networks,
         f"the response of {n_runs:,} runs with {n_kernels} kernels of {rows:,} x {columns:,}",
         "use fewer samples, fewer nodes, fewer keys at a time, or float32",
     )

@@ -31,7 +31,7 @@ def share_contexts() -> None:
     """One context of MLIR serves many programs.
 
     JAX makes a new one for each, which takes longer than all the rest for a program of one
-    operation that was compiled before. The tests have ten thousands of these.
+    operation that was compiled before. The tests have tens of thousands of these.
     """
     vars(mlir)["make_ir_context"] = _SharedContext()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ntkdp import experiment
-from ntkdp.cli._terminal import announce, explained, fields_help, output_folder, progress
+from ntkdp.cli._terminal import announce, explained, fields_help, output_folder, progress, silent
 
 
 def compare(
@@ -69,7 +69,7 @@ def compare(
         with progress() as report:
             results = experiment.run(
                 settings,
-                report,
+                None if report is silent else report,
                 folder=folder.partial,
                 resume=resume,
                 # Unfinished cases of a run that is replaced must not be continued.

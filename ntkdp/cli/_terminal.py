@@ -18,11 +18,15 @@ from ntkdp._results.standard_streams import printable
 from ntkdp.sweep import TaskFailed
 
 
+def silent(task: str, done: float) -> None:
+    """What reports go to in a pipe."""
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
     """A function (task, fraction done) that shows a bar on a terminal and nothing in a pipe."""
     if not sys.stderr.isatty():
-        yield lambda task, done: None
+        yield silent
         return
     from rich.console import Console
 

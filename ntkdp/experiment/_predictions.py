@@ -1,7 +1,6 @@
 """Predictions of an experiment: their names, the kernels that each needs, and their computation."""
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -164,7 +163,7 @@ def predict(
     name: str,
     times: Array,
     outputs: bool,
-    progress: Callable[[float], None],
+    progress: Progress,
 ) -> tuple[Trajectory, float]:
     """A prediction at the recorded times of a run, and the seconds that it took.
 
@@ -244,7 +243,7 @@ def _solved(
     name: str,
     times: Array,
     outputs: bool,
-    progress: Callable[[float], None],
+    progress: Progress,
 ) -> tuple[Trajectory, float]:
     """Solve a flow without noise."""
     kind = KERNEL_OF[name]

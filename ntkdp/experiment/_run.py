@@ -13,7 +13,7 @@ import numpy as np
 
 from ntkdp import _setup, comparison, dp_sgd, ntk
 from ntkdp._backend.config_files import ConfigError
-from ntkdp._backend.types import Array
+from ntkdp._backend.types import Array, Progress
 from ntkdp._gradients import groups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
@@ -119,7 +119,7 @@ class Results(NamedTuple):
 
 def run(
     config: Config,
-    report: Report = lambda task, done: None,
+    report: Report | None = None,
     *,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -132,7 +132,8 @@ def run(
     config : Config
         See :func:`ntkdp.experiment.load_config`; float64 needs :func:`ntkdp.enable_x64` first.
     report : callable, optional
-        Called with a description of the current task and the fraction of it that is done.
+        Called with a description of the current task and the fraction of it that is done. Without
+        it, JAX's compilation cache can keep the programs.
     folder : path, optional
         Where each case is written as it finishes. Without a folder, nothing is written.
     resume : bool
@@ -176,7 +177,7 @@ def run(
         )
     rules = rules_of(config)
     cells = open_cells(folder, config, "run", resume=resume, overwrite=overwrite)
-    report("loading data", 0.0)
+    _begin(report, "loading data")
     problem = problem_of(config)
     for number, rule in enumerate(rules):
         try:
@@ -187,6 +188,15 @@ def run(
     _require_room(config, problem)
     with cells.growing():
         return _run(config, problem, rules, cells, report)
+
+
+def _begin(report: Report | None, task: str) -> Progress:
+    """Tell that a task begins; its progress is told by what is returned."""
+    if report is None:
+        # Programs that call back are not kept by JAX's cache on disk.
+        return False
+    report(task, 0.0)
+    return partial(report, task)
 
 
 def _require_room(config: Config, problem: Problem) -> None:
@@ -210,11 +220,11 @@ def _run(
     problem: Problem,
     rules: list[ClippingRule],
     cells: CellFolder | NoFolder,
-    report: Report,
+    report: Report | None,
 ) -> Results:
     kernels = {}
     for kind in sorted(needed_kernels(config)):
-        report(f"{kind} kernel", 0.0)
+        _begin(report, f"{kind} kernel")
         kernels[kind] = kernel_of(config, problem, kind)
     gradient = problem.loss.output_gradient(problem.outputs, problem.targets)
     norms = ntk.per_sample_gradient_norms(problem.model.apply, problem.params, problem.x, gradient)
@@ -236,7 +246,7 @@ def _measured(
     kernels: dict[str, Kernel],
     case: ClippingConfig,
     rule: ClippingRule,
-    report: Report,
+    report: Report | None,
 ) -> Measured:
     """Train and predict one case."""
     training = config.training
@@ -247,7 +257,7 @@ def _measured(
     n_runs = max(training.n_seeds, training.n_predicted)
     n_recorded = -(-mechanism.steps // training.record_every) + 1
     outputs = _margins.keeps_outputs(problem, n_runs, n_recorded)
-    report(f"{case.label}: training", 0.0)
+    progress = _begin(report, f"{case.label}: training")
     start = time.perf_counter()
     observed = dp_sgd.run(
         problem.model.apply,
@@ -266,7 +276,7 @@ def _measured(
         test_targets=problem.test_targets,
         record_every=training.record_every,
         outputs=outputs,
-        progress=partial(report, f"{case.label}: training"),
+        progress=progress,
         key=key if training.n_seeds == 1 else jax.random.split(key, training.n_seeds),
     )
     jax.block_until_ready(observed.loss)
@@ -274,8 +284,7 @@ def _measured(
 
     predictions: dict[str, MeasuredPrediction] = {}
     for name in config.predictions:
-        task = f"{case.label}: {LABELS[name]}"
-        report(task, 0.0)
+        progress = _begin(report, f"{case.label}: {LABELS[name]}")
         predicted, seconds = predict(
             config,
             problem,
@@ -285,7 +294,7 @@ def _measured(
             name,
             observed.times,
             outputs,
-            partial(report, task),
+            progress,
         )
         predictions[name] = {
             "trajectory": _fields(predicted),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,21 +116,26 @@ def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [LAYERWISE, pytest.param(clipping.Batch(0.3), marks=pytest.mark.slow)]
+    ("rule", "solved"),
+    [
+        (LAYERWISE, False),
+        pytest.param(LAYERWISE, True, marks=pytest.mark.slow),
+        pytest.param(clipping.Batch(0.3), True, marks=pytest.mark.slow),
+    ],
+    ids=["by layer", "by layer, solved", "batch, solved"],
 )
-def test_flows_without_a_kernel_are_those_of_one_device(rule: Any) -> None:
-    def both(mesh: Any, **options: Any) -> Any:
+def test_flows_without_a_kernel_are_those_of_one_device(rule: Any, solved: bool) -> None:
+    def path(mesh: Any, **options: Any) -> Any:
         of = ntkdp.LinearisedFlow(
             MODEL.apply, PARAMS, X, Y, LOSS, rule, test_x=TEST_X[:5], test_targets=TEST_Y[:5],
             mesh=mesh, **options,
         )  # fmt: skip
-        return (
-            ntkdp.solve(of, PARAMS, [0.0, 2.0], outputs=True),
-            ntkdp.recursion(of, PARAMS, learning_rate=0.5, steps=3),
-        )
+        if solved:
+            return ntkdp.solve(of, PARAMS, [0.0, 2.0], outputs=True)
+        return ntkdp.recursion(of, PARAMS, learning_rate=0.5, steps=3, outputs=True)
 
     # A device has two samples, in batches of one.
-    assert_same(both(mesh_of(8), batch_size=1), both(None))
+    assert_same(path(mesh_of(8), batch_size=1), path(None))
 
 
 def test_what_lies_on_one_device_goes_to_all() -> None:
@@ -139,16 +145,12 @@ def test_what_lies_on_one_device_goes_to_all() -> None:
     with pytest.raises(ValueError, match=r"preconditioner\[0\]\[0\] must be positive"):
         of.init(params)
     ones = jax.device_put(jax.tree.map(jnp.ones_like, PARAMS), jax.devices()[0])
-    assert_same(
-        *(
-            ntkdp.solve(
-                ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, preconditioner=ones, mesh=where),
-                params,
-                [0.0, 1.0],
-            )
-            for where in (mesh, None)
-        )
-    )  # fmt: skip
+    velocity = eqx.filter_jit(lambda of, state: of.velocity(state))
+    found, expected = (
+        ntkdp.WeightFlow(MODEL.apply, X, Y, LOSS, FLAT, preconditioner=ones, mesh=where)
+        for where in (mesh, None)
+    )
+    assert_same(velocity(found, found.init(params)), velocity(expected, expected.init(params)))
     algorithm = dp_sgd.build(MODEL.apply, X, Y, LOSS, FLAT, learning_rate=0.5, mesh=mesh)
     assert algorithm.init(params).step == 0
 
@@ -308,7 +310,25 @@ def test_what_is_not_finite_is_found_on_any_device() -> None:
         ntkdp.KernelFlow(bad, Y, LOSS, FLAT, mesh=mesh_of(8))
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "roads",
+    [
+        ["flow", "recursion", "ensemble", "dp_sgd"],
+        pytest.param(
+            [
+                "infinite, by layer",
+                "weights",
+                "linearised",
+                "moments",
+                "ensemble without a kernel",
+                "between times",
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["a kernel", "without one, and more"],
+)
+def test_two_processes_find_what_one_finds(roads: list[str], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -319,7 +339,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         with (tmp_path / f"said {number}").open("w") as said:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(script), f"localhost:{port}", str(number)],
+                    [sys.executable, str(script), f"localhost:{port}", str(number), *roads],
                     stdout=said,
                     stderr=subprocess.STDOUT,
                     cwd=script.parents[2],
@@ -327,7 +347,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
             )
     for process in processes:
         process.wait(timeout=600)
-    expected = trajectories(None)
+    expected = trajectories(None, roads)
     for number, process in enumerate(processes):
         text = (tmp_path / f"said {number}").read_text()
         assert process.returncode == 0, text

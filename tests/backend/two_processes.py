@@ -1,8 +1,10 @@
 """One of two processes that share a problem: run by test_mesh.py, prints what it found as JSON."""
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import ntkdp
 
 
-def main(coordinator: str, number: int) -> None:
+def main(coordinator: str, number: int, roads: Sequence[str]) -> None:
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
         "--xla_cpu_parallel_codegen_split_count=1 "
@@ -21,13 +23,13 @@ def main(coordinator: str, number: int) -> None:
     )
     ntkdp.enable_x64()
     jax.distributed.initialize(coordinator, num_processes=2, process_id=number)
-    found = trajectories(jax.make_mesh((jax.device_count(),), ("samples",)))
+    found = trajectories(jax.make_mesh((jax.device_count(),), ("samples",)), roads)
     print(json.dumps({"devices": jax.device_count(), "found": found}))
     jax.distributed.shutdown()
 
 
-def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
-    """Losses of a small problem by every road, on a mesh or on one device."""
+def trajectories(mesh: jax.sharding.Mesh | None, roads: Sequence[str]) -> dict[str, list[float]]:
+    """Losses of a small problem by these roads, on a mesh or on one device."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5)))
     targets = jnp.sin(x[:, :2])
     model = ntkdp.models.mlp([8], 2, activation="erf")
@@ -36,47 +38,55 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
     outputs = model.apply(params, x)
     keys = jax.random.split(jax.random.key(1), 3)
     steps: dict[str, Any] = {"learning_rate": 0.5, "steps": 6, "noise_multiplier": 0.5, "key": keys}
-
-    kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
-    flow = ntkdp.KernelFlow(kernel, targets, loss, rule, mesh=mesh)
-    by_layer = ntkdp.KernelFlow(
-        ntkdp.layerwise_infinite_ntk(model, x, mesh=mesh),
-        targets,
-        loss,
-        ntkdp.clipping.Abadi(0.3, scope="layerwise"),
-        mesh=mesh,
-    )
-    weights = ntkdp.WeightFlow(model.apply, x, targets, loss, rule, mesh=mesh)
-    linearised = ntkdp.LinearisedFlow(model.apply, params, x, targets, loss, rule, mesh=mesh)
-    between_times = ntkdp.stochastic_flow.TwoTimeFlow(model, x, targets, loss, rule, mesh=mesh)
     times = [0.0, 1.0, 3.0]
     recorded: dict[str, Any] = {"outputs": True, "test_x": x[:4], "test_targets": targets[:4]}
-    runs: dict[str, Any] = {
-        "flow": ntkdp.solve(flow, outputs, times),
-        "infinite, by layer": ntkdp.solve(by_layer, outputs, times),
-        "weights": ntkdp.solve(weights, params, times, outputs=True),
-        "linearised": ntkdp.recursion(
-            linearised, params, learning_rate=0.5, steps=3, outputs=True
+
+    @functools.cache
+    def flow() -> ntkdp.KernelFlow:
+        kernel = ntkdp.empirical_ntk(model.apply, params, x, mesh=mesh)
+        return ntkdp.KernelFlow(kernel, targets, loss, rule, mesh=mesh)
+
+    def by_layer() -> ntkdp.KernelFlow:
+        kernel = ntkdp.layerwise_infinite_ntk(model, x, mesh=mesh)
+        by_layer = ntkdp.clipping.Abadi(0.3, scope="layerwise")
+        return ntkdp.KernelFlow(kernel, targets, loss, by_layer, mesh=mesh)
+
+    def weights() -> ntkdp.WeightFlow:
+        return ntkdp.WeightFlow(model.apply, x, targets, loss, rule, mesh=mesh)
+
+    def linearised() -> ntkdp.LinearisedFlow:
+        return ntkdp.LinearisedFlow(model.apply, params, x, targets, loss, rule, mesh=mesh)
+
+    def between_times() -> ntkdp.stochastic_flow.TwoTimeFlow:
+        return ntkdp.stochastic_flow.TwoTimeFlow(model, x, targets, loss, rule, mesh=mesh)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "flow": lambda: ntkdp.solve(flow(), outputs, times),
+        "infinite, by layer": lambda: ntkdp.solve(by_layer(), outputs, times),
+        "weights": lambda: ntkdp.solve(weights(), params, times, outputs=True),
+        "linearised": lambda: ntkdp.recursion(
+            linearised(), params, learning_rate=0.5, steps=3, outputs=True
         ),
-        "recursion": ntkdp.recursion(flow, outputs, learning_rate=0.5, steps=6),
-        "ensemble": ntkdp.stochastic_flow.ensemble(flow, outputs, **steps),
-        "moments": ntkdp.stochastic_flow.moments(
-            flow, outputs, learning_rate=0.5, steps=2, noise_multiplier=0.5, outputs=True
+        "recursion": lambda: ntkdp.recursion(flow(), outputs, learning_rate=0.5, steps=6),
+        "ensemble": lambda: ntkdp.stochastic_flow.ensemble(flow(), outputs, **steps),
+        "moments": lambda: ntkdp.stochastic_flow.moments(
+            flow(), outputs, learning_rate=0.5, steps=2, noise_multiplier=0.5, outputs=True
         ),
-        "ensemble without a kernel": ntkdp.stochastic_flow.ensemble(
-            linearised, params, sample_rate=0.5, **steps
+        "ensemble without a kernel": lambda: ntkdp.stochastic_flow.ensemble(
+            linearised(), params, sample_rate=0.5, **steps
         ),
-        "between times": ntkdp.stochastic_flow.two_time_ensemble(
-            between_times, outputs, nodes=2, rank=5, outputs=True, **steps | {"key": keys[0]}
+        "between times": lambda: ntkdp.stochastic_flow.two_time_ensemble(
+            between_times(), outputs, nodes=2, rank=5, outputs=True, **steps | {"key": keys[0]}
         ),
-        "dp_sgd": ntkdp.dp_sgd.run(
+        "dp_sgd": lambda: ntkdp.dp_sgd.run(
             model.apply, params, x, targets, loss, rule, mesh=mesh, sample_rate=0.5, **steps,
             **recorded,
         ),
     }  # fmt: skip
     return {
         f"{name}, {what}": np.asarray(values).ravel().tolist()
-        for name, run in runs.items()
+        for name in roads
+        for run in [runs[name]()]
         for what, values in (
             ("loss", run.loss),
             ("outputs", getattr(run, "outputs", None)),
@@ -88,4 +98,4 @@ def trajectories(mesh: jax.sharding.Mesh | None) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -29,6 +29,7 @@ import jaxtyping
 import less_compilation
 import pytest
 import strict_types
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_enable_x64", True)
 
@@ -127,6 +128,19 @@ def _few_memory_maps() -> Iterator[None]:
     if maps.exists() and len(maps.read_text().splitlines()) > _MOST_MEMORY_MAPS:
         jax.clear_caches()
         eqx.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _meshes_compile_anew(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs over several devices are not read from disk: such ones wait for ever at times."""
+    if not request.path.name.startswith("test_mesh"):
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

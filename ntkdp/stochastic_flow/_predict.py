@@ -72,8 +72,8 @@ def predict(
     n_runs : int
         Number of runs that are drawn, if ``key`` is one key.
     nodes, draws : int
-        Times at which the response takes kernels, and draws of the noise that these are averaged
-        over, as for :func:`response_ensemble`.
+        Times at which the response takes kernels, and draws of the noise that these are made from,
+        as for :func:`response_ensemble`.
     record_every : int
         Record every so many steps, and the last one.
     outputs : bool

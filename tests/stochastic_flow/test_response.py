@@ -193,6 +193,39 @@ def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
     np.testing.assert_allclose(one, other, rtol=0.15)
 
 
+@pytest.mark.parametrize("own_noise", [True, False])
+def test_noise_under_a_flat_loss_is_a_random_walk(mutate: Any, own_noise: bool) -> None:
+    """Outputs have the variance k s^2 tr H at step k, inside cells as at the nodes.
+
+    As for many outputs, three steps may share what is drawn between the nodes: then it is right
+    where they end.
+    """
+    from ntkdp.stochastic_flow._response import runs
+
+    mutate(runs, "_OWN_NOISE", 512 if own_noise else 0)
+    flow = ResponseFlow(linear, LINEAR, X, Y, lambda f, y: 0.0 * f[0], clipping.Abadi(0.5))
+    path = response_ensemble(
+        flow,
+        learning_rate=0.125,
+        steps=48,
+        noise_multiplier=2.0,
+        nodes=3,
+        draws=1,
+        outputs=True,
+        key=jax.random.split(jax.random.key(3), 8000),
+    )
+    trace = float(jnp.einsum("iikk->", ntkdp.empirical_ntk(linear, LINEAR, X)))
+    walk = np.arange(1, 49) * (0.125 * 2.0 * 0.5 / N) ** 2 * trace
+    ratio = np.asarray(known(path.outputs)).var(0).sum((1, 2))[1:] / walk
+    right = ratio if own_noise else ratio[2::3]
+    np.testing.assert_allclose(right, 1.0, atol=0.025)
+    if not own_noise:
+        # Inside a block the noise is on its way, and most of it is missing where it is least.
+        assert ratio[0] == pytest.approx(1 / 3, abs=0.05)
+        assert ratio[0] < ratio[1] < 1
+        assert ratio.max() < 1.025
+
+
 def test_one_key_gives_one_run() -> None:
     flow = ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0))
     options: dict[str, Any] = {"learning_rate": 0.3, "steps": 5, "noise_multiplier": 0.5}

@@ -61,8 +61,8 @@ def response_ensemble(
 ) -> Trajectory:
     r"""Draw runs of DP-SGD on any network: run without noise, noise alone, and linear response.
 
-    See :class:`ResponseFlow` for the equation. Kernels are taken at a few times, averaged over
-    draws of the noise, and shared by all runs; between the times they are linear in each argument.
+    See :class:`ResponseFlow` for the equation. Kernels are taken at a few times, from a few draws
+    of the noise, and shared by all runs; between the times they are linear in each argument.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def response_ensemble(
     nodes : int
         Number of times at which kernels are taken, evenly in flow time, at least 2.
     draws : int
-        Number of draws of the noise over which kernels are averaged.
+        Number of draws of the noise from which kernels are made.
     record_every : int
         Record every so many steps, and the last one.
     outputs : bool
@@ -127,13 +127,19 @@ def response_ensemble(
 
     Notes
     -----
-    *Derived*. Exact in law for a model that is linear in its parameters, and for any network
-    without noise. A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2``
-    of them. A step costs three products of one of them with a matrix of S columns. Norms of
-    gradients are those of each run on its own noise path. The second moment of Adam is its
-    expectation along the run without noise, with the variance of the noise and without that of
-    sampling. If the optimizer averages the weights, distances from the run without noise are
-    averaged in the outputs.
+    *Derived*. Exact in law for a model that is linear in its parameters, and exact for any network
+    without noise. If there are more than 512 outputs and noise is drawn at the nodes, a block of at
+    most 16 steps shares what is drawn between the nodes. The law is then exact at the nodes alone.
+
+    A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2`` of them. That
+    of a node with itself is averaged over all draws, and that of two nodes is of one draw, in turn.
+    A step costs one product of a kernel with a matrix of S columns, and a block of steps four more.
+    The norm of a gradient is that of the path's kernel at the run's own outputs, times how much
+    longer the run's own gradient is in the direction of the path's.
+
+    The second moment of Adam is its expectation along the run without noise, with the variance of
+    the noise and without that of sampling. If the optimizer averages the weights, distances from
+    the run without noise are averaged in the outputs.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Kernels between a few times of noisy training, averaged over draws of the noise."""
+"""Kernels between a few times of noisy training, from a few draws of the noise."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -60,7 +60,7 @@ def pairs_of_nodes(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
 def node_kernels(
     law: NoisePath, variances: Float[Array, " T"], keys: Key[Array, " D"]
 ) -> NodeKernels:
-    """Kernels averaged over the noise of as many draws as there are keys."""
+    """Kernels from as many draws of the noise as there are keys."""
     flow, path = law.flow, law.path
     groups, points, dtype = flow.weight_groups(), flow.points, flow.dtype
     foreign = path.charges is not None and not path.is_own

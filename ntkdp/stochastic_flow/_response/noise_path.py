@@ -349,8 +349,15 @@ class SeenByRuns(NamedTuple):
 @eqx.filter_jit
 def at_nodes(law: NoisePath, keys: Key[Array, " S"]) -> SeenByRuns:
     """What each of many runs sees at the nodes."""
+    # Steps fold their numbers in, and a split key is one that is folded in too: the nodes have the
+    # number after all of those, or their noise would be that of the first steps between them.
+    number = law.path.outputs.shape[0]
     seen = lax.map(
-        lambda key: lax.map(lambda at: law.seen(*at), (law.draw(key), law.directions)), keys
+        lambda key: lax.map(
+            lambda at: law.seen(*at),
+            (law.draw(jax.random.fold_in(key, number)), law.directions),
+        ),
+        keys,
     )
     return SeenByRuns(*(jnp.moveaxis(part, 0, -1) for part in seen))
 

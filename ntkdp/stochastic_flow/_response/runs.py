@@ -312,8 +312,8 @@ class Runs(eqx.Module):
     def noise(self, steps: Schedule, root: Float[Array, "NK NK"]) -> Float[Array, "p NK S"]:
         """What drives the noise between the nodes at the steps of a block, in the outputs.
 
-        Of many outputs the steps of a block share what is drawn once: it has the same variance at
-        the end of the block, and the block is a small part of the way between two nodes.
+        Of many outputs the steps of a block share what is drawn once. It has nearly the same
+        variance at the end of the block, which is a small part of the way between two nodes.
         """
         n_steps, size = steps.number.shape[0], root.shape[1]
         drawn_for = steps.number if size <= _OWN_NOISE else steps.number[:1]

@@ -57,7 +57,6 @@ jaxtyping.install_import_hook(
 )
 
 less_compilation.share_contexts()
-less_compilation.check_times_once()
 
 # Tracing makes many objects and little garbage: at Python's own thresholds a tenth of the time goes
 # into looking for it.

@@ -1,10 +1,7 @@
 """What compiling costs the tests beyond the compiler itself, made less."""
 
-import types
 from typing import Any
 
-import diffrax
-import equinox.internal
 from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 
@@ -34,16 +31,3 @@ def share_contexts() -> None:
     operation that was compiled before. The tests have tens of thousands of these.
     """
     vars(mlir)["make_ir_context"] = _SharedContext()
-
-
-def _unchecked(x: Any, predicate: Any, message: str) -> Any:
-    return x
-
-
-def check_times_once() -> None:
-    """Of the times of a solve, ntkdp's own check is enough.
-
-    The solver's calls back to Python, and JAX keeps no program on disk that calls back.
-    """
-    internal = {**vars(equinox.internal), "error_if": _unchecked}
-    vars(diffrax._integrate)["eqxi"] = types.SimpleNamespace(**internal)

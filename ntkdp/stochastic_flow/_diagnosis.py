@@ -20,7 +20,7 @@ from ntkdp.models import Model
 from ntkdp.optimizers import Adam, OptimizerLike
 from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter
 from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
-from ntkdp.stochastic_flow._response.ensemble import filtered_part, is_room
+from ntkdp.stochastic_flow._response.ensemble import NODES, filtered_part, is_room
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.noise_free_path import (
     Descent,
@@ -45,8 +45,8 @@ Trusted: TypeAlias = Literal["frozen", "shifted", "response"]
 _STILL_NOISE, _STILL_KERNEL = 0.01, 0.05
 #: From these on the response is outside what it has been tried for.
 _STRONG_NOISE, _SMALL_BATCH = 0.5, 4
-#: Samples whose kernel is looked at, and times.
-_SAMPLES, _NODES = 24, 7
+#: Samples whose kernel is looked at.
+_SAMPLES = 24
 
 
 class Training(NamedTuple):
@@ -59,6 +59,30 @@ class Training(NamedTuple):
     noise_multiplier: float
     sample_rate: float
     noise_per_group: bool
+
+    @classmethod
+    def of(
+        cls,
+        flow: ResponseFlow,
+        model: Model | ApplyFn,
+        optimizer: OptimizerLike | None,
+        stepping: Stepping,
+        noise_multiplier: NoiseMultiplier,
+        sample_rate: float,
+        noise_per_group: bool,
+    ) -> "Training":
+        """The training of a flow, from arguments as users give them."""
+        rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
+        sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, rate)
+        return cls(
+            flow,
+            model if isinstance(model, Model) else None,
+            optimizers.recognised(optimizers.as_optimizer(optimizer)),
+            stepping,
+            float(np.asarray(sigma)),
+            rate,
+            bool(noise_per_group),
+        )
 
     @property
     def is_random(self) -> bool:
@@ -216,42 +240,32 @@ def diagnose(
     >>> seen.method, round(seen.weight_noise, 3)
     ('response', 1.25)
     """
-    training = checked_training(
-        model, params, data, loss, clipping, learning_rate, steps, noise_multiplier, sample_rate,
-        optimizer, groups, noise_per_group, reduction, 1,
-    )  # fmt: skip
+    flow = flow_of(model, params, data, loss, clipping, groups, reduction)
+    stepping = Stepping(learning_rate, steps, 1)
+    training = Training.of(
+        flow, model, optimizer, stepping, noise_multiplier, sample_rate, noise_per_group
+    )
     return diagnosed(training)
 
 
-def checked_training(
+def flow_of(
     model: Model | ApplyFn,
     params: Params,
     data: Data,
     loss: Loss | SampleLoss,
     clipping: ClippingRule,
-    learning_rate: LearningRate,
-    steps: int,
-    noise_multiplier: NoiseMultiplier,
-    sample_rate: float,
-    optimizer: OptimizerLike | None,
     groups: PyTree,
-    noise_per_group: bool,
     reduction: Reduction,
-    record_every: int,
-) -> Training:
-    """A training of arguments that are checked."""
-    stepping = Stepping(learning_rate, steps, record_every)
-    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, rate)
+) -> ResponseFlow:
+    """The network and its data, checked."""
     x, targets, test_x, test_targets = _arrays(data)
-    known = model if isinstance(model, Model) else None
     apply_fn = model.apply if isinstance(model, Model) else model
     if not callable(apply_fn):
         raise TypeError(
             "model must be one of ntkdp.models or a function apply_fn(params, x), got "
             f"{type(model).__name__}"
         )
-    flow = ResponseFlow(
+    return ResponseFlow(
         apply_fn,
         params,
         x,
@@ -262,10 +276,6 @@ def checked_training(
         reduction=reduction,
         test_x=test_x,
         test_targets=test_targets,
-    )
-    chosen = optimizers.recognised(optimizers.as_optimizer(optimizer))
-    return Training(
-        flow, known, chosen, stepping, float(np.asarray(sigma)), rate, bool(noise_per_group)
     )
 
 
@@ -295,7 +305,7 @@ def diagnosed(training: Training, n_runs: int = 100) -> Diagnosis:
     filter = linear_filter(
         filtered_part(training.optimizer), stepping.learning_rate, stepping.steps
     )
-    places = place_nodes(times, _NODES)
+    places = place_nodes(times, NODES)
     path = _path(training, places)
     noise = _weight_noise(training, filter, path)
     movement = _movement(flow, path.params)

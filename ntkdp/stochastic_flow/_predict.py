@@ -14,7 +14,7 @@ from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.models import Model
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
-from ntkdp.stochastic_flow._diagnosis import Data, Training, checked_training, diagnosed
+from ntkdp.stochastic_flow._diagnosis import Data, Training, diagnosed, flow_of
 from ntkdp.stochastic_flow._ensemble import ensemble
 from ntkdp.stochastic_flow._response.ensemble import DRAWS, NODES, response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
@@ -22,7 +22,7 @@ from ntkdp.stochastic_flow._shift import shifted
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
-from ntkdp.trajectory import Trajectory
+from ntkdp.trajectory import Stepping, Trajectory
 
 #: How runs are predicted.
 Method: TypeAlias = Literal["auto", "frozen", "shifted", "two_time", "noise_path", "response"]
@@ -117,10 +117,11 @@ def predict(
     ((30, 21), 'Response of the network to noise')
     """
     validate.choice(get_args(Method), method=method)
-    training = checked_training(
-        model, params, data, loss, clipping, learning_rate, steps, noise_multiplier, sample_rate,
-        optimizer, groups, noise_per_group, reduction, record_every,
-    )  # fmt: skip
+    flow = flow_of(model, params, data, loss, clipping, groups, reduction)
+    stepping = Stepping(learning_rate, steps, record_every)
+    training = Training.of(
+        flow, model, optimizer, stepping, noise_multiplier, sample_rate, noise_per_group
+    )
     keys = validate.keys(key=key)
     if training.is_random and keys.ndim == 0:
         keys = jax.random.split(keys, validate.count(n_runs=n_runs))

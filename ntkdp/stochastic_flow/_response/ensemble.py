@@ -129,7 +129,7 @@ def response_ensemble(
     -----
     *Derived*. Exact in law for a model that is linear in its parameters, and exact for any network
     without noise. If there are more than 512 outputs and noise is drawn at the nodes, a block of at
-    most 16 steps shares what is drawn between the nodes. The law is then exact at the nodes alone.
+    most 24 steps shares what is drawn between the nodes, and the law is exact at its end.
 
     A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2`` of them. That
     of a node with itself is averaged over all draws, and that of two nodes is of one draw, in turn.
@@ -204,7 +204,12 @@ def response_ensemble(
             nodes_seen = _less(seen.outputs, path.outputs[places])
             roots = _roots(kernels.covariance) if is_noisy else None
         schedule, propagators = scheduled(
-            filter, times, places, stepping.recorded, np.dtype(flow.dtype)
+            filter,
+            times,
+            places,
+            stepping.recorded,
+            flow.points.shape[0] * flow.n_outputs,
+            np.dtype(flow.dtype),
         )
         own_norms = noise_path.path_norms(law, *map(jnp.asarray, middles(schedule)))
         undriven = Undriven(nodes_seen, roots, steps_seen, seen.lengths)

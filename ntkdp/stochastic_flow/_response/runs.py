@@ -7,8 +7,9 @@ itself on the triangle of :math:`\Theta(a, a)`, :math:`\Theta(a + 1, a)` and
 sums: of the clipped gradients, and of these times how far the step was along the cell. The filter
 of the optimizer carries the charges, which are states of it with d entries.
 
-A cell's own past is read once for a block of steps, and within the block the kernel is that of its
-middle: a step then costs one product of a kernel with the charges of all runs.
+What earlier blocks and the noise move is read once for a block of steps, and within the block the
+kernel is that of its middle: a step then costs one product of a kernel with the charges of all
+runs.
 """
 
 import functools
@@ -26,12 +27,9 @@ from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.kernels import NodeKernels
 from ntkdp.stochastic_flow._response.noise_free_path import NoiseFreePath
 from ntkdp.stochastic_flow._response.noise_path import PathNorms, over
-from ntkdp.stochastic_flow._response.schedule import Schedule
+from ntkdp.stochastic_flow._response.schedule import Schedule, Span, Steps
 from ntkdp.stochastic_flow._sampling import batch_weights
 from ntkdp.trajectory import Measurement
-
-#: Outputs up to which every step has noise of its own between the nodes.
-_OWN_NOISE = 512
 
 
 class Undriven(NamedTuple):
@@ -61,10 +59,13 @@ class _Charges(NamedTuple):
     gradients: Float[Array, "d T nK *S"]
     moments: Float[Array, "d T nK *S"]
 
-    def after(self, at: Schedule, clipped: Float[Array, "T nK *S"]) -> "_Charges":
-        """The charges after a step."""
+    def after(
+        self, span: Span, along: Float[Array, " p"], clipped: Float[Array, "p T nK *S"]
+    ) -> "_Charges":
+        """The charges after a block of steps."""
         return _Charges(
-            _filtered(at, self.gradients, clipped), _filtered(at, self.moments, at.along * clipped)
+            _after(span, self.gradients, span.added, clipped),
+            _after(span, self.moments, span.added * along, clipped),
         )
 
     def placed(
@@ -107,8 +108,9 @@ class _Line(NamedTuple):
     start: Float[Array, "d NK S"]
     slope: Float[Array, "d NK S"]
 
-    def at(self, along: Array) -> Float[Array, "d NK S"]:
-        return self.start + along * self.slope
+    def terms(self, kept: Float[Array, "p d"], along: Float[Array, " p"]) -> list["_Term"]:
+        """Outputs at places along the cell, where these are the weights of the d entries."""
+        return [(kept, self.start), (along[:, None] * kept, self.slope)]
 
 
 class _Scales(NamedTuple):
@@ -199,7 +201,7 @@ class Runs(eqx.Module):
         return jnp.moveaxis(f, -1, 0).reshape(self.keys.size, -1, self.flow.n_outputs)
 
     def gradients(
-        self, at: Schedule, f: Array, norms: _Norms, keys: Array
+        self, at: Steps, f: Array, norms: _Norms, keys: Array
     ) -> tuple[Float[Array, "T nK S"], Array]:
         """Clipped gradients of the batches, and the factors by run."""
         n, ratios = self.flow.n_samples, norms.ratios
@@ -217,7 +219,7 @@ class Runs(eqx.Module):
             clipped = clipped * batches[:, None, :, None]
         return jnp.moveaxis(clipped, 0, -1).reshape(clipped.shape[1], -1, self.keys.size), factors
 
-    def responding(self, at: Schedule, clipped: Float[Array, "T nK S"]) -> Array:
+    def responding(self, at: Steps, clipped: Float[Array, "T nK S"]) -> Array:
         """What the gradients differ by from those of the path, of samples that drive outputs."""
         path = self.path
         if path.charges is None:
@@ -237,7 +239,7 @@ class Runs(eqx.Module):
     def cell(
         self,
         cell: Array,
-        steps: Schedule,
+        blocks: Schedule,
         charges: Float[Array, "nodes d T nK S"],
         bridge: Array,
         average: Array,
@@ -248,58 +250,61 @@ class Runs(eqx.Module):
         The noise between the nodes is followed in the outputs: what drives it is spread over them
         once, by the root of their covariance, and the optimizer's filter does the rest.
         """
-        undriven, own = self.undriven, self.triangle(cell)
-        ends = self.scales(cell), self.scales(cell + 1)
+        own, ends = self.triangle(cell), (self.scales(cell), self.scales(cell + 1))
         before = self.pasts(cell, charges)
         past = _Line(before, self.pasts(cell + 1, charges) - before)
-        root = None if undriven.roots is None else undriven.roots[cell]
 
-        def undriven_at(at: Schedule, bridge: Array) -> Array:
-            about = self.path.outputs[at.number].reshape(-1)[:, None]
-            if undriven.steps is not None:
-                return about + undriven.steps[at.number]
-            assert undriven.nodes is not None
-            return about + _mixed(at.weights, undriven.nodes) + bridge[0]
+        def block(carry: _Carry, at: Schedule) -> tuple[_Carry, None]:
+            charges, bridge, average, record = carry
+            kernel, norms = own.at(at.middle, *ends), self.norms_along(cell, at.middle)
+            steps, noise = at.steps, self.noise(at, cell)
+            f = self.undriven_at(at, bridge, noise) + _weighted(
+                [
+                    *past.terms(steps.since, steps.along),
+                    *own.read(charges, *ends).terms(at.gradients.kept, steps.along),
+                ]
+            )
 
-        def block(carry: _Carry, steps: Schedule) -> tuple[_Carry, None]:
-            earlier = own.read(carry[0], *ends)
-            middle = steps.middle[0]
-            kernel = own.at(middle, *ends)
-            norms = self.norms_along(cell, middle)
-            noise = None if root is None else self.noise(steps, root)
-
-            def step(carry: _InBlock, own: tuple[Schedule, Array | None]) -> tuple[_InBlock, None]:
-                moved, carried, (now, bridge, average, record) = carry
-                at, drawn = own
+            def step(carry: _InBlock, now: tuple[Steps, Array]) -> tuple[_InBlock, Array]:
+                moved, average, record = carry
+                at, f = now
+                f = f + moved[0]
                 keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
-                f = undriven_at(at, bridge) + moved[0]
-                f += _mixed(carried[0], earlier.at(at.along))
-                f += _mixed(at.since, past.at(at.along))
                 clipped, factors = self.gradients(at, f, norms, keys)
                 average, seen = self.averaged(at, f, average)
                 measured = self.measure(seen, factors)
                 record = jax.tree.map(
                     lambda path, value: path.at[at.slot].set(value), record, measured
                 )
-                if drawn is not None:
-                    driving = at.deviations * drawn - _mixed(at.gains, bridge)
-                    bridge = _filtered(at, bridge, driving)
                 responding = self.responding(at, clipped)
                 moved = _filtered(at, moved, kernel.apply(responding))
-                whole = (now.after(at, responding), bridge, average, record)
-                return (moved, at.matrices @ carried, whole), None
+                return (moved, average, record), responding
 
-            moved = jnp.zeros_like(past.start)
-            carried = jnp.eye(len(moved), dtype=moved.dtype)
-            (_, _, carry), _ = lax.scan(step, (moved, carried, carry), (steps, noise))
-            return carry, None
+            start = (jnp.zeros_like(past.start), average, record)
+            (_, average, record), responding = lax.scan(step, start, (steps, f))
+            charges = charges.after(at.gradients, steps.along, responding)
+            if noise is not None:
+                bridge = _after(at.noise, bridge, at.noise.added, noise)
+            return (charges, bridge, average, record), None
 
         zeros = jnp.zeros_like(charges[0])
-        end, _ = lax.scan(block, (_Charges(zeros, zeros), bridge, average, record), steps)
+        end, _ = lax.scan(block, (_Charges(zeros, zeros), bridge, average, record), blocks)
         return end
 
+    def undriven_at(self, at: Schedule, bridge: Array, noise: Array | None) -> Array:
+        """Outputs on the noise path at the steps of a block, ``(p, N K, S)``."""
+        undriven, steps = self.undriven, at.steps
+        path = self.path.outputs[steps.number].reshape(steps.number.size, -1, 1)
+        if undriven.steps is not None:
+            return path + undriven.steps[steps.number]
+        assert undriven.nodes is not None
+        terms = [(steps.weights, undriven.nodes)]
+        if noise is not None:
+            terms += [(at.noise.kept, bridge), (at.noise.moved, noise)]
+        return path + _weighted(terms)
+
     def averaged(
-        self, at: Schedule, f: Float[Array, "NK S"], average: Float[Array, "NK S"]
+        self, at: Steps, f: Float[Array, "NK S"], average: Float[Array, "NK S"]
     ) -> tuple[Array, Array]:
         """Distance of outputs from those of the path, averaged, and the outputs of the average."""
         if self.average is None or self.path.averaged is None:
@@ -309,35 +314,33 @@ class Runs(eqx.Module):
         average = kept * average + (1 - kept) * distance
         return average, average + self.path.averaged[at.number].reshape(-1)[:, None]
 
-    def noise(self, steps: Schedule, root: Float[Array, "NK NK"]) -> Float[Array, "p NK S"]:
-        """What drives the noise between the nodes at the steps of a block, in the outputs.
-
-        Of many outputs the steps of a block share what is drawn once. It has nearly the same
-        variance at the end of the block, which is a small part of the way between two nodes.
-        """
-        n_steps, size = steps.number.shape[0], root.shape[1]
-        drawn_for = steps.number if size <= _OWN_NOISE else steps.number[:1]
+    def noise(self, at: Schedule, cell: Array) -> Float[Array, "r NK S"] | None:
+        """The numbers that drive the noise between the nodes in a block, by output."""
+        if self.undriven.roots is None:
+            return None
+        root, n_numbers = self.undriven.roots[cell], at.noise.added.shape[1]
 
         def draw(key: PRNGKeyArray, number: Array) -> Array:
             own = jax.random.split(jax.random.fold_in(key, number))[1]
-            return jax.random.normal(own, (size,), root.dtype)
+            return jax.random.normal(own, (root.shape[1],), root.dtype)
 
-        drawn = jax.vmap(jax.vmap(draw, (0, None), 1), (None, 0), 1)(self.keys, drawn_for)
-        moved = (root @ drawn.reshape(size, -1)).reshape(-1, len(drawn_for), self.keys.size)
-        moved = jnp.swapaxes(moved, 0, 1)
-        if len(drawn_for) < n_steps:
-            moved = jnp.broadcast_to(moved / n_steps**0.5, (n_steps, *moved.shape[1:]))
-        return moved
+        numbers = at.steps.number[:n_numbers]
+        drawn = jax.vmap(jax.vmap(draw, (0, None), 1), (None, 0), 1)(self.keys, numbers)
+        moved = (root @ drawn.reshape(root.shape[1], -1)).reshape(-1, n_numbers, self.keys.size)
+        return jnp.swapaxes(moved, 0, 1)
 
 
 #: Charges of the cell, noise between its nodes, averages, and the record.
 _Carry: TypeAlias = tuple[_Charges, Array, Array, Measurement]
 
-#: Outputs that the steps of a block move, the filter since its beginning, and the rest.
-_InBlock: TypeAlias = tuple[Float[Array, "d NK S"], Float[Array, "d d"], _Carry]
+#: Outputs that the steps of a block move, averages, and the record.
+_InBlock: TypeAlias = tuple[Float[Array, "d NK S"], Array, Measurement]
+
+#: Weights ``(p, m)`` of a few arrays ``(m, N K, S)``.
+_Term: TypeAlias = tuple[Array, Array]
 
 
-def _filtered(at: Schedule, state: Array, gradient: Array) -> Array:
+def _filtered(at: Steps, state: Array, gradient: Array) -> Array:
     """The state of the optimizer's filter after a step."""
     entries = [
         _mixed(row, state) + drive * gradient
@@ -351,6 +354,17 @@ def _mixed(weights: Float[Array, " d"], states: Float[Array, "d ..."]) -> Array:
     terms = [weight * state for weight, state in zip(weights, states, strict=True)]
     total: Array = functools.reduce(jnp.add, terms)
     return total
+
+
+def _weighted(terms: list[_Term]) -> Float[Array, "p NK S"]:
+    """Weighted sums of all arrays, in one product."""
+    weights, arrays = zip(*terms, strict=True)
+    return jnp.tensordot(jnp.concatenate(weights, axis=1), jnp.concatenate(arrays), axes=1)
+
+
+def _after(span: Span, state: Array, added: Float[Array, "d r"], driving: Array) -> Array:
+    """The state after a block of steps, whose entries are on the first axis."""
+    return jnp.tensordot(span.carried, state, axes=1) + jnp.tensordot(added, driving, axes=1)
 
 
 @eqx.filter_jit
@@ -368,11 +382,11 @@ def run(
     dtype = kernels.between.dtype
 
     def cell(carry: _Whole, at: tuple[Array, Schedule, Array]) -> tuple[_Whole, None]:
-        number, steps, propagator = at
+        number, blocks, propagator = at
         charges, bridge, average, record = carry
         if listener is not None:
             progress.report(listener, number / n_cells)
-        own, bridge, average, record = runs.cell(number, steps, charges, bridge, average, record)
+        own, bridge, average, record = runs.cell(number, blocks, charges, bridge, average, record)
         return (own.placed(propagator, charges, number), bridge, average, record), None
 
     charges = jnp.zeros((n_cells + 1, size, n_groups, columns, count), dtype)

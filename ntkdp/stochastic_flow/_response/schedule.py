@@ -1,6 +1,6 @@
 """Steps in blocks, in cells between nodes, with what the optimizer's filter does in each."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +11,15 @@ from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._response import noise_free_path
 
 #: A block is this part of a cell, as long as it has no more than so many steps.
-_BLOCKS, _LONGEST, _SHORTEST = 8, 16, 2
+_BLOCKS, _LONGEST, _SHORTEST = 8, 24, 2
+#: Outputs up to which every step has noise of its own between the nodes.
+_OWN_NOISE = 512
+#: Eigenvalues below this part of the largest one are rounding errors of zero.
+_ZERO = 1e-12
 
 
-class Schedule(NamedTuple):
-    """A grid of steps in cells between nodes; arrays are ``(M, blocks, p, ...)``.
+class Steps(NamedTuple):
+    """A grid of steps in blocks, in cells between nodes; arrays are ``(M, blocks, p, ...)``.
 
     Attributes
     ----------
@@ -27,29 +31,59 @@ class Schedule(NamedTuple):
         One for a step, zero for a place that fills a cell up.
     along
         How far between the nodes of its cell the step is, in time.
-    middle
-        The mean of that over the steps of the block.
     matrices, drives
         The filter of the optimizer ``(d, d)`` and ``(d,)``.
     since
         What the position is made of, in terms of the state at the beginning of the cell, ``(d,)``.
     weights
         Weights of the nodes in the mean of the noise path, ``(nodes,)``.
-    gains, deviations
-        The noise between the nodes, as in :class:`ntkdp.stochastic_flow._linear_filter.Bridge`.
     """
 
     number: Array
     slot: Array
     counts: Array
     along: Array
-    middle: Array
     matrices: Array
     drives: Array
     since: Array
     weights: Array
-    gains: Array
-    deviations: Array
+
+
+class Span(NamedTuple):
+    """What a linear filter makes of a block of steps; arrays are ``(M, blocks, ...)``.
+
+    Attributes
+    ----------
+    kept, moved
+        The position before each step, in terms of the state before the block ``(p, d)``, and of
+        the r numbers that drive it ``(p, r)``.
+    carried, added
+        The state after the block, in the same terms, ``(d, d)`` and ``(d, r)``.
+    """
+
+    kept: Array
+    moved: Array
+    carried: Array
+    added: Array
+
+
+class Schedule(NamedTuple):
+    """All steps, the place of each block in its cell, and filters of gradients and of noise.
+
+    Attributes
+    ----------
+    middle
+        The mean of how far the steps of a block are along the cell, ``(M, blocks)``.
+    gradients
+        The filter of the optimizer, which a gradient drives at each step.
+    noise
+        The noise between the nodes, which is zero at these, driven by standard normal numbers.
+    """
+
+    steps: Steps
+    middle: Array
+    gradients: Span
+    noise: Span
 
 
 def scheduled(
@@ -57,66 +91,110 @@ def scheduled(
     times: np.ndarray,
     nodes: np.ndarray,
     recorded: np.ndarray,
+    n_rows: int,
     dtype: np.dtype,
 ) -> tuple[Schedule, Array]:
     """Steps in blocks and cells, and propagators over whole cells ``(M, d, d)``.
 
-    The last state, which no step follows, is inside the last cell.
+    The last state, which no step follows, is inside the last cell. If there are many outputs, the
+    steps of a block share as many normal numbers for the noise as a state has entries.
     """
     steps, size = filter.steps, filter.size
-    bridge = _linear_filter.bridge(filter, nodes)
     weights = _linear_filter.interpolation(filter, nodes)
     slot = np.full(steps + 1, len(recorded))
     slot[recorded] = np.arange(len(recorded))
-    # The state after the last step stays where it is.
-    matrices = np.concatenate([filter.matrices, np.eye(size)[None]])
-    drives, gains = (
-        np.concatenate([array, np.zeros((1, size))]) for array in (filter.drives, bridge.gains)
-    )
-    deviations = np.append(bridge.deviations, 0.0)
     _, along = noise_free_path.cells(times, nodes)
-    per_cell = int(np.diff(nodes).max()) + 1
-    per_block = min(max(per_cell // _BLOCKS, _SHORTEST), _LONGEST)
-    per_cell = -(-per_cell // per_block) * per_block
-    rows, whole = [], []
-    for start, stop in zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True):
-        last = stop + (stop == steps)
-        propagators = filter.propagators(start, stop)
-        whole.append(propagators[-1])
-        inside = np.arange(start, last)
-        place = np.append(inside, np.full(per_cell - len(inside), steps))
-        filled = np.arange(per_cell) < len(inside)
-        since = propagators[np.minimum(place - start, stop - start), 0]
-        shares = np.where(filled, along[place], 0.0).reshape(-1, per_block)
-        counts = filled.reshape(-1, per_block).sum(axis=1)
-        middle = shares.sum(axis=1) / np.maximum(counts, 1)
-        columns: dict[str, np.ndarray] = {
-            "number": place,
-            "slot": np.where(filled, slot[place], len(recorded)),
-            "counts": filled.astype(float),
-            "along": np.where(filled, along[place], 1.0),
-            "middle": np.repeat(middle, per_block),
-            "matrices": np.where(filled[:, None, None], matrices[place], np.eye(size)),
-            "drives": np.where(filled[:, None], drives[place], 0.0),
-            "since": since,
-            "weights": weights[place],
-            "gains": np.where(filled[:, None], gains[place], 0.0),
-            "deviations": np.where(filled, deviations[place], 0.0),
-        }
-        rows.append(columns)
-    stacked = {name: np.stack([columns[name] for columns in rows]) for name in Schedule._fields}
-    schedule = {
-        name: jnp.asarray(
-            column.reshape(len(column), -1, per_block, *column.shape[2:]),
-            None if column.dtype.kind == "i" else dtype,
-        )
-        for name, column in stacked.items()
-    }
-    return Schedule(**schedule), jnp.asarray(np.stack(whole), dtype)
+    place, filled = _grid(nodes, steps)
+    first = nodes[:-1, None, None]
+    carried = [
+        filter.propagators(*cell)
+        for cell in zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True)
+    ]
+    since = [
+        at[np.minimum(numbers - start, len(at) - 1), 0]
+        for at, numbers, start in zip(carried, place, first, strict=True)
+    ]
+    # The state after the last step stays where it is, and so does that of a place without one.
+    taken = np.where(filled & (place < steps), place, steps)
+    matrices = np.concatenate([filter.matrices, np.eye(size)[None]])[taken]
+    drives = np.concatenate([filter.drives, np.zeros((1, size))])[taken]
+    counts = filled.sum(axis=2)
+
+    def array(values: np.ndarray) -> Array:
+        return jnp.asarray(values, None if values.dtype.kind == "i" else dtype)
+
+    grid = Steps(
+        number=array(place),
+        slot=array(np.where(filled, slot[place], len(recorded))),
+        counts=array(filled.astype(float)),
+        along=array(np.where(filled, along[place], 1.0)),
+        matrices=array(matrices),
+        drives=array(drives),
+        since=array(np.stack(since)),
+        weights=array(weights[place]),
+    )
+    middle = np.sum(np.where(filled, along[place], 0.0), axis=2) / np.maximum(counts, 1)
+    bridge = _linear_filter.bridge(filter, nodes)
+    gains = np.concatenate([bridge.gains, np.zeros((1, size))])[taken]
+    deviations = np.append(bridge.deviations, 0.0)[taken]
+    noise = _span(
+        matrices - drives[..., :, None] * gains[..., None, :], drives * deviations[..., None]
+    )
+    if n_rows > _OWN_NOISE and size < place.shape[2]:
+        noise = _shared(noise)
+    gradients = Span(*map(array, _span(matrices, drives)))
+    schedule = Schedule(grid, array(middle), gradients, Span(*map(array, noise)))
+    return schedule, array(np.stack([at[-1] for at in carried]))
+
+
+def _grid(nodes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of steps ``(M, blocks, p)``, and which of the places are filled."""
+    lengths = np.diff(nodes)
+    lengths[-1] += 1
+    longest = int(lengths.max())
+    per_block = min(max(longest // _BLOCKS, _SHORTEST), _LONGEST)
+    n_blocks = -(-longest // per_block)
+    # Blocks of nearly even size leave the fewest places empty.
+    inside = np.arange(n_blocks * -(-longest // n_blocks)).reshape(n_blocks, -1)
+    filled = inside < lengths[:, None, None]
+    return np.where(filled, nodes[:-1, None, None] + inside, steps), filled
+
+
+#: The arrays of a span, in double precision.
+_Arrays: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _span(matrices: np.ndarray, drives: np.ndarray) -> _Arrays:
+    """The filter over a block, from ``(M, blocks, p, d, d)`` and ``(M, blocks, p, d)``."""
+    *grid, per_block, size = drives.shape
+    state = np.broadcast_to(np.eye(size), (*grid, size, size))
+    response = np.zeros((*grid, size, per_block))
+    kept, moved = [], []
+    for k in range(per_block):
+        kept.append(state[..., 0, :])
+        moved.append(response[..., 0, :])
+        state, response = matrices[..., k, :, :] @ state, matrices[..., k, :, :] @ response
+        response[..., k] = drives[..., k, :]
+    return np.stack(kept, axis=-2), np.stack(moved, axis=-2), state, response
+
+
+def _shared(noise: _Arrays) -> _Arrays:
+    """As many numbers as a state has entries: exact after a block, and a mean given that inside.
+
+    With :math:`A A^T = R R^T`, the numbers :math:`R^{-1} A x` are standard normal where x is.
+    """
+    kept, moved, carried, added = noise
+    values, vectors = np.linalg.eigh(added @ np.swapaxes(added, -1, -2))
+    usable = values > _ZERO * np.maximum(values[..., -1:], np.finfo(float).tiny)
+    deviations = np.where(usable, np.sqrt(np.where(usable, values, 1.0)), 0.0)
+    inverse = np.where(usable, 1 / np.where(usable, deviations, 1.0), 0.0)
+    numbers = inverse[..., None] * (np.swapaxes(vectors, -1, -2) @ added)
+    return kept, moved @ np.swapaxes(numbers, -1, -2), carried, vectors * deviations[..., None, :]
 
 
 def middles(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """The cell of each state, and how far along it the middle of its block is."""
-    filled = np.asarray(schedule.counts) > 0
+    filled = np.asarray(schedule.steps.counts) > 0
     cell = np.broadcast_to(np.arange(len(filled))[:, None, None], filled.shape)
-    return cell[filled], np.asarray(schedule.middle)[filled]
+    middle = np.broadcast_to(np.asarray(schedule.middle)[..., None], filled.shape)
+    return cell[filled], middle[filled]

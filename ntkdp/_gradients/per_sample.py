@@ -30,6 +30,7 @@ from ntkdp._gradients.tracing import (
     LeafView,
     Path,
     Place,
+    Scaled,
     Structure,
     Value,
     Visitor,
@@ -45,8 +46,10 @@ _BYTES_AT_A_TIME = 2**21
 
 #: The data of a contraction and the scale of its leaf's view, None for one.
 _Input: TypeAlias = tuple[Array, Array | None]
-#: Outputs, inputs and cotangents of each use of a leaf, and gradients of the dense leaves.
-_Pass: TypeAlias = tuple[Array, list[_Input], list[Array], list[Array]]
+#: Inputs of each use of a leaf, and scales of the biases.
+_Seen: TypeAlias = tuple[list[_Input], list[Array]]
+#: Outputs, what was seen on the way, cotangents of each use, and gradients of the dense leaves.
+_Pass: TypeAlias = tuple[Array, _Seen, list[Array], list[Array]]
 
 __all__ = [
     "Dense",
@@ -85,7 +88,7 @@ def factored(
     many_cotangents = jax.eval_shape(cotangent, f_one, *[a[0] for a in args]).shape[0] > 1
 
     def pass_one(x_i: Array, *args_i: Array) -> _Pass:
-        def tapped(taps: list[Array], dense: list[Array]) -> tuple[Array, list[_Input]]:
+        def tapped(taps: list[Array], dense: list[Array]) -> tuple[Array, _Seen]:
             return _tapped_outputs(structure, leaves, x_i, taps, dense, many_cotangents)
 
         taps = [jnp.zeros(use.tap_shape, use.tap_dtype) for use in uses]
@@ -98,8 +101,13 @@ def factored(
         ]
         return f_i, inputs, read, gradients
 
-    outputs, data, deltas, gradients = jax.vmap(pass_one)(x, *args)
+    outputs, (data, scales), deltas, gradients = jax.vmap(pass_one)(x, *args)
     factors = _factors(structure, data, deltas)
+    numbers = {path: number for number, path in enumerate(structure.uses)}
+    for bias, scale in zip(structure.biases.values(), scales, strict=True):
+        delta = deltas[numbers[bias.product]]
+        ones = scale.astype(delta.dtype).reshape(-1, 1, 1, 1)
+        factors[bias.leaf] = (Outer(ones, delta, bias.layout),)
     for index, gradient in zip(structure.dense, gradients, strict=True):
         factors[index] = (Dense(gradient),)
     return outputs, factors
@@ -112,13 +120,16 @@ def _tapped_outputs(
     taps: list[Array],
     dense: list[Array],
     many_cotangents: bool,
-) -> tuple[Array, list[_Input]]:
+) -> tuple[Array, _Seen]:
     """One sample's outputs, with a tap added to the output of each contraction, and all inputs.
 
-    The derivative in a tap is the cotangent of that output.
+    The derivative in a tap is the cotangent of that output; if a bias is added to it, the tap is
+    added to the sum, and the inputs have the scale of what it is added to.
     """
     numbers = {path: number for number, path in enumerate(structure.uses)}
+    with_bias = {bias.product for bias in structure.biases.values()}
     inputs: dict[int, _Input] = {}
+    scales: dict[Path, Array] = {}
 
     def tap(
         path: Path,
@@ -133,8 +144,18 @@ def _tapped_outputs(
         number = numbers[path]
         if many_cotangents and contraction.evaluate_for_many is not None:
             out = contraction.evaluate_for_many(cast(Array, data), cast(Array, weight))
-        inputs[number] = (cast(Array, data), _scale(view))
-        return out + taps[number]
+        inputs[number] = (cast(Array, data), _scale(view.scale))
+        return out if path in with_bias else out + taps[number]
+
+    def tap_sum(path: Path, view: LeafView, product: Scaled, out: Array) -> Array:
+        if path not in structure.biases:
+            return out
+        number = numbers[product.path]
+        data, scale = inputs[number]
+        both = product.scale if scale is None else scale * product.scale
+        inputs[number] = (data, _scale(both))
+        scales[path] = jnp.asarray(view.scale)
+        return out + taps[number].reshape(out.shape)
 
     flat = list(leaves)
     for index, leaf in zip(structure.dense, dense, strict=True):
@@ -144,9 +165,10 @@ def _tapped_outputs(
         structure.jaxpr.jaxpr,
         structure.jaxpr.consts,
         [*values, Value(x_i)],
-        Visitor(tap, lambda leaf, reason: None),
+        Visitor(tap, tap_sum, lambda leaf, reason: None),
     )
-    return cast(Array, out.array), [inputs[number] for number in range(len(numbers))]
+    seen = [inputs[number] for number in range(len(numbers))]
+    return cast(Array, out.array), (seen, [scales[path] for path in structure.biases])
 
 
 def _factors(structure: Structure, data: list[_Input], deltas: list[Array]) -> list[Factor]:
@@ -195,9 +217,9 @@ def factored_for_kernel(structure: Structure, params: Params, x: Array) -> list[
     return factors
 
 
-def _scale(view: LeafView) -> Array | None:
-    unscaled = isinstance(view.scale, float) and view.scale == 1.0
-    return None if unscaled else jnp.asarray(view.scale)
+def _scale(scale: float | Array) -> Array | None:
+    unscaled = isinstance(scale, float) and scale == 1.0
+    return None if unscaled else jnp.asarray(scale)
 
 
 def _part(uses: list[LeafUse], data: list[_Input], deltas: list[Array]) -> Part:

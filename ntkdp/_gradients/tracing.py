@@ -5,7 +5,8 @@ is followed as a :class:`LeafView` through operations that only rearrange or cut
 constant or shift it. Where a view meets data in a product, a convolution or a lookup of rows, the
 leaf has a :class:`LeafUse`, and its gradient has factors. A leaf with any other use is *dense*: its
 per-sample gradient is formed as it is, for that leaf alone. If the leaf is added or multiplied
-element by element, that is the cheapest form anyway.
+element by element, that is the cheapest form anyway, but for a bias that is added to the product of
+a vector: it has the cotangent of the product, and shares all that is computed from it.
 """
 
 import itertools
@@ -26,6 +27,8 @@ from ntkdp._gradients.leaf_layout import Cut, Layout, Rearrangement, Reshaped, T
 from ntkdp._gradients.primitive_rules import Contraction
 
 _RESHAPES = {"reshape", "squeeze", "expand_dims", "copy", "convert_element_type"}
+#: In a vector of any shape these do not move an entry past another.
+_KEEP_VECTORS = {"reshape", "squeeze", "expand_dims", "copy", "transpose"}
 _ELEMENTWISE = {"add", "sub", "mul", "div", "add_any"}
 _ELEMENT_BY_ELEMENT = "element by element"
 #: A loop of at most this many turns is unrolled to look inside; every turn is compiled anew.
@@ -53,6 +56,13 @@ class LeafView(NamedTuple):
         return self if self.spread else self._replace(rearranged=(*self.rearranged, step))
 
 
+class Scaled(NamedTuple):
+    """The output of a contraction, by its path, times a number; nothing else reads it."""
+
+    path: Path
+    scale: float | Array = 1.0
+
+
 class Value(NamedTuple):
     """An intermediate result and its source: a leaf, constants alone, or data."""
 
@@ -60,6 +70,7 @@ class Value(NamedTuple):
     view: LeafView | None = None
     constant: bool = False
     uniform: bool = False
+    product: Scaled | None = None
 
 
 class LeafUse(NamedTuple):
@@ -78,22 +89,36 @@ class LeafUse(NamedTuple):
         return family, self.contraction.extents, self.layout
 
 
+class Bias(NamedTuple):
+    """A leaf that is added to the product at a path, and to nothing else."""
+
+    leaf: int
+    product: Path
+    layout: Layout
+
+
 class Visitor(NamedTuple):
     """Functions to call at each use of a leaf.
 
-    ``visit_contraction(path, view, contraction, data, weight, out)`` returns the output, perhaps
-    changed; ``visit_other_use(leaf, reason)`` hears of any use that has no factors.
+    ``visit_contraction(path, view, contraction, data, weight, out)`` and ``visit_sum(path, view,
+    product, out)``, if a leaf is added to a product, return the output, perhaps changed;
+    ``visit_other_use(leaf, reason)`` hears of any use that has no factors.
     """
 
     visit_contraction: Callable[[Path, LeafView, Contraction, Operand, Operand, Array], Array]
+    visit_sum: Callable[[Path, LeafView, Scaled, Array], Array]
     visit_other_use: Callable[[int, str], None]
 
 
 class Structure(NamedTuple):
-    """A model traced for one sample: the uses of its leaves, and which leaves are dense."""
+    """A model traced for one sample: the uses of its leaves, and which leaves are dense.
+
+    Biases are found by the path of their sum.
+    """
 
     jaxpr: jex.ClosedJaxpr
     uses: dict[Path, LeafUse]
+    biases: dict[Path, Bias]
     dense: tuple[int, ...]
     n_leaves: int
     n_outputs: int
@@ -109,11 +134,13 @@ def interpret(
 ) -> list[Value]:
     """Evaluate ``jaxpr``, following views of the parameters to where they are used."""
     env: dict[Atom, Value] = {}
+    atoms = itertools.chain(*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars)
+    readers = Counter(atom for atom in atoms if isinstance(atom, jex.Var))
 
     def read(atom: Atom) -> Value:
         if isinstance(atom, jex.Literal):
             return Value(atom.val, constant=True, uniform=np.ndim(atom.val) == 0)
-        return env[atom]
+        return env[atom] if readers[atom] == 1 else env[atom]._replace(product=None)
 
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         env[var] = Value(const, constant=True, uniform=np.ndim(const) == 0)
@@ -143,9 +170,10 @@ def _evaluate(eqn: jex.JaxprEqn, values: list[Value], visitor: Visitor, path: Pa
         contraction = None if view.spread else primitive_rules.contraction_of(eqn, position)
         if contraction is not None:
             weight, data = values[position].array, values[1 - position].array
-            return [
-                Value(visitor.visit_contraction(path, view, contraction, data, weight, arrays[0]))
-            ]
+            out = visitor.visit_contraction(path, view, contraction, data, weight, arrays[0])
+            return [Value(out, product=Scaled(path))]
+        if name == "add" and (product := values[1 - position].product) is not None:
+            return [Value(visitor.visit_sum(path, view, product, arrays[0]))]
     for view in views.values():
         visitor.visit_other_use(view.leaf, _reason(eqn, values, list(views)))
     return [Value(array) for array in arrays]
@@ -166,7 +194,34 @@ def _constant_or_data(eqn: jex.JaxprEqn, values: Sequence[Value], array: Array) 
     constant = all(value.constant for value in values)
     spread = eqn.primitive.name in {"broadcast_in_dim", "convert_element_type"}
     uniform = constant and (np.ndim(array) == 0 or (spread and values[0].uniform))
-    return Value(array, constant=constant, uniform=uniform)
+    return Value(array, constant=constant, uniform=uniform, product=_scaled_product(eqn, values))
+
+
+def _scaled_product(eqn: jex.JaxprEqn, values: Sequence[Value]) -> Scaled | None:
+    """The product that an equation scales by a number or reshapes, else None."""
+    for position, value in enumerate(values):
+        if value.product is not None:
+            if eqn.primitive.name in _KEEP_VECTORS:
+                return value.product
+            scale = _scale_after(eqn, values, position, value.product.scale)
+            return None if scale is None else value.product._replace(scale=scale)
+    return None
+
+
+def _scale_after(
+    eqn: jex.JaxprEqn, values: Sequence[Value], position: int, scale: float | Array
+) -> float | Array | None:
+    """The scale of an operand after a scaling by a number, else None."""
+    name = eqn.primitive.name
+    if name == "neg":
+        return -scale
+    if name not in {"mul", "div"} or (name == "div" and position == 1):
+        return None
+    other = values[1 - position]
+    if not other.uniform:
+        return None
+    factor = jnp.asarray(other.array).reshape(-1)[0]
+    return scale * factor if name == "mul" else scale / factor
 
 
 def _rigid(
@@ -220,18 +275,11 @@ def _scaled_or_shifted(
 ) -> LeafView | None:
     """The view after a constant shift, or a scaling by a number, else None."""
     name = eqn.primitive.name
-    if name == "neg":
-        return view._replace(scale=-view.scale)
-    if len(values) != 2:
-        return None
-    other = values[1 - position]
-    if name in {"add", "sub"} and other.constant:
+    if name in {"add", "sub"} and values[1 - position].constant:
         sign = -1.0 if name == "sub" and position == 1 else 1.0
         return view._replace(scale=sign * view.scale)
-    if name in {"mul", "div"} and other.uniform and not (name == "div" and position == 1):
-        factor = jnp.asarray(other.array).reshape(-1)[0]
-        return view._replace(scale=view.scale * factor if name == "mul" else view.scale / factor)
-    return None
+    scale = _scale_after(eqn, values, position, view.scale)
+    return None if scale is None else view._replace(scale=scale)
 
 
 def _unroll(eqn: jex.JaxprEqn, values: list[Value], visitor: Visitor, path: Path) -> list[Value]:
@@ -279,7 +327,8 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
 
     jaxpr = jax.make_jaxpr(single)(shapes, sample)
     uses: dict[Path, LeafUse] = {}
-    reasons: dict[int, set[str]] = {}
+    biases: dict[Path, Bias] = {}
+    reasons: dict[int, list[str]] = {}
 
     def add_use(
         path: Path,
@@ -295,11 +344,18 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
         return out
 
     def add_reason(leaf: int, reason: str) -> None:
-        reasons.setdefault(leaf, set()).add(reason)
+        reasons.setdefault(leaf, []).append(reason)
+
+    def add_sum(path: Path, view: LeafView, product: Scaled, out: Array) -> Array:
+        add_reason(view.leaf, _ELEMENT_BY_ELEMENT)
+        use, layout = uses[product.path], Layout((out.size,), (0,), view.rearranged)
+        if math.prod(shapes[view.leaf].shape) == out.size and _adds_to_vector(view, use, out):
+            biases[path] = Bias(view.leaf, product.path, layout)
+        return out
 
     def discover(flat: list[Array], x_i: Array) -> Operand:
         args = [Value(leaf, LeafView(i)) for i, leaf in enumerate(flat)] + [Value(x_i)]
-        (out,) = interpret(jaxpr.jaxpr, jaxpr.consts, args, Visitor(add_use, add_reason))
+        (out,) = interpret(jaxpr.jaxpr, jaxpr.consts, args, Visitor(add_use, add_sum, add_reason))
         if out.view is not None:
             add_reason(out.view.leaf, "returned")
         for leaf, shape in enumerate(shapes):
@@ -315,15 +371,31 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
             add_reason(leaf, f"used in a {own[0].contraction.kind}, too")
         elif not _separable(own):
             add_reason(leaf, f"used in {len(own)} products that lie across each other")
-        descriptions.append(_describe(own, reasons.get(leaf)))
+        descriptions.append(_describe(own, set(reasons.get(leaf, ()))))
+    factored = {path: use for path, use in uses.items() if use.leaf not in reasons}
+    biases = {
+        path: bias
+        for path, bias in biases.items()
+        if len(reasons[bias.leaf]) == 1 and bias.product in factored
+    }
     return Structure(
         jaxpr=jaxpr,
-        uses={path: use for path, use in uses.items() if use.leaf not in reasons},
-        dense=tuple(sorted(reasons)),
+        uses=factored,
+        biases=biases,
+        dense=tuple(sorted(set(reasons) - {bias.leaf for bias in biases.values()})),
         n_leaves=len(leaves),
         n_outputs=output.shape[0],
         descriptions=tuple(descriptions),
     )
+
+
+def _adds_to_vector(view: LeafView, use: LeafUse, out: Array) -> bool:
+    """Whether a whole leaf is added to a product that is a vector, of whatever shape."""
+    g, _, q = use.contraction.extents
+    is_vector = use.contraction.kind == "product" and g == 1 and max(use.tap_shape, default=1) == q
+    is_whole = not view.spread and not any(isinstance(step, Cut) for step in view.rearranged)
+    same_entries = out.size == math.prod(use.tap_shape) == q and out.dtype == use.tap_dtype
+    return is_vector and is_whole and same_entries
 
 
 def _separable(uses: Sequence[LeafUse]) -> bool:
@@ -332,7 +404,7 @@ def _separable(uses: Sequence[LeafUse]) -> bool:
     return all(a.apart(b) for a, b in itertools.combinations(layouts, 2))
 
 
-def _describe(uses: Sequence[LeafUse], reasons: set[str] | None) -> str:
+def _describe(uses: Sequence[LeafUse], reasons: set[str]) -> str:
     if reasons == {_ELEMENT_BY_ELEMENT}:
         return _ELEMENT_BY_ELEMENT
     if reasons:

@@ -27,12 +27,12 @@ from ntkdp.stochastic_flow._response.noise_free_path import (
     slots,
 )
 from ntkdp.stochastic_flow._response.runs import Runs, Undriven, run
-from ntkdp.stochastic_flow._response.schedule import middles, scheduled
+from ntkdp.stochastic_flow._response.schedule import middles, scheduled, steps_of_block
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
 #: Nodes and draws by default.
-NODES, DRAWS = 7, 3
+NODES, DRAWS = 5, 3
 #: Deviation of the kernels, relative to them, that is worth a warning.
 _LARGEST_ERROR = 0.1
 #: Gradients in the shape of the weights that are kept at each node, of a filter with two entries.
@@ -336,6 +336,8 @@ def _require_room(
     n_kernels = n_nodes * (n_nodes + 1) // 2
     kernels = n_kernels * flow.weight_groups().size * rows * columns + 3 * n_nodes * rows**2
     states = stepping.steps + 1 if noise_at == "steps" else 3 * n_nodes
+    # Outputs and charges at the steps of a block.
+    states += 2 * steps_of_block(-(-stepping.steps // (n_nodes - 1)))
     kept = len(stepping.recorded) * bool(outputs)
     # Weights at the nodes, of the path and of the draws, and gradients that charges cause there.
     networks = (draws + 1 + _PULLED) * n_nodes * program_memory.bytes_of(flow.params)

@@ -91,27 +91,29 @@ def node_kernels(
             return None
         return jax.tree.map(lambda leaf: leaf[node] ** power, path.metric)
 
-    def mean_over_draws(one: _OneDraw) -> tuple[Array, Array]:
+    def mean_over_draws(one: _OneDraw, node: Array) -> tuple[Array, Array]:
         """Mean over draws, and the mean of the squared norms."""
+        # There is no noise at the first node.
+        count = jnp.where(node == 0, 1, keys.size)
 
-        def add(total: tuple[Array, Array], draw: Array) -> tuple[tuple[Array, Array], None]:
+        def add(draw: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
             drawn = one(draw)
-            return (total[0] + drawn, total[1] + jnp.sum(drawn**2)), None
+            return total[0] + drawn, total[1] + jnp.sum(drawn**2)
 
         zeros = jnp.zeros_like(jax.eval_shape(one, jnp.asarray(0)))
-        total, _ = lax.scan(add, (zeros, jnp.zeros((), dtype)), jnp.arange(keys.size))
-        return total[0] / keys.size, total[1] / keys.size
+        total = lax.fori_loop(0, count, add, (zeros, jnp.zeros((), dtype)))
+        return total[0] / count, total[1] / count
 
     def at_node(node: Array) -> tuple[Array, Array, Array, Array]:
         x = jnp.concatenate([points, path.x]) if foreign else points
-        mean, squares = mean_over_draws(lambda draw: kernel(draw, node, node, x))
+        mean, squares = mean_over_draws(lambda draw: kernel(draw, node, node, x), node)
         of_mean = jnp.sum(mean**2)
         excess = jnp.maximum(squares - of_mean, 0) * keys.size / max(keys.size - 1, 1)
         size = mean.shape[1]
         chosen = jnp.concatenate([mean[:, :, :n_driving], mean[:, :, size:]], axis=2)
         noisy = mean[:, :, :size]
         if path.metric is not None:
-            noisy, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 2))
+            noisy, _ = mean_over_draws(lambda draw: kernel(draw, node, node, points, 2), node)
         covariance = jnp.tensordot(variances, noisy, 1)
 
         def squares_of(draw: Array) -> Array:

@@ -147,14 +147,18 @@ def scheduled(
     return schedule, array(np.stack([at[-1] for at in carried]))
 
 
+def steps_of_block(n_steps: int) -> int:
+    """The most steps of a block, in a cell of so many."""
+    return min(max(n_steps // _BLOCKS, _SHORTEST), _LONGEST)
+
+
 def _grid(nodes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of steps ``(M, blocks, p)``, and which of the places are filled."""
     lengths = np.diff(nodes)
     lengths[-1] += 1
     longest = int(lengths.max())
-    per_block = min(max(longest // _BLOCKS, _SHORTEST), _LONGEST)
-    n_blocks = -(-longest // per_block)
     # Blocks of nearly even size leave the fewest places empty.
+    n_blocks = -(-longest // steps_of_block(longest))
     inside = np.arange(n_blocks * -(-longest // n_blocks)).reshape(n_blocks, -1)
     filled = inside < lengths[:, None, None]
     return np.where(filled, nodes[:-1, None, None] + inside, steps), filled

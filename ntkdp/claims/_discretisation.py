@@ -88,8 +88,9 @@ def descent_follows_the_modified_equation_to_second_order() -> list[Finding]:
     problem, finest, steps = _instances.networks()["tanh"], 0.01, 80
     every = (2, 1)
     findings = []
-    for name, rule in (("AUTO-S", clipping.Automatic(0.5)), ("abadi", clipping.Abadi(0.5))):
-        runs = [_run(rule, finest * m, steps) for m in every]
+    rules = (clipping.Automatic(0.5), clipping.Abadi(0.5))
+    for name, rule, how in zip(("AUTO-S", "abadi"), rules, _instances.GRADIENTS, strict=True):
+        runs = [_run(rule, finest * m, steps, gradients=how) for m in every]
         for right in (True, False) if name == "abadi" else (True,):
             modified = gradient_flow.ModifiedFlow if right else _DescentOfSpeed
             errors = []

@@ -100,6 +100,7 @@ def noise_vanishes_at_fixed_sigma_but_not_at_fixed_privacy() -> list[Finding]:
             noise_multiplier=sigma,
             reduction="sum",
             outputs=True,
+            gradients="vmap",
             key=jax.random.split(jax.random.key(key), n_runs),
         )
         end = round(horizon / eta) // 100

@@ -116,7 +116,7 @@ def noisy_runs_follow_the_kernels_between_times() -> list[Finding]:
     def one_run(key: Array) -> Array:
         of_network, of_run = jax.random.split(key)
         params = model.init(of_network, problem[0])
-        run = partial(dp_sgd.run, model.apply, params, *problem, **options)
+        run = partial(dp_sgd.run, model.apply, params, *problem, gradients="vmap", **options)
         return run(key=of_run).loss
 
     keys = jax.random.split(jax.random.key(38), n_runs)

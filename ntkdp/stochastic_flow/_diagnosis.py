@@ -221,7 +221,7 @@ def diagnose(
     5%: noise says nothing about the features that training itself learns. Otherwise the response
     is, if its kernels fit the memory, and if they do not, a frozen kernel shifted by the run
     without noise. The curvature is the largest eigenvalue of
-    :math:`\sum_i C_i J_i^\top A_i J_i / n`, A the Hessian of the loss in the outputs, at five
+    :math:`\sum_i C_i J_i^\top A_i J_i / n`, A the Hessian of the loss in the outputs, at seven
     times; a quadratic is stable up to 2 over it under plain steps, and up to what the eigenvalues
     of a step say under other optimizers.
 

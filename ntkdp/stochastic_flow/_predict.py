@@ -16,7 +16,7 @@ from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
 from ntkdp.stochastic_flow._diagnosis import Data, Training, diagnosed, flow_of
 from ntkdp.stochastic_flow._ensemble import ensemble
-from ntkdp.stochastic_flow._response.ensemble import DRAWS, NODES, response_ensemble
+from ntkdp.stochastic_flow._response.ensemble import DRAWS, response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._shift import shifted
 from ntkdp.stochastic_flow._two_time.ensemble import two_time_ensemble
@@ -45,7 +45,7 @@ def predict(
     reduction: Reduction = "mean",
     method: Method = "auto",
     n_runs: int = 100,
-    nodes: int = NODES,
+    nodes: int | None = None,
     draws: int = DRAWS,
     record_every: int = 1,
     outputs: bool = False,
@@ -71,7 +71,7 @@ def predict(
         the run without noise, and about the start.
     n_runs : int
         Number of runs that are drawn, if ``key`` is one key.
-    nodes, draws : int
+    nodes, draws : int, optional
         Times at which the response takes kernels, and draws of the noise that these are made from,
         as for :func:`response_ensemble`.
     record_every : int

@@ -31,8 +31,8 @@ from ntkdp.stochastic_flow._response.schedule import middles, scheduled, steps_o
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements, times_of_steps
 
-#: Nodes and draws by default.
-NODES, DRAWS = 5, 3
+#: Nodes, nodes of the noise path alone, and draws, by default.
+NODES, NODES_OF_NOISE, DRAWS = 7, 5, 3
 #: Deviation of the kernels, relative to them, that is worth a warning.
 _LARGEST_ERROR = 0.1
 #: Gradients in the shape of the weights that are kept at each node, of a filter with two entries.
@@ -52,7 +52,7 @@ def response_ensemble(
     noise_per_group: bool = False,
     about: Literal["path", "start"] | ResponseFlow = "path",
     noise_at: Literal["nodes", "steps"] = "nodes",
-    nodes: int = NODES,
+    nodes: int | None = None,
     draws: int = DRAWS,
     record_every: int = 1,
     outputs: bool = False,
@@ -94,8 +94,9 @@ def response_ensemble(
         at every step. The latter is exact between nodes and takes a forward pass for each run and
         step; with the key of ``dp_sgd.run`` it is the noise of that run, and the prediction is of
         that very run.
-    nodes : int
-        Number of times at which kernels are taken, evenly in flow time, at least 2.
+    nodes : int, optional
+        Number of times at which kernels are taken, evenly in flow time, at least 2. By default 7,
+        and 5 about the start, where training moves no kernel.
     draws : int
         Number of draws of the noise from which kernels are made.
     record_every : int
@@ -166,6 +167,8 @@ def response_ensemble(
     times = np.asarray(
         times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
     )
+    if nodes is None:
+        nodes = NODES_OF_NOISE if isinstance(about, str) and about == "start" else NODES
     places = place_nodes(times, _at_least("nodes", nodes, 2))
     groups = flow.weight_groups()
     stds = deviations(flow.clipping, sigma, groups.size, noise_per_group)

@@ -57,6 +57,7 @@ kernel-free:  ## Flows without a kernel on 5,000 digits, into docs/kernel_free.m
 
 responses:  ## Responses of twelve networks to noise held against runs, into docs/responses.md (an hour)
 	uv run python benchmarks/responses.py
+	uv run python benchmarks/response_narrow.py
 	uv run python benchmarks/response_cost.py --observed-steps 50
 
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
@@ -65,9 +66,10 @@ cost:  ## Predicted memory and time held against measured, into docs/cost.md (ab
 bench:  ## Times next to other libraries, on this machine, into docs/benchmarks.md (about ten minutes)
 	uv run python benchmarks/bench.py
 
-figures:  ## Draw the figures of the pages in docs/ and print their tables (about an hour)
+figures:  ## Draw the figures of the pages in docs/ and print their tables (an hour and a half)
 	uv run python docs/figures/high_dimensional_sgd.py
 	uv run python docs/figures/two_times.py
+	uv run python docs/figures/responses.py
 	uv run --extra data python docs/figures/fine_tuning.py
 
 experiments:  ## The sweeps and figures of docs/choosing.md (two hours); DATA is a folder with the two .csv.gz

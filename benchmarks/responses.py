@@ -27,7 +27,7 @@ Apply = Callable[[Any, Array], Array]
 PAGE = Path(__file__).parent.parent / "docs" / "responses.md"
 DELTA = 1e-3
 N_RUNS, N_PREDICTED, AT_ONCE = 100, 400, 25
-NODES, DRAWS = 5, 3
+NODES, DRAWS = 7, 3
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,

@@ -250,6 +250,15 @@ def test_the_whole_files_are_read(kind: str, tmp_path: Path) -> None:
     assert len(found.x_train) + len(found.x_test) == 6
 
 
+def test_an_archive_of_a_later_zip_version_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(_npz_file(True))
+    whole[whole.index(b"PK\x01\x02") + 6] = 64  # the version that is needed to read it, by ten
+    path = tmp_path / "later.npz"
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"cannot be read \(zip file version 6.4"):
+        datasets.from_npz(path)
+
+
 class _Trap:
     """An object whose unpickling would be seen."""
 

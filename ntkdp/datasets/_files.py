@@ -119,7 +119,7 @@ def _unpacked_size(path: str | os.PathLike[str], names: Sequence[str]) -> int:
     try:
         with zipfile.ZipFile(existing_file(path)) as archive:
             return sum(part.file_size for part in archive.infolist() if part.filename in wanted)
-    except zipfile.BadZipFile:
+    except Exception:  # damaged in any way: reading it says how
         return 0
 
 

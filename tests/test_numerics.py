@@ -201,7 +201,11 @@ def test_leaving_the_clipped_zone_is_seen_at_its_time(
     end = leaves if on_kink and leaves > 1e-3 else leaves + 1.0
     times = np.linspace(0.0, end, 4)
     one = KernelFlow(jnp.full((1, 1), h), np.zeros((1, 1)), SQUARED, Abadi(R), reduction="sum")
-    path = solve(one, jnp.full((1, 1), start), times, solver=SOLVERS[solver], outputs=True)
+    # Over a kink Kvaerno5 takes its error for a thousandth of what it is.
+    tolerances: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-11} if solver == "Kvaerno5" else {}
+    path = solve(
+        one, jnp.full((1, 1), start), times, solver=SOLVERS[solver], outputs=True, **tolerances
+    )
     clipped = np.maximum(abs(start) - rate * times, 0.0)
     inside = min(abs(start), edge) * np.exp(-h * np.maximum(times - leaves, 0.0))
     expected = np.sign(start) * np.where(times <= leaves, clipped, inside)
@@ -210,6 +214,18 @@ def test_leaving_the_clipped_zone_is_seen_at_its_time(
     share = np.abs(expected) > edge * (1 + 1e-3)
     surely = share | (np.abs(expected) < edge * (1 - 1e-3))
     np.testing.assert_array_equal(path.clip_fraction[surely], share[surely])
+
+
+@pytest.mark.parametrize(("R", "h", "start"), [(1.0, 0.375, 2.0), (1.0, 0.4, 2.0), (1.5, 0.5, 4.0)])
+def test_an_implicit_solver_passes_a_kink(R: float, h: float, start: float) -> None:
+    """With the compiler flags of users updates were rounding in the clipped zone, and refused."""
+    one = KernelFlow(jnp.full((1, 1), h), np.zeros((1, 1)), SQUARED, Abadi(R), reduction="sum")
+    leaves = (start - R / np.sqrt(h)) / (R * np.sqrt(h))
+    times = [0.0, leaves + 1.0]
+    path = solve(one, jnp.full((1, 1), start), times, solver=diffrax.Kvaerno5(), outputs=True)
+    assert path.successful, path.message
+    assert path.outputs is not None
+    np.testing.assert_allclose(path.outputs[-1, 0, 0], R / np.sqrt(h) * np.exp(-h), rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------- solvers

@@ -66,6 +66,31 @@ class _Velocity(eqx.Module):
         return jax.tree.unflatten(self.structure, leaves)
 
 
+class _Updates(eqx.Module):
+    """Largest of Newton's updates over its tolerance, zero where updates are rounding.
+
+    While samples are clipped the velocity is nearly constant, so that already the second update is
+    rounding. Diffrax would take it for divergence, refuse the step, and every smaller one too.
+    """
+
+    rtol: float | Array | np.ndarray
+
+    def __call__(self, updates: PyTree) -> Array:
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(updates)]))
+        rounding = jnp.maximum(1e-3, 10 * jnp.finfo(largest.dtype).eps / self.rtol)
+        return jnp.where(largest < rounding, 0.0, largest)
+
+
+def _with_updates(
+    solver: diffrax.AbstractSolver[Any], rtol: float | Array | np.ndarray
+) -> diffrax.AbstractSolver[Any]:
+    """An implicit solver as diffrax makes it, which knows rounding; any other as it is."""
+    finder = getattr(solver, "root_finder", None)
+    if not isinstance(finder, diffrax.VeryChord) or callable(finder.norm):
+        return solver
+    return eqx.tree_at(lambda s: s.root_finder.norm, solver, _Updates(rtol))
+
+
 def solve(
     flow: Flow,
     initial: PyTree,
@@ -123,6 +148,8 @@ def solve(
     Notes
     -----
     By diffrax; a rule with kinks costs a few rejected steps where samples leave the clipped zone.
+    Kvaerno5 takes its error there for a thousandth of what it is: where that matters, up to half a
+    per cent of an output, give it ``rtol=1e-8, atol=1e-11``.
 
     Examples
     --------
@@ -188,7 +215,7 @@ def _integrate(
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
-        solver,
+        _with_updates(solver, rtol),
         t0=start,
         t1=times[-1],
         dt0=None,

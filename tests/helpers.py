@@ -1,12 +1,13 @@
 """What the tests of several rooms share: small models, data, losses and stored networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.stats import norm
 
 from ntkdp import losses, models
@@ -39,6 +40,18 @@ def known(value: Value | None) -> Value:
     """What a test knows to be there."""
     assert value is not None
     return value
+
+
+def often_or_slow(cases: Iterable[Any], often: Iterable[Any]) -> list[Any]:
+    """Cases of a test, tuples for several arguments: those not often are for ``make test-slow``."""
+    usual = list(often)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=[] if case in usual else pytest.mark.slow,
+        )
+        for case in cases
+    ]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -100,9 +100,10 @@ def test_a_root_of_what_is_not_finite_is_refused(bad: float) -> None:
             square_root(jnp.asarray(matrix), mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "per_group", "sample_rate"),
-    [(LAYERWISE, True, 0.5), pytest.param(FLAT, False, 1.0, marks=pytest.mark.slow)],
+    [(LAYERWISE, True, 0.5), (FLAT, False, 1.0)],
 )
 def test_noisy_runs_without_a_kernel_are_those_of_one_device(
     rule: Any, per_group: bool, sample_rate: float
@@ -127,7 +128,8 @@ def test_noisy_runs_without_a_kernel_are_those_of_one_device(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["infinite", pytest.param("by layer", marks=pytest.mark.slow)])
+@slow
+@pytest.mark.parametrize("kind", ["infinite", "by layer"])
 def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
     found, expected = (
         stochastic_flow.final_outputs(
@@ -145,7 +147,9 @@ def test_noise_of_test_samples_is_that_of_one_device(kind: str) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(("kind", "sample_rate"), [("by layer", 0.5), ("infinite", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "sample_rate"), [pytest.param("by layer", 0.5, marks=slow), ("infinite", 1.0)]
+)
 def test_noisy_flows_are_those_of_one_device(kind: str, sample_rate: float) -> None:
     settings: dict[str, Any] = {
         "sample_rate": sample_rate,
@@ -187,7 +191,7 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-FAST = ("whole", "a few modes")
+FAST = ("whole",)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,8 @@ def test_moments_are_those_of_one_device(name: str) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(None, marks=slow), 6])
+@slow
+@pytest.mark.parametrize("rank", [None, 6])
 def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
     n = 128
     x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 4)))

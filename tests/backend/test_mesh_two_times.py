@@ -53,10 +53,8 @@ RUNS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if "few" in name else pytest.mark.slow) for name in RUNS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_runs_are_those_of_one_device(name: str) -> None:
     rule, initial, of_flow, of_runs = RUNS[name]
     found, expected = (
@@ -110,6 +108,7 @@ def test_paths_in_flow_time_are_those_of_one_device(name: str) -> None:
     assert told[-1] == 1.0
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     n, m, rank = 192, 64, 4
     N = n + m

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import DATA
+from helpers import DATA, often_or_slow
 
 from ntkdp._backend import neural_tangents as _neural_tangents
 
@@ -152,7 +152,9 @@ def reference(name: str) -> tuple[Any, Callable[..., Any], dict[str, jax.Array]]
     return params, apply_fn, arrays
 
 
-@pytest.mark.parametrize("name", ["mlp_relu", "cnn_pool", "layernorm_mlp"])
+@pytest.mark.parametrize(
+    "name", often_or_slow(["mlp_relu", "cnn_pool", "layernorm_mlp"], ["mlp_relu"])
+)
 def test_empirical_kernels_equal_those_of_a_supported_jax(name: str) -> None:
     import neural_tangents
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import known
+from helpers import known, often_or_slow
 from jax.sharding import Mesh
 
 import ntkdp
@@ -71,6 +71,7 @@ def test_terms_by_layer_and_between_times_are_those_of_float64(name: str) -> Non
         np.testing.assert_allclose(kernel.total, right, rtol=4 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_blocks_of_rows_are_those_of_the_whole(
     devices: int, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +117,9 @@ TRANSFORMED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize(
+    "name", often_or_slow(TRANSFORMED, ["vmap of jit", "jit of grad", "grad of vmap"])
+)
 @pytest.mark.filterwarnings("error")
 def test_transformations_keep_float64_inside(name: str) -> None:
     model = models.mlp([8], 1, activation="erf")

@@ -25,6 +25,7 @@ def test_c27_fails_if_gamma_is_never_zero(mutate: Any) -> None:
     assert "slope of ln logit in ln t (AUTO-V, flow)" in failing("C27")
 
 
+@pytest.mark.slow
 def test_c28_fails_with_bins_closed_below(mutate: Any) -> None:
     def closed_below(confidence: Any, n_bins: int, binning: str) -> Any:
         edges = jnp.linspace(0.0, 1.0, n_bins + 1)
@@ -34,6 +35,7 @@ def test_c28_fails_with_bins_closed_below(mutate: Any) -> None:
     assert "ECE by hand (three)" in failing("C28")
 
 
+@pytest.mark.slow
 def test_c28_fails_if_the_temperature_multiplies(mutate: Any) -> None:
     mutate(calibration.Temperature, "__call__", lambda self, logits: logits * self.temperature)
     assert "held-out NLL (digits)" in failing("C28")

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import often_or_slow
 
 from ntkdp import claims, clipping
 from ntkdp._backend import norms as _norms
@@ -129,17 +130,17 @@ def fresh_programs() -> Iterator[None]:
         clear()
 
 
-#: Their claims take long.
-SLOW = {"C1", "C5", "C11", "C15"}
+#: One of each kind, of claims that don't take long.
+OFTEN = [
+    "norms without the other outputs",
+    "factors on both sides",
+    "sums of the engine one per cent too large",
+    "squares taken for norms",
+    "a factor of two",
+]
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        pytest.param(mutation, marks=pytest.mark.slow if name in SLOW else ())
-        for mutation, (_, name) in MUTATIONS.items()
-    ],
-)
+@pytest.mark.parametrize("mutation", often_or_slow(MUTATIONS, OFTEN))
 def test_claim_fails_for_a_wrong_library(
     mutation: str, fresh_programs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_c25_fails_if_the_noise_does_not_scale_with_the_clipping_norm(mutate: An
     assert "largest change of the outputs, R 0.001 for 0.01" in failing("C25")
 
 
+@pytest.mark.slow
 def test_c34_fails_with_twice_the_clipping_norm(mutate: Any) -> None:
     mutate(clipping.Abadi, "_weight", lambda self, s, R: 2 * R / jnp.maximum(s, 2 * R))
     wrong = failing("C34")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Apply
+from helpers import Apply, often_or_slow
 from jax import lax
 from plain_jacobians import Numbers
 from test_irregular_networks import IRREGULAR
@@ -162,12 +162,7 @@ def test_independence_is_read(name: str) -> None:
 
 #: One of each kind is tried every time, the others among the slow tests.
 KINDS_TRIED = ["a branch for a batch of one", "last token", "softmax less the largest of all"]
-KINDS_REFUSED = ["batch normalisation", "noise", "times the number of samples",
-                 "gradient normed over the batch", "one loop for all"]  # fmt: skip
-
-
-def often_or_slow(names: list[str], often: list[str]) -> list[Any]:
-    return [pytest.param(n, marks=[] if n in often else pytest.mark.slow) for n in names]
+KINDS_REFUSED = ["batch normalisation", "times the number of samples"]
 
 
 @pytest.mark.parametrize("name", often_or_slow(list(TRIED), KINDS_TRIED))

@@ -81,6 +81,7 @@ def test_irregular_uses_of_a_leaf(name: str) -> None:
     look_at(name)
 
 
+@pytest.mark.slow
 def test_lookups_by_short_indices() -> None:
     # With XLA as users have it: the flags of the tests make such lookups wrong.
     code = (

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import KEY, SOFTMAX, SQUARED, Apply, Gradients, linear
+from helpers import KEY, SOFTMAX, SQUARED, Apply, Gradients, linear, often_or_slow
 from jax import lax
 
 from ntkdp import clipping, dp_sgd, losses
@@ -238,7 +238,7 @@ def test_default_groups_are_the_layers() -> None:
         np.testing.assert_allclose(norms, jax.vmap(optax.tree.norm)(each[layer]), rtol=1e-12)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", often_or_slow(MODELS, ["mlp", "attention"]))
 def test_structured_and_plain_gradients_agree(model: str) -> None:
     apply_fn, params = MODELS[model]
     # The rules see norms alone, so all of them are tried on one model, and on the others Abadi's
@@ -294,7 +294,10 @@ def train(
 
 @pytest.mark.parametrize(
     ("name", "scheduled"),
-    [("momentum", False), ("adam", False), ("adamw", False), ("sgd", True)],
+    often_or_slow(
+        [("momentum", False), ("adam", False), ("adamw", False), ("sgd", True)],
+        [("adam", False), ("sgd", True)],
+    ),
 )
 def test_without_clipping_or_noise_it_is_optax(name: str, scheduled: bool) -> None:
     optimizer, plain = OPTIMIZERS[name]
@@ -321,7 +324,10 @@ def test_reduction_sum_is_gradient_descent_on_the_sum() -> None:
 
 @pytest.mark.parametrize(
     ("size", "scope", "sample_rate"),
-    [(1, "flat", 1.0), (4, "flat", 0.6), (4, "layerwise", 1.0), (7, "layerwise", 0.6)],
+    often_or_slow(
+        [(1, "flat", 1.0), (4, "flat", 0.6), (4, "layerwise", 1.0), (7, "layerwise", 0.6)],
+        [(4, "flat", 0.6), (4, "layerwise", 1.0)],
+    ),
 )
 def test_microbatches_change_no_number(size: int, scope: Scope, sample_rate: float) -> None:
     rule, n = Abadi(0.8, scope=scope), 7
@@ -529,7 +535,7 @@ def test_seeds_in_parallel_equal_separate_runs() -> None:
     np.testing.assert_array_equal(legacy.loss, together.loss)
 
 
-@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+@pytest.mark.parametrize("sample_rate", often_or_slow([1.0, 0.5], [0.5]))
 def test_record_every_keeps_the_last_step(sample_rate: float) -> None:
     options = {"noise_multiplier": 0.5, "sample_rate": sample_rate, "steps": 7, "outputs": True}
     every = run_linear(Abadi(0.8), **options)
@@ -551,7 +557,7 @@ def test_times_are_the_running_sum_of_the_schedule() -> None:
     np.testing.assert_allclose(ours.times, [0, sum(rates[:2]), sum(rates[:4]), sum(rates)])
 
 
-@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+@pytest.mark.parametrize("sample_rate", often_or_slow([1.0, 0.5], [0.5]))
 def test_a_loop_of_steps_equals_a_run(sample_rate: float) -> None:
     options = {
         "noise_multiplier": 0.5,
@@ -614,7 +620,9 @@ def test_other_numbers_compile_no_other_program() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scope", "gradients"), [("flat", "structured"), ("layerwise", "vmap")], ids=str
+    ("scope", "gradients"),
+    often_or_slow([("flat", "structured"), ("layerwise", "vmap")], [("flat", "structured")]),
+    ids=str,
 )
 def test_float32_stays_float32(scope: Scope, gradients: Gradients) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MLP)
@@ -638,7 +646,7 @@ def test_float32_stays_float32(scope: Scope, gradients: Gradients) -> None:
     np.testing.assert_allclose(single.loss, double.loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("gradients", ["structured", "vmap"])
+@pytest.mark.parametrize("gradients", often_or_slow(["structured", "vmap"], ["structured"]))
 def test_float32_parameters_with_other_targets(gradients: Gradients) -> None:
     options: dict[str, Any] = {"loss": SOFTMAX, "gradients": gradients, "steps": 2}
     reference = run_linear(Abadi(0.8), targets=LABELS, **options)
@@ -697,7 +705,7 @@ def test_divergence_is_reported(start: float, dtype: Any) -> None:
 # Theory
 
 
-@pytest.mark.parametrize("gradients", ["structured", "vmap"])
+@pytest.mark.parametrize("gradients", often_or_slow(["structured", "vmap"], ["structured"]))
 def test_only_eta_times_R_counts_while_every_sample_is_clipped(gradients: Gradients) -> None:
     """C11. The noise scales with R, so the same key gives the same weights, noise included."""
     runs = [
@@ -718,7 +726,9 @@ def test_only_eta_times_R_counts_while_every_sample_is_clipped(gradients: Gradie
         np.testing.assert_allclose(ours.outputs, runs[0].outputs, atol=1e-11 * moved, rtol=1e-11)
 
 
-@pytest.mark.parametrize("rule", [Abadi(HUGE), Abadi(HUGE, scope="layerwise")])
+@pytest.mark.parametrize(
+    "rule", [Abadi(HUGE), pytest.param(Abadi(HUGE, scope="layerwise"), marks=pytest.mark.slow)]
+)
 def test_R_above_every_norm_is_gradient_descent(rule: clipping.ClippingRule) -> None:
     """C16."""
     losses_, _ = train(optax.sgd, 0.3, 10)
@@ -726,7 +736,7 @@ def test_R_above_every_norm_is_gradient_descent(rule: clipping.ClippingRule) -> 
     np.testing.assert_allclose(ours.loss, losses_, rtol=1e-13)
 
 
-@pytest.mark.parametrize("gradients", ["structured", "vmap"])
+@pytest.mark.parametrize("gradients", often_or_slow(["structured", "vmap"], ["vmap"]))
 def test_the_global_rule_that_screens_nothing_is_slower_gradient_descent(
     gradients: Gradients,
 ) -> None:

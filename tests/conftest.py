@@ -143,6 +143,14 @@ def _meshes_compile_anew(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def drawn_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that a test doesn't look at take no time."""
+    monkeypatch.setattr(
+        "ntkdp._results.figure_style.draw_into", lambda path, *_, **__: path.write_bytes(b"drawn")
+    )
+
+
+@pytest.fixture
 def mutate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
     """Patch, with nothing compiled before or left behind."""
 

@@ -23,11 +23,7 @@ SMALL: dict[str, Any] = {
     "data": {"n_train": 24, "n_test": 8},
     "model": {"widths": [256]},
     "training": {"steps": 40, "learning_rate": 0.5, "record_every": 10},
-    "clipping": [
-        {"clip_norm": 0.2},
-        {"clip_norm": 100.0},
-        {"clip_norm": 0.2, "scope": "layerwise"},
-    ],
+    "clipping": [{"clip_norm": 0.2}, {"clip_norm": 100.0}],
 }
 
 
@@ -43,9 +39,7 @@ def run_folder(results: experiment.Results, tmp_path_factory: pytest.TempPathFac
     return path
 
 
-def test_predictions_are_close_and_ordered_by_what_they_neglect(
-    results: experiment.Results,
-) -> None:
+def assert_close_and_ordered(results: experiment.Results) -> None:
     for case in results.cases:
         errors = {
             name: prediction.comparison.sup_relative_error
@@ -59,11 +53,24 @@ def test_predictions_are_close_and_ordered_by_what_they_neglect(
         assert all(prediction.trajectory.successful for prediction in case.predictions.values())
 
 
+def test_predictions_are_close_and_ordered_by_what_they_neglect(
+    results: experiment.Results,
+) -> None:
+    assert_close_and_ordered(results)
+
+
+@pytest.mark.slow
+def test_predictions_by_layer_are_close_and_ordered_too() -> None:
+    layerwise = [{"clip_norm": 0.2, "scope": "layerwise"}]
+    results = experiment.run(experiment.config(**SMALL | {"clipping": layerwise}))
+    assert_close_and_ordered(results)
+    assert float(results.cases[0].run.clip_fraction[0]) > 0.9
+
+
 def test_clipping_norms_do_what_they_say(results: experiment.Results) -> None:
-    small, large, layerwise = results.cases
+    small, large = results.cases
     assert float(small.run.clip_fraction[0]) == 1.0
     assert float(large.run.clip_fraction.max()) == 0.0
-    assert float(layerwise.run.clip_fraction[0]) > 0.9
     assert float(large.run.loss[-1]) < float(small.run.loss[-1])
 
 
@@ -87,7 +94,7 @@ def test_the_large_norm_is_gradient_descent(results: experiment.Results) -> None
 
 def test_metrics_have_the_promised_form(results: experiment.Results, run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
-    assert len(metrics["results"]) == 12
+    assert len(metrics["results"]) == 8
     kernels = {"exact": None, "frozen": "empirical", "infinite": "infinite"}
     for entry in metrics["results"]:
         assert set(entry["clipping"]) == {"rule", "scope", "clip_norm"}
@@ -165,7 +172,7 @@ def test_the_page_stands_alone_and_shows_every_picture(run_folder: Path) -> None
     assert "flat abadi R=0.2" in page
 
 
-def test_divergence_is_said_and_written(tmp_path: Path) -> None:
+def test_divergence_is_said_and_written(tmp_path: Path, drawn_empty: None) -> None:
     config = experiment.config(
         **SMALL
         | {
@@ -188,6 +195,7 @@ def test_divergence_is_said_and_written(tmp_path: Path) -> None:
     assert "diverges" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     config = experiment.config(
         **SMALL
@@ -227,7 +235,9 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()
 
 
-def test_noise_is_predicted_and_compared_as_a_distribution(tmp_path: Path) -> None:
+def test_noise_is_predicted_and_compared_as_a_distribution(
+    tmp_path: Path, drawn_empty: None
+) -> None:
     # At a budget, n_seeds runs of one network; the noise moves the kernel, v(T) = (T S/(n mu))^2.
     config = experiment.config(
         **SMALL
@@ -394,7 +404,9 @@ def _write_config(folder: Path) -> Path:
     return path
 
 
-def test_the_command_writes_a_run_and_refuses_to_write_over_it(tmp_path: Path) -> None:
+def test_the_command_writes_a_run_and_refuses_to_write_over_it(
+    tmp_path: Path, drawn_empty: None
+) -> None:
     config, out = _write_config(tmp_path), tmp_path / "deep" / "run"
     arguments = ["compare", str(config), "--out", str(out)]
     done = runner.invoke(cli.app, arguments)
@@ -448,7 +460,7 @@ def test_single_precision_follows_double(results: experiment.Results) -> None:
         **SMALL
         | {
             "dtype": "float32",
-            "predictions": ["infinite", "recursion"],
+            "predictions": ["recursion"],
             "clipping": SMALL["clipping"][:1],
         }
     )
@@ -458,8 +470,7 @@ def test_single_precision_follows_double(results: experiment.Results) -> None:
     start = float(double.run.loss[0])
     # Initial weights are drawn in the precision asked for, so only the scale can be compared.
     assert math.isclose(float(single.run.loss[0]), start, rel_tol=0.5)
-    for name in ("infinite", "recursion"):
-        assert single.predictions[name].comparison.sup_relative_error < 0.2
+    assert single.predictions["recursion"].comparison.sup_relative_error < 0.05
 
 
 def whole_case() -> dict[str, Any]:

@@ -46,7 +46,10 @@ def test_one_run_and_no_outputs() -> None:
     assert error == pytest.approx(0.15 / 1.5)
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared_error"])
+@pytest.mark.parametrize(
+    "loss",
+    ["softmax_cross_entropy", pytest.param("squared_error", marks=pytest.mark.slow)],
+)
 def test_a_comparison_has_them_for_classes(loss: str) -> None:
     config = ntkdp.experiment.config(predictions=["recursion", "response"], loss=loss, **SMALL)
     results = ntkdp.experiment.run(config)
@@ -71,8 +74,10 @@ def test_a_regression_has_none_and_neither_have_too_many_outputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     regression = SMALL | {"data": {"name": "diabetes", "n_train": 12, "n_test": 6}}
-    config = ntkdp.experiment.config(predictions=["recursion"], loss="squared_error", **regression)
-    assert ntkdp.experiment.run(config).cases[0].run_margins is None
+    config = ntkdp.experiment.config(loss="squared_error", **regression)
+    problem = ntkdp.experiment.problem_of(config)
+    assert _margins.labels_of(problem) is None
+    assert not _margins.keeps_outputs(problem, 1, 1)
     monkeypatch.setattr(_margins, "_MOST_BYTES", 1)
     config = ntkdp.experiment.config(predictions=["recursion"], **SMALL)
     case = ntkdp.experiment.run(config).cases[0]

@@ -175,6 +175,7 @@ def test_a_result_that_fails_when_computed_again_is_named(tmp_path: Path) -> Non
             list(coming)
 
 
+@pytest.mark.slow
 def test_what_kills_every_worker_is_named(processes: distributed.Client) -> None:
     cluster: Any = processes.cluster
     scheduler = cluster.scheduler
@@ -282,6 +283,7 @@ def of_table(path: Path) -> tuple[sweep.SweepConfig, int]:
     return config, np.flatnonzero((x == np.asarray(data.x_test[3])).all(axis=1)).item()
 
 
+@pytest.mark.slow
 def test_a_worker_with_another_test_sample_is_refused(
     threads: distributed.Client, tmp_path: Path
 ) -> None:

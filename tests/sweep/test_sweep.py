@@ -115,7 +115,12 @@ def test_noise_by_budget_and_by_multiplier_is_accounted() -> None:
     ]
 
 
-def test_planes_of_rules_scopes_and_noise(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scopes", [["layerwise"], pytest.param(["flat", "layerwise"], marks=pytest.mark.slow)]
+)
+def test_planes_of_rules_scopes_and_noise(
+    scopes: list[str], tmp_path: Path, drawn_empty: None
+) -> None:
     """Layerwise and noisy planes too; Poisson sampling; the noise of prediction and run agree."""
     config = sweep.config(**
         SMALL
@@ -125,27 +130,28 @@ def test_planes_of_rules_scopes_and_noise(tmp_path: Path) -> None:
             },
             "grid": {
                 "learning_rates": [1.0], "clip_norms": [0.5], "rules": ["automatic"],
-                "scopes": ["flat", "layerwise"], "noise_multipliers": [4.0],
+                "scopes": scopes, "noise_multipliers": [4.0],
             },
         }
     )  # fmt: skip
     found = sweep.run(config)
     assert found.observed is not None
-    assert len(found.planes) == len(found.predicted) == len(found.observed) == 2
+    assert len(found.planes) == len(found.predicted) == len(found.observed) == len(scopes)
     for predicted, observed in zip(found.predicted, found.observed, strict=True):
         np.testing.assert_allclose(predicted.loss, observed.loss, rtol=0.1)
         np.testing.assert_allclose(known(predicted.test_loss), known(observed.test_loss), rtol=0.1)
     # Noise of this size moves the kernel: v(T) = 6 (eta sigma S / (q n))^2, S^2 = 2 R^2 by layer.
-    assert found.kernels == ["between times"] * 2
-    assert found.weight_noise == pytest.approx([6 * (4 * 0.5 / 16) ** 2 * s for s in (1, 2)])
+    assert found.kernels == ["between times"] * len(scopes)
+    squares = [{"flat": 1, "layerwise": 2}[scope] for scope in scopes]
+    assert found.weight_noise == pytest.approx([6 * (4 * 0.5 / 16) ** 2 * s for s in squares])
     metrics = _report.write_report(found, tmp_path)
     assert [plane["cells"][0]["kernels"] for plane in metrics["planes"]] == found.kernels
-    words = "kernels between times predict 2 of 2 cells with noise."
+    words = f"kernels between times predict {len(scopes)} of {len(scopes)} cells with noise."
     assert words in (tmp_path / "report.html").read_text()
-    assert {f"map_{number}.png" for number in range(2)} <= {p.name for p in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("map*.png"))) == len(scopes)
 
 
-def test_divergence_is_predicted_and_written(tmp_path: Path) -> None:
+def test_divergence_is_predicted_and_written(tmp_path: Path, drawn_empty: None) -> None:
     config = sweep.config(
         **SMALL
         | {
@@ -371,6 +377,7 @@ def test_the_documented_configuration_is_the_default() -> None:
     assert "grid.learning_rates" in CliRunner().invoke(cli.app, ["sweep", "--help"]).output
 
 
+@pytest.mark.slow
 def test_float32_without_x64(tmp_path: Path) -> None:
     """As the command runs it: single precision in a process of its own."""
     config = tmp_path / "config.toml"

@@ -365,6 +365,7 @@ def wide_problem(**options: Any) -> tuple[Any, Any, Any]:
     return flow, stochastic_flow.TwoTimeFlow(model, x, **arguments), jnp.zeros((6, 2))
 
 
+@pytest.mark.slow
 def test_cells_in_which_noise_moves_the_kernel_are_predicted_between_times() -> None:
     flow, between, initial = wide_problem()
     keys = jax.random.split(jax.random.key(1), 3)

@@ -125,7 +125,15 @@ METRICS = (
 )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.bfloat16,
+        pytest.param(jnp.float16, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.float64, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("labels", [[0, 1], [1, 0]])
 def test_a_probability_past_its_end_by_rounding_counts_as_the_end(
     dtype: Any, labels: list[int]

@@ -688,7 +688,7 @@ def test_plot_draws_both() -> None:
     np.testing.assert_array_equal(predicted.get_ydata(), [8.0, 6.0, 1.5, 1.0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 def test_recursion_is_the_run_of_a_linear_model(dtype: Any) -> None:
     """A linear model trains by its kernel: the errors are rounding, outputs and shares included."""
     key_x, key_y = jax.random.split(jax.random.key(3))

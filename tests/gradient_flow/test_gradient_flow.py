@@ -12,7 +12,7 @@ import optax
 import pytest
 import scipy.integrate
 import scipy.special
-from helpers import DATA, SQUARED, Gradients, known
+from helpers import DATA, SQUARED, Gradients, known, often_or_slow
 
 import ntkdp
 from ntkdp import clipping, losses
@@ -89,7 +89,16 @@ def clipped_directions(a: np.ndarray, rule: str, scope: Scope, R: Any) -> list[n
     return [c @ g for c, g in zip(factors, gradients, strict=True)]
 
 
-CHOICES = [(rule, scope) for rule in RULES for scope in ("flat", "layerwise")]
+CHOICES = often_or_slow(
+    [(rule, scope) for rule in RULES for scope in ("flat", "layerwise")],
+    [
+        ("none", "flat"),
+        ("abadi", "flat"),
+        ("abadi", "layerwise"),
+        ("automatic", "layerwise"),
+        ("batch", "layerwise"),
+    ],
+)
 
 
 def make_flow(rule: str, scope: Scope, **options: Any) -> tuple[ntkdp.KernelFlow, Any]:
@@ -405,6 +414,7 @@ def test_heavy_ball_against_scipy_and_its_energy() -> None:
     assert energy[-1] < 0.2 * energy[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kernel", "linearised"])
 def test_heavy_ball_is_the_limit_of_momentum(kind: str) -> None:
     """The distance shrinks like the square root of the learning rate: its time step."""
@@ -549,6 +559,7 @@ def test_bad_input_of_a_weight_flow() -> None:
         flow(clipping=three).init(w)
 
 
+@pytest.mark.slow
 def test_float32() -> None:
     """Where float32 is JAX's default, and where a float32 network meets a float64 kernel."""
     steps: dict[str, Any] = {"learning_rate": 0.01, "steps": 76}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import SQUARED
+from helpers import SQUARED, often_or_slow
 from test_gradient_flow import C19_PARAMS, C19_PROBLEM, c19_network
 
 import ntkdp
@@ -55,7 +55,9 @@ def check_orders(flow: Any, initial: Any, make_run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gradients"), [("abadi", "vmap"), ("AUTO-S", "structured")], ids=list(RULES)
+    ("name", "gradients"),
+    often_or_slow([("abadi", "vmap"), ("AUTO-S", "structured")], [("abadi", "vmap")]),
+    ids=list(RULES),
 )
 def test_descent_of_a_network_meets_it_at_second_order(name: str, gradients: Any) -> None:
     problem = (*C19_PROBLEM[:2], SQUARED, RULES[name])
@@ -75,7 +77,7 @@ def test_descent_of_a_network_meets_it_at_second_order(name: str, gradients: Any
     )
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", often_or_slow(RULES, ["AUTO-S"]))
 def test_steps_of_a_kernel_meet_it_at_second_order(name: str) -> None:
     x, y, _, _ = C19_PROBLEM
     kernel = ntkdp.empirical_ntk(c19_network, C19_PARAMS, x, x)
@@ -95,9 +97,10 @@ def linearised_network(params: Any, x: jax.Array) -> jax.Array:
     return f + df
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n_devices"),
-    [("abadi", 1), pytest.param("AUTO-S", 5, marks=pytest.mark.slow)],
+    [("abadi", 1), ("AUTO-S", 5)],
     ids=["abadi", "AUTO-S on five devices"],
 )
 def test_descent_of_a_linearised_network_meets_it_at_second_order(
@@ -207,6 +210,7 @@ def test_linear_kernels_with_test_points_in_closed_form() -> None:
     np.testing.assert_allclose(path.test_outputs[-1], outputs[n:] + moved, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_clipped_drift_is_no_gradient() -> None:
     """The Jacobian of abadi's drift, written out: it is not symmetric, and DG G is what counts."""
     rng = np.random.default_rng(0)

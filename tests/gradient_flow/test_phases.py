@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import KEY, SOFTMAX, SQUARED
+from helpers import KEY, SOFTMAX, SQUARED, often_or_slow
 
 import ntkdp
 from ntkdp import Phase, clipping, dp_sgd, gradient_flow, models, privacy, stochastic_flow
@@ -54,7 +54,10 @@ def assert_same(one: Any, other: Any, **tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("gradients", "seeds", "sample_rate"),
-    [("structured", None, 1.0), ("structured", 3, 0.6), ("vmap", 3, 1.0)],
+    often_or_slow(
+        [("structured", None, 1.0), ("structured", 3, 0.6), ("vmap", 3, 1.0)],
+        [("structured", 3, 0.6)],
+    ),
 )
 def test_a_single_phase_is_a_run_to_the_last_bit(
     gradients: Any, seeds: int | None, sample_rate: float
@@ -72,6 +75,7 @@ def test_a_single_phase_is_a_run_to_the_last_bit(
     assert_same(phased, run)
 
 
+@pytest.mark.slow
 def test_phases_that_differ_in_nothing_are_one_run() -> None:
     """Every step has noise and a batch of its own, numbered through the whole."""
     rule = clipping.Abadi(0.5)
@@ -139,7 +143,7 @@ def test_frozen_weights_do_not_move(
     assert np.all(state.params[trained] != PARAMS[trained])
 
 
-@pytest.mark.parametrize("scope", ["flat", "layerwise"])
+@pytest.mark.parametrize("scope", often_or_slow(["flat", "layerwise"], ["layerwise"]))
 def test_a_frozen_group_is_a_constant_of_the_model(scope: Any) -> None:
     """Held to the training of a model that does not have it among its parameters."""
     rule = clipping.Automatic(0.7, scope=scope)
@@ -220,16 +224,12 @@ RULES: dict[tuple[str, str], list[Any]] = {
 }
 
 
-SLOW = (("none", "layerwise"), ("automatic", "flat"))
+#: The rest are covered in part by these; `make test-slow` runs them.
+OFTEN = [("automatic", "layerwise")]
 
 
 @pytest.mark.parametrize(
-    "rules",
-    [
-        # The rest are covered in part by these; `make test-slow` runs them.
-        pytest.param(rules, marks=pytest.mark.slow if rules in SLOW else ())
-        for rules in RULES
-    ],
+    "rules", [pytest.param(r, marks=() if r in OFTEN else pytest.mark.slow) for r in RULES]
 )
 def test_prediction_is_the_run_of_a_linear_model(rules: Any) -> None:
     """Frozen, then released under a schedule, then a late switch of R."""
@@ -305,10 +305,7 @@ NOISY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [pytest.param(name, marks=pytest.mark.slow if name == "late switch" else ()) for name in NOISY],
-)
+@pytest.mark.parametrize("setting", often_or_slow(NOISY, ["layerwise, sampled"]))
 def test_noisy_predictions_have_the_mean_and_the_spread_of_runs(setting: str) -> None:
     """Two-sided, three standard errors of the difference, train and test loss."""
     seeds = 800

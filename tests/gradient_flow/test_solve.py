@@ -29,7 +29,14 @@ def exact(t: float) -> np.ndarray:
     return Y - vectors @ (np.exp(-values * t) * (vectors.T @ Y))
 
 
-@pytest.mark.parametrize("solver", [None, diffrax.Dopri8(), diffrax.Kvaerno5()])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        None,
+        pytest.param(diffrax.Dopri8(), marks=pytest.mark.slow),
+        pytest.param(diffrax.Kvaerno5(), marks=pytest.mark.slow),
+    ],
+)
 def test_solvers_agree_with_the_closed_form(solver: Any) -> None:
     path = ntkdp.solve(
         make(clipping.NoClipping()),
@@ -240,6 +247,7 @@ def test_other_numbers_compile_nothing() -> None:
     assert len(traces) > first
 
 
+@pytest.mark.slow
 def test_another_friction_compiles_nothing() -> None:
     traces = []
 

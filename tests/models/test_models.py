@@ -97,7 +97,7 @@ WIDE: dict[str, tuple[Callable[[int], models.Model], tuple[int, ...]]] = {
 @pytest.mark.filterwarnings("ignore:`FanIn` layers assume independent inputs:UserWarning")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if "cnn" in name else ()) for name in WIDE],
+    [pytest.param(name, marks=() if name == "mlp" else pytest.mark.slow) for name in WIDE],
 )
 def test_each_layer_term_is_the_mean_of_wide_networks(name: str) -> None:
     make, shape = WIDE[name]

@@ -288,7 +288,7 @@ def studentised(w: jax.Array, x: jax.Array) -> jax.Array:
     return h / jnp.std(h, 0)
 
 
-@pytest.mark.parametrize("apply", [batch_norm, studentised])
+@pytest.mark.parametrize("apply", [batch_norm, pytest.param(studentised, marks=pytest.mark.slow)])
 def test_a_model_that_couples_samples_raises(apply: Callable[..., jax.Array]) -> None:
     w = normal(0, 3, 2)
     with pytest.raises(ValueError, match="couples the samples of a batch"):
@@ -384,7 +384,8 @@ def test_a_kernel_between_two_networks_is_the_product_of_their_jacobians() -> No
     first, second = (model.init(jax.random.key(seed), x1) for seed in (1, 2))
     groups = _groups.resolve(first)
     metric = jax.tree.map(lambda leaf: 1.5 + jnp.cos(leaf), first)
-    jacobians = [jax.jacrev(model.apply)(p, x) for p, x in ((first, x1), (second, x2))]
+    jacobian = jax.jit(jax.jacrev(model.apply))
+    jacobians = [jacobian(p, x) for p, x in ((first, x1), (second, x2))]
     kernel = ntkdp.ntk.between_parameters(model.apply, first, second, x1, x2, groups)
     scaled = ntkdp.ntk.between_parameters(model.apply, first, second, x1, x2, groups, metric)
     for weights, terms in ((jax.tree.map(jnp.ones_like, metric), kernel), (metric, scaled)):

@@ -86,6 +86,7 @@ def test_the_whole_grid_of_cases(accountant: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_little_noise_rarely_drawn_does_not_go_up_and_down() -> None:
     """Here grids that follow epsilon went up and down by four per cent, and were half too high."""
     sigmas = (0.413, 0.4137, 0.4141210286521444)
@@ -107,7 +108,9 @@ def of_one_step(sigma: float, q: float, epsilon: float) -> float:
     return float(max(present, stats.norm.cdf(z) - math.exp(epsilon) * mixed))
 
 
-@pytest.mark.parametrize(("sigma", "q"), [(1.0, 1e-6), (0.6, 0.1)])
+@pytest.mark.parametrize(
+    ("sigma", "q"), [pytest.param(1.0, 1e-6, marks=pytest.mark.slow), (0.6, 0.1)]
+)
 def test_one_step_has_the_smallest_deltas_that_it_should(sigma: float, q: float) -> None:
     """Far below the delta for which grids are made, too: what is rarer must not drown the rest."""
     for delta in (1e-8, 1e-14):

@@ -283,7 +283,11 @@ def full_hessian(
 @pytest.mark.parametrize(
     ("loss", "targets"),
     [
-        (losses.SquaredError(), np.random.default_rng(2).normal(size=(11, 3))),
+        pytest.param(
+            losses.SquaredError(),
+            np.random.default_rng(2).normal(size=(11, 3)),
+            marks=pytest.mark.slow,
+        ),
         (losses.SoftmaxCrossEntropy(), np.arange(11) % 3),
     ],
 )

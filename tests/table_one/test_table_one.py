@@ -75,6 +75,7 @@ def _loss_rate(example: Counterexample) -> float:
     return float(rate)
 
 
+@pytest.mark.slow
 def test_flat_flows_of_frozen_kernels_approach_the_minimum_in_the_inverse_kernel_norm() -> None:
     """V = (f - f*)^T H^-1 (f - f*) / 2 falls: full blocks, softmax and squared loss."""
     n, n_outputs = 4, 3

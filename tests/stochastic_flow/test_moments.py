@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import DATA, known
+from helpers import DATA, known, often_or_slow
 from scipy.stats import binomtest
 
 import ntkdp
@@ -61,7 +61,7 @@ def error_of_spread(runs: np.ndarray) -> np.ndarray:
 
 
 #: Like others before them; `make test-slow` runs them.
-SLOW = (0, 2, 4, 5, 6, 7)
+SLOW = (0, 1, 2, 4, 5, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,7 @@ def test_moments_of_an_optimizer_are_exact() -> None:
         np.testing.assert_allclose(found.loss[k], (mean[2] ** 2 + covariance[2, 2]) / 2, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_momentum_under_sampling_and_clipping_has_the_spread_of_many_runs() -> None:
     """Mean within 1.5%, deviation within 5% of 3000 drawn runs, or three standard errors."""
     params, x = problem(1)
@@ -251,6 +252,7 @@ def test_covariance_under_poisson_sampling_of_a_linear_model_is_exact() -> None:
     np.testing.assert_allclose(found.loss[-1], np.trace(second) / 2, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
     """The gap to the recursion, sigma^2 eta fixed, falls like the learning rate."""
     params, x = problem(1)
@@ -282,6 +284,7 @@ def test_moments_in_flow_time_are_the_limit_of_small_steps() -> None:
     np.testing.assert_allclose(slopes, 1.0, atol=0.15)
 
 
+@pytest.mark.slow
 def test_times_that_begin_late_are_counted_from_the_start() -> None:
     """df = -f dt + sqrt(D) dB from 0: the loss is D/4 (1 - exp(-2 t)), D = eta sigma^2 R^2."""
     flow = ntkdp.KernelFlow(
@@ -486,6 +489,7 @@ def test_a_rank_is_a_count() -> None:
             )
 
 
+@pytest.mark.slow
 def test_a_band_holds_its_share_of_the_runs() -> None:
     """Two-sided binomial test at 1% at each quarter of the horizon, 600 runs."""
     params, x = problem(1)
@@ -526,7 +530,7 @@ def test_without_noise_the_mean_is_the_recursion() -> None:
     np.testing.assert_allclose(found.loss_std, 0, atol=1e-7)
 
 
-@pytest.mark.parametrize("nan_is_an_error", [False, True])
+@pytest.mark.parametrize("nan_is_an_error", often_or_slow([False, True], [False]))
 def test_times_that_a_solve_does_not_reach_are_nan_with_advice(nan_is_an_error: bool) -> None:
     """The outputs obey df/dt = 4 f^3 but for the noise, and are infinite at t = 1/8."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import known
+from helpers import known, often_or_slow
 
 import ntkdp
 from ntkdp import clipping, losses, optimizers, predict
@@ -27,11 +27,14 @@ def linear(w: jax.Array, x: jax.Array) -> jax.Array:
     return x @ w
 
 
-@pytest.mark.parametrize("method", ["frozen", "shifted", "response", "noise_path"])
+@pytest.mark.parametrize(
+    "method",
+    often_or_slow(["frozen", "shifted", "response", "noise_path"], ["shifted", "response"]),
+)
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"optimizer": optimizers.SGD(momentum=0.9, weight_decay=0.1), "reduction": "sum"},
     ],
 )
@@ -105,6 +108,7 @@ def test_each_method_by_name() -> None:
     np.testing.assert_array_equal(by_name.loss, expected.loss)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_fit_is_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise MemoryError
@@ -119,18 +123,17 @@ def test_a_kernel_that_does_not_fit_is_not_formed(monkeypatch: pytest.MonkeyPatc
     assert np.abs((whole.loss.mean(0) - free.loss.mean(0))[1:] / error).max() < 4
 
 
-def test_adam_and_data_sets() -> None:
+@pytest.mark.parametrize("method", ["frozen", pytest.param("response", marks=pytest.mark.slow)])
+def test_adam_and_data_sets(method: Any) -> None:
     data = ntkdp.datasets.digits(n_train=8, n_test=4)
     model = ntkdp.models.mlp([16], 10)
     params = model.init(jax.random.key(0), data.x_train)
-    for method in ("frozen", "response"):
-        runs = predict(
-            model, params, data, LOSS, RULE, learning_rate=0.01, steps=5, noise_multiplier=0.5,
-            optimizer=optimizers.Adam(), method=method, n_runs=3, outputs=True,
-            key=jax.random.key(0),
-        )  # fmt: skip
-        assert runs.test_outputs is not None
-        assert runs.test_outputs.shape == (3, 6, 4, 10)
+    runs = predict(
+        model, params, data, LOSS, RULE, learning_rate=0.01, steps=5, noise_multiplier=0.5,
+        optimizer=optimizers.Adam(), method=method, n_runs=3, outputs=True, key=jax.random.key(0),
+    )  # fmt: skip
+    assert runs.test_outputs is not None
+    assert runs.test_outputs.shape == (3, 6, 4, 10)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -77,10 +77,10 @@ def both(
 @pytest.mark.parametrize(
     ("optimizer", "about"),
     [
-        ("steps", "path"),
+        pytest.param("steps", "path", marks=pytest.mark.slow),
         ("heavy ball", "start"),
         ("Nesterov with decay", "path"),
-        ("average", "path"),
+        pytest.param("average", "path", marks=pytest.mark.slow),
     ],
 )
 def test_a_linear_model_is_predicted_run_by_run(optimizer: str, about: str) -> None:
@@ -105,6 +105,7 @@ def test_a_linear_model_is_predicted_run_by_run(optimizer: str, about: str) -> N
         )
 
 
+@pytest.mark.slow
 def test_a_path_on_other_data_leaves_a_linear_model_exact() -> None:
     public = ResponseFlow(
         linear, LINEAR, draw(7, D, seed=8), jnp.zeros(7, int), losses.SoftmaxCrossEntropy(),
@@ -129,7 +130,11 @@ def test_without_noise_any_network_is_predicted() -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", [optimizers.Adam(eps=1e-3), optimizers.Adam(correct_noise=True, floor=1e-2)]
+    "optimizer",
+    [
+        pytest.param(optimizers.Adam(eps=1e-3), marks=pytest.mark.slow),
+        optimizers.Adam(correct_noise=True, floor=1e-2),
+    ],
 )
 def test_adam_is_predicted_run_by_run(optimizer: optimizers.Adam) -> None:
     """Without noise exactly; with noise that dominates, next to how far it moves the outputs."""
@@ -166,7 +171,9 @@ def test_a_network_is_predicted_run_by_run() -> None:
     assert shares[1] < 0.012
 
 
-@pytest.mark.parametrize("optimizer", ["steps", "Nesterov with decay"])
+@pytest.mark.parametrize(
+    "optimizer", ["steps", pytest.param("Nesterov with decay", marks=pytest.mark.slow)]
+)
 def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
     """Mean, spread and the correlation between times of a linear model, 600 runs each."""
     loss, rule = losses.SquaredError(), clipping.Abadi(0.5)
@@ -193,8 +200,15 @@ def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
     np.testing.assert_allclose(one, other, rtol=0.15)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize("own_noise", [True, False])
+@pytest.mark.parametrize(
+    ("own_noise", "momentum"),
+    [
+        (True, 0.8),
+        (False, 0.0),
+        pytest.param(True, 0.0, marks=pytest.mark.slow),
+        pytest.param(False, 0.8, marks=pytest.mark.slow),
+    ],
+)
 def test_noise_under_a_flat_loss_is_a_random_walk(
     mutate: Any, own_noise: bool, momentum: float
 ) -> None:

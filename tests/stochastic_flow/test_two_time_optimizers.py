@@ -70,7 +70,7 @@ def test_the_law_between_nodes_is_that_of_all_steps(name: str) -> None:
 @pytest.mark.parametrize(
     "optimizer",
     [
-        SGD(momentum=0.8),
+        pytest.param(SGD(momentum=0.8), marks=pytest.mark.slow),
         pytest.param(SGD(average=0.9), marks=pytest.mark.slow),
         SGD(momentum=0.8, nesterov=True, average=0.7),
     ],
@@ -121,7 +121,7 @@ def _moments(theta: Any, optimizer: SGD, rate: float, steps: int, deviation: flo
 @pytest.mark.parametrize(
     ("name", "nodes"),
     [
-        ("heavy ball", 4),
+        pytest.param("heavy ball", 4, marks=pytest.mark.slow),
         ("all", 4),
         pytest.param("decay", 4, marks=pytest.mark.slow),
         pytest.param("all", None, marks=pytest.mark.slow),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SQUARED, known
+from helpers import SQUARED, known, often_or_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +122,11 @@ NETWORKS: dict[str, tuple[models.Model, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+#: Dense and convolutional, with each kind of layer in one of them.
+OFTEN = ["dense", "convolutions", "residual, standard"]
+
+
+@pytest.mark.parametrize("name", often_or_slow(NETWORKS, OFTEN))
 def test_without_noise_they_are_the_kernels_of_the_start(name: str) -> None:
     model, x = NETWORKS[name]
     x = x + jax.random.normal(jax.random.key(2), x.shape)
@@ -155,7 +159,7 @@ def test_of_a_sample_with_itself_half_the_digits_hold_once_compiled(double: bool
     np.testing.assert_allclose(np.diag(kernel.ntk.total), 3 * squares + 0.035, rtol=half)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", often_or_slow(NETWORKS, OFTEN))
 def test_a_term_is_the_slope_of_the_covariance_in_its_layer(name: str) -> None:
     # J_r(t) J_r(s)^T = d Sigma(t, s) / d V_r(t, s).
     model, x = NETWORKS[name]
@@ -228,12 +232,10 @@ def _error_of_wide_networks(name: str, width: int, draws: int) -> tuple[float, f
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "convolutions",
-        "normalised",
-        "residual, standard",
-        pytest.param("images, standard", marks=pytest.mark.slow),
-    ],
+    often_or_slow(
+        ["convolutions", "normalised", "residual, standard", "images, standard"],
+        ["convolutions"],
+    ),
 )
 def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
     error, of_still = _error_of_wide_networks(name, 200, 20)
@@ -262,7 +264,13 @@ ERF = models.mlp([8], 2, activation="erf")
 START = (jnp.cos(X[:, :2]), jnp.cos(X_TEST[:, :2]))
 
 
-@pytest.mark.parametrize("rule", [clipping.Abadi(0.5), clipping.Abadi(0.3, scope="layerwise")])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(clipping.Abadi(0.5), marks=pytest.mark.slow),
+        clipping.Abadi(0.3, scope="layerwise"),
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -448,6 +456,7 @@ def test_frozen_kernels_follow_dp_sgd_of_linearised_networks() -> None:
     assert abs(np.mean(last) - 0.3785) < 3 * error
 
 
+@pytest.mark.slow
 def test_the_frozen_kernel_is_the_limit_of_little_noise() -> None:
     # One key, and kernels that differ in the first order of the variance.
     differences = []
@@ -482,6 +491,7 @@ def test_coarse_nodes_come_close_to_a_node_at_every_step() -> None:
     assert np.max(np.abs(errors[1])) > 5
 
 
+@pytest.mark.slow
 def test_paths_recorded_late_start_at_time_zero() -> None:
     """Recorded from t = 1 on or from the start, paths of the same keys are the same."""
     options: Any = {"variance": 0.1, "steps": 4, "key": jax.random.split(jax.random.key(0), 2)}
@@ -533,6 +543,7 @@ def _covariance_of() -> Any:
     return jax.jit(covariance)
 
 
+@pytest.mark.slow
 def test_runs_are_reproducible_by_key_and_independent_of_their_number() -> None:
     flow = _flow(ERF)
     keys = jax.random.split(jax.random.key(8), 3)
@@ -595,7 +606,7 @@ def test_what_is_recorded_has_its_shape_and_progress_is_reported() -> None:
 RATES: dict[str, Any] = {"constant": 0.5, "scheduled": lambda k: 0.5 / (1 + k)}
 
 
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("rate", often_or_slow(RATES, ["scheduled"]))
 @pytest.mark.parametrize(
     ("rule", "per_group"),
     [
@@ -646,7 +657,7 @@ def test_weight_noise_variance_is_the_sum_over_the_steps() -> None:
 @pytest.mark.parametrize(
     ("rule", "sensitivity", "reduction"),
     [
-        (clipping.Abadi(0.6), 0.6, "mean"),
+        pytest.param(clipping.Abadi(0.6), 0.6, "mean", marks=pytest.mark.slow),
         (clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise"), 0.5, "sum"),
     ],
     ids=("flat", "layerwise"),

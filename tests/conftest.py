@@ -70,10 +70,23 @@ _OWN_PROGRAMS = pytest.StashKey[Path]()
 
 
 def _link_programs(source: Path, target: Path) -> None:
-    for program in source.glob("*-cache"):
-        # It may be there already; and without links, programs are compiled anew.
-        with contextlib.suppress(OSError):
-            (target / program.name).hardlink_to(program)
+    for name in {*os.listdir(source)} - {*os.listdir(target)}:
+        # It may be there by now; and without links, programs are compiled anew.
+        if name.endswith("-cache"):
+            with contextlib.suppress(OSError):
+                (target / name).hardlink_to(source / name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_for_all_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What one process compiled for a file of tests, others read from then on."""
+    own = request.config.stash.get(_OWN_PROGRAMS, None)
+    if own is None:
+        yield
+        return
+    _link_programs(_COMPILED, own)
+    yield
+    _link_programs(own, _COMPILED)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

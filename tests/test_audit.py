@@ -276,7 +276,7 @@ def promised(sigma: float, q: float) -> float:
     return privacy.epsilon(sigma, q, STEPS, DELTA)
 
 
-@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
+@pytest.mark.parametrize(("sigma", "q"), [pytest.param(*MECHANISMS[0], marks=slow), MECHANISMS[1]])
 def test_the_attacker_learns_no_more_than_promised_and_nearly_as_much(
     sigma: float, q: float
 ) -> None:
@@ -299,7 +299,8 @@ def test_without_a_canary_there_is_nothing_to_find() -> None:
     assert found.gaussian < 0.2
 
 
-@pytest.mark.parametrize(("sigma", "q"), [pytest.param(*MECHANISMS[0], marks=slow), MECHANISMS[1]])
+@slow
+@pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
 def test_a_third_of_the_noise_is_found_out(
     sigma: float, q: float, mutate: Callable[[Any, str, Any], None]
 ) -> None:
@@ -359,11 +360,8 @@ def steps_of_views(
     return steps.astype(float)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [Automatic(0.1), pytest.param(Abadi(0.1), marks=slow)],
-    ids=["automatic", "abadi"],
-)
+@slow
+@pytest.mark.parametrize("rule", [Automatic(0.1), Abadi(0.1)], ids=["automatic", "abadi"])
 def test_views_that_cancel_give_no_sample_away(rule: ClippingRule) -> None:
     sigma, trials = 20.0, 400
     bound = privacy.epsilon(sigma, 1.0, 1, DELTA)

@@ -210,10 +210,17 @@ def test_public_names_are_tested() -> None:
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "tutorials"} & {*path.parts})
 #: Pages that tests of their own run.
 RUN_ELSEWHERE = {"phases.md", "choosing.md"}
+#: Whose examples take long.
+SLOW = {"noise.md", "cluster.md", "large_data.md", "several_machines.md"}
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else (), id=page.name)
+        for page in PAGES
+        if page.name not in RUN_ELSEWHERE
+    ],
 )
 def test_examples_of_a_page_run(page: Path, capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)  # some write pictures

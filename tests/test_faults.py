@@ -149,12 +149,13 @@ def _killed_until_it_ends(verb: str, folder: Path, most: int, moments: random.Ra
         kills += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "kills"),
     [
         ("sweep", KILLS - KILLS // 2),
         # Its cases are cells, as those of a sweep.
-        pytest.param("compare", max(KILLS // 2, 1), marks=pytest.mark.slow),
+        ("compare", max(KILLS // 2, 1)),
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_numbers(
@@ -211,6 +212,7 @@ def test_a_sweep_on_a_full_disk(
     assert _measured(out) == undisturbed("sweep")
 
 
+@pytest.mark.slow
 def test_a_comparison_on_a_full_disk_and_a_damaged_case(
     undisturbed: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def refused(make: Callable[[], Any], kind: Any) -> str | None:
 
 
 @LOADED
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_trees_are_valid_or_the_field_is_named(verb: str, data: Any) -> None:
     kind = LOADERS[verb][1]
@@ -106,7 +106,7 @@ def test_offers_and_parts_of_words_name_no_field() -> None:
 
 
 @LOADED
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 @example(text="[data]\nn_train = 9" + "9" * 5000)
 @example(text="x = " + "[" * 10_000)
@@ -125,7 +125,7 @@ def test_any_text_is_a_configuration_or_not(verb: str, text: str | bytes) -> Non
 
 
 @LOADED
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_damaged_configurations_are_seen(verb: str, data: Any) -> None:
     load, kind = LOADERS[verb]
@@ -225,7 +225,7 @@ def is_read_or_refused(read: Callable[[Path, bytes], Any], content: bytes) -> No
 
 
 @pytest.mark.parametrize("kind", READERS)
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(data=st.data())
 def test_damaged_data_are_read_or_refused(kind: str, data: Any) -> None:
     read, whole = READERS[kind]
@@ -233,7 +233,7 @@ def test_damaged_data_are_read_or_refused(kind: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["idx", "npz", "csv"])
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(content=st.binary(max_size=80))
 @example(content=b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00]\x94(K\x01e.")
 @example(content=b"price\n")
@@ -311,7 +311,7 @@ def is_loaded_or_refused(content: bytes) -> None:
     assert isinstance(found.message, str)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_damaged_trajectories_are_loaded_or_refused(data: Any) -> None:
     is_loaded_or_refused(data.draw(damaged(trajectory_file())))

@@ -231,6 +231,7 @@ def test_quantiles_of_norms_do_not_know_the_order(seed: int) -> None:
     assert np.all(np.diff(found[0]) >= 0)
 
 
+@settings(max_examples=30)
 @given(seed=SEEDS, scale=st.floats(1e-6, 1e6))
 def test_spectra_do_not_know_the_order_and_scale(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -327,7 +328,7 @@ def test_flows_do_not_know_the_order_of_the_samples(order: list[int]) -> None:
 
 
 @settings(max_examples=10)
-@given(order=st.permutations(range(N)), steps=st.integers(1, 6))
+@given(order=st.permutations(range(N)), steps=st.sampled_from([1, 4]))
 def test_runs_do_not_know_the_order_of_the_samples(order: list[int], steps: int) -> None:
     rows = np.array(order)
     runs = [
@@ -377,7 +378,7 @@ def test_the_sum_is_the_mean_in_another_time(rate: float) -> None:
 
 
 @settings(max_examples=20)
-@given(seed=SEEDS, n_bins=st.sampled_from([1, 4, 12]), binning=st.sampled_from(["width", "mass"]))
+@given(seed=SEEDS, n_bins=st.sampled_from([1, 12]), binning=st.sampled_from(["width", "mass"]))
 def test_calibration_knows_no_order_and_stays_in_its_range(
     seed: int, n_bins: int, binning: Any
 ) -> None:

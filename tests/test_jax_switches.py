@@ -309,6 +309,9 @@ CALLS |= {f"rule: {name}": partial(of_rule, name) for name in (*RULES, "custom")
 #: What takes a second or more to compile, and is much like something quicker.
 SLOW = {
     "dp_sgd.run",
+    "dp_sgd.run, Poisson",
+    "moments",
+    "high_dimensional_sgd.solve",
     "dp_sgd.run, vmap",
     "dp_sgd.run, Adam",
     "dp_sgd.build, Poisson",

@@ -30,9 +30,9 @@ RULE = clipping.Abadi(R)
 STEPS = 9
 #: Between float32, in which optax counts the steps of a schedule, and float64.
 SCHEDULE = optax.piecewise_constant_schedule(0.5, {4: 0.5})
-LINEAR = [
-    SGD(momentum=0.6, nesterov=True, weight_decay=0.2, average=0.5),
-    pytest.param(SGD(momentum=0.5, weight_decay=0.1, decoupled=True), id="decoupled"),
+WHOLE = SGD(momentum=0.6, nesterov=True, weight_decay=0.2, average=0.5)
+DECOUPLED = SGD(momentum=0.5, weight_decay=0.1, decoupled=True)
+PARTS = [
     pytest.param(SGD(momentum=0.9), marks=pytest.mark.slow),
     pytest.param(SGD(weight_decay=0.2), marks=pytest.mark.slow),
     pytest.param(SGD(average=0.7), marks=pytest.mark.slow),
@@ -83,7 +83,7 @@ def clipped_share(w: np.ndarray) -> float:
     return float(np.mean(np.linalg.norm(X, axis=1) * np.linalg.norm(a, axis=1) > R))
 
 
-@pytest.mark.parametrize("sgd", LINEAR)
+@pytest.mark.parametrize("sgd", [WHOLE, pytest.param(DECOUPLED, id="decoupled"), *PARTS])
 def test_runs_follow_the_equations(sgd: SGD) -> None:
     options = {
         field: getattr(sgd, field)
@@ -111,7 +111,7 @@ def test_plain_sgd_is_the_default_to_the_last_bit() -> None:
     ("ours", "theirs"),
     [
         (SGD(momentum=0.9, nesterov=True), partial(optax.sgd, momentum=0.9, nesterov=True)),
-        (Adam(), optax.adam),
+        pytest.param(Adam(), optax.adam, marks=pytest.mark.slow),
         (Adam(b1=0.8, b2=0.95, eps=1e-4), partial(optax.adam, b1=0.8, b2=0.95, eps=1e-4)),
         (Adam(weight_decay=1e-4), optax.adamw),
     ],
@@ -165,7 +165,9 @@ def assert_same(one: Any, other: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("sgd", LINEAR)
+@pytest.mark.parametrize(
+    "sgd", [WHOLE, pytest.param(DECOUPLED, id="decoupled", marks=pytest.mark.slow), *PARTS]
+)
 def test_predictions_are_runs_of_the_linearised_model(sgd: SGD) -> None:
     given: dict[str, Any] = {"learning_rate": SCHEDULE, "steps": STEPS, "outputs": True}
     flow, start, at_zero = kernel_flow()
@@ -186,7 +188,11 @@ def test_predictions_are_runs_of_the_linearised_model(sgd: SGD) -> None:
 
 
 @pytest.mark.parametrize(
-    "adam", [Adam(), Adam(correct_noise=True, floor=1e-3, weight_decay=0.1, average=0.5)]
+    "adam",
+    [
+        pytest.param(Adam(), marks=pytest.mark.slow),
+        Adam(correct_noise=True, floor=1e-3, weight_decay=0.1, average=0.5),
+    ],
 )
 def test_a_linearised_model_takes_any_optimizer(adam: Any) -> None:
     given: dict[str, Any] = {

@@ -153,7 +153,7 @@ MANY_SAMPLES, FEW_SAMPLES = (2000, 64, 32), (20, 256, 128)
 @pytest.mark.parametrize(
     ("name", "n", "width", "inputs"),
     [
-        ("WeightFlow", *MANY_SAMPLES),
+        pytest.param("WeightFlow", *MANY_SAMPLES, marks=pytest.mark.slow),
         pytest.param("WeightFlow", *FEW_SAMPLES, marks=pytest.mark.slow),
         pytest.param("LinearisedFlow", *MANY_SAMPLES, marks=pytest.mark.slow),
         ("LinearisedFlow", *FEW_SAMPLES),

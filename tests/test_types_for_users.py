@@ -93,10 +93,12 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[i
     return found
 
 
+@pytest.mark.slow
 def test_a_right_program_has_no_error(reported: dict[str, list[tuple[int, str]]]) -> None:
     assert reported["right"] == []
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_reported_where_they_stand(
     reported: dict[str, list[tuple[int, str]]],
 ) -> None:
@@ -108,6 +110,7 @@ def test_wrong_arguments_are_reported_where_they_stand(
     assert sorted(set(reported["wrong"])) == expected
 
 
+@pytest.mark.slow
 def test_every_public_name_completes(reported: dict[str, list[tuple[int, str]]]) -> None:
     names = _all_names().splitlines()
     assert [names[line - 1] for line, _ in reported["names"]] == []

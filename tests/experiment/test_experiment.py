@@ -235,6 +235,7 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_noise_is_predicted_and_compared_as_a_distribution(
     tmp_path: Path, drawn_empty: None
 ) -> None:

@@ -193,7 +193,6 @@ factors_of = eqx.filter_jit(lambda rule, norms: rule.factors(norms))
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-@hypothesis.settings(max_examples=200)
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(
     norms=hnp.arrays(

@@ -148,8 +148,8 @@ def solve(
     Notes
     -----
     By diffrax; a rule with kinks costs a few rejected steps where samples leave the clipped zone.
-    Kvaerno5 takes its error there for a thousandth of what it is: where that matters, up to half a
-    per cent of an output, give it ``rtol=1e-8, atol=1e-11``.
+    The error is estimated too low there: of 150 random samples, each alone, outputs were up to 7e-4
+    off with Tsit5 and 6e-3 with Kvaerno5, and less than 1e-5 with ``rtol=1e-8, atol=1e-11``.
 
     Examples
     --------

@@ -123,11 +123,10 @@ def _tapped_outputs(
 ) -> tuple[Array, _Seen]:
     """One sample's outputs, with a tap added to the output of each contraction, and all inputs.
 
-    The derivative in a tap is the cotangent of that output; if a bias is added to it, the tap is
-    added to the sum, and the inputs have the scale of what it is added to.
+    The derivative in a tap is the cotangent of that output. The scale of a bias is that of its own
+    cotangent, relative to the one of the product that it is added to.
     """
     numbers = {path: number for number, path in enumerate(structure.uses)}
-    with_bias = {bias.product for bias in structure.biases.values()}
     inputs: dict[int, _Input] = {}
     scales: dict[Path, Array] = {}
 
@@ -145,17 +144,12 @@ def _tapped_outputs(
         if many_cotangents and contraction.evaluate_for_many is not None:
             out = contraction.evaluate_for_many(cast(Array, data), cast(Array, weight))
         inputs[number] = (cast(Array, data), _scale(view.scale))
-        return out if path in with_bias else out + taps[number]
+        return out + taps[number]
 
     def tap_sum(path: Path, view: LeafView, product: Scaled, out: Array) -> Array:
-        if path not in structure.biases:
-            return out
-        number = numbers[product.path]
-        data, scale = inputs[number]
-        both = product.scale if scale is None else scale * product.scale
-        inputs[number] = (data, _scale(both))
-        scales[path] = jnp.asarray(view.scale)
-        return out + taps[number].reshape(out.shape)
+        if path in structure.biases:
+            scales[path] = jnp.asarray(view.scale / product.scale)
+        return out
 
     flat = list(leaves)
     for index, leaf in zip(structure.dense, dense, strict=True):
@@ -264,4 +258,6 @@ def _formed_by_samples(
 
 def _times(values: Array, scale: Array | None) -> Array:
     """Each sample's values times its scale."""
-    return values if scale is None else values * scale.reshape(-1, *[1] * (values.ndim - 1))
+    if scale is None:
+        return values
+    return values * scale.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))

@@ -20,7 +20,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._backend.types import ApplyFn, Array, Params
+from ntkdp._backend.types import ApplyFn, Array, Params, is_traced
 from ntkdp._gradients import primitive_rules
 from ntkdp._gradients.equations import CALLS, Atom, Operand, called_program, evaluate
 from ntkdp._gradients.leaf_layout import Cut, Layout, Rearrangement, Reshaped, Transposed
@@ -33,6 +33,9 @@ _ELEMENTWISE = {"add", "sub", "mul", "div", "add_any"}
 _ELEMENT_BY_ELEMENT = "element by element"
 #: A loop of at most this many turns is unrolled to look inside; every turn is compiled anew.
 _LONGEST_UNROLLED = 64
+
+#: A bias shares the cotangent of a product whose scale is from this up to one over it.
+_LEAST_SCALE = 1e-3
 
 #: The equation that a leaf is used in, by its number, and before it those of the calls around it.
 Path: TypeAlias = tuple[int, ...]
@@ -220,7 +223,10 @@ def _scale_after(
     other = values[1 - position]
     if not other.uniform:
         return None
-    factor = jnp.asarray(other.array).reshape(-1)[0]
+    if is_traced(other.array):
+        factor: float | Array = jnp.asarray(other.array).reshape(-1)[0]
+    else:
+        factor = float(np.asarray(other.array).reshape(-1)[0])
     return scale * factor if name == "mul" else scale / factor
 
 
@@ -349,7 +355,8 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
     def add_sum(path: Path, view: LeafView, product: Scaled, out: Array) -> Array:
         add_reason(view.leaf, _ELEMENT_BY_ELEMENT)
         use, layout = uses[product.path], Layout((out.size,), (0,), view.rearranged)
-        if math.prod(shapes[view.leaf].shape) == out.size and _adds_to_vector(view, use, out):
+        whole = math.prod(shapes[view.leaf].shape) == out.size
+        if whole and _is_moderate(product.scale) and _adds_to_vector(view, use, out):
             biases[path] = Bias(view.leaf, product.path, layout)
         return out
 
@@ -387,6 +394,11 @@ def trace(apply_fn: ApplyFn, params: Params, x: Array) -> Structure:
         n_outputs=output.shape[0],
         descriptions=tuple(descriptions),
     )
+
+
+def _is_moderate(scale: float | Array) -> bool:
+    """Whether a cotangent may be divided by the scale again, in any precision."""
+    return isinstance(scale, float) and _LEAST_SCALE <= abs(scale) <= 1 / _LEAST_SCALE
 
 
 def _adds_to_vector(view: LeafView, use: LeafUse, out: Array) -> bool:

@@ -46,7 +46,9 @@ CASES = {
         1,
     ),
     "scaled both": Case(lambda p, x: 3 * (x @ p[0]) / 7 + -0.1 * p[1], [W, B], 1),
-    "times zero": Case(lambda p, x: 0 * (x @ p[0]) + p[1], [W, B], 1),
+    "times zero": Case(lambda p, x: 0 * (x @ p[0]) + p[1], [W, B], 0),
+    "times next to nothing": Case(lambda p, x: 1e-30 * (x @ p[0]) + p[1], [W, B], 0),
+    "divided by 500": Case(lambda p, x: (x @ p[0]) / 500 + p[1], [W, B], 1),
     "weights first": Case(
         lambda p, x: jnp.tanh((p[0].T @ x.T).T + p[2][None]) @ p[1], [W, V, B], 1
     ),

@@ -40,6 +40,8 @@ Arguments = ParamSpec("Arguments")
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 Shape = tuple[int, int, int, int, int]
 LOSS = ntkdp.losses.SquaredError()
+#: Batches, kernel of the noise, whether it is by group, and the noise.
+FULL_AND_INDEPENDENT = (ntkdp.batches.Full(), None, False, ntkdp.noise.Independent())
 DEVICES = 8
 #: Samples, outputs, width, hidden layers, inputs.
 KERNELS = ((400, 2, 64, 1, 16), (800, 1, 64, 2, 16), (240, 5, 64, 1, 16))
@@ -121,7 +123,7 @@ def solved(flow: Flow, params: Any) -> int:
 
 def drawn(flow: ntkdp.LinearisedFlow, params: Any) -> int:
     """Peak of one noisy run."""
-    noise = noise_of_step(flow, 1.0, 1.0, None, False)
+    noise = noise_of_step(flow, 1.0, *FULL_AND_INDEPENDENT)
     key = _mesh.everywhere(flow.mesh, jax.random.key(0))
     stepping = Stepping(0.1, 100, 1)
     walk, start = optimizer_steps(flow, None, 0.1, None), (flow.init(params), None)
@@ -169,7 +171,7 @@ def noise_memory(shape: Shape, devices: int) -> tuple[dict[str, Any], int]:
 
     if mesh is None:
         peak = kernel.nbytes + resident(
-            lambda: jax.block_until_ready(noise_of_step(make(), 1.0, 1.0, None, False))
+            lambda: jax.block_until_ready(noise_of_step(make(), 1.0, *FULL_AND_INDEPENDENT))
         )
     else:
         flow = make()

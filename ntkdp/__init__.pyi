@@ -1,4 +1,5 @@
 from . import advisor as advisor
+from . import batches as batches
 from . import calibration as calibration
 from . import certificates as certificates
 from . import claims as claims
@@ -12,6 +13,7 @@ from . import gradient_flow as gradient_flow
 from . import high_dimensional_sgd as high_dimensional_sgd
 from . import losses as losses
 from . import models as models
+from . import noise as noise
 from . import ntk as ntk
 from . import optimizers as optimizers
 from . import plotting as plotting

@@ -37,9 +37,10 @@ class Setup:
 
     ``learning_rate`` holds the rates of the steps 0, 1, 2, 4, ...: one number if it is constant,
     and none for a flow, which stands for every small learning rate. None stands for values that are
-    not known, e.g. inside a JAX transformation. ``neglects`` names what a prediction leaves out by
-    its nature: ``"noise"``, ``"sampling"``. ``method`` says in sentences how it was predicted, if
-    that was chosen. ``optimizer`` names its kind, and ``optimizer_options``
+    not known, e.g. inside a JAX transformation. ``batches`` and ``noise`` are empty for Poisson
+    sampling or full batches, and for independent noise. ``neglects`` names what a prediction leaves
+    out by its nature: ``"noise"``, ``"sampling"``. ``method`` says in sentences how it was
+    predicted, if that was chosen. ``optimizer`` names its kind, and ``optimizer_options``
     what is not as by default, without numbers where they are not known, e.g. the momentum.
     ``friction`` belongs to a flow with inertia, and
     ``time_scale`` is the number that times were multiplied by.
@@ -53,6 +54,8 @@ class Setup:
     noise_multiplier: float | None = None
     noise_per_group: bool = False
     sample_rate: float | None = None
+    batches: str = ""
+    noise: str = ""
     optimizer: str = "sgd"
     optimizer_options: Description = ()
     friction: float | None = None
@@ -69,6 +72,17 @@ def described(part: eqx.Module) -> Description:
         if not is_traced(value):
             found.append((field.name, _plain(value)))
     return tuple(found)
+
+
+def batches_in_words(batches: eqx.Module) -> str:
+    """Batches by their kind and numbers; nothing for full ones and Poisson sampling."""
+    usual = type(batches).__name__ in ("Full", "Poisson")
+    return "" if usual else _in_words(described(batches))
+
+
+def noise_in_words(noise: eqx.Module) -> str:
+    """Noise by its kind and numbers; nothing for independent noise."""
+    return "" if type(noise).__name__ == "Independent" else _in_words(described(noise))
 
 
 def _plain(value: object) -> str | tuple[float, ...]:
@@ -237,6 +251,9 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
         ours, theirs = prediction.sample_rate, run.sample_rate
         if ours is not None and theirs is not None and not _same(ours, theirs):
             yield "sample_rate", f"{ours:g}", f"{theirs:g}"
+        elif prediction.batches != run.batches:
+            usual = "Poisson or full batches"
+            yield "sample_rate", prediction.batches or usual, run.batches or usual
     yield from _of_optimizer(prediction, run)
 
 
@@ -246,6 +263,9 @@ def _of_noise(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
         return
     if not _same(ours, theirs):
         yield "noise_multiplier", f"{ours:g}", f"{theirs:g}"
+    elif ours > 0 and prediction.noise != run.noise:
+        usual = "independent noise"
+        yield "noise_multiplier", prediction.noise or usual, run.noise or usual
     elif ours > 0 and prediction.noise_per_group != run.noise_per_group:
         shares = ("noise of one deviation", "noise by group")
         yield (

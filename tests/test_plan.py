@@ -132,7 +132,9 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
     flow = ntkdp.LinearisedFlow(
         model.apply, params, x, jnp.zeros((n, 4)), SQUARED, clipping.Abadi(1.0)
     )
-    noise = _ensemble.noise_of_step(flow, 1.0, 1.0, None, False)
+    noise = _ensemble.noise_of_step(
+        flow, 1.0, ntkdp.batches.Full(), None, False, ntkdp.noise.Independent()
+    )
     stepping = Stepping(0.1, 10, 1)
     walk = gradient_flow.optimizer_steps(flow, None, stepping.learning_rate, None)
     draw: Any = _ensemble.draw

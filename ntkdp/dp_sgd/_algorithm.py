@@ -26,8 +26,18 @@ from ntkdp._backend.types import (
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
-from ntkdp._setup import Setup, described, number, optimizer_of, rates
+from ntkdp._setup import (
+    Setup,
+    batches_in_words,
+    described,
+    noise_in_words,
+    number,
+    optimizer_of,
+    rates,
+)
+from ntkdp.batches import Batches
 from ntkdp.dp_sgd import _plain_gradients
+from ntkdp.noise import Noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping, TrainingSet
 
@@ -37,12 +47,15 @@ class State(NamedTuple):
 
     ``average`` is the moving average of the parameters, in float32 at least, if the optimizer
     keeps one; :meth:`Algorithm.measured_params` returns it in the dtypes of the parameters.
+    ``batch_state`` is the order of an epoch and ``noise_state`` what correlated noise carries on.
     """
 
     params: Params
     optimizer_state: PyTree
     step: Array
     average: Params | None = None
+    batch_state: PyTree = None
+    noise_state: PyTree = None
 
 
 class Info(NamedTuple):
@@ -81,7 +94,8 @@ class Algorithm(HasTrainingSet):
     noise_multiplier: ScalarLike
     groups: PyTree
     optimizer: OptimizerLike
-    sample_rate: float = eqx.field(static=True)
+    batches: Batches
+    noise: Noise
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
@@ -102,6 +116,8 @@ class Algorithm(HasTrainingSet):
             noise_multiplier=number(self.noise_multiplier),
             noise_per_group=self.noise_per_group,
             sample_rate=self.sample_rate,
+            batches=batches_in_words(self.batches),
+            noise=noise_in_words(self.noise) if self.noisy else "",
             optimizer=optimizer,
             optimizer_options=options,
         )
@@ -123,7 +139,21 @@ class Algorithm(HasTrainingSet):
         optimizer_state = self._transformation(trained).init(trained)
         if average is None:
             average = optimizers.start_average(self.optimizer, params)
-        return State(params, optimizer_state, jnp.zeros((), jnp.int32), average)
+        noise_state = None
+        if self.noisy:
+            like = jax.eval_shape(
+                lambda key: self._noise(key, trained, self._resolve(params)),
+                jax.random.key(0),
+            )
+            noise_state = self.noise.start(like)
+        batch_state = self.batches.start(self.x.shape[0])
+        step = jnp.zeros((), jnp.int32)
+        return State(params, optimizer_state, step, average, batch_state, noise_state)
+
+    @property
+    def sample_rate(self) -> float:
+        """The expected share of the samples in a batch."""
+        return self.batches.share(self.x.shape[0])
 
     def measured_params(self, state: State) -> Params:
         """The parameters at which a run is measured: their average if the optimizer keeps one."""
@@ -158,7 +188,7 @@ class Algorithm(HasTrainingSet):
         return state, self._marked(info, present)
 
     def _marked(self, info: Info, present: Array) -> Info:
-        if self.sample_rate == 1:
+        if self.batches.takes_all:
             return info
         return info._replace(norms=nan_unless(present, info.norms))
 
@@ -198,14 +228,19 @@ class Algorithm(HasTrainingSet):
         """State, diagnostics with the norms of all places, outputs, and which places are filled."""
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
-        drawn = None
-        if self.sample_rate < 1:
-            drawn = jax.random.bernoulli(sampling_key, self.sample_rate, (n,))
+        drawn, batch_state = self.batches.draw(sampling_key, state.step, state.batch_state, n)
         clipped, outputs, norms, factors, present = self.clipped_sum(params, drawn)
 
         trained, frozen = self._split(params)
         groups = self._resolve(params)
-        noise = self._noise(noise_key, trained, groups) if self.noisy else None
+        noise, noise_state = None, state.noise_state
+        if self.noisy:
+            noise, noise_state = self.noise.next(
+                lambda key: self._noise(key, trained, groups),
+                noise_key,
+                state.step,
+                noise_state,
+            )
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * self.data.divisor
         variance = self._noise_variance(trained, groups, divisor)
@@ -216,7 +251,7 @@ class Algorithm(HasTrainingSet):
         )
         moved = eqx.combine(optax.apply_updates(trained, updates), frozen)
         average = optimizers.next_average(self.optimizer, state.average, moved)
-        new = State(moved, optimizer_state, state.step + 1, average)
+        new = State(moved, optimizer_state, state.step + 1, average, batch_state, noise_state)
 
         used = jnp.broadcast_to(present, factors.shape)
         clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)

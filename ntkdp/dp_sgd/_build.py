@@ -17,14 +17,15 @@ from ntkdp._backend.types import (
     as_constant,
     is_traced,
 )
+from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.losses import Loss, Reduction, SampleLoss
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import TrainingSet, as_samples, as_trainable
-
-#: Chance per step that a Poisson batch outgrows the memory planned for it.
-_OVERFLOW_PROBABILITY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Problem:
 class Method:
     """How a run draws, takes and applies gradients, alike in all phases; not yet checked."""
 
-    sample_rate: ScalarLike
+    batches: Batches
+    noise: Noise
     optimizer: OptimizerLike | None
     groups: PyTree
     gradients: Literal["structured", "vmap"]
@@ -73,6 +75,8 @@ def build(
     learning_rate: LearningRate,
     noise_multiplier: ScalarLike = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -88,8 +92,9 @@ def build(
 
     Parameters
     ----------
-    apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, optimizer, \
-    groups, reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size, mesh
+    apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
+    noise, optimizer, groups, reduction, test_x, test_targets, gradients, noise_per_group, \
+    microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
         of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
@@ -118,7 +123,15 @@ def build(
     (2.5, 1.0)
     """
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
-    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    method = Method(
+        resolve_batches(batches, sample_rate),
+        resolve_noise(noise),
+        optimizer,
+        groups,
+        gradients,
+        noise_per_group,
+        microbatch_size,
+    )
     mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable)
     return algorithm_of(problem, method, mechanism)
 
@@ -132,7 +145,8 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         problem.targets, problem.loss, rule, problem.reduction, problem.test_targets
     ).fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
     validate.choice(("structured", "vmap"), gradients=method.gradients)
-    sample_rate = validate.scalar(sample_rate=validate.fraction(sample_rate=method.sample_rate))
+    method.batches.check(x.shape[0])
+    optimizer = optimizers.as_optimizer(method.optimizer)
     noise_multiplier = _noise_multiplier(mechanism)
     noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
     if noisy and not rule.bounds_each_sample:
@@ -142,6 +156,11 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         )
     if method.noise_per_group and rule.scope == "flat":
         raise ValueError("noise_per_group=True needs clipping with scope='layerwise', got 'flat'")
+    if getattr(optimizer, "correct_noise", False) and not isinstance(method.noise, Independent):
+        raise ValueError(
+            "noise must be independent with correct_noise=True, which subtracts the variance of a "
+            f"step, got {type(method.noise).__name__}; take Adam(correct_noise=False)"
+        )
     mesh = devices.as_mesh(problem.mesh)
     devices.check_divides(mesh, x=x.shape[0])
     n_devices = 1 if mesh is None else mesh.size
@@ -155,9 +174,10 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         learning_rate=_learning_rate(mechanism.learning_rate),
         noise_multiplier=noise_multiplier,
         groups=method.groups,
-        optimizer=optimizers.as_optimizer(method.optimizer),
-        sample_rate=float(sample_rate),
-        capacity=_capacity(x.shape[0] // n_devices, float(sample_rate), n_devices),
+        optimizer=optimizer,
+        batches=method.batches,
+        noise=method.noise,
+        capacity=_capacity(x.shape[0], method.batches, n_devices),
         gradients=method.gradients,
         noise_per_group=method.noise_per_group,
         microbatch_size=_microbatch_size(method.microbatch_size, rule),
@@ -194,10 +214,9 @@ def _microbatch_size(microbatch_size: int | None, rule: ClippingRule) -> int | N
     return size
 
 
-def _capacity(n: int, sample_rate: float, n_devices: int) -> int:
-    """Places for the batch of a device that has n samples."""
-    if sample_rate >= 1:
-        return n
-    from scipy.stats import binom
-
-    return max(1, min(n, int(binom.isf(_OVERFLOW_PROBABILITY / n_devices, n, sample_rate))))
+def _capacity(n: int, batches: Batches, n_devices: int) -> int:
+    """Places for the part of a batch that falls on one of the devices."""
+    own = n // n_devices
+    if isinstance(batches, Poisson):
+        return batches.largest(own, OVERFLOW_PROBABILITY / n_devices)
+    return min(own, batches.largest(n))

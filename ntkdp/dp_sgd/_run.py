@@ -22,11 +22,15 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.dp_sgd._build import Mechanism, Method, Problem, algorithm_of
 from ntkdp.dp_sgd._seeds import Start, trained
 from ntkdp.losses import Loss, Reduction, SampleLoss
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import (
     Phase,
@@ -50,6 +54,8 @@ def run(
     steps: int,
     noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -88,6 +94,11 @@ def run(
         :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
+    batches : batches.Batches, optional
+        One of :mod:`ntkdp.batches`, in place of a sampling rate.
+    noise : noise.Noise, optional
+        One of :mod:`ntkdp.noise`; by default independent. Correlated noise is :math:`\sigma S`
+        times the rows of :math:`C^{-1} Z`, from a buffer of a few noise vectors.
     optimizer : optimizers.Optimizer or callable, optional
         One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
         transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
@@ -148,9 +159,12 @@ def run(
     """
     keys = validate.keys(key=key)
     stepping = Stepping(learning_rate, steps, record_every)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
+    drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, stepping.steps, sample_rate, batches=drawn, noise=added
+    )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
-    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    method = Method(drawn, added, optimizer, groups, gradients, noise_per_group, microbatch_size)
     algorithm = algorithm_of(problem, method, Mechanism(clipping, learning_rate, sigma))
     return _recorded([(algorithm, stepping)], params, keys, outputs, progress)
 
@@ -229,7 +243,15 @@ def run_phases(
     keys = validate.keys(key=key)
     phases = check_phases(phases)
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
-    method = Method(sample_rate, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    method = Method(
+        resolve_batches(None, sample_rate),
+        Independent(),
+        optimizer,
+        groups,
+        gradients,
+        noise_per_group,
+        microbatch_size,
+    )
     algorithms = [
         algorithm_of(
             problem,

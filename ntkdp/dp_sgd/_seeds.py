@@ -76,7 +76,7 @@ def run(
             measure,
             algorithm.start(*start),
             listener,
-            step_and_measure if algorithm.sample_rate >= 1 else None,
+            step_and_measure if algorithm.batches.takes_all else None,
         )
         return (end.params, end.average), measured
 

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 
 from ntkdp._backend import validate
+from ntkdp.batches import Batches, FixedSize, Full, Poisson
+from ntkdp.batches import resolve as resolve_batches
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.privacy import _bounds
 from ntkdp.privacy._arguments import ACCOUNTANTS, Accountant, checked_mechanism, number, probability
 from ntkdp.privacy._epsilon import noise_multiplier
@@ -75,7 +79,14 @@ class Budget:
             mu = number(mu=validate.positive(mu=self.mu))
         object.__setattr__(self, "mu", mu)
 
-    def noise_multiplier(self, steps: int, sample_rate: float = 1.0) -> float:
+    def noise_multiplier(
+        self,
+        steps: int,
+        sample_rate: float = 1.0,
+        *,
+        batches: Batches | None = None,
+        noise: Noise | None = None,
+    ) -> float:
         r"""Noise multiplier that spends the budget on so many steps.
 
         An :math:`(\varepsilon, \delta)` budget is kept, by the accountant. A :math:`\mu` budget is
@@ -89,12 +100,42 @@ class Budget:
             K, at least 1.
         sample_rate : float
             q in (0, 1]: 1 for full batches, below it Poisson sampling.
+        batches : batches.Batches, optional
+            One of :mod:`ntkdp.batches`, in place of a sampling rate. Of those that are drawn at
+            random, Poisson sampling alone has an accountant here.
+        noise : noise.Noise, optional
+            One of :mod:`ntkdp.noise`; by default independent.
 
         Raises
         ------
         ValueError, TypeError
-            If an argument is out of its range, or no noise keeps the budget.
+            If an argument is out of its range, no noise keeps the budget, or there is no accountant
+            of these batches and this noise.
+
+        Notes
+        -----
+        If it is certain in which steps a sample takes part, the whole run is one Gaussian
+        mechanism: :math:`\sigma` is the sensitivity of the noise's strategy over :math:`\mu`.
+
+        Examples
+        --------
+        >>> import ntkdp
+        >>> budget = ntkdp.privacy.Budget(mu=0.5)
+        >>> budget.noise_multiplier(100), budget.noise_multiplier(
+        ...     100, batches=ntkdp.batches.Cyclic(25))
+        (20.0, 4.0)
         """
+        drawn = resolve_batches(batches, sample_rate)
+        added = resolve_noise(noise)
+        if not isinstance(drawn, Full | Poisson) or not isinstance(added, Independent):
+            if isinstance(drawn, FixedSize) or (isinstance(drawn, Poisson) and drawn.q < 1):
+                raise ValueError(
+                    f"there is no accountant of {drawn!r} with {type(added).__name__} noise; take "
+                    "Poisson sampling with independent noise, or full, cyclic or shuffled batches"
+                )
+            assert self.mu is not None
+            return added.sensitivity(drawn, validate.count(steps=steps)) / self.mu
+        sample_rate = drawn.share(1)
         _, q, steps = checked_mechanism(1.0, sample_rate, steps)
         if self.epsilon is not None and self.delta is not None:
             return noise_multiplier(self.epsilon, q, steps, self.delta, self.accountant)
@@ -111,10 +152,18 @@ class Budget:
         return sigma
 
 
-def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: float = 1.0) -> Any:
+def as_noise_multiplier(
+    noise_multiplier: Any,
+    steps: int | None,
+    sample_rate: float = 1.0,
+    *,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
+) -> Any:
     """The noise multiplier of a :class:`Budget` for ``steps`` steps at ``sample_rate``.
 
-    A ``noise_multiplier`` that is not a budget is returned as it is.
+    A ``noise_multiplier`` that is not a budget is returned as it is; ``batches`` and ``noise`` are
+    those of :meth:`Budget.noise_multiplier`.
 
     Raises
     ------
@@ -134,4 +183,6 @@ def as_noise_multiplier(noise_multiplier: Any, steps: int | None, sample_rate: f
             "noise_multiplier must be a number where the number of steps is not known, got "
             f"{noise_multiplier}; use its .noise_multiplier(steps, sample_rate)"
         )
-    return noise_multiplier.noise_multiplier(steps, sample_rate)
+    if batches is not None:
+        sample_rate = 1.0
+    return noise_multiplier.noise_multiplier(steps, sample_rate, batches=batches, noise=noise)

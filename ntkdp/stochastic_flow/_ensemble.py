@@ -1,5 +1,7 @@
 """Noisy runs of the linearised model, drawn from its kernel or without one."""
 
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import equinox as eqx
@@ -23,6 +25,9 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import (
     KernelFlow,
     LinearisedFlow,
@@ -36,11 +41,12 @@ from ntkdp.gradient_flow import (
     optimizer_steps,
     with_steps,
 )
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
-from ntkdp.stochastic_flow._sampling import batch_weights, sampling
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
 
@@ -85,23 +91,45 @@ class _WeightNoise(eqx.Module):
         return jax.tree.unflatten(treedef, noise)
 
 
+#: What batches and noise carry on from step to step.
+_Carried: TypeAlias = tuple[PyTree, PyTree]
+
+
 class StepNoise(eqx.Module):
-    """The randomness of a step: the batch, and the noise of the outputs or of the weights."""
+    """The randomness of steps: batches, and the noise of the outputs or of the weights."""
 
     added: _OutputNoise | _WeightNoise | None
-    sample_rate: float = eqx.field(static=True)
+    batches: Batches
+    noise: Noise
 
-    def velocity(self, flow: LinearModelFlow, state: PyTree, key: PRNGKeyArray) -> PyTree:
-        """A random step, divided by the learning rate."""
+    def start(self, flow: LinearModelFlow, state: PyTree) -> _Carried:
+        """What is carried before the first step."""
+        batches = self.batches.start(flow.targets.shape[0])
+        if self.added is None:
+            return batches, None
+        like = jax.eval_shape(partial(self.added.draw, flow.mesh, state), jax.random.key(0))
+        return batches, self.noise.start(like)
+
+    def velocity(
+        self,
+        flow: LinearModelFlow,
+        state: PyTree,
+        key: PRNGKeyArray,
+        number: Array,
+        carried: _Carried,
+    ) -> tuple[PyTree, _Carried]:
+        """A random step, divided by the learning rate, and what is carried on."""
         batch_key, noise_key = jax.random.split(key)
-        weights = None
-        if self.sample_rate < 1:
-            dtype = jnp.result_type(*jax.tree.leaves(state))
-            weights = batch_weights(batch_key, self.sample_rate, flow.targets.shape[0], dtype)
+        of_batches, of_noise = carried
+        drawn, of_batches = self.batches.draw(batch_key, number, of_batches, flow.targets.shape[0])
+        dtype = jnp.result_type(*jax.tree.leaves(state))
+        weights = None if drawn is None else self.batches.weights(drawn, dtype)
         drift: PyTree = flow.velocity(state, weights)
         if self.added is None:
-            return drift
-        return jax.tree.map(jnp.add, drift, self.added.draw(flow.mesh, drift, noise_key))
+            return drift, (of_batches, of_noise)
+        draw = partial(self.added.draw, flow.mesh, drift)
+        noise, of_noise = self.noise.next(draw, noise_key, number, of_noise)
+        return jax.tree.map(jnp.add, drift, noise), (of_batches, of_noise)
 
     def variance(self, velocity: PyTree) -> PyTree:
         """Variance of the noise of each weight's velocity; of outputs, which nobody asks for, 0."""
@@ -119,6 +147,8 @@ def ensemble(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -147,6 +177,8 @@ def ensemble(
         budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
+    batches, noise
+        Other batches and correlated noise, as for ``dp_sgd.run``.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
         with noise if the flow has a test kernel, since the same noise moves both. It must be None
@@ -198,21 +230,34 @@ def ensemble(
     """
     check_linear_model_flow(flow)
     stepping = Stepping(learning_rate, steps, record_every)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    noise = noise_of_step(flow, sigma, sample_rate, noise_kernel, noise_per_group)
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+    )
+    random = noise_of_step(flow, sigma, drawn, noise_kernel, noise_per_group, correlated)
     walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
     start: Start = (flow.init(initial), None)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
         _, measured = draw_within_memory(
-            walk, noise, start, False, stepping, keys, outputs, listener
+            walk, random, start, False, stepping, keys, outputs, listener
+        )
+        setup = with_steps(
+            flow.setup(),
+            stepping,
+            sigma,
+            drawn.share(flow.targets.shape[0]),
+            noise_per_group,
+            walk.optimizer,
         )
         return from_measurements(
             stepping.times,
             measured,
             steps=jnp.asarray(stepping.recorded),
-            setup=with_steps(
-                flow.setup(), stepping, sigma, sample_rate, noise_per_group, walk.optimizer
+            setup=replace(
+                setup,
+                batches=batches_in_words(drawn),
+                noise=noise_in_words(correlated) if random.added is not None else "",
             ),
         )
 
@@ -220,18 +265,22 @@ def ensemble(
 def noise_of_step(
     flow: LinearModelFlow,
     noise_multiplier: ScalarLike,
-    sample_rate: float,
+    batches: Batches,
     noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
+    noise: Noise,
 ) -> StepNoise:
-    """The randomness of a step, checked against the flow."""
-    rate, divisor = sampling(flow, sample_rate)
+    """The randomness of steps, checked against the flow."""
+    n = flow.targets.shape[0]
+    batches.check(n)
+    divisor = batches.share(n) * flow.data.divisor
     if not isinstance(flow, LinearisedFlow):
         kernel_flow = check_kernel_flow(flow)
         covariance = noise_covariance(kernel_flow, noise_multiplier, noise_kernel, per_group)
         if covariance is None:
-            return StepNoise(None, rate)
-        return StepNoise(_OutputNoise(square_root(covariance, kernel_flow.mesh), divisor), rate)
+            return StepNoise(None, batches, noise)
+        factor = square_root(covariance, kernel_flow.mesh)
+        return StepNoise(_OutputNoise(factor, divisor), batches, noise)
     if noise_kernel is not None:
         raise ValueError(
             "noise_kernel must be None with a LinearisedFlow, where the noise of the weights moves "
@@ -240,9 +289,9 @@ def noise_of_step(
     groups = flow.weight_groups()
     stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
     if not bool(jnp.any(stds > 0)):
-        return StepNoise(None, rate)
+        return StepNoise(None, batches, noise)
     stds_of_leaves = [stds[group] / divisor for group in groups.leaf_to_group]
-    return StepNoise(_WeightNoise(stds_of_leaves), rate)
+    return StepNoise(_WeightNoise(stds_of_leaves), batches, noise)
 
 
 def draw_within_memory(
@@ -283,13 +332,19 @@ def draw(
     """Where runs end and what was measured, from one start or from one for each seed."""
 
     def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:
-        def step(k: Array, walked: Walked) -> Walked:
-            own = jax.random.fold_in(key, stepping.number(k))
-            velocity = noise.velocity(walk.flow, walked.position, own)
-            return walk.step(walked, velocity, noise.variance(velocity))
+        def step(k: Array, state: tuple[Walked, _Carried]) -> tuple[Walked, _Carried]:
+            walked, carried = state
+            number = jnp.asarray(stepping.number(k))
+            own = jax.random.fold_in(key, number)
+            velocity, carried = noise.velocity(walk.flow, walked.position, own, number, carried)
+            return walk.step(walked, velocity, noise.variance(velocity)), carried
 
-        end, measured = stepping.walk_to_end(
-            step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener
+        walked = walk.start(*start)
+        (end, _), measured = stepping.walk_to_end(
+            step,
+            lambda state: walk.measure(state[0], outputs),
+            (walked, noise.start(walk.flow, walked.position)),
+            listener,
         )
         return (end.position, end.average), measured
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
+from ntkdp.batches import resolve
 from ntkdp.gradient_flow import (
     OutputsAtZero,
     Start,
@@ -18,6 +19,7 @@ from ntkdp.gradient_flow import (
     with_steps,
 )
 from ntkdp.losses import Loss, Reduction
+from ntkdp.noise import Independent
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
@@ -106,6 +108,7 @@ def ensemble_phases(
     flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
     noise_kernels = one_a_phase(noise_kernel, phases, "noise_kernel")
     keys = validate.keys(key=key)
+    drawn = resolve(None, sample_rate)
     steps_of = steppings(phases, record_every)
     walks = walks_of_phases(flows, phases, steps_of, kernel, optimizer, outputs_at_zero)
     start: Start = (flows[0].init(initial), None)
@@ -116,7 +119,9 @@ def ensemble_phases(
         ):
             flow = walk.flow
             sigma, _, _ = phase.mechanism(sample_rate)
-            noise = noise_of_step(flow, sigma, sample_rate, phase_noise_kernel, noise_per_group)
+            noise = noise_of_step(
+                flow, sigma, drawn, phase_noise_kernel, noise_per_group, Independent()
+            )
             per_seed = bool(paths) and keys.ndim > 0
             start, measured = draw_within_memory(
                 walk, noise, start, per_seed, stepping, keys, outputs, listener

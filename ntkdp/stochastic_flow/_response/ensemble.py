@@ -130,7 +130,7 @@ def response_ensemble(
     -----
     *Derived*. Exact in law for a model that is linear in its parameters, and exact for any network
     without noise. If there are more than 512 outputs and noise is drawn at the nodes, a block of at
-    most 24 steps shares what is drawn between the nodes, and the law is exact at its end.
+    most 32 steps shares what is drawn between the nodes, and the law is exact at its end.
 
     A kernel takes :math:`(n K)^2` entries, and there are ``nodes * (nodes + 1) / 2`` of them. That
     of a node with itself is averaged over all draws, and that of two nodes is of one draw, in turn.
@@ -297,7 +297,7 @@ def _warn(kernels: NodeKernels, n_nodes: int, draws: int) -> None:
             f"kernels are known to {spread:.0%} only, from draws={draws}; use more draws",
             stacklevel=3,
         )
-    curvature = _curvature(kernels.between[:n_nodes])
+    curvature = float(_curvature(kernels.between[:n_nodes]))
     if curvature > _LARGEST_ERROR:
         warnings.warn(
             f"kernels are not linear between nodes={n_nodes} times, by {curvature:.0%}; use more "
@@ -306,13 +306,14 @@ def _warn(kernels: NodeKernels, n_nodes: int, draws: int) -> None:
         )
 
 
-def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> float:
+@jax.jit
+def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> Array:
     """The error of linear interpolation between neighbours, relative to the kernels."""
-    worst = 0.0
+    worst = jnp.zeros((), kernels.dtype)
     for before, here, after in zip(kernels[:-2], kernels[1:-1], kernels[2:], strict=True):
         # An interval of half the length has a quarter of the error at its middle.
         bend = jnp.linalg.norm((before + after) / 2 - here) / 4
-        worst = max(worst, float(bend / jnp.linalg.norm(here)))
+        worst = jnp.maximum(worst, bend / jnp.linalg.norm(here))
     return worst
 
 

@@ -87,9 +87,11 @@ class _Triangle(NamedTuple):
     def read(self, charges: _Charges, first: "_Scales", last: "_Scales") -> "_Line":
         """Outputs that charges of the cell move, entry by entry, along the cell."""
         gradients, moments = first.columns * charges.gradients, first.columns * charges.moments
-        here, across = first.rows * (self.here @ gradients), last.rows * (self.across @ gradients)
-        past = last.rows * (self.ahead @ (last.columns * charges.moments) - self.across @ moments)
-        return _Line(jnp.sum(here + past, axis=1), jnp.sum(across - here, axis=1))
+        both = self.across @ jnp.concatenate([gradients, moments], axis=-1)
+        across, crossed = jnp.split(both, 2, axis=-1)
+        here = first.rows * (self.here @ gradients)
+        past = last.rows * (self.ahead @ (last.columns * charges.moments) - crossed)
+        return _Line(jnp.sum(here + past, axis=1), jnp.sum(last.rows * across - here, axis=1))
 
     def at(self, along: Array, first: "_Scales", last: "_Scales") -> "_Kernel":
         """The kernel of a place in the cell with itself."""

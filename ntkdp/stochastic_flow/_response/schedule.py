@@ -11,7 +11,7 @@ from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._response import noise_free_path
 
 #: A block is this part of a cell, as long as it has no more than so many steps.
-_BLOCKS, _LONGEST, _SHORTEST = 8, 24, 2
+_BLOCKS, _LONGEST, _SHORTEST = 8, 32, 2
 #: Outputs up to which every step has noise of its own between the nodes.
 _OWN_NOISE = 512
 #: Eigenvalues below this part of the largest one are rounding errors of zero.

@@ -197,21 +197,8 @@ class FixedSize(Batches):
         return _places(key, n_samples) < self.size, carried
 
 
-@final
-class Cyclic(Batches):
-    """One of k fixed parts in turn: sample i in the steps i modulo k, modulo k.
-
-    Parameters
-    ----------
-    n_batches : int
-        k, at least 1 and at most n; an epoch has as many steps.
-
-    Examples
-    --------
-    >>> import ntkdp
-    >>> ntkdp.batches.Cyclic(4).largest(10)
-    3
-    """
+class _Parts(Batches):
+    """One of k parts of the samples in turn."""
 
     n_batches: int = eqx.field(static=True)
 
@@ -235,6 +222,23 @@ class Cyclic(Batches):
         """The largest part."""
         return -(-n_samples // self.n_batches)
 
+
+@final
+class Cyclic(_Parts):
+    """One of k fixed parts in turn: sample i in the steps i modulo k, modulo k.
+
+    Parameters
+    ----------
+    n_batches : int
+        k, at least 1 and at most n; an epoch has as many steps.
+
+    Examples
+    --------
+    >>> import ntkdp
+    >>> ntkdp.batches.Cyclic(4).largest(10)
+    3
+    """
+
     def draw(
         self, key: PRNGKeyArray, number: Array | int, carried: PyTree, n_samples: int
     ) -> tuple[Drawn, PyTree]:
@@ -245,7 +249,7 @@ class Cyclic(Batches):
 
 
 @final
-class Shuffled(Batches):
+class Shuffled(_Parts):
     """One of k parts in turn, into which the samples are divided at random in each epoch.
 
     Parameters
@@ -262,28 +266,6 @@ class Shuffled(Batches):
     >>> (first ^ second).tolist()
     [True, True, True, True]
     """
-
-    n_batches: int = eqx.field(static=True)
-
-    def __init__(self, n_batches: int) -> None:
-        self.n_batches = validate.count(n_batches=n_batches)
-
-    def check(self, n_samples: int) -> None:
-        """Raise if there are more batches than samples."""
-        _check_size("n_batches", self.n_batches, n_samples)
-
-    def share(self, n_samples: int) -> float:
-        """One over k."""
-        return 1 / self.n_batches
-
-    @property
-    def takes_all(self) -> bool:
-        """If there is one batch."""
-        return self.n_batches == 1
-
-    def largest(self, n_samples: int, overflow: float = OVERFLOW_PROBABILITY) -> int:
-        """The largest part."""
-        return -(-n_samples // self.n_batches)
 
     def start(self, n_samples: int) -> PyTree:
         """Places of the samples in the order of an epoch."""

@@ -223,8 +223,9 @@ def _scale_after(
     other = values[1 - position]
     if not other.uniform:
         return None
-    if is_traced(other.array):
-        factor: float | Array = jnp.asarray(other.array).reshape(-1)[0]
+    factor: float | Array
+    if is_traced(other.array) or (name == "div" and not np.any(other.array)):
+        factor = jnp.asarray(other.array).reshape(-1)[0]
     else:
         factor = float(np.asarray(other.array).reshape(-1)[0])
     return scale * factor if name == "mul" else scale / factor

@@ -161,7 +161,7 @@ def run(
     stepping = Stepping(learning_rate, steps, record_every)
     drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, sample_rate, batches=drawn, noise=added
+        noise_multiplier, stepping.steps, batches=drawn, noise=added
     )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
     method = Method(drawn, added, optimizer, groups, gradients, noise_per_group, microbatch_size)

@@ -74,7 +74,8 @@ class Noise(eqx.Module):
         -----
         :math:`\max_u \sqrt{\sum_{jk \in u} |(C^\top C)_{jk}|}` over the sets u of steps in which a
         sample may take part. It is exact where :math:`C^\top C` has no negative entry, and for
-        shuffled epochs an upper bound. Choquette-Choo et al. 2211.06530.
+        shuffled epochs an upper bound. Neighbours have nothing in the place of one sample, so that
+        the others keep their batches. Choquette-Choo et al. 2211.06530.
 
         Examples
         --------

@@ -116,6 +116,7 @@ class Budget:
         -----
         If it is certain in which steps a sample takes part, the whole run is one Gaussian
         mechanism: :math:`\sigma` is the sensitivity of the noise's strategy over :math:`\mu`.
+        Neighbours then have nothing in the place of one sample, and the others keep their batches.
 
         Examples
         --------
@@ -183,6 +184,4 @@ def as_noise_multiplier(
             "noise_multiplier must be a number where the number of steps is not known, got "
             f"{noise_multiplier}; use its .noise_multiplier(steps, sample_rate)"
         )
-    if batches is not None:
-        sample_rate = 1.0
     return noise_multiplier.noise_multiplier(steps, sample_rate, batches=batches, noise=noise)

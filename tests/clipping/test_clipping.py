@@ -193,7 +193,7 @@ factors_of = eqx.filter_jit(lambda rule, norms: rule.factors(norms))
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-@hypothesis.settings(max_examples=50)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(
     norms=hnp.arrays(
         np.float64, 8, elements=st.one_of(st.just(0.0), st.floats(1e-307, 1e300), st.floats(0, 10))

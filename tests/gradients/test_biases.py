@@ -136,6 +136,13 @@ def test_biases_have_the_gradients_that_plain_jacobians_have(name: str) -> None:
         )
 
 
+def test_a_division_by_zero_is_infinite_and_no_error() -> None:
+    """As it is in the network itself."""
+    structure = per_sample.trace(lambda p, x: (x @ p[0]) / 0.0 + p[1], [W, B], X)
+    assert structure.biases == {}
+    per_sample.trace(lambda p, x: x @ (p[0] / 0.0) + p[1], [W, B], X)
+
+
 def test_a_bias_shares_the_product_of_the_cotangents() -> None:
     """The kernel of a layer with a bias takes no more products than the one without."""
     x, w = normal(0, 8, 16), normal(1, 16, 32)

@@ -64,6 +64,13 @@ def train(**changed: Any) -> Any:
     return ntkdp.dp_sgd.run(*positional, **given)
 
 
+def optimal(kernel: Any = None, **changed: Any) -> Any:
+    given = {"learning_rate": 0.1, "steps": 4, "n_bands": 2, "batches": ntkdp.batches.Cyclic(2)}
+    return ntkdp.noise.Correlated.optimal(
+        np.eye(3) if kernel is None else kernel, **given | changed
+    )
+
+
 def flow(kernel: Any = None, rule: Any = None, **options: Any) -> Any:
     kernel = jnp.eye(3) if kernel is None else jnp.asarray(kernel)
     return ntkdp.KernelFlow(kernel, Y, squared(), rule or abadi(), **options)
@@ -278,6 +285,21 @@ ROWS = [
     Row("batches and a rate", lambda t: train(batches=ntkdp.batches.Cyclic(2), sample_rate=0.5), V, "give batches or sample_rate, not both"),
     Row("noise as numbers", lambda t: train(noise=[1.0, 0.5], noise_multiplier=1.0), T, "noise must be one of ntkdp.noise or None, got list"),
     Row("a strategy as text", lambda t: ntkdp.noise.Correlated("square root"), T, "strategy"),
+    Row("an optimal strategy of half a step", lambda t: optimal(steps=2.5), T, "steps must be a whole number, got 2.5"),
+    Row("an optimal strategy without bands", lambda t: optimal(n_bands=0), V, "n_bands must be at least 1, got 0"),
+    Row("an optimal strategy for random batches", lambda t: optimal(batches=ntkdp.batches.Poisson(0.5)), V, r"batches must be Full, Cyclic or Shuffled.*got Poisson\(q=0.5\)"),
+    Row("an optimal strategy for batches by name", lambda t: optimal(batches="cyclic"), T, "batches must be one of ntkdp.batches, got str"),
+    Row("an optimal strategy of a kernel that is not square", lambda t: optimal(np.ones((3, 2))), V, r"kernel must be a matrix .*got shape \(3, 2\)"),
+    Row("an optimal strategy of no kernel", lambda t: optimal("ntk"), T, "kernel must be real numbers, got 'ntk'"),
+    Row("an optimal strategy of a kernel with gaps", lambda t: optimal([1.0, NAN]), V, "kernel must be finite, got 1 NaN or infinite of 2 entries"),
+    Row("an optimal strategy of a negative kernel", lambda t: optimal(-np.eye(2)), V, "kernel must have no negative eigenvalue, got -1"),
+    Row("an optimal strategy of no noise", lambda t: optimal(np.zeros((2, 2))), V, "must let noise reach the loss, got zeros"),
+    Row("an optimal strategy at an unstable rate", lambda t: optimal([1.0], learning_rate=1e3, steps=200), V, "learning_rate must be stable under the kernel.*is 1, got 1000"),
+    Row("an optimal strategy at a negative rate", lambda t: optimal(learning_rate=-0.1), V, "learning_rate must be positive and finite, got -0.1"),
+    Row("an optimal strategy with weights of a matrix", lambda t: optimal(weights=[1.0, 1.0, 1.0]), V, "weights must be None unless kernel is eigenvalues"),
+    Row("an optimal strategy with a weight too few", lambda t: optimal([1.0, 2.0], weights=[1.0]), V, r"weights must have the shape \(2,\) of the eigenvalues, got \(1,\)"),
+    Row("an optimal strategy with a momentum of one", lambda t: optimal(momentum=1.0), V, r"momentum must be in \[0, 1\), got 1.0"),
+    Row("an optimal strategy at scale zero", lambda t: optimal(scale=0.0), V, "scale must be positive and finite, got 0.0"),
     Row("a budget without an accountant", lambda t: train(batches=ntkdp.batches.FixedSize(2), noise_multiplier=ntkdp.privacy.Budget(1.0, 1e-5)), V, "no accountant of FixedSize"),
     Row("delta of one", lambda t: ntkdp.privacy.epsilon(1.0, 1.0, 1, 1.0), V, r"delta must be in \(0, 1\), got 1.0"),
     Row("no noise, no privacy", lambda t: ntkdp.privacy.epsilon(0.0, 1.0, 1, 1e-5), value=INF),

@@ -8,13 +8,21 @@ from ntkdp.batches import Batches, Cyclic, Full, Shuffled
 
 def of_batches(strategy: Float[np.ndarray, "T T"], batches: Batches) -> float:
     """Sensitivity under the steps in which a sample may take part."""
+    known = check(batches)
     steps = len(strategy)
-    if isinstance(batches, Full):
+    if isinstance(known, Full):
         return _every(strategy, 1)
-    if isinstance(batches, Cyclic):
-        return _every(strategy, min(batches.n_batches, steps))
-    if isinstance(batches, Shuffled):
-        return _once_in_each(strategy, min(batches.n_batches, steps))
+    if isinstance(known, Cyclic):
+        return _every(strategy, min(known.n_batches, steps))
+    return _once_in_each(strategy, min(known.n_batches, steps))
+
+
+def check(batches: Batches) -> Full | Cyclic | Shuffled:
+    """The batches, if a sensitivity is known for them."""
+    if isinstance(batches, Full | Cyclic | Shuffled):
+        return batches
+    if not isinstance(batches, Batches):
+        raise TypeError(f"batches must be one of ntkdp.batches, got {type(batches).__name__}")
     raise ValueError(
         "batches must be Full, Cyclic or Shuffled, of which it is certain when a sample takes "
         f"part, got {batches!r}; independent noise has an accountant for the others"
@@ -33,12 +41,22 @@ def _every(strategy: Float[np.ndarray, "T T"], period: int) -> float:
 def _once_in_each(strategy: Float[np.ndarray, "T T"], period: int) -> float:
     """A sample takes part once in each epoch, at any step of it: an upper bound."""
     inner = np.abs(strategy.T @ strategy)
-    starts = np.arange(0, len(strategy), period)
-    largest = np.maximum.reduceat(np.maximum.reduceat(inner, starts, axis=0), starts, axis=1)
+    return float(np.sqrt(inner[worst_pairs(inner, period)].sum()))
+
+
+def worst_pairs(inner: Float[np.ndarray, "T T"], period: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each pair of epochs the steps, one of each, whose columns have the largest product."""
+    steps = len(inner)
+    epochs = -(-steps // period)
+    missing = epochs * period - steps
+    padded = np.pad(inner, (0, missing), constant_values=-1.0)
+    blocks = padded.reshape(epochs, period, epochs, period).swapaxes(1, 2)
+    best = blocks.reshape(epochs, epochs, period**2).argmax(axis=-1)
     # In one epoch it takes part once, which is a column with itself.
-    within = np.maximum.reduceat(np.diagonal(inner), starts)
-    np.fill_diagonal(largest, within)
-    return float(np.sqrt(largest.sum()))
+    own = np.diagonal(padded).reshape(epochs, period).argmax(axis=-1)
+    np.fill_diagonal(best, own * (period + 1))
+    firsts = period * np.arange(epochs)
+    return firsts[:, None] + best // period, firsts + best % period
 
 
 def with_separation(

@@ -1,13 +1,14 @@
-"""Claims C22-C25, C33-C36, C39, C42 and C47 hold, and fail for implementations that are wrong."""
+"""Claims C22-C25, C33-C36, C39-C42 and C47 hold, and fail for implementations that are wrong."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from ntkdp import claims, clipping
+from ntkdp import claims, clipping, noise
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
 from ntkdp.stochastic_flow._response import runs
@@ -68,6 +69,27 @@ def test_c36_fails_with_half_the_factor(mutate: Any) -> None:
         "mean estimate along the flow, linear model",
         "mean estimate along the flow, network, 5 samples, 2 outputs",
     } <= failing("C36")
+
+
+@pytest.mark.slow
+def test_c40_and_c41_fail_if_a_sample_is_thought_to_take_part_once(mutate: Any) -> None:
+    """The claims that count how often it does, and those alone."""
+
+    def once(self: noise.Noise, batches: Any, steps: int) -> float:
+        return float(np.linalg.norm(self.strategy_matrix(steps)[:, 0]))
+
+    mutate(noise.Noise, "sensitivity", once)
+    full = {
+        "variance over that of independent noise, full batches",
+        "loss over that of independent noise, runs, full batches",
+        "the same, predicted runs",
+    }
+    assert failing("C40") == full
+    wrong = failing("C41")
+    assert {
+        "least ratio of 57 strategies over the bound, k 1",
+        "loss over that of independent noise, runs, square root",
+    } <= wrong
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ test-core:  ## The core of the test suite with the compiler flags that users hav
 
 test-slow:  ## The larger checks that `make test` leaves out
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m slow
+	uv run pytest --hypothesis-profile thorough $$(grep -rl '^@examples' tests)
 
 coverage:  ## The share of lines that the test suite runs, and the least that it may be
 	uv run pytest --cov=ntkdp --cov-report=term:skip-covered

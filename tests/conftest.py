@@ -35,6 +35,7 @@ jax.config.update("jax_enable_x64", True)
 
 # The first example compiles; the same examples every time, so that a failure is one for everybody.
 hypothesis.settings.register_profile("ntkdp", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("ntkdp"))
 hypothesis.settings.load_profile("ntkdp")
 
 _PACKAGE = Path(__file__).parent.parent / "ntkdp"
@@ -91,6 +92,9 @@ def _programs_for_all_processes(request: pytest.FixtureRequest) -> Iterator[None
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Keep the programs of a session that came to its end; otherwise a write may be cut off."""
+    # Pytest looks for garbage five times at the end, which takes seconds each time: once will do.
+    gc.collect()
+    gc.freeze()
     own = session.config.stash.get(_OWN_PROGRAMS, None)
     if own is None or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,12 @@ def often_or_slow(cases: Iterable[Any], often: Iterable[Any]) -> list[Any]:
         )
         for case in cases
     ]
+
+
+def examples(often: int, thorough: int) -> hypothesis.settings:
+    """So many examples of a property, and more of them in ``make test-slow``."""
+    is_thorough = hypothesis.settings.get_current_profile_name() == "thorough"
+    return hypothesis.settings(max_examples=thorough if is_thorough else often)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -294,7 +294,7 @@ def test_runs_of_one_key_share_their_noise_and_hide_nothing_from_each_other() ->
 
 
 def test_without_a_canary_there_is_nothing_to_find() -> None:
-    found = audit(scores(False, 4.0, 1.0), scores(False, 4.0, 1.0, seed=8))
+    found = audit(scores(False, 4.0, 1.0, runs=4000), scores(False, 4.0, 1.0, runs=4000, seed=8))
     assert found.clopper_pearson < 0.2
     assert found.gaussian < 0.2
 
@@ -318,7 +318,7 @@ def test_a_gradient_that_is_not_clipped_is_found_out(
     sigma: float, q: float, mutate: Callable[[Any, str, Any], None]
 ) -> None:
     mutate(Abadi, "_weight", lambda self, s, R: jnp.ones_like(s))
-    found = audit_of(sigma, q, far=10 * CLIP_NORM)
+    found = audit_of(sigma, q, far=10 * CLIP_NORM, runs=4000)
     assert found.clopper_pearson > 1.2 * promised(sigma, q)
 
 

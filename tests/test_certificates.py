@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import known
-from hypothesis import given, settings
+from helpers import examples, known
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.typing import ArrayLike
 
@@ -65,7 +65,7 @@ def all_norms(terms: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scope", ["flat", "layerwise"])
-@settings(max_examples=40)
+@examples(12, 40)
 @given(seed=SEEDS, size=SIZES)
 def test_positive_above_and_not_just_below(scope: Scope, seed: int, size: tuple[int, int]) -> None:
     terms, a = random_state(seed, *size, 1 if scope == "flat" else 2)
@@ -82,7 +82,7 @@ def test_positive_above_and_not_just_below(scope: Scope, seed: int, size: tuple[
 
 
 @pytest.mark.parametrize("scope", ["flat", "layerwise"])
-@settings(max_examples=40)
+@examples(12, 40)
 @given(seed=SEEDS, size=SIZES)
 def test_the_bound_is_never_below(scope: Scope, seed: int, size: tuple[int, int]) -> None:
     terms, a = random_state(seed, *size, 1 if scope == "flat" else 2)
@@ -227,7 +227,7 @@ def solved(scope: Scope, n_groups: int, n: int, n_outputs: int) -> Callable[...,
 
 
 @pytest.mark.parametrize("scope", ["flat", "layerwise"])
-@settings(max_examples=25)
+@examples(8, 25)
 @given(seed=SEEDS)
 def test_the_loss_decays_wherever_certified(scope: Scope, seed: Any) -> None:
     terms, start = random_state(seed, 3, 1, n_groups=2)

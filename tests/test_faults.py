@@ -192,7 +192,10 @@ class _FullDisk:
 
 
 def test_a_sweep_on_a_full_disk(
-    undisturbed: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drawn_empty: None,
 ) -> None:
     command, out = _command("sweep", tmp_path), tmp_path / "runs" / "out"
     for name, resume, continues in (

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from helpers import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ntkdp import datasets, experiment, sweep
@@ -80,7 +81,7 @@ def refused(make: Callable[[], Any], kind: Any) -> str | None:
 
 
 @LOADED
-@settings(max_examples=120)
+@examples(80, 300)
 @given(data=st.data())
 def test_trees_are_valid_or_the_field_is_named(verb: str, data: Any) -> None:
     kind = LOADERS[verb][1]
@@ -106,7 +107,7 @@ def test_offers_and_parts_of_words_name_no_field() -> None:
 
 
 @LOADED
-@settings(max_examples=100)
+@examples(60, 200)
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 @example(text="[data]\nn_train = 9" + "9" * 5000)
 @example(text="x = " + "[" * 10_000)
@@ -125,7 +126,7 @@ def test_any_text_is_a_configuration_or_not(verb: str, text: str | bytes) -> Non
 
 
 @LOADED
-@settings(max_examples=100)
+@examples(60, 200)
 @given(data=st.data())
 def test_damaged_configurations_are_seen(verb: str, data: Any) -> None:
     load, kind = LOADERS[verb]
@@ -225,7 +226,7 @@ def is_read_or_refused(read: Callable[[Path, bytes], Any], content: bytes) -> No
 
 
 @pytest.mark.parametrize("kind", READERS)
-@settings(max_examples=75)
+@examples(40, 150)
 @given(data=st.data())
 def test_damaged_data_are_read_or_refused(kind: str, data: Any) -> None:
     read, whole = READERS[kind]
@@ -233,7 +234,7 @@ def test_damaged_data_are_read_or_refused(kind: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["idx", "npz", "csv"])
-@settings(max_examples=75)
+@examples(40, 150)
 @given(content=st.binary(max_size=80))
 @example(content=b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00]\x94(K\x01e.")
 @example(content=b"price\n")
@@ -311,13 +312,13 @@ def is_loaded_or_refused(content: bytes) -> None:
     assert isinstance(found.message, str)
 
 
-@settings(max_examples=120)
+@examples(80, 300)
 @given(data=st.data())
 def test_damaged_trajectories_are_loaded_or_refused(data: Any) -> None:
     is_loaded_or_refused(data.draw(damaged(trajectory_file())))
 
 
-@settings(max_examples=60)
+@examples(40, 120)
 @given(tail=st.binary(max_size=60))
 def test_any_bytes_are_no_trajectory(tail: bytes) -> None:
     for head in (b"", b"\x89HDF\r\n\x1a\n", b"CDF\x02"):

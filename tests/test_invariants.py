@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -105,7 +106,7 @@ OUTPUTS = npst.arrays(np.float64, (N, K), elements=st.floats(-20, 20, allow_subn
 LABELS = npst.arrays(np.int64, N, elements=st.integers(0, K - 1))
 
 
-@settings(max_examples=30)
+@examples(10, 30)
 @given(f=OUTPUTS, y=OUTPUTS, labels=LABELS, delta=st.floats(0.1, 5))
 def test_output_gradients_are_those_of_autodiff(
     f: np.ndarray, y: np.ndarray, labels: np.ndarray, delta: float
@@ -163,7 +164,7 @@ def as_matrix(kernel: Any) -> np.ndarray:
     return array.transpose(0, 2, 1, 3).reshape(len(array) * array.shape[2], -1)
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(seed=SEEDS)
 def test_kernels_are_positive_and_follow_the_order_of_the_samples(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -190,7 +191,7 @@ def test_kernels_are_positive_and_follow_the_order_of_the_samples(seed: int) -> 
     assert by_layer.select(by_layer.names[:1]).values.shape[0] == 1
 
 
-@settings(max_examples=20)
+@examples(6, 20)
 @given(seed=SEEDS, scale=st.floats(1e-3, 1e3))
 def test_norms_are_those_of_the_diagonal_and_scale(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -205,7 +206,7 @@ def test_norms_are_those_of_the_diagonal_and_scale(seed: int, scale: float) -> N
     assert bool(jnp.all(both <= (norms + other) * (1 + 1e-12)))
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(scale=st.floats(1e-3, 1e3))
 def test_a_preconditioner_of_one_number_divides(scale: float) -> None:
     whole = ntk.empirical_ntk(MODEL.apply, PARAMS, jnp.asarray(X))
@@ -214,7 +215,7 @@ def test_a_preconditioner_of_one_number_divides(scale: float) -> None:
     np.testing.assert_allclose(divided, whole / scale, rtol=1e-9, atol=1e-12 / scale)
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(seed=SEEDS)
 def test_quantiles_of_norms_do_not_know_the_order(seed: int) -> None:
     from ntkdp import advisor
@@ -231,7 +232,7 @@ def test_quantiles_of_norms_do_not_know_the_order(seed: int) -> None:
     assert np.all(np.diff(found[0]) >= 0)
 
 
-@settings(max_examples=30)
+@examples(10, 30)
 @given(seed=SEEDS, scale=st.floats(1e-6, 1e6))
 def test_spectra_do_not_know_the_order_and_scale(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -262,7 +263,7 @@ def test_spectra_do_not_know_the_order_and_scale(seed: int, scale: float) -> Non
     assert float(condition) >= 1
 
 
-@settings(max_examples=30)
+@examples(10, 30)
 @given(seed=SEEDS, scale=st.floats(1e-3, 1e3))
 def test_certificates_scale_with_the_gradients_and_know_no_order(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -288,7 +289,7 @@ def compiled_between_times() -> Any:
     return jax.jit(partial(ntk.between_times, MODEL.two_time.kernel, names))
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(variances=npst.arrays(np.float64, (2, 3), elements=st.floats(0, 2)))
 def test_kernels_between_times_change_over_with_the_times(variances: np.ndarray) -> None:
     x, (later, earlier) = jnp.asarray(X), jnp.asarray(variances)
@@ -313,7 +314,7 @@ def flow(rows: Any, **options: Any) -> KernelFlow:
     return KernelFlow(H[rows][:, rows], Y[rows], losses.SquaredError(), Abadi(0.6), **options)
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(order=st.permutations(range(N)))
 def test_flows_do_not_know_the_order_of_the_samples(order: list[int]) -> None:
     rows, times = np.array(order), [0.0, 0.5, 2.0]
@@ -327,7 +328,7 @@ def test_flows_do_not_know_the_order_of_the_samples(order: list[int]) -> None:
     np.testing.assert_allclose(paths[1].clip_fraction, paths[0].clip_fraction)
 
 
-@settings(max_examples=10)
+@examples(4, 10)
 @given(order=st.permutations(range(N)), steps=st.sampled_from([1, 4]))
 def test_runs_do_not_know_the_order_of_the_samples(order: list[int], steps: int) -> None:
     rows = np.array(order)
@@ -353,7 +354,7 @@ def test_runs_do_not_know_the_order_of_the_samples(order: list[int], steps: int)
     np.testing.assert_allclose(runs[1].loss, runs[0].loss, rtol=1e-9)
 
 
-@settings(max_examples=20)
+@examples(6, 20)
 @given(rate=st.floats(1e-3, 0.1))
 def test_the_sum_is_the_mean_in_another_time(rate: float) -> None:
     everything = np.arange(N)
@@ -377,7 +378,7 @@ def test_the_sum_is_the_mean_in_another_time(rate: float) -> None:
 # ---------------------------------------------------------------------------- calibration
 
 
-@settings(max_examples=20)
+@examples(6, 20)
 @given(seed=SEEDS, n_bins=st.sampled_from([1, 12]), binning=st.sampled_from(["width", "mass"]))
 def test_calibration_knows_no_order_and_stays_in_its_range(
     seed: int, n_bins: int, binning: Any
@@ -423,7 +424,7 @@ def test_calibration_knows_no_order_and_stays_in_its_range(
 # ---------------------------------------------------------------------------- privacy
 
 
-@settings(max_examples=12)
+@examples(4, 12)
 @given(
     sigma=st.floats(0.8, 4),
     q=st.sampled_from([1.0, 0.2]),
@@ -546,7 +547,7 @@ def assert_same(one: Trajectory, other: Trajectory) -> None:
         np.testing.assert_array_equal(leaf, twin)
 
 
-@settings(max_examples=25)
+@examples(8, 25)
 @given(path=trajectories())
 def test_what_is_saved_is_loaded_bit_for_bit(path: Trajectory) -> None:
     assert_same(Trajectory.from_xarray(path.to_xarray()), path)
@@ -555,7 +556,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(path: Trajectory) -> None:
         assert_same(Trajectory.load(Path(folder) / "path.nc"), path)
 
 
-@settings(max_examples=25)
+@examples(8, 25)
 @given(path=trajectories(), factor=st.floats(0.1, 10))
 def test_a_path_is_at_no_distance_from_itself(path: Trajectory, factor: float) -> None:
     found = compare(path, path)
@@ -570,7 +571,7 @@ def test_a_path_is_at_no_distance_from_itself(path: Trajectory, factor: float) -
     np.testing.assert_allclose(last, np.mean(np.asarray(path.loss)[..., -1]), rtol=1e-12)
 
 
-@settings(max_examples=30)
+@examples(10, 30)
 @given(steps=st.integers(1, 40), every=st.integers(1, 50), rate=st.floats(1e-3, 10))
 def test_steps_are_recorded_once_and_times_add_up(steps: int, every: int, rate: float) -> None:
     recorded = recorded_steps(steps, every)
@@ -597,7 +598,7 @@ def test_measurements_that_are_not_finite_are_told(loss: np.ndarray) -> None:
     assert Outcome(int(path.outcome)) in (Outcome.SUCCESS, Outcome.NON_FINITE)
 
 
-@settings(max_examples=40)
+@examples(12, 40)
 @given(seed=SEEDS, shift=st.floats(-9, 9), scale=st.floats(0.1, 10))
 def test_scores_of_ensembles_do_not_know_units_or_order(
     seed: int, shift: float, scale: float

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, SOFTMAX, SQUARED
-from hypothesis import given, settings
+from helpers import DATA, SOFTMAX, SQUARED, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ntkdp import (
@@ -188,7 +188,7 @@ def test_tolerances_below_the_rounding_are_explained() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=15)
+@examples(6, 15)
 @given(
     R=st.floats(0.1, 3.0), h=st.floats(0.2, 5.0), start=st.floats(-6.0, 6.0), on_kink=st.booleans()
 )

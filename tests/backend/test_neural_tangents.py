@@ -38,6 +38,7 @@ print(json.dumps({n: sorted(vars(m)) for n, m in loaded.items()}))
 """
 
 
+@pytest.mark.slow
 def test_jax_and_scipy_hold_the_names_they_hold_without_us() -> None:
     work = """
 import ntkdp._backend.neural_tangents, neural_tangents, jax.numpy as jnp

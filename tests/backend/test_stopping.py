@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import often_or_slow
 
 ENTRY = "from ntkdp.cli import main; main()"
 CONFIG = (
@@ -155,7 +156,7 @@ def _interrupted(folder: Path, number: int, seconds: float) -> None:
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 6.0])
+@pytest.mark.parametrize("seconds", often_or_slow([0.0, 0.5, 2.0, 6.0], [0.0, 2.0]))
 def test_a_run_is_interrupted(seconds: float, tmp_path: Path) -> None:
     _interrupted(tmp_path, signal.SIGINT, seconds)
 

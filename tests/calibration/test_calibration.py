@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
-from helpers import known
+from helpers import examples, known
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 
@@ -222,7 +222,7 @@ def test_an_impossible_label_has_infinite_likelihood() -> None:
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from(["width", "mass"]))
-@hypothesis.settings(max_examples=30)
+@examples(12, 30)
 def test_invariants(seed: int, binning: Any) -> None:
     """Every sample is counted once; norms are ordered; the order of samples does not matter."""
     generator = np.random.default_rng(seed)
@@ -270,11 +270,11 @@ def test_bootstrap_of_a_mean_is_the_normal_interval() -> None:
     """The Brier score of a constant forecast is a mean: 1.96 standard errors, give or take."""
     generator = np.random.default_rng(5)
     p, y = np.full(2000, 0.7), (generator.random(2000) < 0.6).astype(int)
-    found = calibration.bootstrap(calibration.brier_score, p, y, 4000, key=jax.random.key(0))
+    found = calibration.bootstrap(calibration.brier_score, p, y, 2000, key=jax.random.key(0))
     terms = (p - y) ** 2
     half = 1.959964 * terms.std() / math.sqrt(2000)
     assert float(found.estimate) == pytest.approx(terms.mean(), rel=1e-12)
-    assert float(found.high - found.low) == pytest.approx(2 * half, rel=0.06)
+    assert float(found.high - found.low) == pytest.approx(2 * half, rel=0.08)
     assert float(found.low + found.high) / 2 == pytest.approx(terms.mean(), abs=0.1 * half)
 
 

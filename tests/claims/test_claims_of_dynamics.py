@@ -132,7 +132,6 @@ def fresh_programs() -> Iterator[None]:
 
 #: One of each kind, of claims that don't take long.
 OFTEN = [
-    "norms without the other outputs",
     "factors on both sides",
     "sums of the engine one per cent too large",
     "squares taken for norms",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import examples
 from hypothesis.extra import numpy as hnp
 
 from ntkdp import clipping
@@ -193,7 +194,7 @@ factors_of = eqx.filter_jit(lambda rule, norms: rule.factors(norms))
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-@hypothesis.settings(max_examples=200)
+@examples(60, 200)
 @hypothesis.given(
     norms=hnp.arrays(
         np.float64, 8, elements=st.one_of(st.just(0.0), st.floats(1e-307, 1e300), st.floats(0, 10))

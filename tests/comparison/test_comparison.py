@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import rich.console
-from helpers import known
-from hypothesis import given, settings
+from helpers import examples, known
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -249,7 +249,7 @@ def test_squares_neither_overflow_nor_vanish(scale: float) -> None:
 losses_of_runs = hnp.arrays(np.float64, 6, elements=st.floats(1e-6, 1e6))
 
 
-@settings(max_examples=50)
+@examples(25, 50)
 @given(losses_of_runs)
 def test_no_error_against_itself(loss: Any) -> None:
     run = trajectory(
@@ -260,7 +260,7 @@ def test_no_error_against_itself(loss: Any) -> None:
     assert set(result.errors) == {"loss", "accuracy", "outputs", "clip_fraction"}
 
 
-@settings(max_examples=50)
+@examples(25, 50)
 @given(losses_of_runs, losses_of_runs, st.sets(st.integers(1, 5), min_size=1))
 def test_only_shared_times_count(predicted: Any, observed: Any, kept: Any) -> None:
     """Thinning either side equals thinning both, and the sup is over what is left."""
@@ -281,7 +281,7 @@ def test_only_shared_times_count(predicted: Any, observed: Any, kept: Any) -> No
     assert of_prediction.coverage == len(kept) / 5
 
 
-@settings(max_examples=50)
+@examples(25, 50)
 @given(losses_of_runs, losses_of_runs, st.floats(1e-3, 1e3))
 def test_units_do_not_matter(predicted: Any, observed: Any, scale: Any) -> None:
     times = np.arange(6.0)
@@ -292,7 +292,7 @@ def test_units_do_not_matter(predicted: Any, observed: Any, scale: Any) -> None:
     np.testing.assert_allclose(scaled.relative_error, plain.relative_error, rtol=1e-9, atol=1e-14)
 
 
-@settings(max_examples=50)
+@examples(25, 50)
 @given(losses_of_runs, st.floats(-0.9, 9.0))
 def test_a_constant_factor_is_the_error(observed: Any, error: Any) -> None:
     times = np.arange(6.0)
@@ -467,7 +467,7 @@ def test_coverage_of_runs_of_the_same_law_and_of_another() -> None:
     assert np.mean(narrow.p_value <= 0.05) > 0.5
 
 
-@settings(max_examples=50)
+@examples(25, 50)
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
 def test_coverage_knows_ranks_only(n_predicted: Any, level: Any, seed: Any) -> None:
     generator = np.random.default_rng(seed)

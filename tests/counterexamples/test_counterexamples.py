@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import often_or_slow
-from hypothesis import given, settings
+from helpers import examples, often_or_slow
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ntkdp
@@ -301,7 +301,7 @@ def test_the_same_key_finds_the_same() -> None:
     assert again == smallest_rise("abadi")
 
 
-@settings(max_examples=20)
+@examples(8, 20)
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_the_rise_is_free_of_scale(length: float, distance: float) -> None:
     """Kernel and outputs scaled, the clipping norm with them."""

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import often_or_slow
 
 import ntkdp
 from ntkdp.experiment import _margins
@@ -50,8 +51,9 @@ def test_one_run_and_no_outputs() -> None:
     "loss",
     ["softmax_cross_entropy", pytest.param("squared_error", marks=pytest.mark.slow)],
 )
-def test_a_comparison_has_them_for_classes(loss: str) -> None:
-    config = ntkdp.experiment.config(predictions=["recursion", "response"], loss=loss, **SMALL)
+@pytest.mark.parametrize("prediction", often_or_slow(["recursion", "response"], ["recursion"]))
+def test_a_comparison_has_them_for_classes(loss: str, prediction: str) -> None:
+    config = ntkdp.experiment.config(predictions=[prediction], loss=loss, **SMALL)
     results = ntkdp.experiment.run(config)
     (case,) = results.cases
     problem = ntkdp.experiment.problem_of(config)

@@ -507,7 +507,12 @@ X = np.arange(6.0).reshape(3, 2)
         ({"params": W.at[0].set(jnp.inf)}, ValueError, "params must be finite, got 1"),
         ({"params": jnp.ones((2, 1), int)}, TypeError, "must be a floating-point array"),
         ({"params": {}}, ValueError, "params must hold at least one array"),
-        ({"apply_fn": lambda w, x: x @ w - jnp.mean(x @ w)}, ValueError, "couples the samples"),
+        pytest.param(
+            {"apply_fn": lambda w, x: x @ w - jnp.mean(x @ w)},
+            ValueError,
+            "couples the samples",
+            marks=pytest.mark.slow,
+        ),
         ({"loss": "squared"}, TypeError, "loss"),
         ({"clipping": 1.0}, TypeError, "clipping"),
         (

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal
-from hypothesis import given, settings
+from helpers import examples, normal
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -314,7 +314,7 @@ ACTIVATIONS = {
 }
 
 
-@settings(max_examples=6)
+@examples(3, 12)
 @given(
     widths=st.lists(st.integers(1, 6), max_size=3),
     n_outputs=st.integers(1, 3),

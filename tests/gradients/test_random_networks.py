@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Apply
-from hypothesis import assume, given, settings
+from helpers import Apply, examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 from plain_jacobians import Numbers, assert_close, check, jacobians, numbered, products
@@ -149,7 +149,7 @@ LOOPS = ["layers", "layers, reversed", "nested", "recurrent", "recurrent, long",
 STRAIGHT = [name for name in PIECES if name not in LOOPS]
 
 
-@settings(max_examples=4)
+@examples(2, 8)
 @given(
     st.lists(st.sampled_from(STRAIGHT), min_size=3, max_size=5, unique=True),
     st.integers(1, 3),
@@ -163,7 +163,7 @@ def test_dense(pieces: list[str], n_outputs: int, positions: tuple[int, ...], se
 
 
 @pytest.mark.slow
-@settings(max_examples=4)
+@examples(2, 8)
 @given(st.lists(st.sampled_from(LOOPS), min_size=2, max_size=2, unique=True), SEEDS)
 def test_loops(pieces: list[str], seed: int) -> None:
     new = Numbers(seed)
@@ -171,7 +171,7 @@ def test_loops(pieces: list[str], seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=4)
+@examples(2, 8)
 @given(st.data())
 def test_blocks(data: st.DataObject) -> None:
     draw, new = data.draw, Numbers(data.draw(SEEDS))
@@ -230,7 +230,7 @@ def convolved(case: dict[str, Any], x: jax.Array, filters: jax.Array) -> jax.Arr
     return jnp.transpose(h, [out.index(s) for s in plain])
 
 
-@settings(max_examples=4)
+@examples(2, 8)
 @given(
     convolutions(),
     st.integers(1, 2),
@@ -268,7 +268,7 @@ def test_convolutions(
 
 
 @pytest.mark.slow
-@settings(max_examples=3)
+@examples(2, 6)
 @given(
     st.sampled_from(["SAME", ((1, -1), (0, 2))]),
     st.sampled_from([(2, 1), (2, 2), (1, 3)]),
@@ -295,7 +295,7 @@ def test_strided_convolutions_of_many_channels(
     check(apply, [new.weight(2, 8), filters, new.weight(3, 2)], new(3, 2, 5, 6))
 
 
-@settings(max_examples=4)
+@examples(2, 8)
 @given(st.data())
 def test_tokens(data: st.DataObject) -> None:
     draw, seed = data.draw, data.draw(SEEDS)
@@ -399,7 +399,7 @@ def through(layer: str, p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.slow
-@settings(max_examples=4)
+@examples(2, 8)
 @given(st.data())
 def test_both_orders_of_contraction(data: st.DataObject) -> None:
     draw, new = data.draw, Numbers(data.draw(SEEDS))

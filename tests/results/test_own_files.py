@@ -12,7 +12,8 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import example, given, settings
+from helpers import examples
+from hypothesis import example, given
 
 from ntkdp._results.checkpoints import CellFolder
 from ntkdp._results.own_files import LIST, OwnFiles
@@ -259,7 +260,7 @@ DEEDS = st.one_of(
 )
 
 
-@settings(max_examples=120)
+@examples(60, 300)
 @given(st.lists(DEEDS, min_size=2, max_size=10))
 @example([("write", "sweep.json"), ("write", "thesis.tex"), ("run", ("sweep", "overwrite"))])
 @example([("run", ("run", "")), ("write", "report.html"), ("run", ("run", "overwrite"))])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import often_or_slow
 from scipy.stats import ttest_ind
 
 import ntkdp
@@ -51,7 +52,16 @@ PAIRS = [("Toeplitz", batches) for batches in BATCHES] + [
 ]
 
 
-@pytest.mark.parametrize(("noise", "batches"), PAIRS, ids=repr)
+#: The others are the same noise, and batches of one of these kinds.
+PAIRS_OFTEN = [
+    ("Toeplitz", Cyclic(3)),
+    ("Toeplitz", Poisson(0.4)),
+    ("matrix", Shuffled(4)),
+    ("buffered", Shuffled(4)),
+]
+
+
+@pytest.mark.parametrize(("noise", "batches"), often_or_slow(PAIRS, PAIRS_OFTEN), ids=repr)
 def test_the_linearised_model_makes_the_run_of_its_key(noise: str, batches: Batches) -> None:
     """Plain per-sample gradients of a linear model, step by step, and the flow of its weights."""
     flow = ntkdp.LinearisedFlow(linear, W, X, *problem(True))
@@ -64,7 +74,9 @@ def test_the_linearised_model_makes_the_run_of_its_key(noise: str, batches: Batc
 @pytest.mark.parametrize(
     "clips", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["clipped", "not clipped"]
 )
-@pytest.mark.parametrize("batches", BATCHES, ids=repr)
+@pytest.mark.parametrize(
+    "batches", often_or_slow(BATCHES, [Cyclic(3), Shuffled(4), Poisson(0.4)]), ids=repr
+)
 def test_losses_have_the_law_of_runs(batches: Batches, clips: bool) -> None:
     """Means and spreads of the last loss over 400 runs, within three standard errors."""
     flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(clips))

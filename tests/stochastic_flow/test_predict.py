@@ -89,6 +89,7 @@ def test_a_saved_prediction_still_says_it(tmp_path: Any) -> None:
     assert ntkdp.Trajectory.load(tmp_path / "path.nc").method == predicted.method
 
 
+@pytest.mark.slow
 def test_each_method_by_name() -> None:
     keys = jax.random.split(jax.random.key(3), 4)
     noise: dict[str, Any] = {"noise_multiplier": 0.3, "key": keys, **STEPS}

@@ -79,7 +79,7 @@ def both(
     [
         pytest.param("steps", "path", marks=pytest.mark.slow),
         ("heavy ball", "start"),
-        ("Nesterov with decay", "path"),
+        pytest.param("Nesterov with decay", "path", marks=pytest.mark.slow),
         pytest.param("average", "path", marks=pytest.mark.slow),
     ],
 )
@@ -203,7 +203,7 @@ def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("own_noise", "momentum"),
     [
-        (True, 0.8),
+        pytest.param(True, 0.8, marks=pytest.mark.slow),
         (False, 0.0),
         pytest.param(True, 0.0, marks=pytest.mark.slow),
         pytest.param(False, 0.8, marks=pytest.mark.slow),
@@ -245,14 +245,6 @@ def test_noise_under_a_flat_loss_is_a_random_walk(
         assert ratio.max() < 1.025
 
 
-def test_one_key_gives_one_run() -> None:
-    flow = ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0))
-    options: dict[str, Any] = {"learning_rate": 0.3, "steps": 5, "noise_multiplier": 0.5}
-    single = response_ensemble(flow, key=KEYS[0], nodes=2, draws=1, **options)
-    assert single.loss.shape == (6,)
-    assert jnp.all(jnp.isfinite(single.loss))
-
-
 def test_few_draws_and_few_nodes_are_told() -> None:
     flow = ResponseFlow(
         network, NETWORK, 3 * X, Y, losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0)
@@ -262,9 +254,12 @@ def test_few_draws_and_few_nodes_are_told() -> None:
         pytest.warns(UserWarning, match="draws=2; use more draws"),
         pytest.warns(UserWarning, match="nodes=13 times"),
     ):
-        response_ensemble(
+        single = response_ensemble(
             flow, learning_rate=0.3, noise_multiplier=8.0, draws=2, nodes=13, **options
         )
+    # One key gives one run, without an axis of seeds.
+    assert single.loss.shape == (13,)
+    assert jnp.all(jnp.isfinite(single.loss))
     with pytest.warns(UserWarning, match="nodes=3 times"):
         response_ensemble(flow, learning_rate=10.0, nodes=3, **options)
 

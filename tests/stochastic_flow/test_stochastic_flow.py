@@ -50,7 +50,7 @@ SETTINGS = [
 
 
 #: The settings that others cover in part; `make test-slow` runs them.
-SLOW = (0, 1, 3, 5, 6)
+SLOW = (0, 1, 2, 3, 5, 6)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_cell_is_a_run_of_its_own(
     )  # fmt: skip
     assert found.train.shape == (5, 3, 5, 2)
     monkeypatch.undo()
-    for cell in (1, 4):
+    for cell in (1, 4) if per_group else (1,):
         run = two_time_ensemble(
             flow(clipping.Abadi(norms[cell], scope=scope)), START, learning_rate=rates[cell],
             noise_multiplier=sigmas[cell], outputs=True, **options,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SQUARED, known, often_or_slow
-from hypothesis import given, settings
+from helpers import SQUARED, examples, known, often_or_slow
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ntkdp
@@ -159,7 +159,7 @@ def test_of_a_sample_with_itself_half_the_digits_hold_once_compiled(double: bool
     np.testing.assert_allclose(np.diag(kernel.ntk.total), 3 * squares + 0.035, rtol=half)
 
 
-@pytest.mark.parametrize("name", often_or_slow(NETWORKS, OFTEN))
+@pytest.mark.parametrize("name", often_or_slow(NETWORKS, ["residual, standard"]))
 def test_a_term_is_the_slope_of_the_covariance_in_its_layer(name: str) -> None:
     # J_r(t) J_r(s)^T = d Sigma(t, s) / d V_r(t, s).
     model, x = NETWORKS[name]
@@ -522,7 +522,7 @@ def test_bridges_between_nodes_have_the_increments_covariance() -> None:
         assert abs(found - exact) < 4 * error + 0.01 * exact
 
 
-@settings(max_examples=25, deadline=None)
+@examples(8, 25)
 @given(st.floats(0.01, 3.0), st.floats(0.0, 1.0))
 def test_covariances_between_times_are_positive(later: float, share: float) -> None:
     times = jnp.array([later, share * later, 0.0])

@@ -88,6 +88,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
     pytest.fail("it did not happen within a minute")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_cell_and_changes_none(
     config: sweep.SweepConfig,
     alone: sweep.Results,
@@ -121,6 +122,7 @@ def test_a_killed_worker_loses_no_cell_and_changes_none(
     assert of_cells == [number / 6 for number in range(6)]
 
 
+@pytest.mark.slow
 def test_the_command_by_address(
     alone: sweep.Results, processes: distributed.Client, tmp_path: Path
 ) -> None:

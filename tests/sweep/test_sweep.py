@@ -216,7 +216,9 @@ def test_resuming_runs_nothing_again(results: sweep.Results, folder: Path) -> No
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: Path) -> None:
+def test_lost_and_damaged_cells_are_made_again(
+    results: sweep.Results, folder: Path, drawn_empty: None
+) -> None:
     expected = without_seconds(folder)
     cells = folder / "cells"
     (cells / "00002.npz").unlink()
@@ -240,7 +242,7 @@ def test_lost_and_damaged_cells_are_made_again(results: sweep.Results, folder: P
     assert (cells / "00000.npz").stat().st_mtime_ns == untouched
 
 
-def test_predict_only_trains_nothing(tmp_path: Path) -> None:
+def test_predict_only_trains_nothing(tmp_path: Path, drawn_empty: None) -> None:
     config = tmp_path / "config.toml"
     config.write_text(
         "name = 'tiny'\ndata = {n_train = 8, n_test = 8}\nmodel = {widths = [8]}\n"

@@ -43,7 +43,8 @@ class Setup:
     predicted, if that was chosen. ``optimizer`` names its kind, and ``optimizer_options``
     what is not as by default, without numbers where they are not known, e.g. the momentum.
     ``friction`` belongs to a flow with inertia, and
-    ``time_scale`` is the number that times were multiplied by.
+    ``time_scale`` is the number that times were multiplied by. ``adaptive`` says how the clipping
+    norm moves, and is empty if it is constant.
     """
 
     clipping: Description
@@ -62,6 +63,7 @@ class Setup:
     time_scale: float | None = 1.0
     neglects: tuple[str, ...] = ()
     method: str = ""
+    adaptive: str = ""
 
 
 def described(part: eqx.Module) -> Description:
@@ -83,6 +85,11 @@ def batches_in_words(batches: eqx.Module) -> str:
 def noise_in_words(noise: eqx.Module) -> str:
     """Noise by its kind and numbers; nothing for independent noise."""
     return "" if type(noise).__name__ == "Independent" else _in_words(described(noise))
+
+
+def adaptive_in_words(adaptive: eqx.Module | None) -> str:
+    """How the clipping norm moves; nothing if it does not."""
+    return "" if adaptive is None else _in_words(described(adaptive))
 
 
 def _plain(value: object) -> str | tuple[float, ...]:
@@ -241,6 +248,9 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
         ours, theirs = getattr(prediction, name), getattr(run, name)
         if not _same_description(ours, theirs):
             yield name, _in_words(ours), _in_words(theirs)
+    if prediction.adaptive != run.adaptive:
+        usual = "a constant clipping norm"
+        yield "clipping", prediction.adaptive or usual, run.adaptive or usual
     if prediction.reduction != run.reduction:
         yield "reduction", prediction.reduction, run.reduction
     if not _same_rates(prediction.learning_rate, run.learning_rate):

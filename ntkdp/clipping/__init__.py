@@ -24,9 +24,14 @@ Edge cases are treated alike by every rule. A norm of **zero** gives the limit o
 0, R for `PSAC`). An **infinite** norm gives 0, except for `NoClipping`. A **NaN** norm gives NaN,
 so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
 A factor beyond the range of the norms' dtype becomes the largest number of that dtype.
+
+With `Adaptive` the clipping norm of a rule moves during a run.
 """
 
+from ntkdp.clipping._adaptive import Adaptive
+from ntkdp.clipping._adaptive import check_adaptive as check_adaptive
 from ntkdp.clipping._names import class_of, from_name, name_of, names
+from ntkdp.clipping._rescaled import rescaled as rescaled
 from ntkdp.clipping._rule import SCOPES, ClippingRule, clip_fraction, norms_from_squares
 from ntkdp.clipping._rule import Scope as Scope
 from ntkdp.clipping._rules import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping
@@ -35,6 +40,7 @@ __all__ = [
     "PSAC",
     "SCOPES",
     "Abadi",
+    "Adaptive",
     "Automatic",
     "Batch",
     "ClippingRule",

@@ -28,6 +28,7 @@ from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._setup import (
     Setup,
+    adaptive_in_words,
     batches_in_words,
     described,
     noise_in_words,
@@ -36,6 +37,7 @@ from ntkdp._setup import (
     rates,
 )
 from ntkdp.batches import Batches
+from ntkdp.clipping import Adaptive
 from ntkdp.dp_sgd import _plain_gradients
 from ntkdp.noise import Noise
 from ntkdp.optimizers import OptimizerLike
@@ -48,6 +50,7 @@ class State(NamedTuple):
     ``average`` is the moving average of the parameters, in float32 at least, if the optimizer
     keeps one; :meth:`Algorithm.measured_params` returns it in the dtypes of the parameters.
     ``batch_state`` is the order of an epoch and ``noise_state`` what correlated noise carries on.
+    ``clip_norm`` is the clipping norm by group ``(R,)`` if it is adaptive; flat has one group.
     """
 
     params: Params
@@ -56,6 +59,7 @@ class State(NamedTuple):
     average: Params | None = None
     batch_state: PyTree = None
     noise_state: PyTree = None
+    clip_norm: Array | None = None
 
 
 class Info(NamedTuple):
@@ -96,6 +100,7 @@ class Algorithm(HasTrainingSet):
     optimizer: OptimizerLike
     batches: Batches
     noise: Noise
+    adaptive: Adaptive | None
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
@@ -118,6 +123,7 @@ class Algorithm(HasTrainingSet):
             sample_rate=self.sample_rate,
             batches=batches_in_words(self.batches),
             noise=noise_in_words(self.noise) if self.noisy else "",
+            adaptive=adaptive_in_words(self.adaptive),
             optimizer=optimizer,
             optimizer_options=options,
         )
@@ -148,7 +154,10 @@ class Algorithm(HasTrainingSet):
             noise_state = self.noise.start(like)
         batch_state = self.batches.start(self.x.shape[0])
         step = jnp.zeros((), jnp.int32)
-        return State(params, optimizer_state, step, average, batch_state, noise_state)
+        clip_norm = None
+        if self.adaptive is not None:
+            clip_norm = self.adaptive.start(self.clipping, self._resolve(params).size)
+        return State(params, optimizer_state, step, average, batch_state, noise_state, clip_norm)
 
     @property
     def sample_rate(self) -> float:
@@ -176,7 +185,10 @@ class Algorithm(HasTrainingSet):
         return self.optimizer(jnp.asarray(self.learning_rate, dtype))
 
     def _check(self, params: Params) -> None:
-        self.clipping.check_groups(self._resolve(params).size)
+        n_groups = self._resolve(params).size
+        self.clipping.check_groups(n_groups)
+        if self.adaptive is not None:
+            self.adaptive.sum_noise_multiplier(self.noise_multiplier, n_groups)
         x = check_inputs(self.apply_fn, params, self.x)
         if self.test_x is not None:
             check_inputs(self.apply_fn, params, self.test_x, "test_x")
@@ -226,6 +238,15 @@ class Algorithm(HasTrainingSet):
         self, key: PRNGKeyArray, state: State
     ) -> tuple[State, Info, Array, Array]:
         """State, diagnostics with the norms of all places, outputs, and which places are filled."""
+        after, info, outputs, present = self.at_clip_norm(state.clip_norm)._step(key, state)
+        if self.adaptive is not None and state.clip_norm is not None:
+            norms, batch_size = jnp.atleast_2d(info.norms), self.sample_rate * self.x.shape[0]
+            clip_norm = self.adaptive.next(state.clip_norm, norms, present, batch_size, key)
+            after = after._replace(clip_norm=clip_norm)
+        return after, info, outputs, present
+
+    def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array, Array]:
+        """The same with the clipping norm of the rule, and as yet without the next one."""
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
         drawn, batch_state = self.batches.draw(sampling_key, state.step, state.batch_state, n)
@@ -287,7 +308,10 @@ class Algorithm(HasTrainingSet):
         else:
             scale = jnp.asarray(self.clipping.sensitivity(groups.size))
             scale_of = [scale] * len(groups.leaf_to_group)
-        return [jnp.asarray(self.noise_multiplier * scale) for scale in scale_of]
+        sigma = self.noise_multiplier
+        if self.adaptive is not None:
+            sigma = self.adaptive.of_sum(sigma, groups.size)
+        return [jnp.asarray(sigma * scale) for scale in scale_of]
 
     def _noise_variance(self, params: Params, groups: _groups.Groups, divisor: float) -> Params:
         """Variance of the noise of each leaf of the divided gradient, for the optimizer."""
@@ -388,4 +412,5 @@ class Algorithm(HasTrainingSet):
         if state.average is not None:
             train = self.clipped_sum(params, None)[1]
         test = None if self.test_x is None else self.apply_fn(params, self.test_x)
-        return self.data.measure(train, test, clip_fraction, outputs)
+        measured = self.data.measure(train, test, clip_fraction, outputs)
+        return measured._replace(clip_norm=state.clip_norm)

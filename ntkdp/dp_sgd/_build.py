@@ -19,7 +19,7 @@ from ntkdp._backend.types import (
 )
 from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.noise import Independent, Noise
@@ -63,6 +63,7 @@ class Mechanism:
     learning_rate: LearningRate
     noise_multiplier: ScalarLike | privacy.Budget
     trainable: Iterable[str] | None = None
+    adaptive: Adaptive | None = None
 
 
 def build(
@@ -77,6 +78,7 @@ def build(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    adaptive: Adaptive | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -93,8 +95,8 @@ def build(
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
-    noise, optimizer, groups, reduction, test_x, test_targets, gradients, noise_per_group, \
-    microbatch_size, mesh
+    noise, adaptive, optimizer, groups, reduction, test_x, test_targets, gradients, \
+    noise_per_group, microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
         of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
@@ -132,7 +134,7 @@ def build(
         noise_per_group,
         microbatch_size,
     )
-    mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable)
+    mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable, adaptive)
     return algorithm_of(problem, method, mechanism)
 
 
@@ -161,6 +163,12 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
             "noise must be independent with correct_noise=True, which subtracts the variance of a "
             f"step, got {type(method.noise).__name__}; take Adam(correct_noise=False)"
         )
+    adaptive = check_adaptive(mechanism.adaptive, rule)
+    if adaptive is not None and not isinstance(method.noise, Independent):
+        raise ValueError(
+            "noise must be independent with adaptive clipping, since later steps take back noise "
+            f"in proportion to another clipping norm, got {type(method.noise).__name__}"
+        )
     mesh = devices.as_mesh(problem.mesh)
     devices.check_divides(mesh, x=x.shape[0])
     n_devices = 1 if mesh is None else mesh.size
@@ -177,6 +185,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         optimizer=optimizer,
         batches=method.batches,
         noise=method.noise,
+        adaptive=adaptive,
         capacity=_capacity(x.shape[0], method.batches, n_devices),
         gradients=method.gradients,
         noise_per_group=method.noise_per_group,

@@ -24,7 +24,7 @@ from ntkdp._backend.types import (
 )
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import Adaptive, ClippingRule
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.dp_sgd._build import Mechanism, Method, Problem, algorithm_of
 from ntkdp.dp_sgd._seeds import Start, trained
@@ -56,6 +56,7 @@ def run(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    adaptive: Adaptive | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -99,6 +100,10 @@ def run(
     noise : noise.Noise, optional
         One of :mod:`ntkdp.noise`; by default independent. Correlated noise is :math:`\sigma S`
         times the rows of :math:`C^{-1} Z`, from a buffer of a few noise vectors.
+    adaptive : clipping.Adaptive, optional
+        How the clipping norm moves, from that of the rule; by default it is constant. The noise
+        multiplier is then that of the summed gradient and the count together. It needs independent
+        noise and a rule that bounds each sample.
     optimizer : optimizers.Optimizer or callable, optional
         One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
         transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
@@ -140,7 +145,8 @@ def run(
     ValueError, TypeError
         If shapes do not fit, numbers are NaN or infinite, sigma is negative or given with a rule of
         unbounded sensitivity, the sampling rate is outside (0, 1], the learning rate or clipping
-        norm is not positive, there are no steps, or the model couples the samples of a batch.
+        norm is not positive, there are no steps, or the model couples the samples of a batch; if
+        the count of adaptive clipping has too little noise.
 
     Notes
     -----
@@ -165,7 +171,8 @@ def run(
     )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
     method = Method(drawn, added, optimizer, groups, gradients, noise_per_group, microbatch_size)
-    algorithm = algorithm_of(problem, method, Mechanism(clipping, learning_rate, sigma))
+    mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
+    algorithm = algorithm_of(problem, method, mechanism)
     return _recorded([(algorithm, stepping)], params, keys, outputs, progress)
 
 

@@ -56,7 +56,8 @@ def run(
     """Parameters at the end and what was measured, from parameters of all seeds or of each."""
 
     def measure(state: State) -> Measurement:
-        _, train, _, factors, _ = algorithm.clipped_sum(state.params, None)
+        now = algorithm.at_clip_norm(state.clip_norm)
+        _, train, _, factors, _ = now.clipped_sum(state.params, None)
         return algorithm.measure(state, train, clipping.clip_fraction(factors), outputs)
 
     def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:

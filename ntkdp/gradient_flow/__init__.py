@@ -8,6 +8,7 @@ enter these flows. Training in phases, groups frozen and released, rules that ch
 :func:`recursion_phases`, :func:`solve_phases`.
 """
 
+from ntkdp.gradient_flow._adaptive_flow import AdaptiveFlow as AdaptiveFlow
 from ntkdp.gradient_flow._flow import Flow as Flow
 from ntkdp.gradient_flow._flow import LinearModelFlow as LinearModelFlow
 from ntkdp.gradient_flow._flow import check_linear_model_flow as check_linear_model_flow
@@ -35,6 +36,7 @@ from ntkdp.gradient_flow._wrapped_flows import HeavyBallFlow as HeavyBallFlow
 from ntkdp.gradient_flow._wrapped_flows import ModifiedFlow as ModifiedFlow
 
 __all__ = [
+    "AdaptiveFlow",
     "Flow",
     "HeavyBallFlow",
     "KernelFlow",

@@ -7,8 +7,8 @@ import equinox as eqx
 from jax.sharding import Mesh
 
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
-from ntkdp._setup import Setup, described, number, optimizer_of, rates
-from ntkdp.clipping import ClippingRule
+from ntkdp._setup import Setup, adaptive_in_words, described, number, optimizer_of, rates
+from ntkdp.clipping import Adaptive, ClippingRule
 from ntkdp.losses import Loss, Reduction
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping
@@ -43,6 +43,10 @@ class TrainingFlow(HasTrainingSet, Flow):
     mesh: eqx.AbstractVar[Mesh | None]
 
     @abstractmethod
+    def velocity_and_norms(self, state: PyTree) -> tuple[PyTree, Float[Array, "R n"]]:
+        """Time derivative of the state, and the norms of the gradients by group (flat: R = 1)."""
+
+    @abstractmethod
     def setup(self) -> Setup:
         """The training that it predicts, for comparisons."""
 
@@ -53,6 +57,17 @@ class LinearModelFlow(TrainingFlow):
     @abstractmethod
     def velocity(self, state: PyTree, weights: Float[Array, " n"] | None = None) -> PyTree:
         """Time derivative of the state, for a batch if the samples have ``weights``."""
+
+    @abstractmethod
+    def velocity_and_norms(
+        self, state: PyTree, weights: Float[Array, " n"] | None = None
+    ) -> tuple[PyTree, Float[Array, "R n"]]:
+        """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
+
+    @property
+    @abstractmethod
+    def n_terms(self) -> int:
+        """Groups that clipping tells apart: 1 flat, R layerwise."""
 
 
 class WrappedFlow(Flow):
@@ -88,8 +103,9 @@ def with_steps(
     sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
+    adaptive: Adaptive | None = None,
 ) -> Setup:
-    """``setup`` with the steps of a run, and with optimizer, noise and sampling if given."""
+    """``setup`` with the steps of a run, and with optimizer, noise and the like if given."""
     has_noise = noise_multiplier is not None
     if optimizer is not None and setup.optimizer != "preconditioned":
         kind, options = optimizer_of(optimizer)
@@ -102,4 +118,5 @@ def with_steps(
         sample_rate=number(sample_rate),
         noise_per_group=bool(noise_per_group),
         neglects=() if has_noise else setup.neglects,
+        adaptive=adaptive_in_words(adaptive),
     )

@@ -192,9 +192,16 @@ class KernelFlow(LinearModelFlow):
             d_test = -self.through(self.test_drive, weighted)
         return d_train, d_test
 
+    def velocity_and_norms(
+        self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
+    ) -> tuple[tuple[Array, Array | None], Float[Array, "R n"]]:
+        """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
+        a = self.loss.output_gradient(state[0], self.targets)
+        return self.velocity(state, weights), _norms.through_kernel(self.diagonal, a)
+
     @property
     def n_terms(self) -> int:
-        """Terms of the kernel that clipping tells apart: 1 flat, R layerwise."""
+        """Groups that clipping tells apart, each with a term of the kernel: 1 flat, R layerwise."""
         return self.diagonal.shape[0]
 
     def terms(self) -> Array:

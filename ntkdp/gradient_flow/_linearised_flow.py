@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, validate
 from ntkdp._backend.norms import wide
-from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, PyTree
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTree
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample as per_sample
@@ -178,10 +178,10 @@ class LinearisedFlow(LinearModelFlow):
 
     def _clip(
         self, displacement: Params, weights: Array | None = None
-    ) -> tuple[Params, Array, Array]:
-        """Weighted sum of clipped gradients, outputs and factors ``(R, n)`` (flat: R = 1)."""
+    ) -> tuple[Params, Array, Array, Array]:
+        """Weighted sum of clipped gradients, outputs, and factors and norms (flat: one row)."""
         over_devices = devices.over_samples(
-            self._of_device, self.mesh, (None, None, 0, 0, 0), (None, 0, 1)
+            self._of_device, self.mesh, (None, None, 0, 0, 0), (None, 0, 1, 1)
         )
         return over_devices(displacement, self.params, self.x, self.targets, weights)
 
@@ -192,7 +192,7 @@ class LinearisedFlow(LinearModelFlow):
         x: Array,
         targets: Array,
         weights: Array | None,
-    ) -> tuple[Params, Array, Array]:
+    ) -> tuple[Params, Array, Array, Array]:
         groups = self.weight_groups()
         if weights is None:
             weights = jnp.ones(x.shape[0])
@@ -203,11 +203,11 @@ class LinearisedFlow(LinearModelFlow):
 
         samples = (displacement, params, x, targets)
         if self.clipping.needs_total_norm:
-            summed, _, _ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
+            summed, *_ = self._pass(*samples, weights > 0, groups, jnp.ones_like)
             leaves = jax.tree.leaves(devices.total(self.mesh, summed))
             total = clipped_sum.norms_of_sum(leaves, groups)
-        clipped, outputs, used = self._pass(*samples, weights, groups, factors)
-        return devices.total(self.mesh, clipped), outputs, used
+        clipped, *of_samples = self._pass(*samples, weights, groups, factors)
+        return devices.total(self.mesh, clipped), *of_samples
 
     def _pass(
         self,
@@ -218,11 +218,11 @@ class LinearisedFlow(LinearModelFlow):
         weights: Array,
         groups: _groups.Groups,
         rule: Callable[[Array], Array],
-    ) -> tuple[Params, Array, Array]:
-        """Weighted sum of all gradients, outputs ``(n, K)`` and factors ``(R, n)`` (flat: R = 1).
+    ) -> tuple[Params, Array, Array, Array]:
+        """Weighted sum of all gradients, outputs ``(n, K)``, factors and norms ``(R, n)``.
 
         A gradient counts with the weight of its sample times the factor that ``rule`` makes of its
-        norm.
+        norm. Flat, R = 1.
         """
         n = x.shape[0]
         leaves, treedef = jax.tree.flatten(params)
@@ -231,40 +231,53 @@ class LinearisedFlow(LinearModelFlow):
             # Targets in a wider precision than the network's would widen the gradient.
             return self.loss.output_gradient(f + moved, y).astype(f.dtype)
 
-        def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, Array]]:
+        def batch(sums: list[Array], index: Array) -> tuple[list[Array], tuple[Array, ...]]:
             rows = jnp.minimum(index, n - 1)
             _, moved = self._push(params, x[rows], displacement)
             f, gradients = clipped_sum.gradients(
                 self.apply_fn, params, x[rows], gradient, moved, targets[rows]
             )
-            factors = rule(
-                per_sample.grouped_norms(gradients, groups.leaf_to_group, groups.size, len(rows))
+            norms = per_sample.grouped_norms(
+                gradients, groups.leaf_to_group, groups.size, len(rows)
             )
+            factors = rule(norms)
             # Samples that fill up the last batch are not counted again.
             counted = jnp.where(index < n, weights[rows], 0).astype(factors.dtype)
             used = factors * counted[None]
             more = clipped_sum.weighted_sums(gradients, used, groups, leaves)
             sums = [total + one for total, one in zip(sums, more, strict=True)]
-            return sums, (f + moved, factors)
+            return sums, (f + moved, factors, norms)
 
         zeros = [jnp.zeros_like(wide(leaf)) for leaf in leaves]
-        sums, (outputs, factors) = lax.scan(batch, zeros, _batches(n, self.batch_size))
-        factors = jnp.moveaxis(factors, 1, 0).reshape(groups.size, -1)
+        sums, (outputs, *by_group) = lax.scan(batch, zeros, _batches(n, self.batch_size))
+        factors, norms = (jnp.moveaxis(v, 1, 0).reshape(groups.size, -1)[:, :n] for v in by_group)
         return (
             jax.tree.unflatten(treedef, sums),
             outputs.reshape(-1, outputs.shape[-1])[:n],
-            factors[:, :n],
+            factors,
+            norms,
         )
 
     def velocity(self, state: Params, weights: Array | None = None) -> Params:
         """Time derivative of the parameters; for a batch if samples have ``weights``."""
-        clipped, _, _ = self._clip(state, weights)
+        return self.velocity_and_norms(state, weights)[0]
+
+    def velocity_and_norms(
+        self, state: Params, weights: Array | None = None
+    ) -> tuple[Params, Float[Array, "R n"]]:
+        """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
+        clipped, _, _, norms = self._clip(state, weights)
         scale = -1.0 / self.data.divisor
-        return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
+        return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state), norms
+
+    @property
+    def n_terms(self) -> int:
+        """Groups that clipping tells apart: 1 flat, R layerwise."""
+        return self.weight_groups().size
 
     def measure(self, state: Params, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction of the linearised model at a displacement."""
-        _, train, factors = self._clip(state)
+        _, train, factors, _ = self._clip(state)
         test = None if self.test_x is None else self._outputs(self.test_x, state)
         return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from ntkdp import optimizers
-from ntkdp._backend.types import ArrayLike, LearningRate, PyTree
+from ntkdp._backend.types import Array, ArrayLike, Float, LearningRate, PRNGKeyArray, PyTree
+from ntkdp.clipping import Adaptive, check_adaptive
 from ntkdp.gradient_flow._flow import LinearModelFlow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
@@ -28,11 +29,15 @@ _HOW_TO_FIND = (
 
 
 class Walked(NamedTuple):
-    """The state of a flow, the optimizer's, and the average of the first if there is one."""
+    """The state of a flow, the optimizer's, and the average of the first if there is one.
+
+    ``clip_norm`` is the clipping norm by group if it is adaptive.
+    """
 
     position: PyTree
     optimizer_state: PyTree
     average: PyTree | None
+    clip_norm: Array | None = None
 
 
 class OptimizerSteps(eqx.Module):
@@ -47,16 +52,24 @@ class OptimizerSteps(eqx.Module):
     optimizer: OptimizerLike
     learning_rate: LearningRate
     at_zero: PyTree | None
+    adaptive: Adaptive | None = None
 
     def start(self, position: PyTree, average: PyTree | None = None) -> Walked:
         """Before the first step; an average is continued if there is one."""
         if average is None:
             average = optimizers.start_average(self.optimizer, position)
-        return Walked(position, self._transformation(position).init(position), average)
+        clip_norm = None
+        if self.adaptive is not None:
+            clip_norm = self.adaptive.start(self.flow.clipping, self.flow.n_terms)
+        return Walked(position, self._transformation(position).init(position), average, clip_norm)
+
+    def flow_at(self, walked: Walked) -> LinearModelFlow:
+        """The flow, with the clipping norm of a state."""
+        return self.flow.at_clip_norm(walked.clip_norm)
 
     def step(self, walked: Walked, velocity: PyTree, noise_variance: PyTree = 0.0) -> Walked:
         """After a step along a velocity, whose noise has the given variance."""
-        position, state, average = walked
+        position, state, average, clip_norm = walked
         weights = position
         if self.at_zero is not None:
             weights = jax.tree.map(lambda f, f0: f - f0.astype(f.dtype), position, self.at_zero)
@@ -65,17 +78,32 @@ class OptimizerSteps(eqx.Module):
             self._transformation(position), gradient, state, weights, noise_variance
         )
         position = optax.apply_updates(position, updates)
-        return Walked(position, state, optimizers.next_average(self.optimizer, average, position))
+        average = optimizers.next_average(self.optimizer, average, position)
+        return Walked(position, state, average, clip_norm)
+
+    def adapt(
+        self,
+        walked: Walked,
+        norms: Float[Array, "R n"],
+        drawn: Array | None = None,
+        batch_size: float | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Walked:
+        """With the clipping norm that follows from the gradients' norms, if it is adaptive."""
+        if self.adaptive is None or walked.clip_norm is None:
+            return walked
+        clip_norm = self.adaptive.next(walked.clip_norm, norms, drawn, batch_size, key)
+        return walked._replace(clip_norm=clip_norm)
 
     def measure(self, walked: Walked, outputs: bool) -> Measurement:
         """The record of a state: of the average if there is one, but clipping at the state."""
-        position, _, average = walked
-        measured = self.flow.measure(position, outputs)
+        position, _, average, clip_norm = walked
+        measured = self.flow_at(walked).measure(position, outputs)._replace(clip_norm=clip_norm)
         if average is None:
             return measured
         mean = jax.tree.map(lambda mean, f: mean.astype(f.dtype), average, position)
         of_average = self.flow.measure(mean, outputs)
-        return of_average._replace(clip_fraction=measured.clip_fraction)
+        return of_average._replace(clip_fraction=measured.clip_fraction, clip_norm=clip_norm)
 
     def _transformation(self, position: PyTree) -> optax.GradientTransformation:
         if callable(self.learning_rate):
@@ -89,8 +117,10 @@ def optimizer_steps(
     optimizer: OptimizerLike | None,
     learning_rate: LearningRate,
     outputs_at_zero: OutputsAtZero | None,
+    adaptive: Adaptive | None = None,
 ) -> OptimizerSteps:
     """The steps, checked: a kernel flow takes linear optimizers alone."""
+    adaptive = check_adaptive(adaptive, flow.clipping)
     optimizer = optimizers.recognised(optimizers.as_optimizer(optimizer))
     if isinstance(flow, LinearisedFlow):
         if outputs_at_zero is not None:
@@ -98,7 +128,7 @@ def optimizer_steps(
                 "outputs_at_zero must be None with a LinearisedFlow, which knows its weights, got "
                 f"{type(outputs_at_zero).__name__}"
             )
-        return OptimizerSteps(flow, optimizer, learning_rate, flow.at_zero_weights())
+        return OptimizerSteps(flow, optimizer, learning_rate, flow.at_zero_weights(), adaptive)
     assert isinstance(flow, KernelFlow)
     linear = optimizers.as_linear(optimizer)
     if flow.preconditioned and linear.decays_weights and not getattr(linear, "decoupled", False):
@@ -115,4 +145,4 @@ def optimizer_steps(
             "outputs_at_zero must be given with weight decay and a KernelFlow, got None; it is "
             + _HOW_TO_FIND
         )
-    return OptimizerSteps(flow, linear, learning_rate, at_zero)
+    return OptimizerSteps(flow, linear, learning_rate, at_zero, adaptive)

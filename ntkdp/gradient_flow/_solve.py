@@ -21,6 +21,7 @@ from ntkdp._backend.types import (
     ScalarLike,
     as_constant,
 )
+from ntkdp.clipping import Adaptive
 from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow, with_steps
 from ntkdp.gradient_flow._optimizer_steps import (
     OptimizerSteps,
@@ -256,6 +257,7 @@ def recursion(
     steps: int,
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,
+    adaptive: Adaptive | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -283,6 +285,8 @@ def recursion(
         Needed for weight decay of a KernelFlow: the outputs of the linear model at zero weights,
         :math:`f(w_0) - J w_0`, ``(n, K)`` or a (train, test) pair. One Jacobian-vector product
         gives :math:`J w_0`.
+    adaptive : clipping.Adaptive, optional
+        How the clipping norm moves, as for ``dp_sgd.run``; the noise of the count is left out.
     record_every : int
         Record every ``record_every`` steps, and the last.
     outputs : bool
@@ -301,7 +305,7 @@ def recursion(
     ValueError, TypeError
         If the learning rate is not positive, there are no steps, or the flow is of another kind;
         with a KernelFlow, if the optimizer is not linear, or decays weights without
-        ``outputs_at_zero``.
+        ``outputs_at_zero``; with adaptive clipping, if the rule bounds no single sample.
 
     Notes
     -----
@@ -319,7 +323,7 @@ def recursion(
     """
     flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
-    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
+    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive)
     start: Start = (flow.init(initial), None)
     with _progress.listening(progress, "stepping the kernel") as listener:
         return step_and_record(walk, start, stepping, outputs, listener)[1]
@@ -335,7 +339,7 @@ def step_and_record(
         what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
         results=stepping.bytes_of_record(flow.measure, start[0], outputs),
     )  # fmt: skip
-    setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer)
+    setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer, adaptive=walk.adaptive)
     steps = jnp.asarray(stepping.recorded)
     return end, from_measurements(stepping.times, measured, steps=steps, setup=setup)
 
@@ -349,7 +353,8 @@ def _recur(
     listener: Listener,
 ) -> tuple[Start, Measurement]:
     def step(k: Array | int, walked: Walked) -> Walked:
-        return walk.step(walked, walk.flow.velocity(walked.position))
+        velocity, norms = walk.flow_at(walked).velocity_and_norms(walked.position)
+        return walk.adapt(walk.step(walked, velocity), norms)
 
     end, measured = stepping.walk_to_end(
         step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener

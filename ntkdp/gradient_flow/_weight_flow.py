@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Params, PyTree
+from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTree
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_preconditioner
@@ -117,12 +117,16 @@ class WeightFlow(TrainingFlow):
             return _groups.resolve(params, lambda path: "all")
         return _groups.resolve(params, self.groups)
 
-    def _clipped_sum(self, params: Params) -> tuple[Params, Array, Array]:
-        """``sum_i C_i g_i``, outputs, and factors ``(R, n)`` (flat: R = 1)."""
-        over_devices = devices.over_samples(self._of_device, self.mesh, (None, 0, 0), (None, 0, 1))
+    def _clipped_sum(self, params: Params) -> tuple[Params, Array, Array, Array]:
+        """``sum_i C_i g_i``, outputs, and factors and norms ``(R, n)`` (flat: R = 1)."""
+        over_devices = devices.over_samples(
+            self._of_device, self.mesh, (None, 0, 0), (None, 0, 1, 1)
+        )
         return over_devices(params, self.x, self.targets)
 
-    def _of_device(self, params: Params, x: Array, targets: Array) -> tuple[Params, Array, Array]:
+    def _of_device(
+        self, params: Params, x: Array, targets: Array
+    ) -> tuple[Params, Array, Array, Array]:
         clipped = clipped_sum.clipped_sum(
             self.apply_fn,
             self.loss,
@@ -135,21 +139,26 @@ class WeightFlow(TrainingFlow):
             lambda leaves: devices.total(self.mesh, leaves),
         )
         summed = devices.total(self.mesh, clipped.leaves)
-        structure = jax.tree.structure(params)
-        return jax.tree.unflatten(structure, summed), clipped.outputs, clipped.factors
+        total = jax.tree.unflatten(jax.tree.structure(params), summed)
+        return total, clipped.outputs, clipped.factors, clipped.norms
 
     def velocity(self, state: Params) -> Params:
         """Time derivative of the parameters."""
-        clipped, _, _ = self._clipped_sum(state)
+        return self.velocity_and_norms(state)[0]
+
+    def velocity_and_norms(self, state: Params) -> tuple[Params, Float[Array, "R n"]]:
+        """The same, and the norms of the gradients by group (flat: R = 1)."""
+        clipped, _, _, norms = self._clipped_sum(state)
         scale = -1.0 / self.data.divisor
         if self.preconditioner is None:
-            return jax.tree.map(lambda g, w: (scale * g).astype(w.dtype), clipped, state)
-        return jax.tree.map(
+            return jax.tree.map(lambda g, w: (scale * g).astype(w.dtype), clipped, state), norms
+        velocity = jax.tree.map(
             lambda g, m, w: (scale * g / m).astype(w.dtype), clipped, self.preconditioner, state
         )
+        return velocity, norms
 
     def measure(self, state: Params, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at parameters."""
-        _, train, factors = self._clipped_sum(state)
+        _, train, factors, _ = self._clipped_sum(state)
         test = None if self.test_x is None else self.apply_fn(state, self.test_x)
         return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)

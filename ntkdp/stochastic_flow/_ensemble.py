@@ -26,8 +26,9 @@ from ntkdp._backend.types import (
     ScalarLike,
 )
 from ntkdp._setup import batches_in_words, noise_in_words
-from ntkdp.batches import Batches
+from ntkdp.batches import Batches, Drawn
 from ntkdp.batches import resolve as resolve_batches
+from ntkdp.clipping import Adaptive, ClippingRule, rescaled
 from ntkdp.gradient_flow import (
     KernelFlow,
     LinearisedFlow,
@@ -41,7 +42,7 @@ from ntkdp.gradient_flow import (
     optimizer_steps,
     with_steps,
 )
-from ntkdp.noise import Noise
+from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
@@ -58,7 +59,7 @@ class _OutputNoise(eqx.Module):
     """Noise of the outputs, through a factor of its covariance."""
 
     factor: Float[Array, "N N"]
-    divisor: float
+    divisor: ScalarLike
 
     def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
         """Draw what noise adds to the velocity of train and test outputs."""
@@ -72,27 +73,39 @@ class _OutputNoise(eqx.Module):
         noise = noise.reshape(-1, n_outputs) / self.divisor
         return noise[:n], None if test is None else noise[n:]
 
+    def times(self, scales: Float[Array, " R"]) -> "_OutputNoise":
+        """The same, that many times as large, all groups alike."""
+        return _OutputNoise(self.factor, self.divisor / scales[0].astype(self.factor.dtype))
+
 
 class _WeightNoise(eqx.Module):
-    """Noise of the weights, with a standard deviation for each leaf."""
+    """Noise of the weights, with a standard deviation for each group of leaves."""
 
-    deviations: list[Array]
+    deviations: Float[Array, " R"]
+    leaf_to_group: tuple[int, ...] = eqx.field(static=True)
 
     def draw(self, mesh: Mesh | None, drift: PyTree, key: PRNGKeyArray) -> PyTree:
         """Draw what noise adds to the velocity of the weights."""
         leaves, treedef = jax.tree.flatten(drift)
         # As in a run: a key for each leaf, and noise of the gradient, which is descended.
         noise = [
-            -deviation.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype)
-            for deviation, leaf, own in zip(
-                self.deviations, leaves, jax.random.split(key, len(leaves)), strict=True
+            -self.deviations[group].astype(leaf.dtype)
+            * jax.random.normal(own, leaf.shape, leaf.dtype)
+            for group, leaf, own in zip(
+                self.leaf_to_group, leaves, jax.random.split(key, len(leaves)), strict=True
             )
         ]
         return jax.tree.unflatten(treedef, noise)
 
+    def times(self, scales: Float[Array, " R"]) -> "_WeightNoise":
+        """The same, that many times as large, by group."""
+        return _WeightNoise(self.deviations * scales, self.leaf_to_group)
+
 
 #: What batches and noise carry on from step to step.
 _Carried: TypeAlias = tuple[PyTree, PyTree]
+#: Norms of all samples' gradients by group, and which samples were drawn.
+_Seen: TypeAlias = tuple[Array, Drawn]
 
 
 class StepNoise(eqx.Module):
@@ -101,6 +114,20 @@ class StepNoise(eqx.Module):
     added: _OutputNoise | _WeightNoise | None
     batches: Batches
     noise: Noise
+    per_group: bool = eqx.field(static=True)
+
+    def at_clip_norm(self, clip_norm: Array | None, rule: ClippingRule) -> "StepNoise":
+        """The same for a rule at the clipping norms of its groups, in proportion to them."""
+        if clip_norm is None or self.added is None:
+            return self
+        n_groups, moved = clip_norm.size, rescaled(rule, clip_norm)
+        if self.per_group:
+            now, before = clip_norm, rule.group_norms(n_groups)
+        else:
+            now, before = moved.sensitivity(n_groups), rule.sensitivity(n_groups)
+        ratio = jnp.asarray(now, clip_norm.dtype) / jnp.asarray(before, clip_norm.dtype)
+        scales = jnp.broadcast_to(ratio, (n_groups,))
+        return replace(self, added=self.added.times(scales))
 
     def start(self, flow: LinearModelFlow, state: PyTree) -> _Carried:
         """What is carried before the first step."""
@@ -117,25 +144,25 @@ class StepNoise(eqx.Module):
         key: PRNGKeyArray,
         number: Array,
         carried: _Carried,
-    ) -> tuple[PyTree, _Carried]:
-        """A random step, divided by the learning rate, and what is carried on."""
+    ) -> tuple[PyTree, _Seen, _Carried]:
+        """A random step, divided by the learning rate, what it saw, and what is carried on."""
         batch_key, noise_key = jax.random.split(key)
         of_batches, of_noise = carried
         drawn, of_batches = self.batches.draw(batch_key, number, of_batches, flow.targets.shape[0])
         dtype = jnp.result_type(*jax.tree.leaves(state))
         weights = None if drawn is None else self.batches.weights(drawn, dtype)
-        drift: PyTree = flow.velocity(state, weights)
+        drift, norms = flow.velocity_and_norms(state, weights)
         if self.added is None:
-            return drift, (of_batches, of_noise)
+            return drift, (norms, drawn), (of_batches, of_noise)
         draw = partial(self.added.draw, flow.mesh, drift)
         noise, of_noise = self.noise.next(draw, noise_key, number, of_noise)
-        return jax.tree.map(jnp.add, drift, noise), (of_batches, of_noise)
+        return jax.tree.map(jnp.add, drift, noise), (norms, drawn), (of_batches, of_noise)
 
     def variance(self, velocity: PyTree) -> PyTree:
         """Variance of the noise of each weight's velocity; of outputs, which nobody asks for, 0."""
         if not isinstance(self.added, _WeightNoise):
             return 0.0
-        variances = [deviation**2 for deviation in self.added.deviations]
+        variances = [self.added.deviations[group] ** 2 for group in self.added.leaf_to_group]
         return jax.tree.unflatten(jax.tree.structure(velocity), variances)
 
 
@@ -149,6 +176,7 @@ def ensemble(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    adaptive: Adaptive | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -177,8 +205,8 @@ def ensemble(
         budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
-    batches, noise
-        Other batches and correlated noise, as for ``dp_sgd.run``.
+    batches, noise, adaptive
+        Other batches, correlated noise and a clipping norm that moves, as for ``dp_sgd.run``.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
         with noise if the flow has a test kernel, since the same noise moves both. It must be None
@@ -234,8 +262,12 @@ def ensemble(
     sigma = privacy.as_noise_multiplier(
         noise_multiplier, stepping.steps, batches=drawn, noise=correlated
     )
-    random = noise_of_step(flow, sigma, drawn, noise_kernel, noise_per_group, correlated)
-    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
+    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive)
+    of_sum = sigma
+    if adaptive is not None:
+        _check_noise_adapts(flow, correlated, noise_per_group)
+        of_sum = adaptive.sum_noise_multiplier(sigma, flow.n_terms)
+    random = noise_of_step(flow, of_sum, drawn, noise_kernel, noise_per_group, correlated)
     start: Start = (flow.init(initial), None)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
@@ -249,6 +281,7 @@ def ensemble(
             drawn.share(flow.targets.shape[0]),
             noise_per_group,
             walk.optimizer,
+            adaptive,
         )
         return from_measurements(
             stepping.times,
@@ -259,6 +292,20 @@ def ensemble(
                 batches=batches_in_words(drawn),
                 noise=noise_in_words(correlated) if random.added is not None else "",
             ),
+        )
+
+
+def _check_noise_adapts(flow: LinearModelFlow, noise: Noise, per_group: bool) -> None:
+    """Raise unless the noise can follow a clipping norm that moves."""
+    if not isinstance(noise, Independent):
+        raise ValueError(
+            "noise must be independent with adaptive clipping, since later steps take back noise "
+            f"in proportion to another clipping norm, got {type(noise).__name__}"
+        )
+    if per_group and not isinstance(flow, LinearisedFlow):
+        raise ValueError(
+            "noise_per_group must be False with adaptive clipping and a KernelFlow, whose noise "
+            "has one covariance for all steps; use a LinearisedFlow"
         )
 
 
@@ -278,9 +325,9 @@ def noise_of_step(
         kernel_flow = check_kernel_flow(flow)
         covariance = noise_covariance(kernel_flow, noise_multiplier, noise_kernel, per_group)
         if covariance is None:
-            return StepNoise(None, batches, noise)
+            return StepNoise(None, batches, noise, per_group)
         factor = square_root(covariance, kernel_flow.mesh)
-        return StepNoise(_OutputNoise(factor, divisor), batches, noise)
+        return StepNoise(_OutputNoise(factor, divisor), batches, noise, per_group)
     if noise_kernel is not None:
         raise ValueError(
             "noise_kernel must be None with a LinearisedFlow, where the noise of the weights moves "
@@ -289,9 +336,9 @@ def noise_of_step(
     groups = flow.weight_groups()
     stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
     if not bool(jnp.any(stds > 0)):
-        return StepNoise(None, batches, noise)
-    stds_of_leaves = [stds[group] / divisor for group in groups.leaf_to_group]
-    return StepNoise(_WeightNoise(stds_of_leaves), batches, noise)
+        return StepNoise(None, batches, noise, per_group)
+    of_weights = _WeightNoise(stds / divisor, groups.leaf_to_group)
+    return StepNoise(of_weights, batches, noise, per_group)
 
 
 def draw_within_memory(
@@ -331,13 +378,20 @@ def draw(
 ) -> tuple[Start, Measurement]:
     """Where runs end and what was measured, from one start or from one for each seed."""
 
+    n, rule = walk.flow.targets.shape[0], walk.flow.clipping
+    batch_size = noise.batches.share(n) * n
+
     def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:
         def step(k: Array, state: tuple[Walked, _Carried]) -> tuple[Walked, _Carried]:
             walked, carried = state
             number = jnp.asarray(stepping.number(k))
             own = jax.random.fold_in(key, number)
-            velocity, carried = noise.velocity(walk.flow, walked.position, own, number, carried)
-            return walk.step(walked, velocity, noise.variance(velocity)), carried
+            flow, added = walk.flow_at(walked), noise.at_clip_norm(walked.clip_norm, rule)
+            velocity, (norms, drawn), carried = added.velocity(
+                flow, walked.position, own, number, carried
+            )
+            after = walk.step(walked, velocity, added.variance(velocity))
+            return walk.adapt(after, norms, drawn, batch_size, own), carried
 
         walked = walk.start(*start)
         (end, _), measured = stepping.walk_to_end(

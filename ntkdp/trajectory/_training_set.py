@@ -1,7 +1,7 @@
 """Training data that check themselves once, and the losses and accuracies at a state."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ntkdp import losses
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import Array, ArrayLike
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import ClippingRule, rescaled
 from ntkdp.losses import Loss, Reduction
 
 
@@ -28,6 +28,7 @@ class Measurement(NamedTuple):
     test_loss: Array | None = None
     test_accuracy: Array | None = None
     test_outputs: Array | None = None
+    clip_norm: Array | None = None
 
 
 class TrainingSet(eqx.Module):
@@ -175,6 +176,14 @@ class HasTrainingSet(eqx.Module):
     def reduction(self) -> Reduction:
         """Whether loss and drift are averaged over samples, "mean", or summed, "sum"."""
         return self.data.reduction
+
+    def at_clip_norm(self, clip_norm: Array | None) -> Self:
+        """The same with the clipping norms ``(groups,)`` in place of the rule's; None: as it is."""
+        if clip_norm is None:
+            return self
+        rule = rescaled(self.clipping, clip_norm)
+        moved: Self = eqx.tree_at(lambda owner: owner.data.clipping, self, rule)
+        return moved
 
 
 def as_samples(**named: ArrayLike) -> Array:

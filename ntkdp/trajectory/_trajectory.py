@@ -55,6 +55,8 @@ class Trajectory(eqx.Module):
         :func:`ntkdp.compare` can tell what does not belong together; empty if not known. It is part
         of the structure of the pytree: ``jax.tree.map`` joins runs of one setting, and refuses runs
         of several until each is ``dataclasses.replace(path, setup=())``.
+    clip_norm : array, optional
+        ``(T, R)``, the clipping norm by group if it moves; flat clipping has one group.
 
     Examples
     --------
@@ -76,6 +78,7 @@ class Trajectory(eqx.Module):
     outcome: Array | np.ndarray | int = 0
     start: Array | None = None
     setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
+    clip_norm: Array | None = None
 
     @property
     def successful(self) -> bool:
@@ -277,6 +280,7 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "test_loss": (),
     "test_accuracy": (),
     "test_outputs": ("test_sample", "output"),
+    "clip_norm": ("group",),
 }
 
 

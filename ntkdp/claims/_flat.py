@@ -1,4 +1,4 @@
-"""Claims C6-C11: flat clipping with a small clipping norm."""
+"""Claims C6-C11 and C48: flat clipping with a small clipping norm, or with one that adapts."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import clipping, gradient_flow, losses
+import ntkdp
+from ntkdp import clipping, dp_sgd, gradient_flow, losses, stochastic_flow
 from ntkdp._backend.types import Array, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
@@ -232,3 +233,58 @@ def only_the_product_of_rate_and_norm_matters() -> list[Finding]:
     ]
     apart = [_instances.largest_difference(path.loss, paths[0].loss) for path in paths[1:]]
     return [*findings, at_most("C7's recursion: largest difference of losses", max(apart), 1e-10)]
+
+
+@claim(
+    "C48",
+    statement="Adaptive clipping ends at its quantile: R moves until the share of samples that are "
+    "not clipped is gamma, whether R begins far above or far below. Runs and predictions have the "
+    "same mean loss and R.",
+    assumptions="linear model, 200 samples, squared loss (mean) with label noise, Poisson sampling "
+    "at 1/2, sigma 4, noise of the count 10, rate 0.15; gradients are stationary at the end",
+    source="Andrew et al. 1905.03871; predictions derived",
+)
+def adaptive_clipping_ends_at_its_quantile() -> list[Finding]:
+    n, d, n_runs, steps, eta = 200, 5, 400, 120, 0.4
+    x, noise = np.split(np.asarray(jax.random.normal(jax.random.key(48), (n, d + 1))), [d], axis=1)
+    w, y, loss = jnp.zeros((d, 1)), x @ np.ones((d, 1)) + noise, losses.SquaredError()
+    options: dict[str, Any] = {"learning_rate": eta, "steps": steps, "record_every": 12}
+    noisy = options | {"noise_multiplier": 4.0, "sample_rate": 0.5}
+    findings = []
+    cases: list[tuple[float, float, _instances.Gradients]] = [
+        (0.5, 20.0, "structured"),
+        (0.8, 0.05, "vmap"),
+    ]
+    for quantile, R, gradients in cases:
+        rule = clipping.Abadi(R)
+        adaptive = clipping.Adaptive(quantile, rate=0.15, count_noise=10.0)
+        flow = gradient_flow.KernelFlow(x @ x.T, y, loss, rule)
+        run = dp_sgd.run(
+            lambda w, x: x @ w, w, x, y, loss, rule, adaptive=adaptive, gradients=gradients,
+            key=jax.random.split(jax.random.key(1), n_runs), **noisy,
+        )  # fmt: skip
+        drawn = stochastic_flow.ensemble(
+            flow, x @ w, adaptive=adaptive,
+            key=jax.random.split(jax.random.key(2), n_runs), **noisy,
+        )  # fmt: skip
+        steps_without = gradient_flow.recursion(flow, x @ w, adaptive=adaptive, **options)
+        moving = gradient_flow.AdaptiveFlow(flow, adaptive, learning_rate=eta)
+        path = ntkdp.solve(moving, x @ w, [0.0, eta * steps])
+        where = f"gamma {quantile}, R(0) {R:g}"
+        for name, one in (("runs", run), ("predicted runs", drawn), ("recursion", steps_without)):
+            share = 1 - float(jnp.mean(one.clip_fraction[..., -1]))
+            findings.append(
+                equal(f"share unclipped, {name}, {where}", share, quantile, within=0.02)
+            )
+        share = 1 - float(path.clip_fraction[-1])
+        findings.append(equal(f"share unclipped, flow, {where}", share, quantile, within=0.02))
+        for name, quantity in (("mean loss", "loss"), ("mean R", "clip_norm")):
+            ours, theirs = (
+                np.asarray(getattr(one, quantity)).reshape(n_runs, -1)[:, 1:]
+                for one in (drawn, run)
+            )
+            apart = np.abs(np.mean(ours, axis=0) - np.mean(theirs, axis=0))
+            error = np.sqrt((np.var(ours, axis=0) + np.var(theirs, axis=0)) / n_runs)
+            largest = np.max(apart / error)
+            findings.append(at_most(f"{name}, off in standard errors, {where}", largest, 3.0))
+    return findings

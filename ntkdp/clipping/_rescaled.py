@@ -25,9 +25,9 @@ class Rescaled(ClippingRule):
 
     def _weight(self, s: Array, R: Array) -> Array:
         own = over_samples(self.rule.R, s)
-        # Finite, since zero times infinity is NaN.
-        scale = jnp.minimum(own / R, jnp.finfo(s.dtype).max)
-        return self.rule._weight(s * scale, own)
+        # In this order a quotient beyond the range is infinite, and such a sample is left out.
+        # R is zero if it is below the range of the dtype.
+        return self.rule._weight(jnp.where(s > 0, s / R * own, s), own)
 
 
 def rescaled(rule: ClippingRule, clip_norm: Float[Array, " R"]) -> ClippingRule:

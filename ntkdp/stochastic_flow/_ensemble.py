@@ -121,6 +121,8 @@ class StepNoise(eqx.Module):
         if clip_norm is None or self.added is None:
             return self
         n_groups, moved = clip_norm.size, rescaled(rule, clip_norm)
+        now: ScalarLike
+        before: ScalarLike
         if self.per_group:
             now, before = clip_norm, rule.group_norms(n_groups)
         else:

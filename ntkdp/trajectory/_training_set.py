@@ -1,7 +1,7 @@
 """Training data that check themselves once, and the losses and accuracies at a state."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -147,6 +147,9 @@ class TrainingSet(eqx.Module):
         return changed
 
 
+_Owner = TypeVar("_Owner", bound="HasTrainingSet")
+
+
 class HasTrainingSet(eqx.Module):
     """A module around a `TrainingSet`, whose fields can be read from it directly."""
 
@@ -177,12 +180,12 @@ class HasTrainingSet(eqx.Module):
         """Whether loss and drift are averaged over samples, "mean", or summed, "sum"."""
         return self.data.reduction
 
-    def at_clip_norm(self, clip_norm: Array | None) -> Self:
+    def at_clip_norm(self: _Owner, clip_norm: Array | None) -> _Owner:
         """The same with the clipping norms ``(groups,)`` in place of the rule's; None: as it is."""
         if clip_norm is None:
             return self
         rule = rescaled(self.clipping, clip_norm)
-        moved: Self = eqx.tree_at(lambda owner: owner.data.clipping, self, rule)
+        moved: _Owner = eqx.tree_at(lambda owner: owner.data.clipping, self, rule)
         return moved
 
 

@@ -22,9 +22,10 @@ class AdaptiveFlow(WrappedFlow):
 
     The flow and R are one system. The share b of samples that are not clipped counts each by
     :math:`1/(1 + (\|g_i\|/R)^{1/\tau})`, a step from 1 to 0 with the width :math:`\tau` in
-    :math:`\ln R`: with a sharp step R would jump to and fro at its quantile. Time is the running
-    sum of the learning rate, hence the rate over the learning rate. With ``scope="layerwise"`` each
-    group has an R of its own. The noise of the count, whose mean is zero, is left out.
+    :math:`\ln R`: with a sharp step R would jump back and forth at its quantile. Time is the
+    running sum of the learning rate, hence the rate over the learning rate. With
+    ``scope="layerwise"`` each group has an R of its own. The noise of the count, whose mean is
+    zero, is left out.
 
     Parameters
     ----------

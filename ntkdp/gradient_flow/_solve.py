@@ -110,7 +110,7 @@ def solve(
 
     Parameters
     ----------
-    flow : KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow or ModifiedFlow
+    flow : KernelFlow, WeightFlow, LinearisedFlow, HeavyBallFlow, ModifiedFlow or AdaptiveFlow
         The flow to integrate.
     initial : pytree
         Outputs ``(n, K)`` or a (train, test) pair for a KernelFlow, parameters for a WeightFlow or

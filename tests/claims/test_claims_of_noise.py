@@ -1,4 +1,4 @@
-"""Claims C22-C25, C33-C36, C39-C42 and C47 hold, and fail for implementations that are wrong."""
+"""Claims C22-C25, C33-C36, C39-C42, C47 and C48 hold, and fail for wrong implementations."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from ntkdp import claims, clipping, noise
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
+from ntkdp.stochastic_flow import _ensemble
 from ntkdp.stochastic_flow._response import runs
 
 
@@ -118,3 +119,19 @@ def test_c39_fails_without_the_response(mutate: Any) -> None:
     mutate(runs.Runs, "responding", lambda self, at, clipped: jnp.zeros_like(clipped))
     wrong = failing("C39")
     assert {"error of the response", "error of the noise path"} <= wrong
+
+
+@pytest.mark.slow
+def test_c48_fails_if_the_predicted_noise_does_not_follow_the_norm(mutate: Any) -> None:
+    mutate(_ensemble.StepNoise, "at_clip_norm", lambda self, *args: self)
+    wrong = failing("C48")
+    assert "mean loss, off in standard errors, gamma 0.5, R(0) 20" in wrong
+    assert not {name for name in wrong if ", runs," in name or "flow" in name}
+
+
+@pytest.mark.slow
+def test_c48_fails_for_another_quantile(mutate: Any) -> None:
+    mutate(clipping.Adaptive, "log_change", lambda self, share: -self.rate * (share - 0.5))
+    wrong = failing("C48")
+    assert "share unclipped, runs, gamma 0.8, R(0) 0.05" in wrong
+    assert not {name for name in wrong if "gamma 0.5" in name}

@@ -89,8 +89,8 @@ def test_the_linearised_model_makes_the_run_of_its_key(scope: Scope, adam: bool)
     rule = Abadi(5.0, scope=scope)
     options: dict[str, Any] = {
         "adaptive": ADAPTIVE, "noise_multiplier": 3.0, "sample_rate": 0.5, "steps": 20,
-        "noise_per_group": scope == "layerwise", "optimizer": Adam(correct_noise=True) if adam else None, "record_every": 3,
-        "key": jax.random.key(3),
+        "noise_per_group": scope == "layerwise", "record_every": 3, "key": jax.random.key(3),
+        "optimizer": Adam(correct_noise=True) if adam else None,
     }  # fmt: skip
     observed = run(rule, gradients="vmap", **options)
     predicted = stochastic_flow.ensemble(linearised(rule), W, learning_rate=0.3, **options)

@@ -299,6 +299,8 @@ ROWS = [
     Row("an optimal strategy with weights of a matrix", lambda t: optimal(weights=[1.0, 1.0, 1.0]), V, "weights must be None unless kernel is eigenvalues"),
     Row("an optimal strategy with a weight too few", lambda t: optimal([1.0, 2.0], weights=[1.0]), V, r"weights must have the shape \(2,\) of the eigenvalues, got \(1,\)"),
     Row("an optimal strategy with a momentum of one", lambda t: optimal(momentum=1.0), V, r"momentum must be in \[0, 1\), got 1.0"),
+    Row("an optimal strategy of one row", lambda t: ntkdp.noise.Correlated.optimal_for_rows([1.0, 2.0], n_bands=2, batches=ntkdp.batches.Full()), V, r"rows must have shape \(m, T\).*got \(2,\)"),
+    Row("optimal noise of a run without a flow", lambda t: ntkdp.stochastic_flow.optimal_noise(np.eye(3), Y, learning_rate=0.1, steps=2, n_bands=2, batches=ntkdp.batches.Full()), T, "flow must be a KernelFlow, got ndarray"),
     Row("an optimal strategy at scale zero", lambda t: optimal(scale=0.0), V, "scale must be positive and finite, got 0.0"),
     Row("a number for adaptive clipping", lambda t: train(adaptive=0.5), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got float"),
     Row("the same for an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, adaptive=True, key=key()), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got bool"),

@@ -121,7 +121,7 @@ class Correlated(Noise):
         ----------
         kernel : array
             The empirical kernel ``(n, n, K, K)``, or ``(n, n)`` meaning ``(x) I_K``, or its
-            eigenvalues :math:`\lambda`, ``(m,)``.
+            eigenvalues :math:`\lambda`, ``(m,)``; of a LayerwiseKernel its ``total``.
         learning_rate : float or optax schedule
             :math:`\eta`, the step size.
         steps : int
@@ -133,7 +133,7 @@ class Correlated(Noise):
         scale : float, optional
             s: what the kernel is multiplied with in a step. By default 1 / n, that of the mean of
             n squared errors without clipping, or 1 if eigenvalues are given. Clipping multiplies it
-            by the mean factor, another loss by its mean second derivative.
+            by the mean factor. For other losses see :func:`ntkdp.stochastic_flow.optimal_noise`.
         weights : array, optional
             :math:`w_\lambda`, for given eigenvalues: the noise that a mode gets, which is in
             proportion to its eigenvalue, times its weight in the loss. By default the eigenvalues,
@@ -171,6 +171,51 @@ class Correlated(Noise):
         steps, n_bands = validate.count(steps=steps), validate.count(n_bands=n_bands)
         beta = _momentum(momentum)
         workload = _workload.of_kernel(kernel, weights, scale, learning_rate, steps, beta)
+        return cls(_least_error.coefficients(workload, n_bands, batches))
+
+    @classmethod
+    def optimal_for_rows(cls, rows: ArrayLike, *, n_bands: int, batches: Batches) -> "Correlated":
+        r"""The strategy that adds least to some numbers after a run, at equal privacy.
+
+        It makes :math:`\operatorname{sens}(C)^2 \| A C^{-1} \|_F^2` least for a workload A, over
+        Toeplitz strategies of so many bands without negative coefficients, the first of them one.
+
+        Parameters
+        ----------
+        rows : array
+            A, ``(m, T)``: what noise of each of T steps does to each of m numbers.
+        n_bands : int
+            A run carries one noise vector less than this.
+        batches : batches.Batches
+            Full, cyclic or shuffled ones, for the sensitivity.
+
+        Returns
+        -------
+        Correlated
+            Never worse than independent noise or :meth:`square_root` of so many bands.
+
+        Raises
+        ------
+        ValueError
+            If the rows have another shape or are zero, or no strategy has a sensitivity under the
+            batches.
+
+        Notes
+        -----
+        *Derived*, as :meth:`optimal`, which has the rows of a kernel's modes. Those of a predicted
+        run with clipping, any loss and any linear optimizer are in
+        :func:`ntkdp.stochastic_flow.optimal_noise`.
+
+        Examples
+        --------
+        >>> import numpy as np, ntkdp
+        >>> row = 0.9 ** np.arange(100)[::-1]
+        >>> noise = ntkdp.noise.Correlated.optimal_for_rows(
+        ...     row[None], n_bands=3, batches=ntkdp.batches.Cyclic(100))
+        >>> noise.strategy.round(3).tolist()
+        [1.0, 0.509, 0.358]
+        """
+        workload, n_bands = _workload.of_rows(rows), validate.count(n_bands=n_bands)
         return cls(_least_error.coefficients(workload, n_bands, batches))
 
     @classmethod

@@ -69,15 +69,33 @@ def of_kernel(
                 "learning_rate must be stable under the kernel, whose largest eigenvalue times "
                 f"scale is {factor * eigenvalues.max():g}, got {rates.max():g}"
             )
-        # As many rows as there are directions: responses of many modes are nearly dependent.
-        found = np.concatenate([found, weighted])
-        squares, directions = np.linalg.eigh(found @ found.T)
-        found = directions[:, squares > _ROUNDING * squares[-1]].T @ found
+        found = _independent(np.concatenate([found, weighted]))
     if not len(found):
         raise ValueError(
             "kernel, weights and learning_rate must let noise reach the loss, got zeros"
         )
     return Workload(found, np.ones(steps))
+
+
+def of_rows(rows: ArrayLike) -> Workload:
+    """The sum of squares of some numbers, by what noise of each step does to them."""
+    given = np.asarray(validate.real(rows=rows), np.float64)
+    validate.finite(rows=given)
+    if given.ndim != 2 or given.size == 0:
+        raise ValueError(f"rows must have shape (m, T), one for each number, got {given.shape}")
+    found = np.empty((0, given.shape[1]))
+    for first in range(0, len(given), _AT_ONCE):
+        found = _independent(np.concatenate([found, given[first : first + _AT_ONCE, ::-1]]))
+    if not len(found):
+        raise ValueError("rows must let noise reach a number, got zeros")
+    return Workload(found, np.ones(given.shape[1]))
+
+
+def _independent(rows: Float[np.ndarray, "m T"]) -> Float[np.ndarray, "r T"]:
+    """Rows with the same products of columns, as many as there are directions in them."""
+    squares, directions = np.linalg.eigh(rows @ rows.T)
+    kept: np.ndarray = directions[:, squares > _ROUNDING * squares[-1]].T @ rows
+    return kept
 
 
 def _eigenvalues(kernel: np.ndarray) -> Float[np.ndarray, " m"]:

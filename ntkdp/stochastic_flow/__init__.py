@@ -33,7 +33,8 @@ moves another prediction by a run without noise. :func:`diagnose` says before tr
 these to trust, and :func:`predict` takes it.
 
 :func:`final_outputs` takes many learning rates and clipping norms at once, for what training ends
-with, and so does :func:`two_time_final_outputs` with kernels between times.
+with, and so does :func:`two_time_final_outputs` with kernels between times. :func:`optimal_noise`
+finds the correlated noise that adds least to the final loss.
 """
 
 from ntkdp.stochastic_flow._diagnosis import Diagnosis, diagnose
@@ -41,6 +42,7 @@ from ntkdp.stochastic_flow._ensemble import ensemble
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
+from ntkdp.stochastic_flow._optimal_noise import optimal_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
 from ntkdp.stochastic_flow._predict import predict
 from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
@@ -65,6 +67,7 @@ __all__ = [
     "fixed_privacy_flow",
     "moment_flow",
     "moments",
+    "optimal_noise",
     "predict",
     "relative_weight_noise",
     "response_ensemble",

@@ -123,11 +123,14 @@ def test_an_ensemble_has_the_law_of_the_runs(scope: Scope) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("gradients", ["structured", "vmap"])
-def test_an_ensemble_has_the_law_of_400_runs(scope: Scope, gradients: Gradients) -> None:
-    _compare_laws(scope, n_runs=400, steps=120, gradients=gradients)
+def test_an_ensemble_has_the_law_of_many_runs(scope: Scope, gradients: Gradients) -> None:
+    """An error of the law that 400 runs could just see is more than ten standard errors here."""
+    _compare_laws(scope, n_runs=8000, steps=120, gradients=gradients, seed=3)
 
 
-def _compare_laws(scope: Scope, n_runs: int, steps: int, gradients: Gradients) -> None:
+def _compare_laws(
+    scope: Scope, n_runs: int, steps: int, gradients: Gradients, seed: int = 1
+) -> None:
     """Mean loss, mean R and where the share of unclipped samples ends."""
     rule = Abadi(5.0, scope=scope)
     options: dict[str, Any] = {
@@ -135,9 +138,9 @@ def _compare_laws(scope: Scope, n_runs: int, steps: int, gradients: Gradients) -
         "record_every": steps // 6,
     }  # fmt: skip
     observed = run(
-        rule, gradients=gradients, key=jax.random.split(jax.random.key(1), n_runs), **options
+        rule, gradients=gradients, key=jax.random.split(jax.random.key(seed), n_runs), **options
     )
-    predicted = ensemble(rule, key=jax.random.split(jax.random.key(2), n_runs), **options)
+    predicted = ensemble(rule, key=jax.random.split(jax.random.key(seed + 1), n_runs), **options)
     for name in ("loss", "clip_norm"):
         ours, theirs = (
             np.asarray(getattr(one, name)).reshape(n_runs, 7, -1)[:, 1:]

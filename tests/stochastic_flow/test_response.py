@@ -16,6 +16,7 @@ from ntkdp import clipping, losses, optimizers
 from ntkdp.clipping import ClippingRule
 from ntkdp.dp_sgd import run
 from ntkdp.stochastic_flow import ResponseFlow, response_ensemble
+from ntkdp.stochastic_flow._response import noise_free_path
 
 N, M, D, K = 6, 4, 5, 3
 KEYS = jax.random.split(jax.random.key(1), 4)
@@ -119,6 +120,7 @@ def test_a_path_on_other_data_leaves_a_linear_model_exact() -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_noise_any_network_is_predicted() -> None:
     predicted, observed = both(
         network, NETWORK, clipping.Abadi(0.5), optimizer=OPTIMIZERS["heavy ball"], nodes=3
@@ -200,15 +202,9 @@ def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
     np.testing.assert_allclose(one, other, rtol=0.15)
 
 
-@pytest.mark.parametrize(
-    ("own_noise", "momentum"),
-    [
-        pytest.param(True, 0.8, marks=pytest.mark.slow),
-        (False, 0.0),
-        pytest.param(True, 0.0, marks=pytest.mark.slow),
-        pytest.param(False, 0.8, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("own_noise", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_noise_under_a_flat_loss_is_a_random_walk(
     mutate: Any, own_noise: bool, momentum: float
 ) -> None:
@@ -261,7 +257,7 @@ def test_few_draws_and_few_nodes_are_told() -> None:
     assert single.loss.shape == (13,)
     assert jnp.all(jnp.isfinite(single.loss))
     with pytest.warns(UserWarning, match="nodes=3 times"):
-        response_ensemble(flow, learning_rate=10.0, nodes=3, **options)
+        response_ensemble(flow, learning_rate=10.0, noise_multiplier=1e-3, nodes=3, **options)
 
 
 def test_optimizers_that_are_not_linear_are_refused() -> None:
@@ -270,3 +266,18 @@ def test_optimizers_that_are_not_linear_are_refused() -> None:
         response_ensemble(flow, learning_rate=0.1, steps=2, optimizer=optax.lion, key=KEYS[0])
     with pytest.raises(ValueError, match="clipping must treat each sample by itself"):
         ResponseFlow(network, NETWORK, X, Y, losses.SoftmaxCrossEntropy(), clipping.Batch(1.0))
+
+
+@pytest.mark.parametrize("steps", [2, 6, 12, 1000])
+@pytest.mark.parametrize("rests", [False, True])
+def test_nodes_are_steps_of_their_own_and_closer_at_the_beginning(steps: int, rests: bool) -> None:
+    """Also if the learning rate is zero from half of the steps on."""
+    rates = np.where(rests & (np.arange(steps) >= steps / 2), 0.0, 0.1)
+    times = np.concatenate([[0.0], np.cumsum(rates)])
+    for trained in (True, False):
+        places = noise_free_path.place_nodes(times, 7, trained=trained)
+        assert (places[0], places[-1], len(places)) == (0, steps, min(7, steps + 1))
+        lengths = np.diff(places)
+        assert lengths.min() > 0
+        if steps == 1000 and not rests:
+            assert lengths[0] < 0.5 * lengths[-1] if trained else np.ptp(lengths) <= 1

@@ -95,8 +95,8 @@ def response_ensemble(
         step; with the key of ``dp_sgd.run`` it is the noise of that run, and the prediction is of
         that very run.
     nodes : int, optional
-        Number of times at which kernels are taken, evenly in flow time, at least 2. By default 7,
-        and 5 about the start, where training moves no kernel.
+        Number of times at which kernels are taken, at least 2. By default 7, which lie closer at
+        the beginning, and 5 about the start, evenly in flow time: training moves no kernel there.
     draws : int
         Number of draws of the noise from which kernels are made.
     record_every : int
@@ -167,9 +167,10 @@ def response_ensemble(
     times = np.asarray(
         times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
     )
+    trained = not (isinstance(about, str) and about == "start")
     if nodes is None:
-        nodes = NODES_OF_NOISE if isinstance(about, str) and about == "start" else NODES
-    places = place_nodes(times, _at_least("nodes", nodes, 2))
+        nodes = NODES if trained else NODES_OF_NOISE
+    places = place_nodes(times, _at_least("nodes", nodes, 2), trained=trained)
     groups = flow.weight_groups()
     stds = deviations(flow.clipping, sigma, groups.size, noise_per_group)
     stds = (stds / (rate * flow.data.divisor)).astype(flow.dtype)
@@ -195,7 +196,8 @@ def response_ensemble(
         law = noise_path.noise_path(flow, path, transfers, stds_of_leaves, jnp.asarray(places))
         draw_keys = jax.random.split(jax.random.key(0), _at_least("draws", draws, 1))
         kernels = node_kernels(law, stds**2, draw_keys)
-        _warn(kernels, len(places), draws)
+        if is_noisy or rate < 1 or not path.is_own:  # otherwise there is nothing to respond to
+            _warn(kernels, times[places], draws)
         flat_keys = keys.reshape(-1)
         nodes_seen, roots, steps_seen = None, None, None
         if noise_at == "steps":
@@ -289,7 +291,7 @@ def _roots(covariance: Float[Array, "nodes NK NK"]) -> Float[Array, "M NK NK"]:
     return roots
 
 
-def _warn(kernels: NodeKernels, n_nodes: int, draws: int) -> None:
+def _warn(kernels: NodeKernels, times: Float[np.ndarray, " nodes"], draws: int) -> None:
     """Warn if kernels vary much between draws, or are curved between nodes."""
     spread = float(jnp.max(kernels.spread)) / draws**0.5
     if draws > 1 and spread > _LARGEST_ERROR:
@@ -297,22 +299,27 @@ def _warn(kernels: NodeKernels, n_nodes: int, draws: int) -> None:
             f"kernels are known to {spread:.0%} only, from draws={draws}; use more draws",
             stacklevel=3,
         )
-    curvature = float(_curvature(kernels.between[:n_nodes]))
+    curvature = float(_curvature(kernels.between[: len(times)], jnp.asarray(times)))
     if curvature > _LARGEST_ERROR:
         warnings.warn(
-            f"kernels are not linear between nodes={n_nodes} times, by {curvature:.0%}; use more "
-            "nodes",
+            f"kernels are not linear between nodes={len(times)} times, by {curvature:.0%}; "
+            "use more nodes",
             stacklevel=3,
         )
 
 
 @jax.jit
-def _curvature(kernels: Float[Array, "nodes T NK nK"]) -> Array:
+def _curvature(kernels: Float[Array, "nodes T NK nK"], times: Float[Array, " nodes"]) -> Array:
     """The error of linear interpolation between neighbours, relative to the kernels."""
     worst = jnp.zeros((), kernels.dtype)
-    for before, here, after in zip(kernels[:-2], kernels[1:-1], kernels[2:], strict=True):
-        # An interval of half the length has a quarter of the error at its middle.
-        bend = jnp.linalg.norm((before + after) / 2 - here) / 4
+    # At a learning rate of zero no time passes.
+    lengths = jnp.maximum(jnp.diff(times), jnp.finfo(times.dtype).eps * times[-1])
+    for k, here in enumerate(kernels[1:-1], start=1):
+        one, other = lengths[k - 1], lengths[k]
+        across = (other * kernels[k - 1] + one * kernels[k + 1]) / (one + other)
+        # A parabola differs from its chord by the product of the distances to both ends.
+        part = jnp.maximum(one, other) ** 2 / (4 * one * other)
+        bend = part * jnp.linalg.norm(across - here)
         worst = jnp.maximum(worst, bend / jnp.linalg.norm(here))
     return worst
 

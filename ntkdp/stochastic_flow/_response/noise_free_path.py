@@ -15,6 +15,9 @@ from ntkdp._gradients import clipped_sum
 from ntkdp.optimizers import Adam, OptimizerLike
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 
+#: Nodes lie at this power of even parts of the time: 1 would place them evenly.
+_GRADING = 1.5
+
 
 class NoiseFreePath(NamedTuple):
     """A run without noise, seen by the points of a flow.
@@ -52,11 +55,25 @@ class NoiseFreePath(NamedTuple):
         return self.norms is not None
 
 
-def place_nodes(times: Float[np.ndarray, " steps1"], count: int) -> np.ndarray:
-    """Numbers of at most ``count`` steps, evenly in time, with the first and the last."""
-    wanted = np.linspace(times[0], times[-1], count)
+def place_nodes(
+    times: Float[np.ndarray, " steps1"], count: int, *, trained: bool = True
+) -> np.ndarray:
+    """Numbers of at most ``count`` steps, the first and the last among them.
+
+    Training moves kernels most at the beginning, so that nodes lie closer there; noise alone moves
+    them evenly.
+    """
+    last = len(times) - 1
+    order = np.arange(min(count, len(times)))
+    wanted = times[0] + (times[-1] - times[0]) * np.linspace(0, 1, len(order)) ** (
+        _GRADING if trained else 1
+    )
     nearest = np.abs(times[None] - wanted[:, None]).argmin(axis=1)
-    return np.unique(np.concatenate([[0], nearest, [len(times) - 1]]))
+    # Each a step of its own, with room for those that follow.
+    places = np.maximum.accumulate(nearest - order) + order
+    places = np.minimum(places, last - order[::-1])
+    places[0], places[-1] = 0, last
+    return places
 
 
 def cells(times: Float[np.ndarray, " steps1"], nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

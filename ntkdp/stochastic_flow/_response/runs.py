@@ -256,7 +256,8 @@ class Runs(eqx.Module):
         before = self.pasts(cell, charges)
         past = _Line(before, self.pasts(cell + 1, charges) - before)
 
-        def block(carry: _Carry, at: Schedule) -> tuple[_Carry, None]:
+        def block(number: Array, carry: _Carry) -> _Carry:
+            at: Schedule = jax.tree.map(lambda leaf: leaf[number], blocks)
             charges, bridge, average, record = carry
             kernel, norms = own.at(at.middle, *ends), self.norms_along(cell, at.middle)
             steps, noise = at.steps, self.noise(at, cell)
@@ -287,10 +288,13 @@ class Runs(eqx.Module):
             charges = charges.after(at.gradients, steps.along, responding)
             if noise is not None:
                 bridge = _after(at.noise, bridge, at.noise.added, noise)
-            return (charges, bridge, average, record), None
+            return charges, bridge, average, record
 
         zeros = jnp.zeros_like(charges[0])
-        end, _ = lax.scan(block, (_Charges(zeros, zeros), bridge, average, record), blocks)
+        # Cells have more or fewer blocks than others; the empty ones are the last.
+        n_blocks = jnp.sum(blocks.steps.counts[:, 0] > 0)
+        start = (_Charges(zeros, zeros), bridge, average, record)
+        end: _Carry = lax.fori_loop(0, n_blocks, block, start)
         return end
 
     def undriven_at(self, at: Schedule, bridge: Array, noise: Array | None) -> Array:

@@ -157,9 +157,11 @@ def _grid(nodes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.diff(nodes)
     lengths[-1] += 1
     longest = int(lengths.max())
-    # Blocks of nearly even size leave the fewest places empty.
-    n_blocks = -(-longest // steps_of_block(longest))
-    inside = np.arange(n_blocks * -(-longest // n_blocks)).reshape(n_blocks, -1)
+    # Blocks of the size that leaves the fewest places empty, and of these the largest.
+    most = steps_of_block(longest)
+    sizes = np.arange(most, most // 2, -1)
+    size = sizes[np.argmin(np.sum(-(-lengths // sizes[:, None]), axis=1) * sizes)]
+    inside = np.arange(-(-longest // size) * size).reshape(-1, size)
     filled = inside < lengths[:, None, None]
     return np.where(filled, nodes[:-1, None, None] + inside, steps), filled
 

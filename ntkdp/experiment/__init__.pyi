@@ -14,6 +14,7 @@ from ._predictions import kernel_of as kernel_of
 from ._predictions import noise_free as noise_free
 from ._problem import Problem as Problem
 from ._problem import problem_of as problem_of
+from ._problem import require_infinite_width as require_infinite_width
 from ._problem import rules_of as rules_of
 from ._report import print_table as print_table
 from ._report import write_report as write_report

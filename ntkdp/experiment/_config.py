@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
-from ntkdp.optimizers import SGD
+from ntkdp.optimizers import SGD, Adam, Optimizer
 from ntkdp.trajectory import MOST_STEPS
 
 #: The most bytes in the name of a run.
@@ -37,9 +37,14 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network, in infinite-width terms."""
+    """The network, in infinite-width terms, or a function that makes it."""
 
-    kind: Literal["mlp", "cnn"] = Field("mlp", description="mlp or cnn")
+    kind: Literal["mlp", "cnn", "function"] = Field("mlp", description="mlp, cnn or function")
+    function: str | None = Field(
+        None,
+        description="of kind function: 'module:name' of a function of the number of outputs that "
+        "returns an ntkdp.models.Model; the folder where the command is run is searched too",
+    )
     widths: list[Annotated[int, Field(ge=1)]] = Field(
         [768, 768], min_length=1, description="widths of the hidden layers, or channels of a cnn"
     )
@@ -63,6 +68,35 @@ class ModelConfig(Section):
     parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
 
     @model_validator(mode="after")
+    def _a_function_makes_all(self) -> "ModelConfig":
+        if (self.kind == "function") != (self.function is not None):
+            raise ValueError(
+                "model.kind = 'function' and model.function must come together, "
+                f"got kind = {self.kind!r}, function = {self.function!r}"
+            )
+        if self.function is not None:
+            module, _, name = self.function.partition(":")
+            if not (all(map(str.isidentifier, module.split("."))) and name.isidentifier()):
+                raise ValueError(
+                    "model.function must name a module and a function, such as "
+                    f"'my_models:transformer', got {self.function!r}"
+                )
+            others = self.model_fields_set - {"kind", "function"}
+            if others:
+                raise ValueError(
+                    f"model.{min(others)} must be left out with model.kind = 'function', which "
+                    "makes the whole network"
+                )
+        return self
+
+    @property
+    def words(self) -> str:
+        """The network in a few words."""
+        if self.function is not None:
+            return f"the network of {self.function}"
+        return f"{self.kind} of widths {self.widths}, {self.activation}"
+
+    @model_validator(mode="after")
     def _pooling_is_of_images(self) -> "ModelConfig":
         if self.kind == "mlp" and self.pooling != "none":
             raise ValueError(
@@ -77,8 +111,19 @@ class TrainingConfig(Section):
     learning_rate: float = Field(1.5, gt=0, description="step size; time is learning_rate x step")
     steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     record_every: int = Field(2, ge=1, description="record every so many steps, and the last")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="what makes the steps")
     momentum: float = Field(
-        0.0, ge=0, lt=1, description="heavy-ball momentum; above 0 the flows have inertia"
+        0.0, ge=0, lt=1, description="of sgd: heavy-ball momentum, which gives the flows inertia"
+    )
+    nesterov: bool = Field(False, description="of sgd: look ahead along the momentum")
+    weight_decay: float = Field(
+        0.0, ge=0, description="added to the gradient of sgd, after noise; decoupled from Adam's"
+    )
+    average: float | None = Field(
+        None, ge=0, lt=1, description="decay of an average of the weights, which is measured"
+    )
+    correct_noise: bool = Field(
+        False, description="of adam: take the variance of the noise from the second moment"
     )
     noise_multiplier: float = Field(
         0.0,
@@ -118,15 +163,40 @@ class TrainingConfig(Section):
             raise ValueError(f"one way to set the noise is enough, got {given}")
         return self
 
+    @model_validator(mode="after")
+    def _belongs_to_the_optimizer(self) -> "TrainingConfig":
+        others = ("correct_noise",) if self.optimizer == "sgd" else ("momentum", "nesterov")
+        for name in others:
+            if getattr(self, name):
+                raise ValueError(
+                    f"training.{name} must be left out with training.optimizer = "
+                    f"{self.optimizer!r}, got {getattr(self, name)}"
+                )
+        if self.nesterov and not self.momentum:
+            raise ValueError("training.nesterov must be false without training.momentum, got true")
+        return self
+
     @property
     def noisy(self) -> bool:
         """Whether runs add noise."""
         return self.noise_multiplier > 0 or self.epsilon is not None or self.mu is not None
 
     @property
-    def optimizer(self) -> SGD:
+    def as_optimizer(self) -> Optimizer:
         """What makes the steps, of runs and of predictions."""
-        return SGD(self.momentum)
+        if self.optimizer == "adam":
+            return Adam(
+                weight_decay=self.weight_decay,
+                correct_noise=self.correct_noise,
+                average=self.average,
+            )
+        return SGD(self.momentum, self.nesterov, self.weight_decay, average=self.average)
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether the steps tend to a flow, with inertia or without."""
+        plain = not self.nesterov and not self.weight_decay and self.average is None
+        return self.optimizer == "sgd" and plain
 
     def sigma(self, steps: int) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
@@ -226,7 +296,7 @@ class Config(ProblemConfig):
         "flow of the infinite-width kernel, with noise an ensemble under the kernels between "
         "times; recursion: discrete steps of the empirical kernel, with noise or sampling an "
         "ensemble of them; response: noisy runs of the network itself, about a run without noise; "
-        "by default with response if there is noise",
+        "by default those that know the network and the optimizer, with response if there is noise",
     )
     rtol: float = Field(1e-5, gt=0, description="relative tolerance of the flows")
     atol: float = Field(1e-8, gt=0, description="absolute tolerance of the flows")
@@ -248,15 +318,38 @@ class Config(ProblemConfig):
         if twice:
             raise ValueError(f"clipping must not hold the same rule twice, got {twice[0]!r} again")
         couples = any(rule.rule == "batch" for rule in self.clipping)
-        if "predictions" not in self.model_fields_set and self.training.noisy and not couples:
+        if "predictions" not in self.model_fields_set:
             # A configuration is frozen for its users, but its defaults are not complete yet.
-            object.__setattr__(self, "predictions", [*self.predictions, "response"])
+            object.__setattr__(self, "predictions", self._default_predictions(couples))
+        for name in self.predictions:
+            if not self._follows_optimizer(name):
+                raise ValueError(
+                    f"predictions must not hold {name!r} with training.optimizer = "
+                    f"{self.training.optimizer!r} and such options; use "
+                    + ("response" if self.training.optimizer == "adam" else "recursion or response")
+                )
         if "response" in self.predictions and couples:
             raise ValueError(
                 "predictions must not hold 'response' with rule 'batch', which couples samples; "
                 "use exact, frozen or recursion"
             )
         return self
+
+    def _follows_optimizer(self, prediction: PredictionName) -> bool:
+        training = self.training
+        if training.optimizer == "adam":
+            return prediction == "response"
+        in_steps = prediction in ("recursion", "response")
+        in_steps |= prediction == "infinite" and training.noisy
+        return in_steps or training.has_flow
+
+    def _default_predictions(self, couples: bool) -> list[PredictionName]:
+        names = [name for name in self.predictions if self._follows_optimizer(name)]
+        if self.model.kind == "function":  # which need not have an infinite width
+            names = [name for name in names if name != "infinite"]
+        if not couples and (self.training.noisy or not names):
+            names.append("response")
+        return names
 
 
 def _number(value: float | list[float]) -> str:

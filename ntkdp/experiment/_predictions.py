@@ -177,7 +177,7 @@ def predict(
         "outputs": outputs,
         "progress": progress,
     }
-    optimizer = training.optimizer
+    optimizer = training.as_optimizer
     drawn: Any = {
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": training.sample_rate,
@@ -223,15 +223,31 @@ def predict(
         alone = training.noisy and kernel.whole is None
         flow = _kernel_flow(config, problem, kernel, rule, test=not alone)
         initial = problem.outputs if alone else initial
+        steps["optimizer"] = optimizer
+        if training.weight_decay > 0:
+            at_zero = _outputs_at_zero(problem)
+            steps["outputs_at_zero"] = at_zero[0] if alone else at_zero
         if training.noisy or training.sample_rate < 1:
             predicted = stochastic_flow.ensemble(
-                flow, initial, noise_kernel=kernel.whole, optimizer=optimizer, **steps, **drawn
+                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
             )
         else:
-            predicted = recursion(flow, initial, optimizer=optimizer, **steps)
+            predicted = recursion(flow, initial, **steps)
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
     return _solved(config, problem, kernels, rule, mechanism, name, times, outputs, progress)
+
+
+def _outputs_at_zero(problem: Problem) -> tuple[Array, Array]:
+    """Training and test outputs of the linearised network whose weights are all zero."""
+    params = problem.params
+
+    def at_zero(x: Array) -> Array:
+        outputs, slope = jax.jvp(lambda w: problem.model.apply(w, x), (params,), (params,))
+        found: Array = outputs - slope
+        return found
+
+    return at_zero(problem.x), at_zero(problem.test_x)
 
 
 def _solved(
@@ -306,8 +322,15 @@ def _kernel_flow(
 
 def weight_noise(
     config: Config, problem: Problem, rule: ClippingRule, mechanism: Mechanism
-) -> float:
-    """v(T), the variance that noise has added to weights by the end, relative to their own."""
+) -> float | None:
+    """v(T), the variance that noise has added to weights by the end, relative to their own.
+
+    None where it is not known: under Adam, and for weights that start without variance.
+    """
+    if mechanism.noise_multiplier == 0:
+        return 0.0
+    if config.training.optimizer == "adam":
+        return None
     n_groups = 1
     if rule.scope == "layerwise":
         n_groups = groups.resolve(problem.params).size
@@ -320,9 +343,12 @@ def weight_noise(
         sample_rate=config.training.sample_rate,
         n_groups=n_groups,
         reduction=config.training.reduction,
-        optimizer=config.training.optimizer,
+        optimizer=config.training.as_optimizer,
     )
-    relative = stochastic_flow.relative_weight_noise(
-        gathered[-1], problem.model, problem.params, problem.x
-    )
+    try:
+        relative = stochastic_flow.relative_weight_noise(
+            gathered[-1], problem.model, problem.params, problem.x
+        )
+    except ValueError:
+        return None
     return float(relative)

@@ -1,5 +1,8 @@
 """The problem of an experiment: data, network and rules from a configuration."""
 
+import importlib
+import os
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,6 +147,15 @@ def problem_of(config: ProblemConfig) -> Problem:
     )
 
 
+def require_infinite_width(problem: Problem, field: str) -> None:
+    """Raise unless the model has kernels of infinite width, which ``field`` asks for."""
+    if problem.model.kernel_fn is None:
+        raise ConfigError(
+            f"field {field!r}: must not ask for 'infinite' with a model.function whose model has "
+            "no kernel_fn; use the network's own kernel"
+        )
+
+
 def _wants_images(config: ProblemConfig) -> bool:
     return config.model.kind == "cnn" and config.data.name in ("digits", "mnist5k")
 
@@ -156,8 +168,33 @@ def _as_targets(targets: Array, task: str, config: ProblemConfig, n_classes: int
     return targets
 
 
+def _made_by(function: str, n_outputs: int) -> Model:
+    """The model that ``function``, 'module:name', makes for so many outputs."""
+    module, _, name = function.partition(":")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"field 'model.function': {function!r} cannot be imported: {error}; modules are looked "
+            f"for in {folder} and among those installed"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+    model = make(n_outputs)
+    if not isinstance(model, Model):
+        raise ConfigError(
+            f"field 'model.function': {function!r} must return an ntkdp.models.Model, "
+            f"got {type(model).__name__}"
+        )
+    return model
+
+
 def _model_of(config: ProblemConfig, n_outputs: int) -> Model:
     settings = config.model
+    if settings.function is not None:
+        return _made_by(settings.function, n_outputs)
     build = models.mlp
     if settings.kind == "cnn":
         build = partial(models.cnn, pooling=settings.pooling)

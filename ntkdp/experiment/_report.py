@@ -214,7 +214,9 @@ def _warnings(results: Results) -> list[str]:
                 warnings.append(f"{case.clipping.label}, {LABELS[name]}: {message}")
     if results.config.training.noisy:
         moved = ", ".join(
-            f"{case.weight_noise:.3g} ({case.clipping.label})" for case in results.cases
+            f"{'unknown' if case.weight_noise is None else format(case.weight_noise, '.3g')} "
+            f"({case.clipping.label})"
+            for case in results.cases
         )
         warnings.append(
             f"Noise adds v(T) times the weights' own variance by the end: {moved}. A frozen kernel "
@@ -374,8 +376,8 @@ def _page(
     seconds = ", ".join(f"{k} {s:.2f} s" for k, s in measured["kernel_seconds"].items())
     data, model = results.config.data, results.config.model
     summary = (
-        f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
-        f"widths {model.widths}, {model.activation}; {results.config.loss}. "
+        f"{data.name}, {data.n_train} training and {data.n_test} test samples; "
+        f"{model.words}; {results.config.loss}. "
         f"Kernels: {seconds or 'none'}. ntkdp {VERSION}, {measured['machine']['platform']}."
     )
     name = results.config.name

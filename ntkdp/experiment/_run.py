@@ -31,7 +31,7 @@ from ntkdp.experiment._predictions import (
     predict,
     weight_noise,
 )
-from ntkdp.experiment._problem import Problem, problem_of, rules_of
+from ntkdp.experiment._problem import Problem, problem_of, require_infinite_width, rules_of
 from ntkdp.trajectory import Trajectory
 
 #: Called with a description of the current task and the fraction of it that is done.
@@ -52,7 +52,7 @@ class Measured(TypedDict):
     """The numbers of a case that took time to compute, as a folder can hold them."""
 
     noise_multiplier: float
-    weight_noise: float
+    weight_noise: float | None
     run: Fields
     run_margins: np.ndarray | None
     run_seconds: float
@@ -81,15 +81,15 @@ class Case(NamedTuple):
     ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
     ``weight_noise`` the variance v(T) that noise has added to weights by the end, relative to the
     weights' own variance at the start, the largest over the layers. Compared with 1, it shows how
-    far the noise moves the kernel. ``run_margins`` are those of the runs, as in
-    :class:`Prediction`.
+    far the noise moves the kernel; it is None where it is not known, as under Adam.
+    ``run_margins`` are those of the runs, as in :class:`Prediction`.
 
     Part of what :func:`run` returns.
     """
 
     clipping: ClippingConfig
     noise_multiplier: float
-    weight_noise: float
+    weight_noise: float | None
     run: Trajectory
     run_seconds: float
     predictions: dict[str, Prediction]
@@ -185,6 +185,8 @@ def run(
                 rule.check_groups(groups.resolve(problem.params).size)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
+    if "infinite" in config.predictions:
+        require_infinite_width(problem, "predictions")
     _require_room(config, problem)
     with cells.growing():
         return _run(config, problem, rules, cells, report)
@@ -270,7 +272,7 @@ def _measured(
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
         sample_rate=training.sample_rate,
-        optimizer=training.optimizer,
+        optimizer=training.as_optimizer,
         reduction=training.reduction,
         test_x=problem.test_x,
         test_targets=problem.test_targets,
@@ -334,10 +336,11 @@ def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
         predictions[name] = Prediction(
             predicted, compared, float(prediction["seconds"]), prediction["margins"]
         )
+    noise = measured["weight_noise"]
     return Case(
         case,
         float(measured["noise_multiplier"]),
-        float(measured["weight_noise"]),
+        None if noise is None else float(noise),
         observed,
         float(measured["run_seconds"]),
         predictions,

@@ -82,7 +82,8 @@ class SweepConfig(ProblemConfig):
 
     prediction: Literal["infinite", "empirical"] = Field(
         "infinite",
-        description="kernel that predicts: of infinite width, or the network's own at the start",
+        description="kernel that predicts: of infinite width, or the network's own at the start, "
+        "which is the default for a model of kind function",
     )
     kernels: Literal["auto", "frozen", "between times"] = Field(
         "auto",
@@ -102,6 +103,13 @@ class SweepConfig(ProblemConfig):
     model: ModelConfig = Field(ModelConfig(widths=[512]), description="the network")
     grid: GridConfig = Field(GridConfig(), description="the axes")
     training: SweepTrainingConfig = Field(SweepTrainingConfig(), description="the mechanism")
+
+    @model_validator(mode="after")
+    def _a_function_need_have_no_infinite_width(self) -> "SweepConfig":
+        if self.model.kind == "function" and "prediction" not in self.model_fields_set:
+            # A configuration is frozen for its users, but its defaults are not complete yet.
+            object.__setattr__(self, "prediction", "empirical")
+        return self
 
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> "SweepConfig":

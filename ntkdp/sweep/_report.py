@@ -286,8 +286,8 @@ def _summary(results: Results) -> list[str]:
     data, model = results.config.data, results.config.model
     seconds = results.seconds
     lines = [
-        f"{data.name}, {data.n_train} training and {data.n_test} test samples; {model.kind} of "
-        f"widths {model.widths}, {model.activation}; {results.config.loss}; "
+        f"{data.name}, {data.n_train} training and {data.n_test} test samples; "
+        f"{model.words}; {results.config.loss}; "
         f"{results.config.training.steps} steps."
     ]
     predicted = (

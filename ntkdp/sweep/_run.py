@@ -13,7 +13,14 @@ from ntkdp import advisor, gradient_flow, stochastic_flow
 from ntkdp._gradients import groups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.comparison import CellMetrics, check_cell, measure
-from ntkdp.experiment import Kernel, Problem, compute_kernel, problem_of, require_memory
+from ntkdp.experiment import (
+    Kernel,
+    Problem,
+    compute_kernel,
+    problem_of,
+    require_infinite_width,
+    require_memory,
+)
 from ntkdp.sweep import _cluster
 from ntkdp.sweep._config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.sweep._workers import (
@@ -143,6 +150,8 @@ def run(
     folder_cells = open_cells(folder, config, "sweep", resume=resume, overwrite=overwrite)
     report("loading data", 0.0)
     problem = problem_of(config)
+    if config.prediction == "infinite":
+        require_infinite_width(problem, "prediction")
     observe_missing = None
     if config.observe:
         observe_missing = partial(_observe_here, config, problem, maps)

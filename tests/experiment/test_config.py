@@ -143,6 +143,24 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"training": {"epsilon": 3.0}}, ["epsilon", "delta", "together"]),
         ({"training": {"mu": 1.0, "noise_multiplier": 2.0}}, ["one way", "mu"]),
         ({"training": {"n_predicted": 1}}, ["'training.n_predicted'", "1"]),
+        ({"training": {"optimizer": "adam", "momentum": 0.9}}, ["training.momentum", "0.9"]),
+        ({"training": {"correct_noise": True}}, ["training.correct_noise", "'sgd'"]),
+        ({"training": {"nesterov": True}}, ["training.nesterov", "training.momentum"]),
+        (
+            {"training": {"optimizer": "adam"}, "predictions": ["frozen"]},
+            ["'frozen'", "'adam'", "use response"],
+        ),
+        (
+            {"training": {"weight_decay": 0.1}, "predictions": ["exact"]},
+            ["'exact'", "use recursion or response"],
+        ),
+        ({"model": {"kind": "function"}}, ["model.function", "together", "None"]),
+        ({"model": {"function": "a:b"}}, ["model.function", "together", "'mlp'"]),
+        ({"model": {"kind": "function", "function": "a.py"}}, ["my_models:", "'a.py'"]),
+        (
+            {"model": {"kind": "function", "function": "a:b", "widths": [8]}},
+            ["model.widths must be left out"],
+        ),
     ],
 )
 def test_errors_name_the_field_and_its_value(tree: dict[str, Any], words: list[str]) -> None:
@@ -158,6 +176,27 @@ def test_default_predictions_follow_the_noise() -> None:
     assert noisy.predictions == ["frozen", "infinite", "recursion", "response"]
     assert experiment.noise_free(noisy) == ["frozen"]
     assert experiment.config(**noisy.model_dump()) == noisy
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"optimizer": "adam"}, ["response"]),
+        ({"optimizer": "adam", "noise_multiplier": 1.0}, ["response"]),
+        ({"weight_decay": 0.1}, ["recursion"]),
+        ({"average": 0.9, "noise_multiplier": 1.0}, ["infinite", "recursion", "response"]),
+    ],
+)
+def test_default_predictions_follow_the_optimizer(
+    training: dict[str, Any], expected: list[str]
+) -> None:
+    assert experiment.config(training=training).predictions == expected
+
+
+def test_default_predictions_need_no_infinite_width_of_a_function() -> None:
+    model = {"kind": "function", "function": "a:b"}
+    assert experiment.config(model=model).predictions == ["frozen", "recursion"]
+    assert sweep.config(model=model).prediction == "empirical"
     with pytest.raises(experiment.ConfigError, match="'response' with rule 'batch'"):
         experiment.config(**{"predictions": ["response"], "clipping": [{"rule": "batch"}]})
 

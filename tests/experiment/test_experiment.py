@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from helpers import known
 from typer.testing import CliRunner
 
 import ntkdp
@@ -229,7 +230,7 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
         assert drawn.trajectory.setup[0].optimizer_options == (("momentum", (0.5,)),)
     response = np.sum(((1 - 0.5 ** np.arange(1, 31)) / 0.5) ** 2)
     std = 0.01 * 0.05 * 0.5 / (0.5 * config.data.n_train)
-    np.testing.assert_allclose(case.weight_noise, response * std**2, rtol=1e-6)
+    np.testing.assert_allclose(known(case.weight_noise), response * std**2, rtol=1e-6)
     _report.write_report(results, tmp_path)
     assert "Without the noise: frozen kernel" in (tmp_path / "report.html").read_text()
     assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()
@@ -302,7 +303,7 @@ def test_the_noise_of_weights_is_relative_to_their_own_variance() -> None:
         )
         problem, (rule,) = experiment.problem_of(config), experiment.rules_of(config)
         mechanism = _predictions.Mechanism.of(config, config.clipping[0])
-        noise[kind] = _predictions.weight_noise(config, problem, rule, mechanism)
+        noise[kind] = known(_predictions.weight_noise(config, problem, rule, mechanism))
     assert noise["ntk"] == pytest.approx(5 * (0.1 * 2 * 0.5 / 8) ** 2)
     # W^2 / N is 4 / 64 for the 64 pixels, and 1 / 50 for the last layer.
     assert noise["standard"] == pytest.approx(50 * noise["ntk"])
@@ -534,3 +535,65 @@ def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any)
         return
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
         _run._checked_case(OF_CASE, OF_CASE.clipping[0], content)
+
+
+OWN_MODEL = """
+import jax, jax.numpy as jnp
+from ntkdp.models import Model
+
+def init(key, x):
+    keys = jax.random.split(key)
+    return {"in": jax.random.normal(keys[0], (x.shape[1], 32)) / x.shape[1] ** 0.5,
+            "out": jax.random.normal(keys[1], (32, 10)) / 32 ** 0.5}
+
+def normalised(n_outputs):
+    def apply(params, x):
+        hidden = jnp.tanh(x @ params["in"])
+        return hidden / (1 + jnp.linalg.norm(hidden, axis=1, keepdims=True)) @ params["out"]
+    return Model(init, apply)
+
+def no_model(n_outputs):
+    return n_outputs
+"""
+
+
+@pytest.fixture
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the folder where the command is run."""
+    name = "models_of_a_test"
+    (tmp_path / f"{name}.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_model_of_ones_own_under_any_optimizer(own_models: str) -> None:
+    """Without noise the response is exact, and the recursion that of the linearised network."""
+    shared = SMALL | {"model": {"kind": "function", "function": f"{own_models}:normalised"}}
+    shared.pop("predictions")
+    training = {"steps": 12, "learning_rate": 0.05, "record_every": 4}
+    adam = experiment.run(
+        experiment.config(**shared | {"training": {**training, "optimizer": "adam"}})
+    )
+    for case in adam.cases:
+        assert list(case.predictions) == ["response"]
+        found = case.predictions["response"].comparison
+        assert found.sup_relative_error < 1e-9
+    decayed = {**training, "momentum": 0.8, "nesterov": True, "weight_decay": 0.5}
+    for case in experiment.run(experiment.config(**shared | {"training": decayed})).cases:
+        assert list(case.predictions) == ["recursion"]
+        assert case.predictions["recursion"].comparison.sup_relative_error < 0.04
+
+
+def test_models_that_cannot_be_had_are_named(own_models: str) -> None:
+    def problem(function: str, **options: Any) -> Any:
+        shared = SMALL | {"model": {"kind": "function", "function": function}} | options
+        return experiment.run(experiment.config(**shared))
+
+    with pytest.raises(experiment.ConfigError, match=r"'model.function': 'nowhere:f' cannot be"):
+        problem("nowhere:f")
+    with pytest.raises(experiment.ConfigError, match="has no attribute 'absent'"):
+        problem(f"{own_models}:absent")
+    with pytest.raises(experiment.ConfigError, match=r"must return an ntkdp.models.Model, got int"):
+        problem(f"{own_models}:no_model")
+    with pytest.raises(experiment.ConfigError, match="'predictions': must not ask for 'infinite'"):
+        problem(f"{own_models}:normalised", predictions=["infinite"])

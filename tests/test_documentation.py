@@ -211,7 +211,14 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "tutorials"
 #: Pages that tests of their own run.
 RUN_ELSEWHERE = {"phases.md", "choosing.md"}
 #: Whose examples take long.
-SLOW = {"high_dimensional_sgd.md", "noise.md", "cluster.md", "large_data.md", "several_machines.md"}
+SLOW = {
+    "high_dimensional_sgd.md",
+    "noise.md",
+    "noise_and_batches.md",
+    "cluster.md",
+    "large_data.md",
+    "several_machines.md",
+}
 
 
 @pytest.mark.parametrize(

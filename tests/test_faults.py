@@ -191,6 +191,7 @@ class _FullDisk:
         return half
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_full_disk(
     undisturbed: Callable[[str], Any],
     tmp_path: Path,

@@ -184,6 +184,7 @@ def test_a_residual_of_no_variance_is_not_clipped() -> None:
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.slow
 def test_the_best_clipping_norm_is_inside_and_clips_most_samples() -> None:
     problem = HighDimensionalSGD(
         np.ones(100), np.full(100, 0.01), 1.0, 3.0, 1e5, noise_multiplier=1.0, label_noise=0.3

@@ -308,6 +308,7 @@ CALLS |= {f"rule: {name}": partial(of_rule, name) for name in (*RULES, "custom")
 
 #: What takes a second or more to compile, and is much like something quicker.
 SLOW = {
+    "loss: cross-entropy",
     "dp_sgd.run",
     "dp_sgd.run, Poisson",
     "moments",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, SOFTMAX, SQUARED, examples
+from helpers import DATA, SOFTMAX, SQUARED, examples, often_or_slow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -187,7 +187,7 @@ def test_tolerances_below_the_rounding_are_explained() -> None:
 # ---------------------------------------------------------------------------- kinks
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", often_or_slow(SOLVERS, ["Tsit5"]))
 @examples(6, 15)
 @given(
     R=st.floats(0.1, 3.0), h=st.floats(0.2, 5.0), start=st.floats(-6.0, 6.0), on_kink=st.booleans()

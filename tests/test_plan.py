@@ -152,12 +152,13 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
 MANY_SAMPLES, FEW_SAMPLES = (2000, 64, 32), (20, 256, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n", "width", "inputs"),
     [
-        pytest.param("WeightFlow", *MANY_SAMPLES, marks=pytest.mark.slow),
-        pytest.param("WeightFlow", *FEW_SAMPLES, marks=pytest.mark.slow),
-        pytest.param("LinearisedFlow", *MANY_SAMPLES, marks=pytest.mark.slow),
+        ("WeightFlow", *MANY_SAMPLES),
+        ("WeightFlow", *FEW_SAMPLES),
+        ("LinearisedFlow", *MANY_SAMPLES),
         ("LinearisedFlow", *FEW_SAMPLES),
     ],
 )

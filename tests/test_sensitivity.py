@@ -258,12 +258,12 @@ def searched(case: Problem, rounds: int) -> tuple[float, int]:
 
 #: Some kinds of places where the engine rounds; `make test-slow` tries all there are.
 CASES = [
-    ("difference", "float32", "flat", "structured", 1, None),
     ("difference", "bfloat16", "layerwise", "structured", 1, 2),
     ("embedding", "float32", "flat", "structured", 1000, None),
 ]
 #: One of each other kind.
 SLOW_CASES = [
+    ("difference", "float32", "flat", "structured", 1, None),
     ("convolution", "float32", "flat", "structured", 1, None),
     ("attention", "float64", "flat", "structured", 1, None),
     ("difference", "float32", "flat", "vmap", 1, None),

@@ -116,12 +116,13 @@ def test_weight_flows_are_those_of_one_device(rule: Any) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "solved"),
     [
         (LAYERWISE, False),
-        pytest.param(LAYERWISE, True, marks=pytest.mark.slow),
-        pytest.param(clipping.Batch(0.3), True, marks=pytest.mark.slow),
+        (LAYERWISE, True),
+        (clipping.Batch(0.3), True),
     ],
     ids=["by layer", "by layer, solved", "batch, solved"],
 )
@@ -312,6 +313,7 @@ def test_what_is_not_finite_is_found_on_any_device() -> None:
         ntkdp.KernelFlow(bad, Y, LOSS, FLAT, mesh=mesh_of(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "roads",
     [

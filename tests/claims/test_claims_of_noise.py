@@ -48,6 +48,7 @@ def test_c24_fails_with_twice_the_friction_on_the_momentum(mutate: Any) -> None:
     assert {"largest L", "|dE/dt + alpha |w'|^2|, relative, 500 random states"} <= failing("C24")
 
 
+@pytest.mark.slow
 def test_c25_fails_if_the_noise_does_not_scale_with_the_clipping_norm(mutate: Any) -> None:
     mutate(clipping.ClippingRule, "sensitivity", lambda self, n_groups=1: 0.01)
     assert "largest change of the outputs, R 0.001 for 0.01" in failing("C25")

@@ -161,7 +161,8 @@ def test_flat_rules_do_not_stick() -> None:
     assert counterexamples.find_stuck(RULES["abadi"], key=jax.random.key(0)) is None
 
 
-@pytest.mark.parametrize("name", often_or_slow(SATURATING_LAYERWISE, ["abadi layerwise"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SATURATING_LAYERWISE)
 def test_layerwise_clipping_diverges_with_three_samples(name: str) -> None:
     """Two cannot: far off, sample i moves inwards by sum_r R_r sqrt(H_r,ii) (1 + rho_r) > 0."""
     found = divergent(name)
@@ -179,6 +180,7 @@ def test_layerwise_clipping_diverges_with_three_samples(name: str) -> None:
     assert found.measured["loss_growth"] > 1000
 
 
+@pytest.mark.slow
 def test_layerwise_clipping_gets_stuck_with_two_samples() -> None:
     found = stuck("abadi layerwise")
     assert found is not None

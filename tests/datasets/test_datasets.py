@@ -409,6 +409,7 @@ def test_tokens_beyond_the_integer_type_are_refused() -> None:
         datasets.from_arrays(TOKENS + 2**40, np.arange(20.0), standardise="none")
 
 
+@pytest.mark.slow
 def test_tokens_go_through_every_prediction() -> None:
     data = datasets.from_arrays(TOKENS, np.arange(20) % 3, standardise="none", n_train=8)
     params = {

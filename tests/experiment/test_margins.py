@@ -72,6 +72,7 @@ def test_a_comparison_has_them_for_classes(loss: str, prediction: str) -> None:
         np.testing.assert_allclose(found[0], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_regression_has_none_and_neither_have_too_many_outputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

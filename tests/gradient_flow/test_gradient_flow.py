@@ -330,6 +330,7 @@ C19_PROBLEM = (
 C19_PARAMS = {"W": C19["W"], "v": C19["v"]}
 
 
+@pytest.mark.slow
 def test_descent_meets_the_exact_flow_at_first_order_in_the_step() -> None:
     """sup |L_discrete - L_flow| = O(eta), slope 1.00 +- 0.05: 0.0113 at 0.08, 0.0007 at 0.005."""
     finest, horizon = 0.005, 4.0

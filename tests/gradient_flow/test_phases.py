@@ -263,6 +263,7 @@ def test_a_probed_head_is_another_model_than_all_of_it() -> None:
     assert min(abs(a - b) for a, b in itertools.combinations(finals, 2)) > 0.01
 
 
+@pytest.mark.slow
 def test_the_flow_in_time_is_the_limit_of_small_steps() -> None:
     """Unclipped squared loss: the matrix exponentials of both kernels, one after another."""
     rule = clipping.NoClipping()
@@ -305,7 +306,8 @@ NOISY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", often_or_slow(NOISY, ["layerwise, sampled"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", NOISY)
 def test_noisy_predictions_have_the_mean_and_the_spread_of_runs(setting: str) -> None:
     """Two-sided, three standard errors of the difference, train and test loss."""
     seeds = 800

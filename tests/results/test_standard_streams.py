@@ -145,6 +145,7 @@ def test_files_that_are_not_there_have_their_own_names_in_one_line(verb: str) ->
     assert len(shown.output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_backend_that_matplotlib_does_not_know(tmp_path: Path) -> None:
     environment = {**os.environ, "MPLBACKEND": "nonsense"}
     done = subprocess.run(

@@ -55,6 +55,7 @@ def test_without_noise_it_is_the_run_itself() -> None:
     assert moved.setup == path.setup
 
 
+@pytest.mark.slow
 def test_it_is_closer_to_noisy_runs_than_the_kernel_alone() -> None:
     flow, start, kernel = flow_and_start()
     keys = jax.random.split(jax.random.key(1), 300)

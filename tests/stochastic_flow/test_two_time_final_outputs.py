@@ -23,9 +23,10 @@ def flow(rule: Any) -> TwoTimeFlow:
     return TwoTimeFlow(MODEL, X, Y, SQUARED, rule, test_x=X_TEST, test_targets=Y[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "per_group"),
-    [("flat", False), pytest.param("layerwise", True, marks=pytest.mark.slow)],
+    [("flat", False), ("layerwise", True)],
 )
 def test_a_cell_is_a_run_of_its_own(
     scope: Any, per_group: bool, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +43,7 @@ def test_a_cell_is_a_run_of_its_own(
     )  # fmt: skip
     assert found.train.shape == (5, 3, 5, 2)
     monkeypatch.undo()
-    for cell in (1, 4) if per_group else (1,):
+    for cell in (1, 4):
         run = two_time_ensemble(
             flow(clipping.Abadi(norms[cell], scope=scope)), START, learning_rate=rates[cell],
             noise_multiplier=sigmas[cell], outputs=True, **options,

@@ -67,11 +67,12 @@ def test_the_law_between_nodes_is_that_of_all_steps(name: str) -> None:
         state = path.filter.matrices[k] @ state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param(SGD(momentum=0.8), marks=pytest.mark.slow),
-        pytest.param(SGD(average=0.9), marks=pytest.mark.slow),
+        SGD(momentum=0.8),
+        SGD(average=0.9),
         SGD(momentum=0.8, nesterov=True, average=0.7),
     ],
 )

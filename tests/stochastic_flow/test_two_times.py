@@ -230,12 +230,10 @@ def _error_of_wide_networks(name: str, width: int, draws: int) -> tuple[float, f
     return float(errors[0]), float(errors[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    often_or_slow(
-        ["convolutions", "normalised", "residual, standard", "images, standard"],
-        ["convolutions"],
-    ),
+    ["convolutions", "normalised", "residual, standard", "images, standard"],
 )
 def test_wide_noisy_networks_have_the_kernel(name: str) -> None:
     error, of_still = _error_of_wide_networks(name, 200, 20)
@@ -335,7 +333,8 @@ def _linear_moments(
     return np.array(means), np.array(covariances)
 
 
-@pytest.mark.parametrize("options", [{"nodes": 4}, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"nodes": 4}, {}])
 def test_a_linear_model_has_the_moments_of_the_linear_recursion(options: Any) -> None:
     # The tangent kernel of a linear model does not move, and its outputs are Brownian: coarse
     # nodes with bridges between them are exact as well.
@@ -654,10 +653,11 @@ def test_weight_noise_variance_is_the_sum_over_the_steps() -> None:
         np.testing.assert_allclose(found, np.cumsum([0.0, *each])[:, None] * [1, 1], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "sensitivity", "reduction"),
     [
-        pytest.param(clipping.Abadi(0.6), 0.6, "mean", marks=pytest.mark.slow),
+        (clipping.Abadi(0.6), 0.6, "mean"),
         (clipping.Abadi(np.array([0.3, 0.4]), scope="layerwise"), 0.5, "sum"),
     ],
     ids=("flat", "layerwise"),

@@ -44,6 +44,7 @@ from .ntk import two_time_kernel as two_time_kernel
 from .stochastic_flow import diagnose as diagnose
 from .stochastic_flow import predict as predict
 from .trajectory import Phase as Phase
+from .trajectory import PublicRows as PublicRows
 from .trajectory import Trajectory as Trajectory
 
 __all__: list[str]

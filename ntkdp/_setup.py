@@ -26,6 +26,7 @@ DIFFERENCES = (
     "noise_multiplier",
     "sample_rate",
     "optimizer",
+    "public",
     "time",
     "phases",
 )
@@ -44,7 +45,8 @@ class Setup:
     what is not as by default, without numbers where they are not known, e.g. the momentum.
     ``friction`` belongs to a flow with inertia, and
     ``time_scale`` is the number that times were multiplied by. ``adaptive`` says how the clipping
-    norm moves, and is empty if it is constant.
+    norm moves, and is empty if it is constant. ``public`` says how many samples are public, and
+    their weight.
     """
 
     clipping: Description
@@ -64,6 +66,7 @@ class Setup:
     neglects: tuple[str, ...] = ()
     method: str = ""
     adaptive: str = ""
+    public: str = ""
 
 
 def described(part: eqx.Module) -> Description:
@@ -264,6 +267,9 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
         elif prediction.batches != run.batches:
             usual = "Poisson or full batches"
             yield "sample_rate", prediction.batches or usual, run.batches or usual
+    if prediction.public != run.public:
+        usual = "no public rows"
+        yield "public", prediction.public or usual, run.public or usual
     yield from _of_optimizer(prediction, run)
 
 

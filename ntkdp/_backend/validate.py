@@ -95,6 +95,12 @@ def fraction(**named: Value) -> Value:
     return _require(name, value, lambda v: (v > 0) & (v <= 1), "in (0, 1]")
 
 
+def share(**named: Value) -> Value:
+    """A number in [0, 1]."""
+    name, value = _single(named)
+    return _require(name, value, lambda v: (v >= 0) & (v <= 1), "in [0, 1]")
+
+
 def decay(**named: Value) -> Value:
     """A number in [0, 1)."""
     name, value = _single(named)

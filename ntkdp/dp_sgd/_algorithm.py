@@ -41,7 +41,7 @@ from ntkdp.clipping import Adaptive
 from ntkdp.dp_sgd import _plain_gradients
 from ntkdp.noise import Noise
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping, TrainingSet
+from ntkdp.trajectory import HasTrainingSet, Measurement, PublicRows, Stepping, TrainingSet
 
 
 class State(NamedTuple):
@@ -94,6 +94,7 @@ class Algorithm(HasTrainingSet):
     x: Array
     test_x: Array | None
     data: TrainingSet
+    public: PublicRows | None
     learning_rate: LearningRate
     noise_multiplier: ScalarLike
     groups: PyTree
@@ -124,6 +125,7 @@ class Algorithm(HasTrainingSet):
             batches=batches_in_words(self.batches),
             noise=noise_in_words(self.noise) if self.noisy else "",
             adaptive=adaptive_in_words(self.adaptive),
+            public="" if self.public is None else self.public.in_words,
             optimizer=optimizer,
             optimizer_options=options,
         )
@@ -192,7 +194,11 @@ class Algorithm(HasTrainingSet):
         x = check_inputs(self.apply_fn, params, self.x)
         if self.test_x is not None:
             check_inputs(self.apply_fn, params, self.test_x, "test_x")
-        self.data.check_outputs(jax.eval_shape(self.apply_fn, params, x).shape[1])
+        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
+        self.data.check_outputs(n_outputs)
+        if self.public is not None:
+            check_inputs(self.apply_fn, params, self.public.x, "public.x")
+            self.public.fit(self.loss, n_outputs)
 
     def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         """One step of clipped, noised gradient descent."""
@@ -265,8 +271,12 @@ class Algorithm(HasTrainingSet):
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * self.data.divisor
         variance = self._noise_variance(trained, groups, divisor)
+        gradient = jax.tree.map(lambda g: g / divisor, total)
+        if self.public is not None:
+            of_public = self._public_gradient(self.public, trained, frozen)
+            gradient = self.public.mixed(gradient, of_public)
         # Rounded to the precision of the parameters here, when the noise is in it.
-        gradient = jax.tree.map(lambda g, w: (g / divisor).astype(w.dtype), total, trained)
+        gradient = jax.tree.map(lambda g, w: g.astype(w.dtype), gradient, trained)
         updates, optimizer_state = optimizers.updated(
             self._transformation(trained), gradient, state.optimizer_state, trained, variance
         )
@@ -286,6 +296,16 @@ class Algorithm(HasTrainingSet):
             noise_norm=jnp.zeros(()) if noise is None else optax.tree.norm(noise),
         )
         return new, info, outputs, present
+
+    def _public_gradient(self, public: PublicRows, trained: Params, frozen: Params) -> Params:
+        """Gradient of the reduced loss of the public samples, in what is trained."""
+
+        def apply(trained: Params) -> Array:
+            return self.apply_fn(eqx.combine(trained, frozen), public.x)
+
+        outputs, pull = jax.vjp(apply, trained)
+        gradient: Params = pull(public.output_gradient(self.loss, outputs, self.reduction))[0]
+        return gradient
 
     def _noise(self, key: PRNGKeyArray, params: Params, groups: _groups.Groups) -> Params:
         leaves, treedef = jax.tree.flatten(params)
@@ -317,7 +337,8 @@ class Algorithm(HasTrainingSet):
         """Variance of the noise of each leaf of the divided gradient, for the optimizer."""
         if not self.noisy:
             return jax.tree.map(lambda leaf: jnp.zeros(()), params)
-        variances = [(std / divisor) ** 2 for std in self._noise_deviations(groups)]
+        share = 1.0 if self.public is None else self.public.private_share
+        variances = [(share * std / divisor) ** 2 for std in self._noise_deviations(groups)]
         return jax.tree.unflatten(jax.tree.structure(params), variances)
 
     def clipped_sum(

@@ -25,7 +25,7 @@ from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.trajectory import TrainingSet, as_samples, as_trainable
+from ntkdp.trajectory import PublicRows, TrainingSet, as_samples, as_trainable, check_public
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Problem:
     test_x: ArrayLike | None
     test_targets: ArrayLike | None
     mesh: Mesh | None
+    public: PublicRows | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def build(
     batches: Batches | None = None,
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
+    public: PublicRows | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -95,7 +97,7 @@ def build(
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
-    noise, adaptive, optimizer, groups, reduction, test_x, test_targets, gradients, \
+    noise, adaptive, public, optimizer, groups, reduction, test_x, test_targets, gradients, \
     noise_per_group, microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
         of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
@@ -124,7 +126,7 @@ def build(
     >>> state.params.item(), info.clip_fraction.item()
     (2.5, 1.0)
     """
-    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
     method = Method(
         resolve_batches(batches, sample_rate),
         resolve_noise(noise),
@@ -146,6 +148,9 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
     data = TrainingSet(
         problem.targets, problem.loss, rule, problem.reduction, problem.test_targets
     ).fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
+    public = check_public(problem.public)
+    # Without a weight they stay out of the program, which is then compiled as without them.
+    public = public.fit(data.loss, None) if public is not None and public.counts else None
     validate.choice(("structured", "vmap"), gradients=method.gradients)
     method.batches.check(x.shape[0])
     optimizer = optimizers.as_optimizer(method.optimizer)
@@ -179,6 +184,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         x=devices.spread(mesh, x),
         test_x=None if test_x is None else place_test(mesh, test_x),
         data=data.place(mesh, spread=True, spread_test=spread_test),
+        public=devices.everywhere(mesh, public),
         learning_rate=_learning_rate(mechanism.learning_rate),
         noise_multiplier=noise_multiplier,
         groups=method.groups,

@@ -34,6 +34,7 @@ from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import (
     Phase,
+    PublicRows,
     Stepping,
     Trajectory,
     check_phases,
@@ -57,6 +58,7 @@ def run(
     batches: Batches | None = None,
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
+    public: PublicRows | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -104,6 +106,8 @@ def run(
         How the clipping norm moves, from that of the rule; by default it is constant. The noise
         multiplier is then that of the summed gradient and the count together. It needs independent
         noise and a rule that bounds each sample.
+    public : PublicRows, optional
+        Public samples, whose gradient is mixed with the private one.
     optimizer : optimizers.Optimizer or callable, optional
         One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
         transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
@@ -169,7 +173,7 @@ def run(
     sigma = privacy.as_noise_multiplier(
         noise_multiplier, stepping.steps, batches=drawn, noise=added
     )
-    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
     method = Method(drawn, added, optimizer, groups, gradients, noise_per_group, microbatch_size)
     mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
     algorithm = algorithm_of(problem, method, mechanism)

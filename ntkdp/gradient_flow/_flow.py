@@ -11,7 +11,7 @@ from ntkdp._setup import Setup, adaptive_in_words, described, number, optimizer_
 from ntkdp.clipping import Adaptive, ClippingRule
 from ntkdp.losses import Loss, Reduction
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.trajectory import HasTrainingSet, Measurement, Stepping
+from ntkdp.trajectory import HasTrainingSet, Measurement, PublicRows, Stepping
 
 
 class Flow(eqx.Module):
@@ -54,6 +54,8 @@ class TrainingFlow(HasTrainingSet, Flow):
 class LinearModelFlow(TrainingFlow):
     """The flow of a model that is linear in its parameters, which also takes steps and noise."""
 
+    public: eqx.AbstractVar[PublicRows | None]
+
     @abstractmethod
     def velocity(self, state: PyTree, weights: Float[Array, " n"] | None = None) -> PyTree:
         """Time derivative of the state, for a batch if the samples have ``weights``."""
@@ -85,7 +87,13 @@ def check_linear_model_flow(flow: object, way_out: str = "") -> LinearModelFlow:
     return flow
 
 
-def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: str = "sgd") -> Setup:
+def setup_of(
+    rule: ClippingRule,
+    loss: Loss,
+    reduction: Reduction,
+    optimizer: str = "sgd",
+    public: PublicRows | None = None,
+) -> Setup:
     """The training that a flow predicts: without steps, noise and sampling."""
     return Setup(
         clipping=described(rule),
@@ -93,6 +101,7 @@ def setup_of(rule: ClippingRule, loss: Loss, reduction: Reduction, optimizer: st
         reduction=reduction,
         optimizer=optimizer,
         neglects=("noise", "sampling"),
+        public="" if public is None else public.in_words,
     )
 
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
@@ -15,7 +16,7 @@ from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix, kernel_matrix
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.trajectory import Measurement, TrainingSet
+from ntkdp.trajectory import Measurement, PublicRows, TrainingSet, check_public
 
 
 class KernelFlow(LinearModelFlow):
@@ -40,6 +41,12 @@ class KernelFlow(LinearModelFlow):
         Test points against training points, ``(m, n, ...)``, of the kernel that drives the outputs.
     test_targets : array, optional
         Needed for a test loss.
+    public : PublicRows, optional
+        Public samples, as for ``dp_sgd.run``. States then have three parts, in this order: outputs
+        of the training samples, of the public ones, and of test points if there are any.
+    public_kernel : array or LayerwiseKernel, optional
+        All points, in this order, against public samples, ``(n + p + m, p, ...)``, of the kernel
+        that drives the outputs.
     preconditioned_kernel : array or LayerwiseKernel, optional
         :math:`J M^{-1} J^\top` drives the outputs (DP-Adam with a frozen preconditioner); the norms
         always come from ``kernel``.
@@ -50,7 +57,8 @@ class KernelFlow(LinearModelFlow):
     ------
     ValueError
         If shapes do not fit, numbers are NaN or infinite, layerwise clipping meets a kernel without
-        layer terms or has too few R, or the numbers of samples do not divide over the mesh.
+        layer terms or has too few R, the numbers of samples do not divide over the mesh, or public
+        samples come without their kernel or with a mesh.
 
     Notes
     -----
@@ -70,7 +78,9 @@ class KernelFlow(LinearModelFlow):
     operator: KernelMatrix
     drive: KernelMatrix
     test_drive: KernelMatrix | None
+    public_drive: KernelMatrix | None
     data: TrainingSet
+    public: PublicRows | None
     n_outputs: int | None = eqx.field(static=True)
     preconditioned: bool = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
@@ -85,6 +95,8 @@ class KernelFlow(LinearModelFlow):
         reduction: Reduction = "mean",
         test_kernel: ArrayLike | LayerwiseKernel | None = None,
         test_targets: ArrayLike | None = None,
+        public: PublicRows | None = None,
+        public_kernel: ArrayLike | LayerwiseKernel | None = None,
         preconditioned_kernel: ArrayLike | LayerwiseKernel | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -97,7 +109,7 @@ class KernelFlow(LinearModelFlow):
         clipping.check_groups(n_groups)
         self.n_outputs = blocks[0] if blocks else data.loss.n_outputs(data.targets)
         layered = clipping.scope == "layerwise"
-        _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel)
+        _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel, public_kernel)
         self.diagonal = _diagonal(terms, layered, mesh)
         self.operator = self.drive = kernel_matrix(terms, layered, mesh)
         self.preconditioned = preconditioned_kernel is not None
@@ -110,7 +122,7 @@ class KernelFlow(LinearModelFlow):
                     f"{(n, columns, *blocks)}, got {_shape(driving, clipping)[1:]}"
                 )
             self.drive = kernel_matrix(driving, layered, mesh)
-        self.test_drive = n_test = None
+        self.test_drive = self.public_drive = n_test = test_terms = None
         if test_kernel is not None:
             _check_names(kernel, test_kernel, "test_kernel")
             test_terms = _terms(test_kernel, clipping, "test_kernel", mesh)
@@ -120,6 +132,25 @@ class KernelFlow(LinearModelFlow):
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
                     f"{(n_groups, n, columns, *blocks)}, got {(test_groups, n_test, *rest)}"
                 )
+        self.public = check_public(public)
+        _check_public_kernel(self.public, public_kernel, mesh)
+        if self.public is not None and public_kernel is not None:
+            _check_names(kernel, public_kernel, "public_kernel")
+            self.public = self.public.fit(data.loss, self.n_outputs)
+            p = self.public.n_samples
+            from_public = _terms(public_kernel, clipping, "public_kernel", mesh)
+            expected = (n_groups, n + p + (n_test or 0), p, *blocks)
+            if _shape(from_public, clipping) != expected:
+                raise ValueError(
+                    "public_kernel must have shape (n + p + m, p, ...), train, public and test "
+                    f"points against public ones, {expected[1:]} in {n_groups} terms, got "
+                    f"{_shape(from_public, clipping)}"
+                )
+            # Public samples move as test points do, before which they come.
+            test_terms = _with_public(from_public, test_terms, n, layered)
+            total = jnp.sum(from_public, axis=0) if layered else from_public
+            self.public_drive = kernel_matrix(total, False, mesh)
+        if test_terms is not None:
             self.test_drive = kernel_matrix(test_terms, layered, mesh)
         data = data.fit(n, n_test, self.n_outputs, test_from="a test_kernel")
         self.data = data.place(mesh, spread=False)
@@ -127,14 +158,19 @@ class KernelFlow(LinearModelFlow):
     def setup(self) -> Setup:
         """The training that it predicts, for comparisons."""
         optimizer = "preconditioned" if self.preconditioned else "sgd"
-        return setup_of(self.clipping, self.loss, self.reduction, optimizer)
+        return setup_of(self.clipping, self.loss, self.reduction, optimizer, self.public)
 
     def init(self, initial: PyTree) -> tuple[Array, Array | None]:
-        """The state at initial outputs ``(n, K)``, or a (train, test) pair with a test kernel."""
+        """The state at initial outputs ``(n, K)``, or a (train, test) pair with a test kernel.
+
+        With public samples, a (train, public) or (train, public, test) tuple.
+        """
         return self.checked_outputs(initial, "initial")
 
     def checked_outputs(self, given: PyTree, name: str) -> tuple[Array, Array | None]:
-        """Outputs of an argument, ``(n, K)`` or a (train, test) pair, as a state."""
+        """Outputs of an argument, ``(n, K)``, a pair or three parts, as a state."""
+        if self.public is not None:
+            given = self._public_with_test(given, name)
         pair = isinstance(given, tuple | list)
         if pair != (self.test_drive is not None):
             raise ValueError(
@@ -153,6 +189,24 @@ class KernelFlow(LinearModelFlow):
             test = _check_outputs(test, m, train.shape[1], f"{name}[1]").astype(train.dtype)
         placed: tuple[Array, Array | None] = devices.everywhere(self.mesh, (train, test))
         return placed
+
+    def _public_with_test(self, given: PyTree, name: str) -> tuple[ArrayLike, Array]:
+        """A (train, test) pair of outputs, in which public samples come before test points."""
+        assert self.public is not None
+        assert self.test_drive is not None
+        p = self.public.n_samples
+        has_test = self.test_drive.n_points > p
+        parts = "(train, public, test)" if has_test else "(train, public)"
+        if not isinstance(given, tuple | list) or len(given) != 2 + has_test:
+            found = f"{len(given)} parts" if isinstance(given, tuple | list) else "one array"
+            raise ValueError(f"{name} must be a {parts} tuple of outputs, got {found}")
+        train, public, *test = given
+        public = _check_outputs(public, p, self.n_outputs, f"{name}[1]")
+        tests = [
+            _check_outputs(f, self.test_drive.n_points - p, public.shape[1], f"{name}[2]")
+            for f in test
+        ]
+        return train, jnp.concatenate([public, *(f.astype(public.dtype) for f in tests)])
 
     def _factors(self, a: Float[Array, "n K"]) -> Array:
         """Clipping factors ``(n,)`` or ``(R, n)`` for output gradients."""
@@ -190,7 +244,20 @@ class KernelFlow(LinearModelFlow):
         d_test = None
         if test is not None and self.test_drive is not None:
             d_test = -self.through(self.test_drive, weighted)
-        return d_train, d_test
+        if self.public is None or test is None or d_test is None:
+            return d_train, d_test
+        of_public = self._public_velocity(self.public, test)
+        mixed: tuple[Array, Array] = self.public.mixed((d_train, d_test), of_public)
+        return mixed
+
+    def _public_velocity(self, public: PublicRows, test: Array) -> tuple[Array, Array]:
+        """How public samples, the first among the test points, move all points."""
+        assert self.public_drive is not None
+        outputs = test[: public.n_samples]
+        a = public.output_gradient(self.loss, outputs, self.reduction)
+        moved = -self.through(self.public_drive, a[None])
+        n = self.targets.shape[0]
+        return moved[:n], moved[n:]
 
     def velocity_and_norms(
         self, state: tuple[Array, Array | None], weights: Float[Array, " n"] | None = None
@@ -211,14 +278,22 @@ class KernelFlow(LinearModelFlow):
     def measure(self, state: tuple[Array, Array | None], outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at a state."""
         train, test = state
+        if self.public is not None and test is not None:
+            p = self.public.n_samples
+            test = test[p:] if test.shape[0] > p else None
         factors = self._factors(self.loss.output_gradient(train, self.targets))
         return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 
 
 def check_kernel_flow(flow: object) -> KernelFlow:
-    """``flow`` if it is a KernelFlow."""
+    """``flow`` if it is a KernelFlow without public samples."""
     if not isinstance(flow, KernelFlow):
         raise TypeError(f"flow must be a KernelFlow, got {type(flow).__name__}")
+    if flow.public is not None:
+        raise ValueError(
+            f"flow must have no public samples here, got {flow.public.in_words}; "
+            "stochastic_flow.ensemble, recursion and solve take them"
+        )
     return flow
 
 
@@ -284,6 +359,29 @@ def _require_room(layered: bool, mesh: Mesh | None, *kernels: object) -> None:
         "use fewer samples, float32, a kernel (n, n) of infinite width, a mesh of devices, or "
         "LinearisedFlow, which needs no kernel",
     )
+
+
+def _check_public_kernel(public: object, public_kernel: object, mesh: Mesh | None) -> None:
+    """Raise unless public samples come with their kernel, and on one device."""
+    if (public is None) != (public_kernel is None):
+        given, missing = ("public_kernel", "public") if public is None else ("public", "its kernel")
+        raise ValueError(
+            f"public and public_kernel must be given together, got {given} without {missing}; "
+            "public_kernel is the kernel of train, public and test points against public ones"
+        )
+    if public is not None and mesh is not None:
+        raise ValueError(
+            "mesh must be None with public samples of a KernelFlow; a LinearisedFlow takes both"
+        )
+
+
+def _with_public(from_public: Array, test_terms: Array | None, n: int, layered: bool) -> Array:
+    """Terms of public samples, then test points, against the n training samples."""
+    rows, columns = int(layered), int(layered) + 1
+    mirrored = lax.slice_in_dim(from_public, 0, n, axis=rows).swapaxes(rows, columns)
+    if mirrored.ndim == layered + 4:
+        mirrored = mirrored.swapaxes(-1, -2)
+    return mirrored if test_terms is None else jnp.concatenate([mirrored, test_terms], axis=rows)
 
 
 # Compiled, so that no copy is made but the result.

@@ -21,7 +21,7 @@ from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.losses import Loss, Reduction, SampleLoss
-from ntkdp.trajectory import Measurement, TrainingSet
+from ntkdp.trajectory import Measurement, PublicRows, TrainingSet, check_public
 
 
 class LinearisedFlow(LinearModelFlow):
@@ -50,6 +50,8 @@ class LinearisedFlow(LinearModelFlow):
         Groups of layerwise clipping; by default the layers.
     test_x, test_targets : array, optional
         Measured along the way.
+    public : PublicRows, optional
+        Public samples, as for ``dp_sgd.run``. They pass through at once.
     batch_size : int, optional
         The most samples that pass through at once; batches have equal sizes. By default their
         per-sample gradients take 64 MiB in factored form. Results do not depend on it.
@@ -88,6 +90,7 @@ class LinearisedFlow(LinearModelFlow):
     data: TrainingSet
     groups: PyTree
     test_x: Array | None
+    public: PublicRows | None
     batch_size: int = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
 
@@ -104,6 +107,7 @@ class LinearisedFlow(LinearModelFlow):
         reduction: Reduction = "mean",
         test_x: ArrayLike | None = None,
         test_targets: ArrayLike | None = None,
+        public: PublicRows | None = None,
         batch_size: int | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -126,10 +130,15 @@ class LinearisedFlow(LinearModelFlow):
         self.test_x = devices.everywhere(mesh, test_x)
         data = data.fit(n, None if test_x is None else test_x.shape[0], n_outputs)
         self.data = data.place(mesh, spread=True)
+        public = check_public(public)
+        if public is not None:
+            check_inputs(apply_fn, params, public.x, "public.x")
+            public = public.fit(data.loss, n_outputs) if public.counts else None
+        self.public = devices.everywhere(mesh, public)
 
     def setup(self) -> Setup:
         """The training that it predicts, for comparisons."""
-        return setup_of(self.clipping, self.loss, self.reduction)
+        return setup_of(self.clipping, self.loss, self.reduction, public=self.public)
 
     def init(self, initial: Params) -> Params:
         """The state at initial parameters: their distance from where the model is linearised."""
@@ -268,7 +277,18 @@ class LinearisedFlow(LinearModelFlow):
         """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
         clipped, _, _, norms = self._clip(state, weights)
         scale = -1.0 / self.data.divisor
-        return jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state), norms
+        velocity = jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), clipped, state)
+        if self.public is not None:
+            velocity = self.public.mixed(velocity, self._public_velocity(self.public, state))
+        return velocity, norms
+
+    def _public_velocity(self, public: PublicRows, displacement: Params) -> Params:
+        """Minus the gradient of the reduced loss of the public samples."""
+        f, moved = self._push(self.params, public.x, displacement)
+        _, pull = jax.vjp(lambda params: self.apply_fn(params, public.x), self.params)
+        a = public.output_gradient(self.loss, f + moved, self.reduction)
+        velocity: Params = pull((-a).astype(f.dtype))[0]
+        return velocity
 
     @property
     def n_terms(self) -> int:

@@ -273,7 +273,8 @@ def recursion(
     flow : KernelFlow or LinearisedFlow
         Kernel or linearised model, targets, loss and clipping.
     initial : array, pair or pytree
-        Outputs ``(n, K)``, or a (train, test) pair; parameters for a LinearisedFlow.
+        Outputs ``(n, K)``, or a (train, test) pair with a test kernel; with public samples,
+        (train, public) or (train, public, test). Parameters for a LinearisedFlow.
     learning_rate : float or optax schedule
         :math:`\eta`; a schedule maps the step number to it.
     steps : int

@@ -37,7 +37,6 @@ from ntkdp.gradient_flow import (
     OutputsAtZero,
     Start,
     Walked,
-    check_kernel_flow,
     check_linear_model_flow,
     optimizer_steps,
     with_steps,
@@ -195,8 +194,7 @@ def ensemble(
     flow : KernelFlow or LinearisedFlow
         Kernel or linearised model, with targets, loss and clipping, but no preconditioner.
     initial : array, pair or pytree
-        Outputs ``(n, K)``, or a (train, test) pair if the flow has a test kernel; the parameters
-        for a LinearisedFlow.
+        As for :func:`ntkdp.recursion`.
     learning_rate : float or optax schedule
         Step size of the reduced loss's gradient.
     steps : int
@@ -211,8 +209,9 @@ def ensemble(
         Other batches, correlated noise and a clipping norm that moves, as for ``dp_sgd.run``.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
-        with noise if the flow has a test kernel, since the same noise moves both. It must be None
-        with a LinearisedFlow, where the noise moves the weights.
+        with noise if the flow has a test kernel, since the same noise moves both. Public samples
+        come between the two, and need it too. It must be None with a LinearisedFlow, where the
+        noise moves the weights.
     noise_per_group : bool
         For layerwise clipping: the noise of group r is in proportion to its own R_r, as in
         ``dp_sgd.run``.
@@ -323,12 +322,15 @@ def noise_of_step(
     n = flow.targets.shape[0]
     batches.check(n)
     divisor = batches.share(n) * flow.data.divisor
+    if flow.public is not None:
+        sigma = validate.non_negative(noise_multiplier=noise_multiplier)
+        noise_multiplier = sigma * flow.public.private_share
     if not isinstance(flow, LinearisedFlow):
-        kernel_flow = check_kernel_flow(flow)
-        covariance = noise_covariance(kernel_flow, noise_multiplier, noise_kernel, per_group)
+        assert isinstance(flow, KernelFlow)
+        covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
         if covariance is None:
             return StepNoise(None, batches, noise, per_group)
-        factor = square_root(covariance, kernel_flow.mesh)
+        factor = square_root(covariance, flow.mesh)
         return StepNoise(_OutputNoise(factor, divisor), batches, noise, per_group)
     if noise_kernel is not None:
         raise ValueError(

@@ -45,6 +45,9 @@ def noise_covariance(
         raise ValueError(
             "noise_kernel must be the kernel of train and test points with each other, since "
             "the flow has a test_kernel, got None"
+            if flow.public is None
+            else "noise_kernel must be the kernel of train, public and test points with each "
+            "other, since noise moves public samples too, got None"
         )
     return _weighted_of_flow(flow, stds**2)
 

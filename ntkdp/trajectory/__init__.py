@@ -7,6 +7,8 @@ from ntkdp.trajectory._phase import Phase as Phase
 from ntkdp.trajectory._phase import as_trainable as as_trainable
 from ntkdp.trajectory._phase import check_phases as check_phases
 from ntkdp.trajectory._phase import steppings as steppings
+from ntkdp.trajectory._public_rows import PublicRows as PublicRows
+from ntkdp.trajectory._public_rows import check_public as check_public
 from ntkdp.trajectory._seeds import Band as Band
 from ntkdp.trajectory._seeds import band as band
 from ntkdp.trajectory._seeds import last_value as last_value

@@ -157,6 +157,7 @@ def test_adam_is_predicted_run_by_run(optimizer: optimizers.Adam) -> None:
     assert left < 0.02 * moved
 
 
+@pytest.mark.slow
 def test_a_network_is_predicted_run_by_run() -> None:
     """What is left out is of second order in the noise, but for a small part."""
     shares = []
@@ -274,10 +275,9 @@ def test_nodes_are_steps_of_their_own_and_closer_at_the_beginning(steps: int, re
     """Also if the learning rate is zero from half of the steps on."""
     rates = np.where(rests & (np.arange(steps) >= steps / 2), 0.0, 0.1)
     times = np.concatenate([[0.0], np.cumsum(rates)])
-    for trained in (True, False):
-        places = noise_free_path.place_nodes(times, 7, trained=trained)
-        assert (places[0], places[-1], len(places)) == (0, steps, min(7, steps + 1))
-        lengths = np.diff(places)
-        assert lengths.min() > 0
-        if steps == 1000 and not rests:
-            assert lengths[0] < 0.5 * lengths[-1] if trained else np.ptp(lengths) <= 1
+    places = noise_free_path.place_nodes(times, 7)
+    assert (places[0], places[-1], len(places)) == (0, steps, min(7, steps + 1))
+    lengths = np.diff(places)
+    assert lengths.min() > 0
+    if steps == 1000:
+        assert lengths[0] < 0.5 * lengths[4]

@@ -95,8 +95,8 @@ def response_ensemble(
         step; with the key of ``dp_sgd.run`` it is the noise of that run, and the prediction is of
         that very run.
     nodes : int, optional
-        Number of times at which kernels are taken, at least 2. By default 7, which lie closer at
-        the beginning, and 5 about the start, evenly in flow time: training moves no kernel there.
+        Number of times at which kernels are taken, at least 2, closer at the beginning. By default
+        7, and 5 about the start, where training moves no kernel.
     draws : int
         Number of draws of the noise from which kernels are made.
     record_every : int
@@ -167,10 +167,9 @@ def response_ensemble(
     times = np.asarray(
         times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1)), np.float64
     )
-    trained = not (isinstance(about, str) and about == "start")
     if nodes is None:
-        nodes = NODES if trained else NODES_OF_NOISE
-    places = place_nodes(times, _at_least("nodes", nodes, 2), trained=trained)
+        nodes = NODES_OF_NOISE if isinstance(about, str) and about == "start" else NODES
+    places = place_nodes(times, _at_least("nodes", nodes, 2))
     groups = flow.weight_groups()
     stds = deviations(flow.clipping, sigma, groups.size, noise_per_group)
     stds = (stds / (rate * flow.data.divisor)).astype(flow.dtype)

@@ -55,19 +55,15 @@ class NoiseFreePath(NamedTuple):
         return self.norms is not None
 
 
-def place_nodes(
-    times: Float[np.ndarray, " steps1"], count: int, *, trained: bool = True
-) -> np.ndarray:
+def place_nodes(times: Float[np.ndarray, " steps1"], count: int) -> np.ndarray:
     """Numbers of at most ``count`` steps, the first and the last among them.
 
-    Training moves kernels most at the beginning, so that nodes lie closer there; noise alone moves
-    them evenly.
+    They lie closer at the beginning, where training moves kernels most and the loss falls most.
     """
     last = len(times) - 1
     order = np.arange(min(count, len(times)))
-    wanted = times[0] + (times[-1] - times[0]) * np.linspace(0, 1, len(order)) ** (
-        _GRADING if trained else 1
-    )
+    along = np.linspace(0, 1, len(order)) ** _GRADING
+    wanted = times[0] + (times[-1] - times[0]) * along
     nearest = np.abs(times[None] - wanted[:, None]).argmin(axis=1)
     # Each a step of its own, with room for those that follow.
     places = np.maximum.accumulate(nearest - order) + order

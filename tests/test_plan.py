@@ -168,6 +168,7 @@ def test_solves_take_what_is_planned(name: str, n: int, width: int, inputs: int)
     assert planned == pytest.approx(measured, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "width", "inputs"), [pytest.param(*MANY_SAMPLES, marks=pytest.mark.slow), FEW_SAMPLES]
 )

@@ -191,13 +191,8 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-FAST = ("whole",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in FAST else slow) for name in MOMENTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOMENTS)
 def test_moments_are_those_of_one_device(name: str) -> None:
     kind, own = MOMENTS[name]
     options = {"noise_multiplier": 0.5, "outputs": True, **own}

@@ -82,10 +82,8 @@ PATHS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if "by layer" in name else pytest.mark.slow) for name in PATHS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATHS)
 def test_paths_in_flow_time_are_those_of_one_device(name: str) -> None:
     rule, initial, of_flow, of_paths = PATHS[name]
     told: list[float] = []

@@ -457,6 +457,7 @@ def test_help_documents_every_field() -> None:
     assert version.output.strip() == f"ntkdp {ntkdp.__version__}"
 
 
+@pytest.mark.slow
 def test_single_precision_follows_double(results: experiment.Results) -> None:
     config = experiment.config(
         **SMALL
@@ -569,6 +570,7 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_model_of_ones_own_under_any_optimizer(own_models: str) -> None:
     """Without noise the response is exact, and the recursion that of the linearised network."""
     shared = SMALL | {"model": {"kind": "function", "function": f"{own_models}:normalised"}}
+    shared |= {"clipping": [{"clip_norm": 0.2}]}
     shared.pop("predictions")
     training = {"steps": 12, "learning_rate": 0.05, "record_every": 4}
     adam = experiment.run(

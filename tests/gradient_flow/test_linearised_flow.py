@@ -128,18 +128,15 @@ def _assert_same(first: Any, second: Any, tolerance: float) -> None:
 
 RULES = ("none", "abadi", "global", "automatic", "psac", "batch", "custom")
 CHOICES = [(rule, scope) for rule in RULES for scope in ("flat", "layerwise")]
-QUICK = [("mlp", "abadi", "flat")]
-MORE = [("mlp", *choice) for choice in CHOICES] + [
+KINDS = [("mlp", *choice) for choice in CHOICES] + [
     ("cnn", "abadi", "layerwise"),
     ("cnn", "batch", "flat"),
     ("plain", "abadi", "flat"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "rule", "scope"),
-    QUICK + [pytest.param(*one, marks=pytest.mark.slow) for one in MORE if one not in QUICK],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rule", "scope"), KINDS)
 def test_recursion_is_training_of_the_linearised_model(name: str, rule: str, scope: Scope) -> None:
     """To 1e-9 against plain DP-SGD of the linearised function, and to the flow with the kernel."""
     apply_fn, params, x, test_x = PROBLEMS[name]

@@ -188,6 +188,7 @@ def test_batches_and_noise_of_a_key_do_not_change() -> None:
         assert plain.clip_norm is None
 
 
+@pytest.mark.slow
 def test_cyclic_batches_and_microbatches() -> None:
     options: dict[str, Any] = {"adaptive": ADAPTIVE, "steps": 9, "noise_multiplier": 2.0}
     options |= {"batches": Cyclic(3), "key": jax.random.key(0)}
@@ -199,6 +200,7 @@ def test_cyclic_batches_and_microbatches() -> None:
         np.testing.assert_allclose(known(other.clip_norm), known(whole.clip_norm), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_devices_share_the_count() -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("samples",))
     options: dict[str, Any] = {"adaptive": ADAPTIVE, "steps": 5, "noise_multiplier": 2.0}
@@ -208,6 +210,7 @@ def test_devices_share_the_count() -> None:
     np.testing.assert_allclose(known(two.clip_norm), known(one.clip_norm), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", often_or_slow(SCOPES, ["flat"]))
 def test_the_flow_ends_at_the_quantile_and_steps_tend_to_it(scope: Scope) -> None:
     rule, distances = Abadi(5.0, scope=scope), []

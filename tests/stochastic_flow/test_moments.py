@@ -516,6 +516,7 @@ def test_a_band_holds_its_share_of_the_runs() -> None:
         assert binomtest(int(share.sum()), share.size, 0.9).pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_without_noise_the_mean_is_the_recursion() -> None:
     params, x = problem(3)
     kernel = ntkdp.empirical_ntk(linear, params, x[:N])

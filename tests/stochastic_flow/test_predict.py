@@ -57,6 +57,7 @@ def test_a_linear_model_has_the_law_of_its_runs(method: Any, options: dict[str, 
     assert not ntkdp.compare(predicted, runs).neglected
 
 
+@pytest.mark.slow
 def test_without_noise_there_is_one_run_and_it_is_exact() -> None:
     predicted = predict(MODEL, PARAMS, DATA, LOSS, RULE, key=jax.random.key(0), **STEPS)
     run = ntkdp.dp_sgd.run(

@@ -24,7 +24,7 @@ architecture:  ## Imports point to lower floors only
 test:  ## The test suite
 	uv run pytest
 
-test-core:  ## The core of the test suite with the compiler flags that users have (six minutes)
+test-core:  ## The core of the test suite with the compiler flags that users have (four minutes)
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 .ci/core uv run pytest
 
 test-slow:  ## The larger checks that `make test` leaves out

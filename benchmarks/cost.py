@@ -33,7 +33,8 @@ from ntkdp._plan import MethodCost
 from ntkdp.dp_sgd import _seeds
 from ntkdp.gradient_flow import Flow, _solve, optimizer_steps
 from ntkdp.stochastic_flow import _noise_covariance
-from ntkdp.stochastic_flow._ensemble import draw, noise_of_step
+from ntkdp.stochastic_flow._ensemble.ensemble import draw
+from ntkdp.stochastic_flow._ensemble.step_noise import noise_of_step
 from ntkdp.trajectory._stepping import Stepping
 
 Arguments = ParamSpec("Arguments")

@@ -27,6 +27,7 @@ DIFFERENCES = (
     "sample_rate",
     "optimizer",
     "public",
+    "zeroth_order",
     "time",
     "phases",
 )
@@ -46,7 +47,8 @@ class Setup:
     ``friction`` belongs to a flow with inertia, and
     ``time_scale`` is the number that times were multiplied by. ``adaptive`` says how the clipping
     norm moves, and is empty if it is constant. ``public`` says how many samples are public, and
-    their weight.
+    their weight. ``zeroth_order`` says what directions steps take, and is empty if they are those
+    of gradients.
     """
 
     clipping: Description
@@ -67,6 +69,7 @@ class Setup:
     method: str = ""
     adaptive: str = ""
     public: str = ""
+    zeroth_order: str = ""
 
 
 def described(part: eqx.Module) -> Description:
@@ -270,6 +273,9 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
     if prediction.public != run.public:
         usual = "no public rows"
         yield "public", prediction.public or usual, run.public or usual
+    if prediction.zeroth_order != run.zeroth_order:
+        usual = "steps of gradients"
+        yield "zeroth_order", prediction.zeroth_order or usual, run.zeroth_order or usual
     yield from _of_optimizer(prediction, run)
 
 

@@ -17,7 +17,7 @@ from ntkdp import clipping, gradient_flow
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp.gradient_flow import _solve
-from ntkdp.stochastic_flow import _ensemble
+from ntkdp.stochastic_flow._ensemble import ensemble, step_noise
 from ntkdp.trajectory._stepping import Stepping
 
 PLENTY = 10**18
@@ -132,12 +132,12 @@ def _of_a_noisy_run(n: int, width: int, inputs: int) -> tuple[int, int, int]:
     flow = ntkdp.LinearisedFlow(
         model.apply, params, x, jnp.zeros((n, 4)), SQUARED, clipping.Abadi(1.0)
     )
-    noise = _ensemble.noise_of_step(
+    noise = step_noise.noise_of_step(
         flow, 1.0, ntkdp.batches.Full(), None, False, ntkdp.noise.Independent()
     )
     stepping = Stepping(0.1, 10, 1)
     walk = gradient_flow.optimizer_steps(flow, None, stepping.learning_rate, None)
-    draw: Any = _ensemble.draw
+    draw: Any = ensemble.draw
     lowered = draw.lower(
         walk, noise, (flow.init(params), None), False, stepping, jax.random.key(0), False, None
     )

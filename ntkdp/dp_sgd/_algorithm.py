@@ -36,9 +36,10 @@ from ntkdp._setup import (
     optimizer_of,
     rates,
 )
+from ntkdp._zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import Adaptive
-from ntkdp.dp_sgd import _plain_gradients
+from ntkdp.dp_sgd import _plain_gradients, _zeroth_order
 from ntkdp.noise import Noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, PublicRows, Stepping, TrainingSet
@@ -69,7 +70,8 @@ class Info(NamedTuple):
     gradient norms ``(n_batch,)`` or ``(R, n_batch)``, NaN for places that Poisson sampling left
     empty, ``batch_size`` the number of samples drawn, ``dropped`` how many of them had a norm or a
     factor that is not finite, or a clipped gradient that the dtype can hold only in part, and
-    ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum and of its noise.
+    ``gradient_norm`` and ``noise_norm`` the norms of the clipped sum and of its noise. Zeroth-order
+    steps have sizes of slopes for norms, ``(m, n_batch)``, and directions in place of groups.
 
     Under ``jax_debug_nans`` the NaN of ``step`` and ``compile()`` is let through. A program of your
     own that returns it raises, since JAX looks at what programs return.
@@ -102,6 +104,7 @@ class Algorithm(HasTrainingSet):
     batches: Batches
     noise: Noise
     adaptive: Adaptive | None
+    zeroth_order: ZerothOrder | None
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
@@ -126,6 +129,7 @@ class Algorithm(HasTrainingSet):
             noise=noise_in_words(self.noise) if self.noisy else "",
             adaptive=adaptive_in_words(self.adaptive),
             public="" if self.public is None else self.public.in_words,
+            zeroth_order="" if self.zeroth_order is None else self.zeroth_order.in_words,
             optimizer=optimizer,
             optimizer_options=options,
         )
@@ -256,18 +260,26 @@ class Algorithm(HasTrainingSet):
         sampling_key, noise_key = jax.random.split(key)
         params, n = state.params, self.x.shape[0]
         drawn, batch_state = self.batches.draw(sampling_key, state.step, state.batch_state, n)
-        clipped, outputs, norms, factors, present = self.clipped_sum(params, drawn)
+        order = self.zeroth_order
+        if order is None:
+            clipped, outputs, norms, factors, present = self.clipped_sum(params, drawn)
+        else:
+            clipped, outputs, norms, factors, present = self._estimated_sum(
+                order, params, drawn, key
+            )
 
         trained, frozen = self._split(params)
         groups = self._resolve(params)
         noise, noise_state = None, state.noise_state
         if self.noisy:
-            noise, noise_state = self.noise.next(
-                lambda key: self._noise(key, trained, groups),
-                noise_key,
-                state.step,
-                noise_state,
-            )
+
+            def draw(noise_key: PRNGKeyArray) -> Params:
+                if order is None:
+                    return self._noise(noise_key, trained, groups)
+                deviation = jnp.asarray(order.noise_deviation(self.clipping, self.noise_multiplier))
+                return _zeroth_order.noise(order, deviation, trained, key, noise_key)
+
+            noise, noise_state = self.noise.next(draw, noise_key, state.step, noise_state)
         total = clipped if noise is None else jax.tree.map(jnp.add, clipped, noise)
         divisor = self.sample_rate * self.data.divisor
         variance = self._noise_variance(trained, groups, divisor)
@@ -341,6 +353,34 @@ class Algorithm(HasTrainingSet):
         variances = [(share * std / divisor) ** 2 for std in self._noise_deviations(groups)]
         return jax.tree.unflatten(jax.tree.structure(params), variances)
 
+    def _estimated_sum(
+        self, order: ZerothOrder, params: Params, drawn: Array | None, key: PRNGKeyArray
+    ) -> tuple[Params, Array, Array, Array, Array]:
+        """What :meth:`clipped_sum` returns, from slopes along the directions of a step's key."""
+        trained, frozen = self._split(params)
+        x, targets, present = self._places(self.x, self.targets, drawn)
+
+        def outputs_of(trained: Params) -> Array:
+            return self.apply_fn(eqx.combine(trained, frozen), x)
+
+        total, norms, factors = _zeroth_order.estimated_sum(
+            order,
+            self.clipping,
+            lambda trained: self.loss(outputs_of(trained), targets),
+            trained,
+            present,
+            key,
+        )
+        return total, outputs_of(trained), norms, factors, present
+
+    def _places(self, x: Array, targets: Array, drawn: Array | None) -> tuple[Array, Array, Array]:
+        """Samples in the places of a batch, and which places have one; None for all samples."""
+        if drawn is None:
+            return x, targets, jnp.ones(x.shape[0], bool)
+        (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
+        present = jnp.arange(self.capacity) < jnp.sum(drawn)
+        return x[index], targets[index], present
+
     def clipped_sum(
         self, params: Params, drawn: Array | None
     ) -> tuple[Params, Array, Array, Array, Array]:
@@ -354,12 +394,7 @@ class Algorithm(HasTrainingSet):
         def on_device(
             params: Params, x: Array, targets: Array, drawn: Array | None
         ) -> tuple[Params, Array, Array, Array, Array]:
-            if drawn is None:
-                present = jnp.ones(x.shape[0], bool)
-            else:
-                (index,) = jnp.nonzero(drawn, size=self.capacity, fill_value=0)
-                present = jnp.arange(self.capacity) < jnp.sum(drawn)
-                x, targets = x[index], targets[index]
+            x, targets, present = self._places(x, targets, drawn)
             clipped, outputs, norms, factors = self._clipped_sum_in_batches(
                 params, x, targets, present
             )

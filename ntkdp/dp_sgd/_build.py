@@ -17,6 +17,7 @@ from ntkdp._backend.types import (
     as_constant,
     is_traced,
 )
+from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive
@@ -54,6 +55,7 @@ class Method:
     gradients: Literal["structured", "vmap"]
     noise_per_group: bool
     microbatch_size: int | None
+    zeroth_order: ZerothOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def build(
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
+    zeroth_order: ZerothOrder | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -97,8 +100,8 @@ def build(
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
-    noise, adaptive, public, optimizer, groups, reduction, test_x, test_targets, gradients, \
-    noise_per_group, microbatch_size, mesh
+    noise, adaptive, public, zeroth_order, optimizer, groups, reduction, test_x, test_targets, \
+    gradients, noise_per_group, microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
         of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
@@ -135,6 +138,7 @@ def build(
         gradients,
         noise_per_group,
         microbatch_size,
+        zeroth_order,
     )
     mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable, adaptive)
     return algorithm_of(problem, method, mechanism)
@@ -174,6 +178,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
             "noise must be independent with adaptive clipping, since later steps take back noise "
             f"in proportion to another clipping norm, got {type(method.noise).__name__}"
         )
+    _check_order(method, problem, rule, mechanism.adaptive, optimizer)
     mesh = devices.as_mesh(problem.mesh)
     devices.check_divides(mesh, x=x.shape[0])
     n_devices = 1 if mesh is None else mesh.size
@@ -192,6 +197,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         batches=method.batches,
         noise=method.noise,
         adaptive=adaptive,
+        zeroth_order=method.zeroth_order,
         capacity=_capacity(x.shape[0], method.batches, n_devices),
         gradients=method.gradients,
         noise_per_group=method.noise_per_group,
@@ -200,6 +206,30 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         trainable=as_trainable(mechanism.trainable),
         mesh=mesh,
     )
+
+
+def _check_order(
+    method: Method,
+    problem: Problem,
+    rule: ClippingRule,
+    adaptive: Adaptive | None,
+    optimizer: OptimizerLike,
+) -> None:
+    """Raise unless zeroth-order steps, if they are asked for, fit the rest."""
+    order = check_zeroth_order(method.zeroth_order, rule, method.noise, adaptive, problem.public)
+    if order is None:
+        return
+    for name, given in (("mesh", problem.mesh), ("microbatch_size", method.microbatch_size)):
+        if given is not None:
+            raise ValueError(
+                f"{name} must be None with zeroth_order, whose steps keep no gradients of single "
+                f"samples, got {given}"
+            )
+    if getattr(optimizer, "correct_noise", False):
+        raise ValueError(
+            "optimizer must have correct_noise=False with zeroth_order, whose noise lies along its "
+            "directions alone, got Adam(correct_noise=True)"
+        )
 
 
 def _noise_multiplier(mechanism: Mechanism) -> ScalarLike:

@@ -22,6 +22,7 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp._zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive, ClippingRule
@@ -59,6 +60,7 @@ def run(
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
+    zeroth_order: ZerothOrder | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -108,6 +110,9 @@ def run(
         noise and a rule that bounds each sample.
     public : PublicRows, optional
         Public samples, whose gradient is mixed with the private one.
+    zeroth_order : ZerothOrder, optional
+        Steps along random directions, by clipped slopes of the losses; by default steps are those
+        of gradients.
     optimizer : optimizers.Optimizer or callable, optional
         One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
         transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
@@ -174,7 +179,16 @@ def run(
         noise_multiplier, stepping.steps, batches=drawn, noise=added
     )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
-    method = Method(drawn, added, optimizer, groups, gradients, noise_per_group, microbatch_size)
+    method = Method(
+        drawn,
+        added,
+        optimizer,
+        groups,
+        gradients,
+        noise_per_group,
+        microbatch_size,
+        zeroth_order,
+    )
     mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
     algorithm = algorithm_of(problem, method, mechanism)
     return _recorded([(algorithm, stepping)], params, keys, outputs, progress)

@@ -71,13 +71,14 @@ def run(
             after, info, train, _ = algorithm.step_with_outputs(key_of(k), state)
             return after, algorithm.measure(state, train, info.clip_fraction, outputs)
 
-        # A step on the full batch computes the outputs of all samples anyway.
+        # A step by the gradient of the full batch computes the outputs of all samples anyway.
+        full_gradient = algorithm.batches.takes_all and algorithm.zeroth_order is None
         end, measured = stepping.walk_to_end(
             step,
             measure,
             algorithm.start(*start),
             listener,
-            step_and_measure if algorithm.batches.takes_all else None,
+            step_and_measure if full_gradient else None,
         )
         return (end.params, end.average), measured
 

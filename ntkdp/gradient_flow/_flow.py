@@ -1,6 +1,7 @@
 """The classes that flows belong to: a velocity, and something to measure along the way."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -65,6 +66,10 @@ class LinearModelFlow(TrainingFlow):
         self, state: PyTree, weights: Float[Array, " n"] | None = None
     ) -> tuple[PyTree, Float[Array, "R n"]]:
         """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
+
+    @abstractmethod
+    def losses_along(self, state: PyTree, direction: PyTree) -> Callable[[Array], Array]:
+        """Losses of the training samples ``(n,)`` as a function of the way along a direction."""
 
     @property
     @abstractmethod

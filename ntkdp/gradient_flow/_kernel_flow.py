@@ -1,5 +1,7 @@
 """The flow of the outputs under a frozen kernel."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
@@ -265,6 +267,12 @@ class KernelFlow(LinearModelFlow):
         """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
         a = self.loss.output_gradient(state[0], self.targets)
         return self.velocity(state, weights), _norms.through_kernel(self.diagonal, a)
+
+    def losses_along(
+        self, state: tuple[Array, Array | None], direction: tuple[Array, Array | None]
+    ) -> Callable[[Array], Array]:
+        """Losses of the training samples ``(n,)`` as a function of the way along a direction."""
+        return lambda way: self.loss(state[0] + way * direction[0], self.targets)
 
     @property
     def n_terms(self) -> int:

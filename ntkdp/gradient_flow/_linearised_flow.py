@@ -290,6 +290,12 @@ class LinearisedFlow(LinearModelFlow):
         velocity: Params = pull((-a).astype(f.dtype))[0]
         return velocity
 
+    def losses_along(self, state: Params, direction: Params) -> Callable[[Array], Array]:
+        """Losses of the training samples ``(n,)`` as a function of the way along a direction."""
+        outputs = self._outputs(self.x, state)
+        _, change = self._moved(self.x, direction)
+        return lambda way: self.loss(outputs + way * change, self.targets)
+
     @property
     def n_terms(self) -> int:
         """Groups that clipping tells apart: 1 flat, R layerwise."""
@@ -302,13 +308,19 @@ class LinearisedFlow(LinearModelFlow):
         return self.data.measure(train, test, _clipping.clip_fraction(factors), outputs)
 
     def _outputs(self, x: Array, displacement: Params) -> Array:
-        def batch(index: Array) -> Array:
-            rows = jnp.minimum(index, x.shape[0] - 1)
-            f, moved = self._push(self.params, x[rows], displacement)
-            return f + moved
+        f, moved = self._moved(x, displacement)
+        return f + moved
 
-        outputs: Array = lax.map(batch, _batches(x.shape[0], self.batch_size))
-        return outputs.reshape(-1, outputs.shape[-1])[: x.shape[0]]
+    def _moved(self, x: Array, displacement: Params) -> tuple[Array, Array]:
+        """Outputs where the model is linearised, and how far a displacement moves them."""
+
+        def batch(index: Array) -> tuple[Array, Array]:
+            rows = jnp.minimum(index, x.shape[0] - 1)
+            return self._push(self.params, x[rows], displacement)
+
+        f, moved = lax.map(batch, _batches(x.shape[0], self.batch_size))
+        k = f.shape[-1]
+        return f.reshape(-1, k)[: x.shape[0]], moved.reshape(-1, k)[: x.shape[0]]
 
 
 def _batches(n: int, batch_size: int) -> Array:

@@ -29,6 +29,15 @@ def noise_covariance(
     stds = deviations(flow.clipping, sigma, flow.n_terms, per_group)
     if not bool(jnp.any(stds > 0)):
         return None
+    return covariance_of_weights(flow, stds, noise_kernel)
+
+
+def covariance_of_weights(
+    flow: KernelFlow,
+    stds: Float[Array, " R"],
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
+) -> Float[Array, "N N"]:
+    """Covariance of what moves the outputs if weights move at random, with deviations by group."""
     if flow.preconditioned:
         raise ValueError(
             "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "

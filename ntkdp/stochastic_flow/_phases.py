@@ -22,7 +22,8 @@ from ntkdp.losses import Loss, Reduction
 from ntkdp.noise import Independent
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._ensemble import draw_within_memory, noise_of_step
+from ntkdp.stochastic_flow._ensemble.ensemble import draw_within_memory
+from ntkdp.stochastic_flow._ensemble.step_noise import noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
 #: One kernel for all phases, or one for each.

@@ -15,7 +15,7 @@ from ntkdp.models import Model
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
 from ntkdp.stochastic_flow._diagnosis import Data, Training, diagnosed, flow_of
-from ntkdp.stochastic_flow._ensemble import ensemble
+from ntkdp.stochastic_flow._ensemble.ensemble import ensemble
 from ntkdp.stochastic_flow._response.ensemble import DRAWS, response_ensemble
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._shift import shifted

@@ -11,7 +11,7 @@ import pytest
 from ntkdp import claims, clipping, noise
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
-from ntkdp.stochastic_flow import _ensemble
+from ntkdp.stochastic_flow._ensemble import step_noise
 from ntkdp.stochastic_flow._response import runs
 
 
@@ -124,7 +124,7 @@ def test_c39_fails_without_the_response(mutate: Any) -> None:
 
 @pytest.mark.slow
 def test_c48_fails_if_the_predicted_noise_does_not_follow_the_norm(mutate: Any) -> None:
-    mutate(_ensemble.StepNoise, "at_clip_norm", lambda self, *args: self)
+    mutate(step_noise.StepNoise, "at_clip_norm", lambda self, *args: self)
     wrong = failing("C48")
     assert "mean loss, off in standard errors, gamma 0.5, R(0) 20" in wrong
     assert not {name for name in wrong if ", runs," in name or "flow" in name}

@@ -1,13 +1,10 @@
 """Noisy runs of the linearised model, drawn from its kernel or without one."""
 
 from dataclasses import replace
-from functools import partial
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from ntkdp import privacy
 from ntkdp._backend import devices, program_memory, validate
@@ -16,19 +13,18 @@ from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import (
     Array,
     ArrayLike,
-    Float,
     Key,
     KeyLike,
     LearningRate,
     PRNGKeyArray,
     Progress,
     PyTree,
-    ScalarLike,
 )
 from ntkdp._setup import batches_in_words, noise_in_words
-from ntkdp.batches import Batches, Drawn
+from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
+from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import Adaptive, ClippingRule, rescaled
+from ntkdp.clipping import Adaptive
 from ntkdp.gradient_flow import (
     KernelFlow,
     LinearisedFlow,
@@ -45,126 +41,10 @@ from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._matrix_root import square_root
-from ntkdp.stochastic_flow._noise_covariance import noise_covariance
-from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, deviations
+from ntkdp.stochastic_flow._ensemble.step_noise import Carried, StepNoise, noise_of_step
+from ntkdp.stochastic_flow._ensemble.zeroth_order import ZerothOrderSteps, zeroth_order_steps
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
-
-#: Outputs of training points, and of test points if there are any.
-_Outputs: TypeAlias = tuple[Array, Array | None]
-
-
-class _OutputNoise(eqx.Module):
-    """Noise of the outputs, through a factor of its covariance."""
-
-    factor: Float[Array, "N N"]
-    divisor: ScalarLike
-
-    def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
-        """Draw what noise adds to the velocity of train and test outputs."""
-        train, test = drift
-        n, n_outputs = train.shape
-        n_rows = self.factor.shape[0]
-        # One column, or one for each output if the outputs share the factor.
-        columns = (train.size + (0 if test is None else test.size)) // n_rows
-        z = jax.random.normal(key, (n_rows, columns), train.dtype)
-        noise = devices.everywhere(mesh, self.factor @ z)
-        noise = noise.reshape(-1, n_outputs) / self.divisor
-        return noise[:n], None if test is None else noise[n:]
-
-    def times(self, scales: Float[Array, " R"]) -> "_OutputNoise":
-        """The same, that many times as large, all groups alike."""
-        return _OutputNoise(self.factor, self.divisor / scales[0].astype(self.factor.dtype))
-
-
-class _WeightNoise(eqx.Module):
-    """Noise of the weights, with a standard deviation for each group of leaves."""
-
-    deviations: Float[Array, " R"]
-    leaf_to_group: tuple[int, ...] = eqx.field(static=True)
-
-    def draw(self, mesh: Mesh | None, drift: PyTree, key: PRNGKeyArray) -> PyTree:
-        """Draw what noise adds to the velocity of the weights."""
-        leaves, treedef = jax.tree.flatten(drift)
-        # As in a run: a key for each leaf, and noise of the gradient, which is descended.
-        noise = [
-            -self.deviations[group].astype(leaf.dtype)
-            * jax.random.normal(own, leaf.shape, leaf.dtype)
-            for group, leaf, own in zip(
-                self.leaf_to_group, leaves, jax.random.split(key, len(leaves)), strict=True
-            )
-        ]
-        return jax.tree.unflatten(treedef, noise)
-
-    def times(self, scales: Float[Array, " R"]) -> "_WeightNoise":
-        """The same, that many times as large, by group."""
-        return _WeightNoise(self.deviations * scales, self.leaf_to_group)
-
-
-#: What batches and noise carry on from step to step.
-_Carried: TypeAlias = tuple[PyTree, PyTree]
-#: Norms of all samples' gradients by group, and which samples were drawn.
-_Seen: TypeAlias = tuple[Array, Drawn]
-
-
-class StepNoise(eqx.Module):
-    """The randomness of steps: batches, and the noise of the outputs or of the weights."""
-
-    added: _OutputNoise | _WeightNoise | None
-    batches: Batches
-    noise: Noise
-    per_group: bool = eqx.field(static=True)
-
-    def at_clip_norm(self, clip_norm: Array | None, rule: ClippingRule) -> "StepNoise":
-        """The same for a rule at the clipping norms of its groups, in proportion to them."""
-        if clip_norm is None or self.added is None:
-            return self
-        n_groups, moved = clip_norm.size, rescaled(rule, clip_norm)
-        now: ScalarLike
-        before: ScalarLike
-        if self.per_group:
-            now, before = clip_norm, rule.group_norms(n_groups)
-        else:
-            now, before = moved.sensitivity(n_groups), rule.sensitivity(n_groups)
-        ratio = jnp.asarray(now, clip_norm.dtype) / jnp.asarray(before, clip_norm.dtype)
-        scales = jnp.broadcast_to(ratio, (n_groups,))
-        return replace(self, added=self.added.times(scales))
-
-    def start(self, flow: LinearModelFlow, state: PyTree) -> _Carried:
-        """What is carried before the first step."""
-        batches = self.batches.start(flow.targets.shape[0])
-        if self.added is None:
-            return batches, None
-        like = jax.eval_shape(partial(self.added.draw, flow.mesh, state), jax.random.key(0))
-        return batches, self.noise.start(like)
-
-    def velocity(
-        self,
-        flow: LinearModelFlow,
-        state: PyTree,
-        key: PRNGKeyArray,
-        number: Array,
-        carried: _Carried,
-    ) -> tuple[PyTree, _Seen, _Carried]:
-        """A random step, divided by the learning rate, what it saw, and what is carried on."""
-        batch_key, noise_key = jax.random.split(key)
-        of_batches, of_noise = carried
-        drawn, of_batches = self.batches.draw(batch_key, number, of_batches, flow.targets.shape[0])
-        dtype = jnp.result_type(*jax.tree.leaves(state))
-        weights = None if drawn is None else self.batches.weights(drawn, dtype)
-        drift, norms = flow.velocity_and_norms(state, weights)
-        if self.added is None:
-            return drift, (norms, drawn), (of_batches, of_noise)
-        draw = partial(self.added.draw, flow.mesh, drift)
-        noise, of_noise = self.noise.next(draw, noise_key, number, of_noise)
-        return jax.tree.map(jnp.add, drift, noise), (norms, drawn), (of_batches, of_noise)
-
-    def variance(self, velocity: PyTree) -> PyTree:
-        """Variance of the noise of each weight's velocity; of outputs, which nobody asks for, 0."""
-        if not isinstance(self.added, _WeightNoise):
-            return 0.0
-        variances = [self.added.deviations[group] ** 2 for group in self.added.leaf_to_group]
-        return jax.tree.unflatten(jax.tree.structure(velocity), variances)
 
 
 def ensemble(
@@ -178,6 +58,7 @@ def ensemble(
     batches: Batches | None = None,
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
+    zeroth_order: ZerothOrder | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -205,8 +86,9 @@ def ensemble(
         budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
-    batches, noise, adaptive
-        Other batches, correlated noise and a clipping norm that moves, as for ``dp_sgd.run``.
+    batches, noise, adaptive, zeroth_order
+        Other batches, correlated noise, a clipping norm that moves, and steps along random
+        directions, as for ``dp_sgd.run``.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
         with noise if the flow has a test kernel, since the same noise moves both. Public samples
@@ -268,7 +150,14 @@ def ensemble(
     if adaptive is not None:
         _check_noise_adapts(flow, correlated, noise_per_group)
         of_sum = adaptive.sum_noise_multiplier(sigma, flow.n_terms)
-    random = noise_of_step(flow, of_sum, drawn, noise_kernel, noise_per_group, correlated)
+    order = check_zeroth_order(zeroth_order, flow.clipping, correlated, adaptive, flow.public)
+    random: StepNoise | ZerothOrderSteps
+    if order is None:
+        random = noise_of_step(flow, of_sum, drawn, noise_kernel, noise_per_group, correlated)
+    else:
+        _check_directions(flow, noise_per_group, walk.optimizer)
+        random = zeroth_order_steps(flow, order, sigma, drawn, noise_kernel)
+    has_noise = isinstance(random, StepNoise) and random.added is not None
     start: Start = (flow.init(initial), None)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
@@ -291,8 +180,22 @@ def ensemble(
             setup=replace(
                 setup,
                 batches=batches_in_words(drawn),
-                noise=noise_in_words(correlated) if random.added is not None else "",
+                noise=noise_in_words(correlated) if has_noise else "",
+                zeroth_order="" if order is None else order.in_words,
             ),
+        )
+
+
+def _check_directions(flow: LinearModelFlow, per_group: bool, optimizer: OptimizerLike) -> None:
+    """Raise unless flow and optimizer take steps along random directions."""
+    if per_group:
+        raise ValueError("noise_per_group must be False with zeroth_order, got True")
+    if flow.mesh is not None:
+        raise ValueError(f"mesh must be None with zeroth_order, got a flow on {flow.mesh}")
+    if getattr(optimizer, "correct_noise", False):
+        raise ValueError(
+            "optimizer must have correct_noise=False with zeroth_order, whose noise lies along its "
+            "directions alone, got Adam(correct_noise=True)"
         )
 
 
@@ -310,44 +213,9 @@ def _check_noise_adapts(flow: LinearModelFlow, noise: Noise, per_group: bool) ->
         )
 
 
-def noise_of_step(
-    flow: LinearModelFlow,
-    noise_multiplier: ScalarLike,
-    batches: Batches,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
-    per_group: bool,
-    noise: Noise,
-) -> StepNoise:
-    """The randomness of steps, checked against the flow."""
-    n = flow.targets.shape[0]
-    batches.check(n)
-    divisor = batches.share(n) * flow.data.divisor
-    if flow.public is not None:
-        sigma = validate.non_negative(noise_multiplier=noise_multiplier)
-        noise_multiplier = sigma * flow.public.private_share
-    if not isinstance(flow, LinearisedFlow):
-        assert isinstance(flow, KernelFlow)
-        covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
-        if covariance is None:
-            return StepNoise(None, batches, noise, per_group)
-        factor = square_root(covariance, flow.mesh)
-        return StepNoise(_OutputNoise(factor, divisor), batches, noise, per_group)
-    if noise_kernel is not None:
-        raise ValueError(
-            "noise_kernel must be None with a LinearisedFlow, where the noise of the weights moves "
-            f"the outputs too, got {type(noise_kernel).__name__}"
-        )
-    groups = flow.weight_groups()
-    stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
-    if not bool(jnp.any(stds > 0)):
-        return StepNoise(None, batches, noise, per_group)
-    of_weights = _WeightNoise(stds / divisor, groups.leaf_to_group)
-    return StepNoise(of_weights, batches, noise, per_group)
-
-
 def draw_within_memory(
     walk: OptimizerSteps,
-    noise: StepNoise,
+    noise: StepNoise | ZerothOrderSteps,
     start: Start,
     per_seed: bool,
     stepping: Stepping,
@@ -372,7 +240,7 @@ def draw_within_memory(
 @eqx.filter_jit
 def draw(
     walk: OptimizerSteps,
-    noise: StepNoise,
+    noise: StepNoise | ZerothOrderSteps,
     start: Start,
     per_seed: bool,
     stepping: Stepping,
@@ -386,7 +254,7 @@ def draw(
     batch_size = noise.batches.share(n) * n
 
     def one_run(key: PRNGKeyArray, start: Start) -> tuple[Start, Measurement]:
-        def step(k: Array, state: tuple[Walked, _Carried]) -> tuple[Walked, _Carried]:
+        def step(k: Array, state: tuple[Walked, Carried]) -> tuple[Walked, Carried]:
             walked, carried = state
             number = jnp.asarray(stepping.number(k))
             own = jax.random.fold_in(key, number)

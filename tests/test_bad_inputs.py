@@ -306,7 +306,7 @@ ROWS = [
     Row("the same for an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, adaptive=True, key=key()), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got bool"),
     Row("the class of adaptive clipping", lambda t: ntkdp.recursion(flow(), Y, learning_rate=0.1, steps=2, adaptive=ntkdp.clipping.Adaptive), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got "),
     Row("a number of directions alone", lambda t: train(zeroth_order=4), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),
-    Row("the same for an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, zeroth_order=4, key=key()), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),
+    Row("a number of directions of an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, zeroth_order=4, key=key()), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),
     Row("no directions", lambda t: ntkdp.ZerothOrder(0), V, "directions must be"),
     Row("half a direction", lambda t: ntkdp.ZerothOrder(0.5), T, "directions must be"),
     Row("a reach of zero", lambda t: ntkdp.ZerothOrder(1, reach=0.0), V, "reach must be positive"),

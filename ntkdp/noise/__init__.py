@@ -11,5 +11,6 @@ from ntkdp.noise._buffered import BufferedToeplitz
 from ntkdp.noise._correlated import Correlated
 from ntkdp.noise._noise import Draw as Draw
 from ntkdp.noise._noise import Independent, Noise, resolve
+from ntkdp.noise._recursion import Recursion as Recursion
 
 __all__ = ["BufferedToeplitz", "Correlated", "Independent", "Noise", "resolve"]

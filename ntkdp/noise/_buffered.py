@@ -9,6 +9,7 @@ import numpy as np
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 from ntkdp.noise._noise import Draw, Noise
+from ntkdp.noise._recursion import Recursion
 
 
 @final
@@ -63,6 +64,11 @@ class BufferedToeplitz(Noise):
         powers = self.decays[None] ** np.arange(max(steps - 1, 0))[:, None]
         matrix: np.ndarray = np.tril(toeplitz(np.append(1.0, powers @ self.weights)[:steps]))
         return matrix
+
+    def recursion(self, steps: int) -> Recursion:
+        """The sums s."""
+        reads = np.broadcast_to(-self.weights, (steps, len(self.weights)))
+        return Recursion(reads, np.ones(steps), np.diag(self.decays), np.ones(len(self.decays)))
 
     def start(self, like: PyTree) -> PyTree:
         """The sums s, on a leading axis."""

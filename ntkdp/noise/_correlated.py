@@ -21,6 +21,7 @@ from ntkdp._backend.types import (
 from ntkdp.batches import Batches
 from ntkdp.noise import _least_error, _workload
 from ntkdp.noise._noise import Draw, Noise
+from ntkdp.noise._recursion import Recursion
 
 
 @final
@@ -280,6 +281,16 @@ class Correlated(Noise):
         first[: min(steps, self.n_bands)] = self.strategy[:steps]
         matrix: np.ndarray = np.tril(toeplitz(first))
         return matrix
+
+    def recursion(self, steps: int) -> Recursion:
+        """The noise of the last steps, one less than there are bands."""
+        strategy = self.strategy if self.strategy.ndim == 1 else self.strategy_matrix(steps)
+        rows = _by_band(strategy)
+        if strategy.ndim == 1:
+            rows = np.broadcast_to(rows, (steps, len(rows)))
+        size = rows.shape[1] - 1
+        enters = (np.arange(size) == 0).astype(float)
+        return Recursion(-rows[:, 1:] / rows[:, :1], 1 / rows[:, 0], np.eye(size, k=-1), enters)
 
     @property
     def _draws_again(self) -> bool:

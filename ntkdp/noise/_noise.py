@@ -10,6 +10,7 @@ import numpy as np
 from ntkdp._backend.types import Array, Float, PRNGKeyArray, PyTree
 from ntkdp.batches import Batches
 from ntkdp.noise import _sensitivity
+from ntkdp.noise._recursion import Recursion
 
 #: Standard normal numbers of a step, by its key, in the shapes of the gradient.
 Draw: TypeAlias = Callable[[PRNGKeyArray], PyTree]
@@ -42,6 +43,10 @@ class Noise(eqx.Module):
     @abstractmethod
     def strategy_matrix(self, steps: int) -> Float[np.ndarray, "T T"]:
         """The strategy C of so many steps."""
+
+    @abstractmethod
+    def recursion(self, steps: int) -> Recursion:
+        """What :meth:`next` does in so many steps, as matrices."""
 
     def mixing(self, steps: int) -> Float[np.ndarray, "T T"]:
         """The inverse of the strategy: row k makes the noise of step k."""
@@ -169,3 +174,7 @@ class Independent(Noise):
     def strategy_matrix(self, steps: int) -> Float[np.ndarray, "T T"]:
         """The identity."""
         return np.eye(steps)
+
+    def recursion(self, steps: int) -> Recursion:
+        """Nothing is carried."""
+        return Recursion(np.zeros((steps, 0)), np.ones(steps), np.zeros((0, 0)), np.zeros(0))

@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from ntkdp._backend.types import Array, Float, LearningRate, PyTree
+from ntkdp.noise import Recursion
 
 #: Largest difference from linear, relative to the sizes of the numbers.
 _TOLERANCE = 1e-4
@@ -122,6 +123,21 @@ def averaged(filter: LinearFilter, decay: float) -> LinearFilter:
     matrices[:, size, size] = decay
     drives[:, size] = (1 - decay) * filter.drives[:, 0]
     return LinearFilter(matrices, drives)
+
+
+def mixed(filter: LinearFilter, noise: Recursion) -> LinearFilter:
+    """The filter that white noise drives in place of the gradients, which it is mixed to first.
+
+    Its state is that of the filter, and after it what the noise carries.
+    """
+    enters = np.concatenate(
+        [filter.drives, np.broadcast_to(noise.enters, (filter.steps, len(noise.enters)))], axis=1
+    )
+    size, whole = filter.size, enters.shape[1]
+    matrices = np.zeros((filter.steps, whole, whole))
+    matrices[:, :size, :size], matrices[:, size:, size:] = filter.matrices, noise.carries
+    matrices[:, :, size:] += enters[:, :, None] * noise.reads[:, None]
+    return LinearFilter(matrices, enters * noise.draws[:, None])
 
 
 class Bridge(NamedTuple):
@@ -235,3 +251,12 @@ def bridge(filter: LinearFilter, nodes: np.ndarray, readers: tuple[int, ...] = (
         gains[k], deviations[k] = across / total, total**-0.5
         precision = matrix.T @ precision @ matrix - np.outer(across, across) / total
     return Bridge(gains, deviations)
+
+
+def pinned(
+    filter: LinearFilter, nodes: np.ndarray, readers: tuple[int, ...] = (0,)
+) -> LinearFilter:
+    """The filter of the noise between nodes, at which the ``readers`` are zero."""
+    gains, deviations = bridge(filter, nodes, readers)
+    matrices = filter.matrices - filter.drives[:, :, None] * gains[:, None]
+    return LinearFilter(matrices, filter.drives * deviations[:, None])

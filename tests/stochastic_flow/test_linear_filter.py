@@ -8,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from ntkdp.stochastic_flow._linear_filter import bridge, interpolation, linear_filter
+from ntkdp.noise import BufferedToeplitz, Correlated, Noise
+from ntkdp.stochastic_flow._linear_filter import (
+    bridge,
+    interpolation,
+    linear_filter,
+    mixed,
+    pinned,
+)
 
 STEPS = 24
 NODES = np.array([0, 7, 15, 24])
@@ -66,3 +73,33 @@ def test_covariances_are_those_of_the_impulse_responses(name: str) -> None:
 def test_an_optimizer_that_is_not_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="optimizer must be linear"):
         linear_filter(optax.adam, 0.1, 3)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        Correlated([2.0, 0.5, 0.25]),
+        Correlated(np.eye(STEPS) + 0.3 * np.tril(np.ones((STEPS, STEPS)), -1)),
+        Correlated(np.eye(STEPS + 2) + 0.4 * np.eye(STEPS + 2, k=-2)),
+        BufferedToeplitz([0.9, 0.3], [0.2, 0.3]),
+    ],
+    ids=["Toeplitz", "matrix", "banded matrix", "buffered"],
+)
+def test_correlated_noise_has_the_covariance_of_its_mixing(noise: Noise) -> None:
+    filter = linear_filter(OPTIMIZERS["heavy ball"], optax.cosine_decay_schedule(0.3, 28), STEPS)
+    of_noise = mixed(filter, noise.recursion(STEPS))
+    rows = impulse_responses(OPTIMIZERS["heavy ball"]) @ noise.mixing(STEPS)
+    covariance = rows @ rows.T
+    scale = covariance.max()
+    np.testing.assert_allclose(
+        of_noise.position_covariance(NODES), covariance[:, NODES], atol=1e-6 * scale
+    )
+    known = NODES[1:]
+    solved = np.linalg.solve(covariance[np.ix_(known, known)], covariance[known]).T
+    rest = pinned(of_noise, NODES)
+    states = np.zeros((STEPS + 1, of_noise.size, STEPS))
+    for k in range(STEPS):
+        states[k + 1] = rest.matrices[k] @ states[k]
+        states[k + 1, :, k] = rest.drives[k]
+    left = covariance - solved @ covariance[known]
+    np.testing.assert_allclose(states[:, 0] @ states[:, 0].T, left, atol=1e-5 * scale)

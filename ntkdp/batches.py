@@ -68,6 +68,11 @@ class Batches(eqx.Module):
         """Whether every batch has all samples."""
         return False
 
+    @property
+    def is_random(self) -> bool:
+        """Whether other keys draw other batches."""
+        return not self.takes_all
+
     def check(self, n_samples: int) -> None:
         """Raise if there are too few samples for a batch."""
         _check_size("a batch", 1, n_samples)
@@ -238,6 +243,11 @@ class Cyclic(_Parts):
     >>> ntkdp.batches.Cyclic(4).largest(10)
     3
     """
+
+    @property
+    def is_random(self) -> bool:
+        """False: the parts are fixed."""
+        return False
 
     def draw(
         self, key: PRNGKeyArray, number: Array | int, carried: PyTree, n_samples: int

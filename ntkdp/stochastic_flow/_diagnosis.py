@@ -10,15 +10,18 @@ import numpy as np
 from jax import lax
 
 from ntkdp import ntk, optimizers, privacy
-from ntkdp._backend import validate
 from ntkdp._backend.types import ApplyFn, Array, ArrayLike, LearningRate, Params, PyTree
 from ntkdp._gradients import groups as _groups
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.datasets import Dataset
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.models import Model
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import Adam, OptimizerLike
-from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter
+from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter, mixed
 from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
 from ntkdp.stochastic_flow._response.ensemble import NODES, filtered_part, is_room
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
@@ -57,7 +60,8 @@ class Training(NamedTuple):
     optimizer: OptimizerLike
     stepping: Stepping
     noise_multiplier: float
-    sample_rate: float
+    batches: Batches
+    noise: Noise
     noise_per_group: bool
 
     @classmethod
@@ -68,26 +72,35 @@ class Training(NamedTuple):
         optimizer: OptimizerLike | None,
         stepping: Stepping,
         noise_multiplier: NoiseMultiplier,
-        sample_rate: float,
+        batches: Batches,
+        noise: Noise,
         noise_per_group: bool,
     ) -> "Training":
         """The training of a flow, from arguments as users give them."""
-        rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-        sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, rate)
+        batches.check(flow.n_samples)
+        sigma = privacy.as_noise_multiplier(
+            noise_multiplier, stepping.steps, batches=batches, noise=noise
+        )
         return cls(
             flow,
             model if isinstance(model, Model) else None,
             optimizers.recognised(optimizers.as_optimizer(optimizer)),
             stepping,
             float(np.asarray(sigma)),
-            rate,
+            batches,
+            noise,
             bool(noise_per_group),
         )
 
     @property
     def is_random(self) -> bool:
         """Whether two runs differ."""
-        return self.noise_multiplier > 0 or self.sample_rate < 1
+        return self.noise_multiplier > 0 or self.batches.is_random
+
+    @property
+    def sample_rate(self) -> float:
+        """The expected share of the samples in a batch."""
+        return self.batches.share(self.flow.n_samples)
 
     @property
     def times(self) -> np.ndarray:
@@ -169,6 +182,8 @@ def diagnose(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     noise_per_group: bool = False,
@@ -198,6 +213,8 @@ def diagnose(
         Noise over sensitivity; a budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
+    batches, noise
+        Other batches and correlated noise, as for ``dp_sgd.run``.
     optimizer : optimizers.Optimizer or callable, optional
         As for :func:`response_ensemble`; by default plain steps.
     groups, noise_per_group
@@ -242,8 +259,9 @@ def diagnose(
     """
     flow = flow_of(model, params, data, loss, clipping, groups, reduction)
     stepping = Stepping(learning_rate, steps, 1)
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
     training = Training.of(
-        flow, model, optimizer, stepping, noise_multiplier, sample_rate, noise_per_group
+        flow, model, optimizer, stepping, noise_multiplier, drawn, correlated, noise_per_group
     )
     return diagnosed(training)
 
@@ -313,7 +331,8 @@ def diagnosed(training: Training, n_runs: int = 100) -> Diagnosis:
     largest = float(np.diff(times).max())
     curvature = float(jnp.max(curvatures(flow, path.params, path.metric)))
     stable = largest_stable_rate(training.optimizer, curvature)
-    fits = is_room(flow, n_runs, len(places), stepping)
+    carried = len(training.noise.recursion(stepping.steps).enters)
+    fits = is_room(flow, n_runs, len(places), stepping, carried)
     method, reasons = _trusted(training, noise, movement, still, fits)
     cautions = _cautions(training, noise, largest, stable)
     return Diagnosis(noise, largest, stable, movement, still, method, reasons, cautions)
@@ -332,7 +351,8 @@ def _weight_noise(training: Training, filter: LinearFilter, path: NoiseFreePath)
     if training.noise_multiplier == 0:
         return 0.0
     flow = training.flow
-    gathered = float(filter.added_covariance(0, filter.steps)[0, 0])
+    of_noise = mixed(filter, training.noise.recursion(filter.steps))
+    gathered = float(of_noise.added_covariance(0, filter.steps)[0, 0])
     squares = [1.0] * len(training.deviations())
     if path.metric is not None:
         squares = [float(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(path.metric)]
@@ -392,7 +412,7 @@ def _trusted(
     fits: bool,
 ) -> tuple[Trusted, tuple[str, ...]]:
     """The prediction to trust, and why."""
-    if not training.is_random:
+    if training.noise_multiplier == 0 and training.batches.takes_all:
         reason = "Without noise and sampling there is one run, which the response is exactly."
         return "response", (reason,)
     reasons = []
@@ -434,10 +454,11 @@ def _cautions(
             "network of its own; use more draws."
         )
     batch = training.sample_rate * training.flow.n_samples
-    if training.sample_rate < 1 and batch < _SMALL_BATCH:
+    samples = not training.batches.takes_all
+    if samples and batch < _SMALL_BATCH:
         cautions.append(
             f"a batch has {batch:.1f} samples on average: sampling is then no small perturbation."
         )
-    if isinstance(training.optimizer, Adam) and training.sample_rate < 1:
+    if isinstance(training.optimizer, Adam) and samples:
         cautions.append("the second moment of Adam is predicted without the variance of sampling.")
     return tuple(cautions)

@@ -8,10 +8,14 @@ import jax
 from ntkdp import ntk
 from ntkdp._backend import validate
 from ntkdp._backend.types import ApplyFn, Array, KeyLike, LearningRate, Params, Progress, PyTree
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, recursion
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.models import Model
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
 from ntkdp.stochastic_flow._diagnosis import Data, Training, diagnosed, flow_of
@@ -39,6 +43,8 @@ def predict(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     noise_per_group: bool = False,
@@ -58,7 +64,7 @@ def predict(
     ----------
     model, params, data, loss, clipping
         As for :func:`diagnose`.
-    learning_rate, steps, noise_multiplier, sample_rate, optimizer
+    learning_rate, steps, noise_multiplier, sample_rate, batches, noise, optimizer
         As for :func:`diagnose`.
     groups, noise_per_group, reduction
         As for :func:`diagnose`.
@@ -119,8 +125,9 @@ def predict(
     validate.choice(get_args(Method), method=method)
     flow = flow_of(model, params, data, loss, clipping, groups, reduction)
     stepping = Stepping(learning_rate, steps, record_every)
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
     training = Training.of(
-        flow, model, optimizer, stepping, noise_multiplier, sample_rate, noise_per_group
+        flow, model, optimizer, stepping, noise_multiplier, drawn, correlated, noise_per_group
     )
     keys = validate.keys(key=key)
     if training.is_random and keys.ndim == 0:
@@ -160,7 +167,8 @@ def _drawn(
     """Runs by a method."""
     asked: dict[str, Any] = {
         "noise_multiplier": training.noise_multiplier,
-        "sample_rate": training.sample_rate,
+        "batches": training.batches,
+        "noise": training.noise,
         "noise_per_group": training.noise_per_group,
         "key": keys,
         "progress": progress,

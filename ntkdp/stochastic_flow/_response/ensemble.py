@@ -1,6 +1,7 @@
 """Noisy runs of any network, from its response to noise and gradients."""
 
 import warnings
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -12,9 +13,14 @@ from ntkdp import optimizers, privacy
 from ntkdp._backend import memory, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
+from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import with_steps
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import Adam, OptimizerLike
-from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter
+from ntkdp.stochastic_flow._linear_filter import LinearFilter, linear_filter, mixed
 from ntkdp.stochastic_flow._response import noise_path
 from ntkdp.stochastic_flow._response.flow import ResponseFlow, check_response_flow
 from ntkdp.stochastic_flow._response.kernels import NodeKernels, node_kernels
@@ -37,6 +43,8 @@ NODES, NODES_OF_NOISE, DRAWS = 7, 5, 3
 _LARGEST_ERROR = 0.1
 #: Gradients in the shape of the weights that are kept at each node, of a filter with two entries.
 _PULLED = 6
+#: Copies of a filter's matrices that are alive at once.
+_FILTERS = 6
 #: Part of the largest entry that is added to a covariance before its root is taken, in epsilons.
 _JITTER = 100
 
@@ -48,6 +56,8 @@ def response_ensemble(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     optimizer: OptimizerLike | None = None,
     noise_per_group: bool = False,
     about: Literal["path", "start"] | ResponseFlow = "path",
@@ -77,6 +87,8 @@ def response_ensemble(
         every weight, with S the sensitivity. A budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
+    batches, noise
+        Other batches and correlated noise, as for ``dp_sgd.run``.
     optimizer : optimizers.Optimizer or callable, optional
         :class:`ntkdp.optimizers.SGD` or :class:`ntkdp.optimizers.Adam` with all their options, or a
         function of the learning rate that returns an optax transformation whose updates are linear
@@ -156,8 +168,12 @@ def response_ensemble(
     """
     flow = check_response_flow(flow)
     stepping = Stepping(learning_rate, steps, record_every)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    drawn.check(flow.n_samples)
+    rate = drawn.share(flow.n_samples)
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+    )
     validate.choice(("nodes", "steps"), noise_at=noise_at)
     if not isinstance(about, ResponseFlow):
         validate.choice(("path", "start"), about=about)
@@ -175,8 +191,12 @@ def response_ensemble(
     stds = (stds / (rate * flow.data.divisor)).astype(flow.dtype)
     is_noisy = bool(jnp.any(stds > 0))
     if not is_noisy:
-        draws = 1
-    _require_room(flow, keys.size, len(places), stepping, noise_at, outputs, draws)
+        draws, correlated = 1, Independent()
+    recursion = correlated.recursion(stepping.steps)
+    _require_room(
+        flow, keys.size, len(places), stepping, noise_at, outputs, draws, len(recursion.enters)
+    )
+    of_noise = mixed(filter, recursion)
     stds_of_leaves = [stds[group] for group in groups.leaf_to_group]
     with _progress.listening(progress, "drawing runs of the network") as listener:
         variances = [std**2 for std in stds_of_leaves]
@@ -191,7 +211,7 @@ def response_ensemble(
             == "path",
         )
         path = _path(flow, descent, stepping, filter, places)
-        transfers = noise_path.transfers(filter, times, places, path)
+        transfers = noise_path.transfers(filter, of_noise, times, places, path)
         law = noise_path.noise_path(flow, path, transfers, stds_of_leaves, jnp.asarray(places))
         draw_keys = jax.random.split(jax.random.key(0), _at_least("draws", draws, 1))
         kernels = node_kernels(law, stds**2, draw_keys)
@@ -201,7 +221,7 @@ def response_ensemble(
         nodes_seen, roots, steps_seen = None, None, None
         if noise_at == "steps":
             slot = jnp.asarray(slots(places, stepping.steps))
-            seen = noise_path.at_steps(law, descent, slot, flat_keys)
+            seen = noise_path.at_steps(law, descent, correlated, slot, flat_keys)
             steps_seen = _less(seen.outputs, path.outputs)
         else:
             seen = noise_path.at_nodes(law, flat_keys)
@@ -209,6 +229,7 @@ def response_ensemble(
             roots = _roots(kernels.covariance) if is_noisy else None
         schedule, propagators = scheduled(
             filter,
+            of_noise,
             times,
             places,
             stepping.recorded,
@@ -219,7 +240,7 @@ def response_ensemble(
         undriven = Undriven(nodes_seen, roots, steps_seen, seen.lengths)
         average = optimizers.average_of(chosen)
         average = None if average is None else jnp.asarray(average, flow.dtype)
-        runs = Runs(flow, path, own_norms, kernels, undriven, flat_keys, average, rate, outputs)
+        runs = Runs(flow, path, own_norms, kernels, undriven, flat_keys, average, drawn, outputs)
         measured = run(runs, schedule, propagators, len(stepping.recorded), listener)
         by_seed: Measurement = jax.tree.map(
             lambda path: jnp.swapaxes(path, 0, 1).reshape(
@@ -227,11 +248,12 @@ def response_ensemble(
             ),
             measured,
         )
+        setup = with_steps(flow.setup(), stepping, sigma, rate, noise_per_group, chosen)
         return from_measurements(
             stepping.times,
             by_seed,
             steps=jnp.asarray(stepping.recorded),
-            setup=with_steps(flow.setup(), stepping, sigma, rate, noise_per_group, chosen),
+            setup=replace(setup, batches=batches_in_words(drawn), noise=noise_in_words(correlated)),
         )
 
 
@@ -323,10 +345,12 @@ def _curvature(kernels: Float[Array, "nodes T NK nK"], times: Float[Array, " nod
     return worst
 
 
-def is_room(flow: ResponseFlow, n_runs: int, n_nodes: int, stepping: Stepping) -> bool:
+def is_room(
+    flow: ResponseFlow, n_runs: int, n_nodes: int, stepping: Stepping, carried: int
+) -> bool:
     """Whether runs with noise at the nodes fit the memory."""
     try:
-        _require_room(flow, n_runs, n_nodes, stepping, "nodes", False, DRAWS)
+        _require_room(flow, n_runs, n_nodes, stepping, "nodes", False, DRAWS, carried)
     except MemoryError:
         return False
     return True
@@ -340,6 +364,7 @@ def _require_room(
     noise_at: str,
     outputs: bool,
     draws: int,
+    carried: int,
 ) -> None:
     n_points = flow.points.shape[0]
     rows, columns = n_points * flow.n_outputs, flow.n_samples * flow.n_outputs
@@ -350,9 +375,17 @@ def _require_room(
     states += 2 * steps_of_block(-(-stepping.steps // (n_nodes - 1)))
     kept = len(stepping.recorded) * bool(outputs)
     # Weights at the nodes, of the path and of the draws, and gradients that charges cause there.
-    networks = (draws + 1 + _PULLED) * n_nodes * program_memory.bytes_of(flow.params)
+    networks = (draws + 1 + _PULLED) * n_nodes
+    # Of the noise, each run carries so many vectors, of outputs or of weights.
+    if noise_at == "steps":
+        networks += n_runs * carried
+    else:
+        states += carried
+        networks += carried
+        kernels += _FILTERS * stepping.steps * carried * (carried + n_nodes)
     memory.require(
-        ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize + networks,
+        ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize
+        + networks * program_memory.bytes_of(flow.params),
         f"the response of {n_runs:,} runs with {n_kernels} kernels of {rows:,} x {columns:,}",
         "use fewer samples, fewer nodes, fewer keys at a time, or float32",
     )

@@ -22,6 +22,7 @@ from ntkdp._backend import norms
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray, PyTree
 from ntkdp._gradients import clipped_sum, per_sample
+from ntkdp.noise import Noise
 from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.noise_free_path import Descent, NoiseFreePath, cells
@@ -33,27 +34,32 @@ class Transfers(NamedTuple):
     Attributes
     ----------
     carried, added
-        The state's matrix and the root of the covariance of the noise that is added, ``(M, d, d)``.
+        The matrix of the noise's state, which begins with that of the filter, and the root of the
+        covariance of the noise that is added, ``(M, D, D)``.
     before, after
         What drives the state, charges of the path, through the Jacobians of a cell's first and of
         its last node, ``(M, d, T, n, K)``; None if nothing drives it.
     """
 
-    carried: Float[Array, "M d d"]
-    added: Float[Array, "M d d"]
+    carried: Float[Array, "M D D"]
+    added: Float[Array, "M D D"]
     before: Float[Array, "M d T n K"] | None
     after: Float[Array, "M d T n K"] | None
 
 
 def transfers(
-    filter: LinearFilter, times: np.ndarray, nodes: np.ndarray, path: NoiseFreePath
+    filter: LinearFilter,
+    of_noise: LinearFilter,
+    times: np.ndarray,
+    nodes: np.ndarray,
+    path: NoiseFreePath,
 ) -> Transfers:
-    """Transfers between neighbouring nodes, for noise of unit deviation."""
+    """Transfers between neighbouring nodes, for noise of unit deviation and its filter."""
     carried, added, before, after = [], [], [], []
     _, along = cells(times, nodes)
     for start, stop in zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True):
-        carried.append(filter.propagators(start, stop)[-1])
-        added.append(_root(filter.added_covariance(start, stop)))
+        carried.append(of_noise.propagators(start, stop)[-1])
+        added.append(_root(of_noise.added_covariance(start, stop)))
         if path.charges is not None:
             responses = jnp.asarray(filter.responses(start, stop), path.charges.dtype)
             share = jnp.asarray(along[start:stop], path.charges.dtype)
@@ -166,6 +172,7 @@ class NoisePath(eqx.Module):
                 ]
 
             if pulled is not None and transfer.before is not None and transfer.after is not None:
+                size = transfer.before.shape[0]
                 both = jnp.concatenate([transfer.before, transfer.after])
                 noisy = self.pull(weights(here, states), both)
                 before, after = (
@@ -263,7 +270,15 @@ def _less(one: Array, other: Array) -> Array:
 
 
 def _added(states: list[Array], more: list[Array]) -> list[Array]:
-    return [state + one.astype(state.dtype) for state, one in zip(states, more, strict=True)]
+    """States with more in their first entries; what the noise carries is not driven."""
+
+    def added(state: Array, one: Array) -> Array:
+        missing = len(state) - len(one)
+        if missing:
+            one = jnp.pad(one, [(0, missing), *[(0, 0)] * (one.ndim - 1)])
+        return state + one.astype(state.dtype)
+
+    return list(map(added, states, more))
 
 
 def diagonal_blocks(flow: ResponseFlow, params: Params) -> Float[Array, "T N K K"]:
@@ -363,18 +378,19 @@ def at_nodes(law: NoisePath, keys: Key[Array, " S"]) -> SeenByRuns:
 
 
 @eqx.filter_jit
-def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S"]) -> SeenByRuns:
+def at_steps(
+    law: NoisePath, descent: Descent, correlated: Noise, slot: Array, keys: Key[Array, " S"]
+) -> SeenByRuns:
     """The same at every step, under the very noise that runs with these keys have."""
     flow, transformation = law.flow, descent.transformation()
     leaves, structure = jax.tree.flatten(flow.params)
     n_nodes = law.transfers.carried.shape[0] + 1
 
-    def noise(key: PRNGKeyArray, k: Array) -> list[Array]:
-        _, own = jax.random.split(jax.random.fold_in(key, k))
+    def draw(key: PRNGKeyArray) -> list[Array]:
         return [
             deviation * jax.random.normal(leaf_key, leaf.shape, wide(leaf).dtype)
             for leaf_key, leaf, deviation in zip(
-                jax.random.split(own, len(leaves)), leaves, law.deviations, strict=True
+                jax.random.split(key, len(leaves)), leaves, law.deviations, strict=True
             )
         ]
 
@@ -391,13 +407,16 @@ def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S
         result: Array = lax.cond(at < n_nodes, put, lambda: lengths)
         return result
 
-    def step(carry: tuple[Params, PyTree, Array], at: _Step) -> tuple[_Runs, Array]:
-        params, states, lengths = carry
+    def step(carry: _Runs, at: _Step) -> tuple[_Runs, Array]:
+        params, states, buffers, lengths = carry
         lengths = kept(lengths, at.slot, params)
         seen = jax.vmap(outputs, out_axes=-1)(params)
 
-        def follow(key: PRNGKeyArray, params: Params, state: PyTree) -> tuple[Params, PyTree]:
-            gradient = noise(key, at.number)
+        def follow(
+            key: PRNGKeyArray, params: Params, state: PyTree, buffer: PyTree
+        ) -> tuple[Params, PyTree, PyTree]:
+            _, own = jax.random.split(jax.random.fold_in(key, at.number))
+            gradient, buffer = correlated.next(draw, own, at.number, buffer)
             if at.charges is not None:
                 gradient = _added(gradient, [g[0] for g in law.pull(params, at.charges[None])])
             gradient = [g.astype(leaf.dtype) for g, leaf in zip(gradient, leaves, strict=True)]
@@ -408,18 +427,20 @@ def at_steps(law: NoisePath, descent: Descent, slot: Array, keys: Key[Array, " S
                 params,
                 jax.tree.unflatten(structure, descent.noise_variances),
             )
-            return optax.apply_updates(params, updates), state
+            return optax.apply_updates(params, updates), state, buffer
 
-        params, states = jax.vmap(follow)(keys, params, states)
-        return (params, states, lengths), seen
+        params, states, buffers = jax.vmap(follow)(keys, params, states, buffers)
+        return (params, states, buffers, lengths), seen
 
     shape = (n_nodes, flow.weight_groups().size, flow.points.shape[0], keys.size)
+    start = descent.source.params
+    buffer = correlated.start(jax.eval_shape(draw, keys[0]))
     many = [
         jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (keys.size, *jnp.shape(leaf))), one)
-        for one in (descent.source.params, transformation.init(descent.source.params))
+        for one in (start, transformation.init(start), buffer)
     ]
     steps = _Step(jnp.arange(len(slot) - 1), slot[:-1], law.path.charges)
-    (params, _, lengths), seen = lax.scan(step, (*many, jnp.zeros(shape, flow.dtype)), steps)
+    (params, _, _, lengths), seen = lax.scan(step, (*many, jnp.zeros(shape, flow.dtype)), steps)
     last = jax.vmap(outputs, out_axes=-1)(params)
     return SeenByRuns(jnp.concatenate([seen, last[None]]), kept(lengths, slot[-1], params))
 
@@ -432,5 +453,5 @@ class _Step(NamedTuple):
     charges: Array | None
 
 
-#: Parameters and optimizers of all runs, and their lengths at the nodes.
-_Runs: TypeAlias = tuple[Params, PyTree, Array]
+#: Parameters, optimizers and carried noise of all runs, and their lengths at the nodes.
+_Runs: TypeAlias = tuple[Params, PyTree, PyTree, Array]

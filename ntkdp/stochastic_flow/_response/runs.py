@@ -22,13 +22,13 @@ from jax import lax
 
 from ntkdp._backend import progress
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, PyTree
+from ntkdp.batches import Batches, Drawn
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
 from ntkdp.stochastic_flow._response.kernels import NodeKernels
 from ntkdp.stochastic_flow._response.noise_free_path import NoiseFreePath
 from ntkdp.stochastic_flow._response.noise_path import PathNorms, over
 from ntkdp.stochastic_flow._response.schedule import Schedule, Span, Steps
-from ntkdp.stochastic_flow._sampling import batch_weights
 from ntkdp.trajectory import Measurement
 
 
@@ -148,6 +148,27 @@ class _Norms(NamedTuple):
     ratios: Float[Array, "T n S"]
 
 
+class _Carry(NamedTuple):
+    """What goes on from block to block, besides charges.
+
+    Attributes
+    ----------
+    bridge
+        The noise between the nodes, ``(D, N K, S)``.
+    average
+        Averages of distances from the path, ``(N K, S)``.
+    order
+        What the batches of each run carry.
+    record
+        Measurements so far.
+    """
+
+    bridge: Array
+    average: Array
+    order: PyTree
+    record: Measurement
+
+
 class Runs(eqx.Module):
     """Steps of all runs at once; the last axis of an array is that of the runs."""
 
@@ -158,7 +179,7 @@ class Runs(eqx.Module):
     undriven: Undriven
     keys: Key[Array, " S"]
     average: Array | None
-    sample_rate: float = eqx.field(static=True)
+    batches: Batches
     outputs: bool = eqx.field(static=True)
 
     def scales(self, node: Array) -> _Scales:
@@ -203,23 +224,28 @@ class Runs(eqx.Module):
         return jnp.moveaxis(f, -1, 0).reshape(self.keys.size, -1, self.flow.n_outputs)
 
     def gradients(
-        self, at: Steps, f: Array, norms: _Norms, keys: Array
-    ) -> tuple[Float[Array, "T nK S"], Array]:
-        """Clipped gradients of the batches, and the factors by run."""
+        self, at: Steps, f: Array, norms: _Norms, order: PyTree
+    ) -> tuple[Float[Array, "T nK S"], Array, PyTree]:
+        """Clipped gradients of the batches, the factors by run, and what batches carry on."""
         n, ratios = self.flow.n_samples, norms.ratios
         if self.norms.corrections is not None:
             ratios = ratios * self.norms.corrections[at.number][:, :, None]
         clipped, factors = jax.vmap(
             lambda f, ratios: self.flow.clipped(f[:n], norms.blocks, ratios), (0, -1)
         )(self.by_run(f), ratios)
-        if self.sample_rate < 1:
-            batches = jax.vmap(
-                lambda key: batch_weights(
-                    jax.random.split(key)[0], self.sample_rate, n, clipped.dtype
-                )
-            )(keys)
-            clipped = clipped * batches[:, None, :, None]
-        return jnp.moveaxis(clipped, 0, -1).reshape(clipped.shape[1], -1, self.keys.size), factors
+
+        def draw(key: PRNGKeyArray, order: PyTree) -> tuple[Drawn, PyTree]:
+            own = jax.random.split(jax.random.fold_in(key, at.number))[0]
+            return self.batches.draw(own, at.number, order, n)
+
+        drawn, after = jax.vmap(draw)(self.keys, order)
+        if drawn is not None:
+            weights = jax.vmap(lambda drawn: self.batches.weights(drawn, clipped.dtype))(drawn)
+            clipped = clipped * weights[:, None, :, None]
+            # A place that fills a cell up is no step.
+            after = jax.tree.map(lambda new, old: jnp.where(at.counts > 0, new, old), after, order)
+        by_row = jnp.moveaxis(clipped, 0, -1).reshape(clipped.shape[1], -1, self.keys.size)
+        return by_row, factors, after
 
     def responding(self, at: Steps, clipped: Float[Array, "T nK S"]) -> Array:
         """What the gradients differ by from those of the path, of samples that drive outputs."""
@@ -243,11 +269,9 @@ class Runs(eqx.Module):
         cell: Array,
         blocks: Schedule,
         charges: Float[Array, "nodes d T nK S"],
-        bridge: Array,
-        average: Array,
-        record: Measurement,
-    ) -> "_Carry":
-        """Charges of a cell's own steps, noise and averages at its end, and the record.
+        start: "_Carry",
+    ) -> tuple[_Charges, "_Carry"]:
+        """Charges of a cell's own steps, and what is carried on from its end.
 
         The noise between the nodes is followed in the outputs: what drives it is spread over them
         once, by the root of their covariance, and the optimizer's filter does the rest.
@@ -256,9 +280,9 @@ class Runs(eqx.Module):
         before = self.pasts(cell, charges)
         past = _Line(before, self.pasts(cell + 1, charges) - before)
 
-        def block(number: Array, carry: _Carry) -> _Carry:
+        def block(number: Array, carry: tuple[_Charges, _Carry]) -> tuple[_Charges, _Carry]:
             at: Schedule = jax.tree.map(lambda leaf: leaf[number], blocks)
-            charges, bridge, average, record = carry
+            charges, (bridge, average, order, record) = carry
             kernel, norms = own.at(at.middle, *ends), self.norms_along(cell, at.middle)
             steps, noise = at.steps, self.noise(at, cell)
             f = self.undriven_at(at, bridge, noise) + _weighted(
@@ -269,11 +293,10 @@ class Runs(eqx.Module):
             )
 
             def step(carry: _InBlock, now: tuple[Steps, Array]) -> tuple[_InBlock, Array]:
-                moved, average, record = carry
+                moved, average, order, record = carry
                 at, f = now
                 f = f + moved[0]
-                keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
-                clipped, factors = self.gradients(at, f, norms, keys)
+                clipped, factors, order = self.gradients(at, f, norms, order)
                 average, seen = self.averaged(at, f, average)
                 measured = self.measure(seen, factors)
                 record = jax.tree.map(
@@ -281,20 +304,21 @@ class Runs(eqx.Module):
                 )
                 responding = self.responding(at, clipped)
                 moved = _filtered(at, moved, kernel.apply(responding))
-                return (moved, average, record), responding
+                return (moved, average, order, record), responding
 
-            start = (jnp.zeros_like(past.start), average, record)
-            (_, average, record), responding = lax.scan(step, start, (steps, f))
+            start = (jnp.zeros_like(past.start), average, order, record)
+            (_, average, order, record), responding = lax.scan(step, start, (steps, f))
             charges = charges.after(at.gradients, steps.along, responding)
             if noise is not None:
                 bridge = _after(at.noise, bridge, at.noise.added, noise)
-            return charges, bridge, average, record
+            return charges, _Carry(bridge, average, order, record)
 
         zeros = jnp.zeros_like(charges[0])
         # Cells have more or fewer blocks than others; the empty ones are the last.
         n_blocks = jnp.sum(blocks.steps.counts[:, 0] > 0)
-        start = (_Charges(zeros, zeros), bridge, average, record)
-        end: _Carry = lax.fori_loop(0, n_blocks, block, start)
+        end: tuple[_Charges, _Carry] = lax.fori_loop(
+            0, n_blocks, block, (_Charges(zeros, zeros), start)
+        )
         return end
 
     def undriven_at(self, at: Schedule, bridge: Array, noise: Array | None) -> Array:
@@ -336,11 +360,8 @@ class Runs(eqx.Module):
         return jnp.swapaxes(moved, 0, 1)
 
 
-#: Charges of the cell, noise between its nodes, averages, and the record.
-_Carry: TypeAlias = tuple[_Charges, Array, Array, Measurement]
-
-#: Outputs that the steps of a block move, averages, and the record.
-_InBlock: TypeAlias = tuple[Float[Array, "d NK S"], Array, Measurement]
+#: Outputs that the steps of a block move, averages, what batches carry, and the record.
+_InBlock: TypeAlias = tuple[Float[Array, "d NK S"], Array, PyTree, Measurement]
 
 #: Weights ``(p, m)`` of a few arrays ``(m, N K, S)``.
 _Term: TypeAlias = tuple[Array, Array]
@@ -389,14 +410,18 @@ def run(
 
     def cell(carry: _Whole, at: tuple[Array, Schedule, Array]) -> tuple[_Whole, None]:
         number, blocks, propagator = at
-        charges, bridge, average, record = carry
+        charges, carried = carry
         if listener is not None:
             progress.report(listener, number / n_cells)
-        own, bridge, average, record = runs.cell(number, blocks, charges, bridge, average, record)
-        return (own.placed(propagator, charges, number), bridge, average, record), None
+        own, carried = runs.cell(number, blocks, charges, carried)
+        return (own.placed(propagator, charges, number), carried), None
 
     charges = jnp.zeros((n_cells + 1, size, n_groups, columns, count), dtype)
-    bridge = jnp.zeros((size, rows, count), dtype)
+    bridge = jnp.zeros((schedule.noise.carried.shape[-1], rows, count), dtype)
+    order = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)),
+        runs.batches.start(runs.flow.n_samples),
+    )
     measured = jax.eval_shape(
         lambda f: runs.measure(f, jnp.zeros((count, n_groups, runs.flow.n_samples), dtype)),
         jnp.zeros((rows, count), dtype),
@@ -405,14 +430,11 @@ def run(
     record = jax.tree.map(
         lambda leaf: jnp.zeros((n_recorded + 1, *leaf.shape), leaf.dtype), measured
     )
-    end, _ = lax.scan(
-        cell,
-        (charges, bridge, jnp.zeros((rows, count), dtype), record),
-        (jnp.arange(n_cells), schedule, propagators),
-    )
-    recorded: Measurement = jax.tree.map(lambda path: path[:-1], end[-1])
+    start = _Carry(bridge, jnp.zeros((rows, count), dtype), order, record)
+    (_, end), _ = lax.scan(cell, (charges, start), (jnp.arange(n_cells), schedule, propagators))
+    recorded: Measurement = jax.tree.map(lambda path: path[:-1], end.record)
     return recorded
 
 
-#: Charges at the nodes, noise between them, averages, and the record.
-_Whole: TypeAlias = tuple[Float[Array, "nodes d T nK S"], Array, Array, Measurement]
+#: Charges at the nodes, and what else is carried.
+_Whole: TypeAlias = tuple[Float[Array, "nodes d T nK S"], _Carry]

@@ -88,6 +88,7 @@ class Schedule(NamedTuple):
 
 def scheduled(
     filter: LinearFilter,
+    of_noise: LinearFilter,
     times: np.ndarray,
     nodes: np.ndarray,
     recorded: np.ndarray,
@@ -99,8 +100,8 @@ def scheduled(
     The last state, which no step follows, is inside the last cell. If there are many outputs, the
     steps of a block share as many normal numbers for the noise as a state has entries.
     """
-    steps, size = filter.steps, filter.size
-    weights = _linear_filter.interpolation(filter, nodes)
+    steps = filter.steps
+    weights = _linear_filter.interpolation(of_noise, nodes)
     slot = np.full(steps + 1, len(recorded))
     slot[recorded] = np.arange(len(recorded))
     _, along = noise_free_path.cells(times, nodes)
@@ -116,8 +117,7 @@ def scheduled(
     ]
     # The state after the last step stays where it is, and so does that of a place without one.
     taken = np.where(filled & (place < steps), place, steps)
-    matrices = np.concatenate([filter.matrices, np.eye(size)[None]])[taken]
-    drives = np.concatenate([filter.drives, np.zeros((1, size))])[taken]
+    matrices, drives = _taken(filter, taken)
     counts = filled.sum(axis=2)
 
     def array(values: np.ndarray) -> Array:
@@ -134,17 +134,19 @@ def scheduled(
         weights=array(weights[place]),
     )
     middle = np.sum(np.where(filled, along[place], 0.0), axis=2) / np.maximum(counts, 1)
-    bridge = _linear_filter.bridge(filter, nodes)
-    gains = np.concatenate([bridge.gains, np.zeros((1, size))])[taken]
-    deviations = np.append(bridge.deviations, 0.0)[taken]
-    noise = _span(
-        matrices - drives[..., :, None] * gains[..., None, :], drives * deviations[..., None]
-    )
-    if n_rows > _OWN_NOISE and size < place.shape[2]:
+    noise = _span(*_taken(_linear_filter.pinned(of_noise, nodes), taken))
+    if n_rows > _OWN_NOISE and of_noise.size < place.shape[2]:
         noise = _shared(noise)
     gradients = Span(*map(array, _span(matrices, drives)))
     schedule = Schedule(grid, array(middle), gradients, Span(*map(array, noise)))
     return schedule, array(np.stack([at[-1] for at in carried]))
+
+
+def _taken(filter: LinearFilter, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices and drives of steps, and of the step after all, which changes nothing."""
+    eye, zeros = np.eye(filter.size)[None], np.zeros((1, filter.size))
+    matrices = np.concatenate([filter.matrices, eye])
+    return matrices[taken], np.concatenate([filter.drives, zeros])[taken]
 
 
 def steps_of_block(n_steps: int) -> int:

@@ -26,12 +26,13 @@ from ntkdp._backend.types import (
     Progress,
     PyTree,
 )
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import NoClipping
 from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow._matrix_root import eigh, square_root, symmetric
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
-from ntkdp.stochastic_flow._sampling import batch_weights, sampling
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, points_of
 from ntkdp.trajectory import Stepping, check_steps
 
@@ -141,21 +142,22 @@ def final_outputs(
     stepping = Stepping(1.0, steps, max(1, steps // _TOLD))
     state, test = flow.init(initial)
     cells = cells_of(state.dtype, learning_rates, clip_norms, noise_multipliers)
-    rate, divisor = sampling(flow, sample_rate)
+    batches, n = resolve_batches(None, sample_rate), flow.targets.shape[0]
+    divisor = batches.share(n) * flow.data.divisor
     noisy = bool(np.any(np.asarray(cells[2]) > 0))
     if noisy and not flow.clipping.bounds_each_sample:
         raise ValueError(
             f"noise_multipliers must be 0 with {type(flow.clipping).__name__}, whose sensitivity "
             "is unbounded"
         )
-    if key is None and (noisy or rate < 1):
+    if key is None and (noisy or batches.is_random):
         raise ValueError("key must be given with noise or sampling, got None")
     keys = validate.keys(key=jax.random.key(0) if key is None else key)
     keys, cells = devices.everywhere(flow.mesh, (keys, cells))
     noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
     with _progress.listening(progress, "predicting the cells") as listener:
         final: FinalOutputs = program_memory.call(
-            _final, flow, noise, (state, test), cells, keys, stepping, rate, divisor, listener,
+            _final, flow, noise, (state, test), cells, keys, stepping, batches, divisor, listener,
             what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
             ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
             results=program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
@@ -233,7 +235,7 @@ def _final(
     cells: _Cells,
     keys: Key[Array, "*seeds"],
     stepping: Stepping,
-    sample_rate: float,
+    batches: Batches,
     divisor: float,
     listener: Listener,
 ) -> FinalOutputs:
@@ -252,9 +254,8 @@ def _final(
             f, charges, summed_noise = carry
             # All cells use the same keys: only the seed tells two runs apart.
             batch_key, noise_key = jax.random.split(jax.random.fold_in(key, k))
-            weights = None
-            if sample_rate < 1:
-                weights = batch_weights(batch_key, sample_rate, n, f.dtype)
+            drawn, _ = batches.draw(batch_key, k, None, n)
+            weights = None if drawn is None else batches.weights(drawn, f.dtype)
             clipped = rate * ruled.clipped_gradients(f, weights)
             f = f - ruled.through(ruled.drive, clipped)
             if noise is not None and summed_noise is not None:

@@ -23,6 +23,7 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import clipping, models
 from ntkdp._backend import devices, memory
+from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
 from ntkdp.stochastic_flow._two_time import gaussian_process, volterra, weight_path
@@ -111,7 +112,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
     n, m, rank = 192, 64, 4
     N = n + m
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 4)))
-    path, at = weight_path.path_of(SGD(), 0.2, 6), np.array([0, 3, 6, 6])
+    path, at = weight_path.path_of(SGD(), 0.2, 6, Independent()), np.array([0, 3, 6, 6])
     nodes, rest = weight_path.nodes_of(path, at), weight_path.rest_of(path, at)
     cells = volterra.grid(path, nodes, rest, np.arange(7), 3, np.dtype(float))
 

@@ -13,6 +13,7 @@ from helpers import SQUARED
 import ntkdp
 from ntkdp import clipping, dp_sgd, models
 from ntkdp.claims._instances import stored
+from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD, Adam
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble
 from ntkdp.stochastic_flow._two_time import weight_path
@@ -34,7 +35,9 @@ OPTIMIZERS = {
 def test_the_law_between_nodes_is_that_of_all_steps(name: str) -> None:
     # Plain linear algebra over all steps at once, without recursions.
     steps, per_cell = 18, 5
-    path = weight_path.path_of(OPTIMIZERS[name], lambda k: 0.3 / (1 + 0.1 * k), steps)
+    path = weight_path.path_of(
+        OPTIMIZERS[name], lambda k: 0.3 / (1 + 0.1 * k), steps, Independent()
+    )
     at = np.minimum(per_cell * np.arange(steps // per_cell + 2), steps)
     nodes, rest_path = weight_path.nodes_of(path, at), weight_path.rest_of(path, at)
 

@@ -1,5 +1,7 @@
 """Noisy runs of an infinitely wide network, hundreds in one batched product."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,12 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp.batches import Batches, Full
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import with_steps
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike, as_linear
 from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._two_time import volterra
@@ -43,6 +50,8 @@ def two_time_ensemble(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
     nodes: int | None = None,
@@ -61,7 +70,8 @@ def two_time_ensemble(
     where clipping takes the norms from :math:`\Theta(j, j)`, and :math:`h_{kj}` is what a linear
     optimizer has made at step k of a gradient of one at step j: :math:`-\eta_j` for plain SGD.
     The noise on the weights passes through the same filter, so that its covariance between times is
-    :math:`V(k, j) = (\sigma S/(q n))^2 \sum_i h_{ki} h_{ji}`.
+    :math:`V(k, j) = (\sigma S/(q n))^2 \sum_i h_{ki} h_{ji}`. Correlated noise of the strategy
+    C has :math:`h C^{-1}` there in place of h.
 
     Parameters
     ----------
@@ -71,8 +81,8 @@ def two_time_ensemble(
         Outputs ``(n, K)`` of a given network, or a (train, test) pair with test inputs: every run
         starts there. By default each run starts from random outputs of its own, like networks
         drawn at random.
-    learning_rate, steps, noise_multiplier, sample_rate, noise_per_group, record_every, outputs, \
-    progress
+    learning_rate, steps, noise_multiplier, sample_rate, batches, noise, noise_per_group, \
+    record_every, outputs, progress
         As for :func:`ensemble`; the groups are the layers.
     optimizer : optimizers.SGD or callable, optional
         A linear optimizer, by default plain SGD: momentum, Nesterov momentum, weight decay, and the
@@ -126,28 +136,37 @@ def two_time_ensemble(
             "flow must not be frozen with weight decay, which moves the kernels of the start; take "
             "frozen=False, or ensemble with a KernelFlow"
         )
-    rate = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, rate)
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    drawn.check(flow.n_samples)
+    rate = drawn.share(flow.n_samples)
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+    )
     stds = deviations(flow.clipping, sigma, len(flow.names), noise_per_group)
     divisor = rate * (flow.n_samples if flow.reduction == "mean" else 1)
     step_times = times_of_steps(stepping.learning_rate, np.arange(stepping.steps + 1))
     recorded = stepping.recorded
+    if not np.any(stds > 0):
+        correlated = Independent()
     measured = draw(
         flow,
         initial,
-        path_of(linear, stepping.learning_rate, stepping.steps),
+        path_of(linear, stepping.learning_rate, stepping.steps, correlated),
         (np.asarray(stds, np.float64) / divisor) ** 2,
         recorded,
         nodes=nodes,
         rank=rank,
-        sample_rate=rate,
+        batches=drawn,
         outputs=outputs,
         progress=progress,
         key=key,
     )
-    setup = with_steps(flow.setup(), stepping, sigma, sample_rate, noise_per_group, linear)
+    setup = with_steps(flow.setup(), stepping, sigma, rate, noise_per_group, linear)
     return from_measurements(
-        step_times[recorded], measured, steps=jnp.asarray(recorded), setup=setup
+        step_times[recorded],
+        measured,
+        steps=jnp.asarray(recorded),
+        setup=replace(setup, batches=batches_in_words(drawn), noise=noise_in_words(correlated)),
     )
 
 
@@ -237,18 +256,18 @@ def two_time_flow(
     # The trapezoidal rule: a gradient belongs to half of the step on either side.
     before = np.append(0.0, lengths)
     gains = -(before[:-1] + lengths) / 2
-    noise = np.sqrt(lengths / horizon) / -gains
     filter = LinearFilter(np.ones((len(gains), 1, 1)), gains[:, None])
+    of_noise = filter._replace(drives=-np.sqrt(lengths / horizon)[:, None])
     measured = draw(
         flow,
         initial,
-        WeightPath(filter, noise, (0,)),
+        WeightPath(filter, of_noise, (0,)),
         np.broadcast_to(variance, len(flow.names)),
         recorded,
         before=before,
         nodes=nodes,
         rank=rank,
-        sample_rate=1.0,
+        batches=Full(),
         outputs=outputs,
         progress=progress,
         key=key,
@@ -269,7 +288,7 @@ def draw(
     cases: Cases | None = None,
     nodes: int | None,
     rank: int | None,
-    sample_rate: float,
+    batches: Batches,
     outputs: bool,
     progress: Progress,
     key: KeyLike,
@@ -297,10 +316,11 @@ def draw(
     n_columns = keys.size * flow.n_outputs
     itemsize = flow.points.dtype.itemsize
     rows = (n_readers + 1) * (n_cells + 1) * flow.n_terms * n_points * flow.n_samples
-    paths = (2 + size) * n_readers * (n_cells + 1) * n_points * n_columns
+    of_noise = path.of_noise.size
+    paths = ((2 + size) * n_readers * (n_cells + 1) + of_noise - size) * n_points * n_columns
     joint = 3 * (min(rank, n_points) * n_readers * (n_cells + 1)) ** 2
     kept = len(recorded) * n_points * n_columns * bool(outputs)
-    filters = 3 * steps * size * (n_readers * (n_cells + 1) + size)
+    filters = 3 * steps * of_noise * (n_readers * (n_cells + 1) + of_noise)
     copies = 1 if flow.mesh is None else flow.mesh.size
     memory.require(
         devices.bytes_on_host(
@@ -310,7 +330,8 @@ def draw(
         "use fewer seeds at a time, fewer nodes, a lower rank or float32",
     )
     if not np.any(scales > 0):
-        path = path._replace(noise=np.zeros(steps))
+        drives = np.zeros_like(path.of_noise.drives)
+        path = path._replace(of_noise=path.of_noise._replace(drives=drives))
     at = np.minimum(per_cell * np.arange(n_cells + 1), steps)
     law = nodes_of(path, at)
     rest = rest_of(path, at) if per_cell > 1 else None
@@ -331,7 +352,7 @@ def draw(
             cases,
             path.readers,
             len(recorded),
-            sample_rate,
+            batches,
             before is not None,
             outputs,
             listener,

@@ -12,7 +12,9 @@ import numpy as np
 from ntkdp._backend import memory, validate
 from ntkdp._backend.progress import part_of
 from ntkdp._backend.types import Array, ArrayLike, Float, KeyLike, Progress, PyTree
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import NoClipping
+from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, cells_of
 from ntkdp.stochastic_flow._two_time.ensemble import check_flow, draw
@@ -108,10 +110,11 @@ def two_time_final_outputs(
         np.asarray(part, np.float64)
         for part in cells_of(np.float64, learning_rates, clip_norms, noise_multipliers)
     )
-    q = float(validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate)))
+    batches = resolve_batches(None, sample_rate)
     keys = validate.keys(key=key)
     unit = _unit_deviations(flow, bool(np.any(sigmas > 0)), noise_per_group)
-    unit = unit / (q * (flow.n_samples if flow.reduction == "mean" else 1))
+    share = batches.share(flow.n_samples)
+    unit = unit / (share * (flow.n_samples if flow.reduction == "mean" else 1))
     nodes = min(steps + 1, _NODES) if nodes is None else nodes
     dtype = flow.points.dtype
     parts = _parts(flow, rates * norms * sigmas, keys.size, nodes)
@@ -126,13 +129,13 @@ def two_time_final_outputs(
         measured = draw(
             flow,
             initial,
-            path_of(SGD(), jnp.asarray(rates[first]), steps),
+            path_of(SGD(), jnp.asarray(rates[first]), steps, Independent()),
             (sigmas[first] * norms[first] * unit) ** 2,
             np.array([steps]),
             cases=Cases(*(jnp.asarray(np.repeat(v, seeds.size), dtype) for v in cases)),
             nodes=nodes,
             rank=max(_MOST_TOGETHER // nodes, 1) if rank is None else rank,
-            sample_rate=q,
+            batches=batches,
             outputs=True,
             progress=part_of(progress, number, len(parts)),
             key=seeds[np.tile(np.arange(seeds.size), size)],

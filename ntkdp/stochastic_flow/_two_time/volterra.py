@@ -24,11 +24,12 @@ from jax.typing import DTypeLike
 
 from ntkdp._backend import devices, progress
 from ntkdp._backend.progress import Listener
-from ntkdp._backend.types import Array, Float, Key
-from ntkdp.stochastic_flow._sampling import batch_weights
+from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, PyTree
+from ntkdp.batches import Batches, Drawn
+from ntkdp.stochastic_flow._linear_filter import LinearFilter
 from ntkdp.stochastic_flow._two_time.flow import TwoTimeFlow
 from ntkdp.stochastic_flow._two_time.gaussian_process import Laws, OutputProcess
-from ntkdp.stochastic_flow._two_time.weight_path import Nodes, Rest, WeightPath
+from ntkdp.stochastic_flow._two_time.weight_path import Nodes, WeightPath
 from ntkdp.trajectory import Measurement
 
 
@@ -38,8 +39,8 @@ class Steps(NamedTuple):
     ``along`` is how far between its nodes a step is, and ``slot`` where its state is recorded.
     ``matrix`` and ``gain`` are those of the optimizer, ``response`` ``(readers, C)`` what the
     readers have by now of a state at the start of the cell. ``weights`` ``(readers, readers, W)``
-    read the noise off W nodes, and ``rest`` and ``push`` move what is left of it. ``before`` is
-    the length of the step before.
+    read the noise off W nodes, and ``rest`` and ``push`` move what is left of it, B numbers.
+    ``before`` is the length of the step before.
     """
 
     number: Array
@@ -69,7 +70,7 @@ class Cells(NamedTuple):
 def grid(
     path: WeightPath,
     nodes: Nodes,
-    rest: Rest | None,
+    rest: LinearFilter | None,
     recorded: np.ndarray,
     per_cell: int,
     dtype: DTypeLike,
@@ -103,7 +104,7 @@ def grid(
         over_cell = matrix[:, place] @ over_cell
     window, weights = _windows(nodes.weights[inside])
     if rest is None:
-        rest = Rest(np.zeros_like(filter.matrices), np.zeros_like(filter.drives))
+        rest = LinearFilter(np.zeros_like(filter.matrices), np.zeros_like(filter.drives))
     lengths = np.zeros(steps + 1) if before is None else before
     numbers = {
         "along": (clock[inside] - ends[:-1, None]) / np.where(span > 0, span, 1.0),
@@ -113,7 +114,7 @@ def grid(
         "response": response,
         "weights": weights,
         "rest": filled(rest.matrices, 0.0),
-        "push": filled(rest.pushes, 0.0),
+        "push": filled(rest.drives, 0.0),
     }
     return Cells(
         Steps(
@@ -168,17 +169,22 @@ class _Nodes(NamedTuple):
 
 
 class _Past(NamedTuple):
-    """Sums over the cell's own steps, its noise, the last clipped gradients and the record."""
+    """Sums over the cell's own steps, its noise, the last clipped gradients and the record.
+
+    ``order`` is what the batches of each seed carry.
+    """
 
     gradients: Float[Array, "C T n D"]
     moments: Float[Array, "C T n D"]
-    noise: Float[Array, "C N D"]
+    noise: Float[Array, "B N D"]
     last: Float[Array, "T n D"]
+    order: PyTree
     record: Measurement
 
 
-#: The last node's kernels and paths, charges of all nodes, noise, last clipped gradients, record.
-_NodeCarry: TypeAlias = tuple[Array, Array, Array, Array, Array, Measurement]
+#: The last node's kernels and paths, charges of all nodes, noise, last clipped gradients, order
+#: of the batches, record.
+_NodeCarry: TypeAlias = tuple[Array, Array, Array, Array, Array, PyTree, Measurement]
 
 
 class _Runs(eqx.Module):
@@ -188,8 +194,8 @@ class _Runs(eqx.Module):
     laws: Laws
     keys: Key[Array, " S"]
     cases: Cases | None
+    batches: Batches
     readers: tuple[int, ...] = eqx.field(static=True)
-    sample_rate: float = eqx.field(static=True)
     trapezoidal: bool = eqx.field(static=True)
     outputs: bool = eqx.field(static=True)
 
@@ -270,12 +276,19 @@ class _Runs(eqx.Module):
             self.by_seed(f), factors
         )
 
-    def batch(self, keys: Key[Array, " S"]) -> Array | None:
-        """Weights ``(S, n)`` of the samples of each seed's batch."""
-        if self.sample_rate == 1:
-            return None
+    def batch(
+        self, keys: Key[Array, " S"], number: Array, order: PyTree
+    ) -> tuple[Array | None, PyTree]:
+        """Weights ``(S, n)`` of the samples of each seed's batch, and what is carried on."""
         n, dtype = self.flow.n_samples, self.flow.points.dtype
-        return jax.vmap(lambda key: batch_weights(key, self.sample_rate, n, dtype))(keys)
+
+        def draw(key: PRNGKeyArray, order: PyTree) -> tuple[Drawn, PyTree]:
+            return self.batches.draw(key, number, order, n)
+
+        drawn, order = jax.vmap(draw)(keys, order)
+        if drawn is None:
+            return None, order
+        return jax.vmap(lambda drawn: self.batches.weights(drawn, dtype))(drawn), order
 
     def read(self, number: int, nodes: _Nodes, past: _Past, at: Steps) -> Float[Array, "N D"]:
         """Outputs of a reader at a step."""
@@ -295,7 +308,7 @@ class _Runs(eqx.Module):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, at.number))(self.keys)
         f = self.read(0, nodes, past, at)
         own = (1 - at.along) * nodes.here[0] + at.along * nodes.ahead[0]
-        batch = self.batch(keys)
+        batch, order = self.batch(keys, at.number, past.order)
         if self.trapezoidal:
             # The end of a step is on both sides of the equation: two rounds are second order.
             guess = f - at.before / 2 * self.apply(own, past.last)
@@ -320,11 +333,12 @@ class _Runs(eqx.Module):
             moments=_mixed(at.matrix, past.moments) + at.along * gain * clipped,
             noise=noise,
             last=clipped,
+            order=order,
             record=record,
         )
 
     def move_noise(self, noise: Array, at: Steps, keys: Array) -> Array:
-        """Make a step of the noise between nodes, ``(C, N, D)``."""
+        """Make a step of the noise between nodes, ``(B, N, D)``."""
         shape = (noise.shape[1], self.flow.n_outputs)
         drawn = jax.vmap(
             lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape, noise.dtype)
@@ -348,14 +362,14 @@ def run(
     cases: Cases | None,
     readers: tuple[int, ...],
     n_recorded: int,
-    sample_rate: float,
+    batches: Batches,
     trapezoidal: bool,
     outputs: bool,
     listener: Listener,
 ) -> Measurement:
     """Measurements ``(n_recorded, S)`` of runs over the grid of steps."""
     process_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    runs = _Runs(flow, laws, step_keys, cases, readers, sample_rate, trapezoidal, outputs)
+    runs = _Runs(flow, laws, step_keys, cases, batches, readers, trapezoidal, outputs)
     n_nodes, size = runs.n_nodes, cells.matrix.shape[-1]
     width = cells.steps.weights.shape[-1]
     undriven = process.draw(process_keys, flow.n_outputs, flow.mesh)
@@ -363,12 +377,12 @@ def run(
     rests = process.rests(flow.mesh) if cells.steps.number.shape[1] > 1 else None
 
     def node(carry: _NodeCarry, place: Array) -> tuple[_NodeCarry, None]:
-        here, path_here, charges, noise, last, record = carry
+        here, path_here, charges, noise, last, order, record = carry
         if listener is not None:
             progress.report(listener, place / n_nodes)
         row = runs.kernels(place)
 
-        def cell() -> tuple[Array, Array, Array, Measurement]:
+        def cell() -> tuple[Array, Array, Array, PyTree, Measurement]:
             """Make the steps between the node before and this one."""
             own, rest = jax.tree.map(lambda leaf: leaf[place - 1], (cells, rests))
             nodes = _Nodes(
@@ -381,19 +395,18 @@ def run(
                 rest=rest,
             )
             zeros = jnp.zeros((size, *last.shape), last.dtype)
-            start = _Past(zeros, zeros, noise, last, record)
+            start = _Past(zeros, zeros, noise, last, order, record)
             past, _ = lax.scan(
                 lambda past, at: (runs.step(nodes, past, at), None), start, own.steps
             )
             after = jnp.moveaxis(_mixed(own.matrix, jnp.moveaxis(charges, 1, 0)), 0, 1)
             charged = after.at[place - 1].add(past.gradients - past.moments)
-            return charged.at[place].add(past.moments), past.noise, past.last, past.record
+            charged = charged.at[place].add(past.moments)
+            return charged, past.noise, past.last, past.order, past.record
 
         # The first node has no cell; its kernel is computed here anyway, by the same program.
-        charges, noise, last, record = lax.cond(
-            place > 0, cell, lambda: (charges, noise, last, record)
-        )
-        return (row[:, place], runs.paths(row, charges), charges, noise, last, record), None
+        moved = lax.cond(place > 0, cell, lambda: (charges, noise, last, order, record))
+        return (row[:, place], runs.paths(row, moved[0]), *moved), None
 
     n_points, columns = undriven.shape[2:]
     kernel = jnp.zeros((len(readers), flow.n_terms, n_points, flow.n_samples), undriven.dtype)
@@ -406,9 +419,13 @@ def run(
     )
     last = jnp.zeros((flow.n_terms, flow.n_samples, columns), undriven.dtype)
     charges = jnp.zeros((n_nodes, size, *last.shape), last.dtype)
-    noise = jnp.zeros((size, n_points, columns), last.dtype)
+    noise = jnp.zeros((cells.steps.push.shape[-1], n_points, columns), last.dtype)
+    order = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (keys.size, *leaf.shape)),
+        batches.start(flow.n_samples),
+    )
     path = jnp.zeros((len(readers), size, n_points, columns), last.dtype)
-    carry: _NodeCarry = (kernel, path, charges, noise, last, record)
+    carry: _NodeCarry = (kernel, path, charges, noise, last, order, record)
     last_carry, _ = lax.scan(node, carry, jnp.arange(n_nodes))
     recorded: Measurement = jax.tree.map(lambda path: path[:-1], last_carry[-1])
     return recorded

@@ -5,7 +5,8 @@ A linear optimizer makes of gradients g and noise :math:`\xi` of deviation s the
 .. math:: w_k = a_k w_0 + \sum_{j < k} h_{kj} (g_j + s_j \xi_j),
 
 so that noise has the covariance :math:`V(t, s) = \sum_j h_{tj} h_{sj} s_j^2` between times, and
-gradients pass through the same filter (`_linear_filter`). A **reader** is an entry of the filter's
+gradients pass through the same filter (`_linear_filter`). Correlated noise is white noise through a
+filter of its own, whose state begins with that of the optimizer. A **reader** is an entry of the
 state: the weight itself, at which gradients are taken, and its average if there is one, at which a
 run is measured.
 
@@ -18,12 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ntkdp._backend.types import Float, LearningRate
+from ntkdp.noise import Noise
 from ntkdp.optimizers import Optimizer, average_of
 from ntkdp.stochastic_flow._linear_filter import (
     LinearFilter,
     averaged,
-    bridge,
     linear_filter,
+    mixed,
+    pinned,
     readings,
 )
 
@@ -34,17 +37,13 @@ _SMALL = 1e-6
 class WeightPath(NamedTuple):
     """What an optimizer makes of gradients and noise, step by step.
 
-    ``noise`` ``(K,)`` is s, up to a scale of each layer; ``readers`` are the entries that are read.
+    ``filter`` is driven by gradients, and ``of_noise`` by white noise, up to a scale of each layer;
+    ``readers`` are the entries of both that are read.
     """
 
     filter: LinearFilter
-    noise: Float[np.ndarray, " K"]
+    of_noise: LinearFilter
     readers: tuple[int, ...]
-
-    @property
-    def of_noise(self) -> LinearFilter:
-        """The filter of white noise of variance one."""
-        return self.filter._replace(drives=self.filter.drives * self.noise[:, None])
 
     @property
     def clock(self) -> Float[np.ndarray, " steps"]:
@@ -73,20 +72,16 @@ class Nodes(NamedTuple):
     weights: Float[np.ndarray, "steps readers Q"]
 
 
-class Rest(NamedTuple):
-    """The noise between nodes: :math:`x_{k+1} = F_k x_k + p_k \\xi_k`, zero at all nodes."""
-
-    matrices: Float[np.ndarray, "K d d"]
-    pushes: Float[np.ndarray, "K d"]
-
-
-def path_of(optimizer: Optimizer, learning_rate: LearningRate, steps: int) -> WeightPath:
-    """The path of a linear optimizer, under noise of variance one."""
+def path_of(
+    optimizer: Optimizer, learning_rate: LearningRate, steps: int, noise: Noise
+) -> WeightPath:
+    """The path of a linear optimizer, under noise in units of its deviation."""
     filter, decay = linear_filter(optimizer, learning_rate, steps), average_of(optimizer)
-    noise = np.ones(steps)
-    if decay is None:
-        return WeightPath(filter, noise, (0,))
-    return WeightPath(averaged(filter, float(np.asarray(decay))), noise, (0, filter.size))
+    readers: tuple[int, ...] = (0,)
+    if decay is not None:
+        readers = (0, filter.size)
+        filter = averaged(filter, float(np.asarray(decay)))
+    return WeightPath(filter, mixed(filter, noise.recursion(steps)), readers)
 
 
 def nodes_of(path: WeightPath, at: np.ndarray) -> Nodes:
@@ -102,9 +97,6 @@ def nodes_of(path: WeightPath, at: np.ndarray) -> Nodes:
     return Nodes((covariance + covariance.T) / 2, kept, weights)
 
 
-def rest_of(path: WeightPath, at: np.ndarray) -> Rest:
-    """The noise that is left between steps ``at``."""
-    filter = path.of_noise
-    gains, deviations = bridge(filter, at, path.readers)
-    matrices = filter.matrices - filter.drives[:, :, None] * gains[:, None]
-    return Rest(matrices, filter.drives * deviations[:, None])
+def rest_of(path: WeightPath, at: np.ndarray) -> LinearFilter:
+    """The noise that is left between steps ``at``: it is zero there."""
+    return pinned(path.of_noise, at, path.readers)

@@ -76,6 +76,14 @@ def flow(kernel: Any = None, rule: Any = None, **options: Any) -> Any:
     return ntkdp.KernelFlow(kernel, Y, squared(), rule or abadi(), **options)
 
 
+def response() -> Any:
+    return ntkdp.stochastic_flow.ResponseFlow(linear, W, X, Y, squared(), abadi())
+
+
+def wide() -> Any:
+    return ntkdp.stochastic_flow.TwoTimeFlow(ntkdp.models.mlp([4], 1), X, Y, squared(), abadi())
+
+
 def solved(kernel: Any, start: Any, rule: Any = None, **options: Any) -> Any:
     path = ntkdp.solve(flow(kernel, rule), Y + start, [0.0, 1.0], outputs=True, **options)
     return path.outputs[-1]
@@ -304,6 +312,10 @@ ROWS = [
     Row("an optimal strategy at scale zero", lambda t: optimal(scale=0.0), V, "scale must be positive and finite, got 0.0"),
     Row("a number for adaptive clipping", lambda t: train(adaptive=0.5), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got float"),
     Row("the same for an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, adaptive=True, key=key()), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got bool"),
+    Row("a number for the batches of a response", lambda t: ntkdp.stochastic_flow.response_ensemble(response(), learning_rate=0.1, steps=2, batches=2, key=key()), T, "batches must be one of ntkdp.batches or None, got int"),
+    Row("a list for the noise of a response", lambda t: ntkdp.stochastic_flow.response_ensemble(response(), learning_rate=0.1, steps=2, noise=[1.0], key=key()), T, "noise must be one of ntkdp.noise or None, got list"),
+    Row("a batch of a response that is too large", lambda t: ntkdp.stochastic_flow.response_ensemble(response(), learning_rate=0.1, steps=2, batches=ntkdp.batches.FixedSize(9), key=key()), V, "size must be at most the 3 samples, got 9"),
+    Row("a string for the batches of wide networks", lambda t: ntkdp.stochastic_flow.two_time_ensemble(wide(), learning_rate=0.1, steps=2, batches="all", key=key()), T, "batches must be one of ntkdp.batches or None, got str"),
     Row("the class of adaptive clipping", lambda t: ntkdp.recursion(flow(), Y, learning_rate=0.1, steps=2, adaptive=ntkdp.clipping.Adaptive), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got "),
     Row("a number of directions alone", lambda t: train(zeroth_order=4), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),
     Row("a number of directions of an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, zeroth_order=4, key=key()), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),

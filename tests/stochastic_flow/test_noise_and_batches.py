@@ -13,6 +13,13 @@ import ntkdp
 from ntkdp import dp_sgd, stochastic_flow
 from ntkdp.batches import Batches, Cyclic, FixedSize, Full, Poisson, Shuffled
 from ntkdp.noise import BufferedToeplitz, Correlated, Independent, Noise
+from ntkdp.optimizers import SGD
+from ntkdp.stochastic_flow import (
+    ResponseFlow,
+    TwoTimeFlow,
+    response_ensemble,
+    two_time_ensemble,
+)
 
 X = jax.random.normal(jax.random.key(0), (12, 3))
 Y = jnp.sign(X[:, :1])
@@ -83,13 +90,89 @@ def test_losses_have_the_law_of_runs(batches: Batches, clips: bool) -> None:
     drawn = stochastic_flow.ensemble(
         flow, linear(W, X), key=jax.random.split(jax.random.key(6), 2000), **asked
     )
-    seen, predicted = np.asarray(runs.loss)[:, -1], np.asarray(drawn.loss)[:, -1]
-    if seen.std() < 1e-12:
-        np.testing.assert_allclose(predicted, seen[0], rtol=1e-9)
-        return
+    assert_same_law(drawn.loss[:, -1], runs.loss[:, -1])
+
+
+def assert_same_law(predicted: Any, observed: Any) -> None:
+    """Means and spreads agree within three standard errors."""
+    predicted, seen = np.asarray(predicted), np.asarray(observed)
+    assert seen.std() > 1e-12
     assert abs(ttest_ind(seen, predicted, equal_var=False).statistic) < 3
     squares = [(losses - losses.mean()) ** 2 for losses in (seen, predicted)]
     assert abs(ttest_ind(*squares, equal_var=False).statistic) < 3
+
+
+@pytest.mark.parametrize(("noise", "batches"), often_or_slow(PAIRS, PAIRS_OFTEN[1:3]), ids=repr)
+def test_the_response_of_a_linear_model_is_the_run_of_its_key(noise: str, batches: Batches) -> None:
+    """Cells of two lengths, so that some of their places are no steps."""
+    flow = ResponseFlow(linear, W, X, *problem(True))
+    asked = options(True, noise=NOISES[noise], batches=batches, key=jax.random.key(3))
+    asked |= {"optimizer": SGD(momentum=0.5)}
+    run = observed(True, gradients="vmap", **asked)
+    path = response_ensemble(flow, noise_at="steps", nodes=4, draws=1, **asked)
+    np.testing.assert_allclose(path.loss, run.loss, rtol=1e-9)
+    assert ntkdp.compare(path, run).sup_relative_error < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("noise", "batches"), often_or_slow(PAIRS, [("Toeplitz", Shuffled(4))]), ids=repr
+)
+def test_noise_at_the_nodes_of_a_response_has_the_law_of_runs(noise: str, batches: Batches) -> None:
+    """The last loss, and its change over a step between nodes."""
+    flow = ResponseFlow(linear, W, X, *problem(True))
+    asked = options(True, noise=NOISES[noise], batches=batches, optimizer=SGD(momentum=0.5))
+    runs = observed(True, key=jax.random.split(jax.random.key(5), 400), **asked)
+    drawn = response_ensemble(
+        flow, nodes=4, draws=1, key=jax.random.split(jax.random.key(6), 2000), **asked
+    )
+    assert_same_law(drawn.loss[:, -1], runs.loss[:, -1])
+    assert_same_law(drawn.loss[:, 10] - drawn.loss[:, 9], runs.loss[:, 10] - runs.loss[:, 9])
+
+
+@pytest.mark.parametrize(
+    ("noise", "batches"), often_or_slow(PAIRS, [("Toeplitz", Cyclic(3))]), ids=repr
+)
+def test_kernels_between_times_have_the_law_of_runs(noise: str, batches: Batches) -> None:
+    """Of a model whose wide kernel is its own, with coarse nodes."""
+    model = ntkdp.models.mlp([], 1, b_std=0.3)
+    params = model.init(jax.random.key(1), X)
+    flow = TwoTimeFlow(model, X, *problem(True))
+    asked = options(True, noise=NOISES[noise], batches=batches, optimizer=SGD(momentum=0.5))
+    runs = dp_sgd.run(
+        model.apply, params, X, *problem(True),
+        key=jax.random.split(jax.random.key(5), 400), **asked,
+    )  # fmt: skip
+    drawn = two_time_ensemble(
+        flow, model.apply(params, X), nodes=4, key=jax.random.split(jax.random.key(6), 2000),
+        **asked,
+    )  # fmt: skip
+    assert_same_law(drawn.loss[:, -1], runs.loss[:, -1])
+    assert_same_law(drawn.loss[:, 10] - drawn.loss[:, 9], runs.loss[:, 10] - runs.loss[:, 9])
+
+
+@pytest.mark.slow
+def test_a_network_is_predicted_with_correlated_noise_and_cyclic_batches() -> None:
+    """Within a tenth of how far noise and batches move its runs, run by run."""
+    model = ntkdp.models.mlp([16], 1)
+    params = model.init(jax.random.key(1), X)
+    asked = options(
+        True, noise=NOISES["Toeplitz"], batches=Cyclic(3), outputs=True,
+        key=jax.random.split(jax.random.key(5), 8),
+    )  # fmt: skip
+    runs = dp_sgd.run(model.apply, params, X, *problem(True), gradients="vmap", **asked)
+    paths = ntkdp.predict(
+        model, params, (X, Y), *problem(True)[1:], method="response", nodes=21, draws=20, **asked
+    )
+    alike = response_ensemble(
+        ResponseFlow(model.apply, params, X, *problem(True)), noise_at="steps", nodes=21, draws=20,
+        **asked,
+    )  # fmt: skip
+    assert runs.outputs is not None
+    assert alike.outputs is not None
+    left = jnp.sqrt(jnp.mean((alike.outputs - runs.outputs) ** 2))
+    moved = jnp.sqrt(jnp.mean((runs.outputs - jnp.mean(runs.outputs, 0)) ** 2))
+    assert left < 0.1 * moved
+    np.testing.assert_allclose(jnp.mean(paths.loss, 0), jnp.mean(runs.loss, 0), rtol=0.1)
 
 
 def test_variance_at_the_end_is_that_of_the_mixed_noise() -> None:
@@ -121,6 +204,15 @@ def test_identity_strategy_and_one_batch_change_no_bit() -> None:
             lambda more: stochastic_flow.ensemble(flow, linear(W, X), **asked, **more),
         ):
             np.testing.assert_array_equal(work(same).loss, work({}).loss)
+    response = ResponseFlow(linear, W, X, *problem(True))
+    wide = TwoTimeFlow(ntkdp.models.mlp([4], 1), X, *problem(True))
+    for predict in (
+        lambda more: response_ensemble(response, nodes=3, **asked, **more),
+        lambda more: two_time_ensemble(wide, nodes=3, **asked, **more),
+    ):
+        expected = predict({}).loss
+        for same in cases[1:]:
+            np.testing.assert_array_equal(predict(same).loss, expected)
     rate = observed(True, sample_rate=0.4, **asked)
     poisson = observed(True, batches=Poisson(0.4), **asked)
     np.testing.assert_array_equal(rate.loss, poisson.loss)

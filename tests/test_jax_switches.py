@@ -105,6 +105,8 @@ class Made:
 
 MADE = Made()
 TIMES = [0.0, 0.5, 1.0]
+PUBLIC = ntkdp.PublicRows(X_TEST, Y_TEST, weight=0.3)
+ORDER = ntkdp.ZerothOrder(2, reach=0.1)
 PHASES = [
     ntkdp.Phase(2, LAYERWISE, 0.1, noise_multiplier=0.5, trainable=["head"]),
     ntkdp.Phase(2, LAYERWISE, 0.1, noise_multiplier=0.5),
@@ -191,6 +193,17 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "ensemble, weights": lambda: stochastic_flow.ensemble(
         MADE.linearised, PARAMS, key=MADE.keys, optimizer=ADAM, **NOISY
+    ),
+    "dp_sgd.run, public rows": lambda: run(public=PUBLIC),
+    "dp_sgd.run, zeroth order": lambda: run(zeroth_order=ORDER, sample_rate=0.5),
+    "ensemble, public rows": lambda: stochastic_flow.ensemble(
+        ntkdp.LinearisedFlow(apply, PARAMS, X, Y, LOSS, RULE, public=PUBLIC),
+        PARAMS,
+        key=MADE.keys,
+        **NOISY,
+    ),
+    "ensemble, zeroth order": lambda: stochastic_flow.ensemble(
+        MADE.flow, MADE.start, key=MADE.keys, zeroth_order=ORDER, **NOISY
     ),
     "ensemble_phases": lambda: stochastic_flow.ensemble_phases(
         MADE.kernel, Y, LOSS, PHASES, MADE.start, key=MADE.keys
@@ -329,6 +342,9 @@ SLOW = {
     "ensemble, Poisson",
     "ensemble, weights",
     "ensemble_phases",
+    "dp_sgd.run, public rows",
+    "dp_sgd.run, zeroth order",
+    "ensemble, public rows",
     "moments, Poisson",
     "moments, low rank",
     "moment_flow",

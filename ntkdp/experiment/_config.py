@@ -8,6 +8,9 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
+from ntkdp.batches import Batches, resolve
+from ntkdp.experiment._batches_and_noise import BatchesConfig, NoiseConfig
+from ntkdp.noise import Noise
 from ntkdp.optimizers import SGD, Adam, Optimizer
 from ntkdp.trajectory import MOST_STEPS
 
@@ -140,6 +143,8 @@ class TrainingConfig(Section):
     sample_rate: float = Field(
         1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
     )
+    batches: BatchesConfig = Field(BatchesConfig(), description="in place of sample_rate")
+    noise: NoiseConfig = Field(NoiseConfig(), description="its correlation over the steps")
     reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
     n_seeds: int = Field(1, ge=1, description="repeated runs, which differ in noise and sampling")
     n_predicted: int = Field(
@@ -161,6 +166,15 @@ class TrainingConfig(Section):
         if sum(ways.values()) > 1:
             given = " and ".join(f"training.{name}" for name, used in ways.items() if used)
             raise ValueError(f"one way to set the noise is enough, got {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_make_batches(self) -> "TrainingConfig":
+        if self.batches.kind != "full" and self.sample_rate < 1:
+            raise ValueError(
+                f"training.sample_rate must be left out with training.batches of kind "
+                f"{self.batches.kind!r}, got {self.sample_rate}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -198,12 +212,32 @@ class TrainingConfig(Section):
         plain = not self.nesterov and not self.weight_decay and self.average is None
         return self.optimizer == "sgd" and plain
 
+    @property
+    def is_random(self) -> bool:
+        """Whether runs differ by their keys."""
+        draws = self.sample_rate < 1 or self.batches.kind in ("fixed_size", "shuffled")
+        return self.noisy or draws
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether batches are full or drawn one by one, and noise is independent."""
+        return self.batches.kind == "full" and self.noise.kind == "independent"
+
+    @property
+    def as_batches(self) -> Batches:
+        """How batches are made."""
+        return resolve(self.batches.make(), self.sample_rate)
+
+    def as_noise(self, steps: int) -> Noise | None:
+        """How the noise of a run of so many steps is correlated; None if it is not."""
+        return self.noise.make(steps, self.as_batches, self.momentum)
+
     def sigma(self, steps: int) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
         if self.epsilon is None and self.mu is None:
             return self.noise_multiplier
         budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
-        return budget.noise_multiplier(steps, self.sample_rate)
+        return budget.noise_multiplier(steps, batches=self.as_batches, noise=self.as_noise(steps))
 
 
 class ClippingConfig(Section):
@@ -322,6 +356,12 @@ class Config(ProblemConfig):
             # A configuration is frozen for its users, but its defaults are not complete yet.
             object.__setattr__(self, "predictions", self._default_predictions(couples))
         for name in self.predictions:
+            if not self._follows_batches(name):
+                raise ValueError(
+                    f"predictions must not hold {name!r} with training.batches of kind "
+                    f"{self.training.batches.kind!r} and training.noise of kind "
+                    f"{self.training.noise.kind!r}; use recursion"
+                )
             if not self._follows_optimizer(name):
                 raise ValueError(
                     f"predictions must not hold {name!r} with training.optimizer = "
@@ -343,11 +383,19 @@ class Config(ProblemConfig):
         in_steps |= prediction == "infinite" and training.noisy
         return in_steps or training.has_flow
 
+    def _follows_batches(self, prediction: PredictionName) -> bool:
+        draws = prediction == "response" or (prediction == "infinite" and self.training.noisy)
+        return self.training.is_plain or not draws
+
     def _default_predictions(self, couples: bool) -> list[PredictionName]:
-        names = [name for name in self.predictions if self._follows_optimizer(name)]
+        names = [
+            name
+            for name in self.predictions
+            if self._follows_optimizer(name) and self._follows_batches(name)
+        ]
         if self.model.kind == "function":  # which need not have an infinite width
             names = [name for name in names if name != "infinite"]
-        if not couples and (self.training.noisy or not names):
+        if not couples and self.training.is_plain and (self.training.noisy or not names):
             names.append("response")
         return names
 

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import gradient_flow, ntk, stochastic_flow
+from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Params, Progress
 from ntkdp._gradients import groups
+from ntkdp.batches import Batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
+from ntkdp.noise import Noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
@@ -58,13 +61,24 @@ class Mechanism(NamedTuple):
     learning_rate: float
     steps: int
     noise_multiplier: float
+    batches: Batches
+    noise: Noise | None
 
     @classmethod
     def of(cls, config: Config, case: ClippingConfig) -> "Mechanism":
         """The mechanism for one rule, which may have its own learning rate and steps."""
         training = config.training
         steps = case.steps or training.steps
-        return cls(case.learning_rate_in(training), steps, training.sigma(steps))
+        try:
+            return cls(
+                case.learning_rate_in(training),
+                steps,
+                training.sigma(steps),
+                training.as_batches,
+                training.as_noise(steps),
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"field 'training': {error}") from error
 
 
 def needed_kernels(config: Config) -> set[str]:
@@ -227,9 +241,16 @@ def predict(
         if training.weight_decay > 0:
             at_zero = _outputs_at_zero(problem)
             steps["outputs_at_zero"] = at_zero[0] if alone else at_zero
-        if training.noisy or training.sample_rate < 1:
+        if training.is_random or not mechanism.batches.takes_all:
+            drawn.pop("sample_rate")
             predicted = stochastic_flow.ensemble(
-                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
+                flow,
+                initial,
+                noise_kernel=kernel.whole,
+                batches=mechanism.batches,
+                noise=mechanism.noise,
+                **steps,
+                **drawn,
             )
         else:
             predicted = recursion(flow, initial, **steps)
@@ -325,11 +346,12 @@ def weight_noise(
 ) -> float | None:
     """v(T), the variance that noise has added to weights by the end, relative to their own.
 
-    None where it is not known: under Adam, and for weights that start without variance.
+    None where it is not known: under Adam and correlated noise, and for weights that start without
+    variance.
     """
     if mechanism.noise_multiplier == 0:
         return 0.0
-    if config.training.optimizer == "adam":
+    if config.training.optimizer == "adam" or mechanism.noise is not None:
         return None
     n_groups = 1
     if rule.scope == "layerwise":
@@ -340,7 +362,7 @@ def weight_noise(
         learning_rate=mechanism.learning_rate,
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
-        sample_rate=config.training.sample_rate,
+        sample_rate=mechanism.batches.share(problem.x.shape[0]),
         n_groups=n_groups,
         reduction=config.training.reduction,
         optimizer=config.training.as_optimizer,

@@ -203,7 +203,6 @@ def _begin(report: Report | None, task: str) -> Progress:
 
 def _require_room(config: Config, problem: Problem) -> None:
     training = config.training
-    random = training.noisy or training.sample_rate < 1
     require_memory(
         problem,
         needed_kernels(config),
@@ -212,7 +211,7 @@ def _require_room(config: Config, problem: Problem) -> None:
         noisy=training.noisy and "recursion" in config.predictions,
         exact="exact" in config.predictions,
         n_seeds=training.n_seeds,
-        n_drawn=training.n_predicted if random else 1,
+        n_drawn=training.n_predicted if training.is_random else 1,
         steps=max(case.steps or training.steps for case in config.clipping),
     )
 
@@ -271,7 +270,8 @@ def _measured(
         learning_rate=mechanism.learning_rate,
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
-        sample_rate=training.sample_rate,
+        batches=mechanism.batches,
+        noise=mechanism.noise,
         optimizer=training.as_optimizer,
         reduction=training.reduction,
         test_x=problem.test_x,

@@ -154,6 +154,23 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
             {"training": {"weight_decay": 0.1}, "predictions": ["exact"]},
             ["'exact'", "use recursion or response"],
         ),
+        ({"training": {"batches": {"kind": "cyclic"}}}, ["batches.n_batches must be given"]),
+        (
+            {"training": {"batches": {"kind": "full", "n_batches": 2}}},
+            ["batches.n_batches must be left out with kind = 'full', got 2"],
+        ),
+        (
+            {"training": {"batches": {"kind": "cyclic", "n_batches": 2}, "sample_rate": 0.5}},
+            ["training.sample_rate must be left out", "'cyclic'", "0.5"],
+        ),
+        ({"training": {"noise": {"kind": "toeplitz"}}}, ["noise.coefficients must be given"]),
+        (
+            {
+                "training": {"noise": {"kind": "square_root", "n_bands": 2}},
+                "predictions": ["response"],
+            },
+            ["'response'", "'square_root'", "use recursion"],
+        ),
         ({"model": {"kind": "function"}}, ["model.function", "together", "None"]),
         ({"model": {"function": "a:b"}}, ["model.function", "together", "'mlp'"]),
         ({"model": {"kind": "function", "function": "a.py"}}, ["my_models:", "'a.py'"]),
@@ -185,6 +202,10 @@ def test_default_predictions_follow_the_noise() -> None:
         ({"optimizer": "adam", "noise_multiplier": 1.0}, ["response"]),
         ({"weight_decay": 0.1}, ["recursion"]),
         ({"average": 0.9, "noise_multiplier": 1.0}, ["infinite", "recursion", "response"]),
+        (
+            {"noise_multiplier": 1.0, "batches": {"kind": "shuffled", "n_batches": 2}},
+            ["frozen", "recursion"],
+        ),
     ],
 )
 def test_default_predictions_follow_the_optimizer(

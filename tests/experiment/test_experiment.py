@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
-from helpers import known
+from helpers import known, often_or_slow
 from typer.testing import CliRunner
 
 import ntkdp
@@ -599,3 +599,40 @@ def test_models_that_cannot_be_had_are_named(own_models: str) -> None:
         problem(f"{own_models}:no_model")
     with pytest.raises(experiment.ConfigError, match="'predictions': must not ask for 'infinite'"):
         problem(f"{own_models}:normalised", predictions=["infinite"])
+
+
+@pytest.mark.parametrize(
+    ("batches", "noise"),
+    often_or_slow(
+        [
+            ({"kind": "shuffled", "n_batches": 4}, {"kind": "optimal_for_sums", "n_bands": 4}),
+            ({"kind": "cyclic", "n_batches": 4}, {"kind": "square_root", "n_bands": 8}),
+            ({"kind": "cyclic", "n_batches": 2}, {"kind": "toeplitz", "coefficients": [1, 0.5]}),
+        ],
+        [({"kind": "cyclic", "n_batches": 4}, {"kind": "square_root", "n_bands": 8})],
+    ),
+)
+def test_batches_and_correlated_noise_are_predicted(
+    batches: dict[str, Any], noise: dict[str, Any]
+) -> None:
+    training = {
+        "steps": 24, "learning_rate": 0.3, "record_every": 6, "n_seeds": 40, "n_predicted": 40,
+        "epsilon": 8.0, "delta": 1e-2, "batches": batches, "noise": noise,
+    }  # fmt: skip
+    config = experiment.config(
+        **SMALL
+        | {"training": training, "predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]}
+    )
+    (case,) = experiment.run(config).cases
+    assert batches["kind"].capitalize() in repr(case.run.setup[0].batches)
+    assert case.weight_noise is None
+    alone = privacy.Budget(8.0, 1e-2).noise_multiplier(24)
+    assert abs(case.noise_multiplier / alone - 1) > 0.1
+    assert case.predictions["recursion"].comparison.sup_relative_error < 0.05
+
+
+def test_a_budget_without_an_accountant_is_named() -> None:
+    training = {"epsilon": 8.0, "delta": 1e-2, "batches": {"kind": "fixed_size", "size": 4}}
+    config = experiment.config(**SMALL | {"training": training, "predictions": ["recursion"]})
+    with pytest.raises(experiment.ConfigError, match="'training': .*no accountant of FixedSize"):
+        experiment.run(config)

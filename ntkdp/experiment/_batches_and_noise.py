@@ -1,0 +1,97 @@
+"""The sections of a configuration for batches and for noise that is correlated over steps."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ntkdp import batches, noise
+from ntkdp._backend.config_files import Section
+
+#: The field that each kind of batches or of noise needs.
+_FIELD_OF = {
+    "fixed_size": "size",
+    "cyclic": "n_batches",
+    "shuffled": "n_batches",
+    "square_root": "n_bands",
+    "optimal_for_sums": "n_bands",
+    "toeplitz": "coefficients",
+}
+
+
+class BatchesConfig(Section):
+    """How the batches of a run are made, in place of a sampling rate."""
+
+    kind: Literal["full", "fixed_size", "cyclic", "shuffled"] = Field(
+        "full", description="full, fixed_size, cyclic or shuffled; Poisson is by sample_rate"
+    )
+    size: int | None = Field(None, ge=1, description="of fixed_size: samples of a batch")
+    n_batches: int | None = Field(
+        None, ge=1, description="of cyclic and shuffled: batches of an epoch"
+    )
+
+    @model_validator(mode="after")
+    def _has_its_field(self) -> "BatchesConfig":
+        _check_fields("batches", self, ("size", "n_batches"))
+        return self
+
+    def make(self) -> batches.Batches | None:
+        """The batches, or None for those of the sampling rate."""
+        if self.kind == "fixed_size":
+            assert self.size is not None
+            return batches.FixedSize(self.size)
+        if self.kind == "full":
+            return None
+        assert self.n_batches is not None
+        kind = batches.Cyclic if self.kind == "cyclic" else batches.Shuffled
+        return kind(self.n_batches)
+
+
+class NoiseConfig(Section):
+    """How the noise of a run is correlated over its steps."""
+
+    kind: Literal["independent", "square_root", "optimal_for_sums", "toeplitz"] = Field(
+        "independent", description="independent, square_root, optimal_for_sums or toeplitz"
+    )
+    n_bands: int | None = Field(
+        None, ge=1, description="of square_root and optimal_for_sums: coefficients of the strategy"
+    )
+    coefficients: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+        None, min_length=1, description="of toeplitz: those of the strategy"
+    )
+
+    @model_validator(mode="after")
+    def _has_its_field(self) -> "NoiseConfig":
+        _check_fields("noise", self, ("n_bands", "coefficients"))
+        return self
+
+    def make(self, steps: int, chosen: batches.Batches, momentum: float) -> noise.Noise | None:
+        """The noise of a run of so many steps, or None if it is independent.
+
+        Raises
+        ------
+        ValueError
+            If the strategy has no coefficients, or no sensitivity under the batches.
+        """
+        if self.kind == "independent":
+            return None
+        if self.kind == "toeplitz":
+            assert self.coefficients is not None
+            return noise.Correlated(self.coefficients)
+        assert self.n_bands is not None
+        if self.kind == "square_root":
+            return noise.Correlated.square_root(self.n_bands)
+        return noise.Correlated.optimal_for_sums(
+            steps=steps, n_bands=self.n_bands, batches=chosen, momentum=momentum
+        )
+
+
+def _check_fields(name: str, section: BatchesConfig | NoiseConfig, fields: tuple[str, ...]) -> None:
+    """Raise unless the section has the field that its kind needs, and no other."""
+    needed = _FIELD_OF.get(section.kind)
+    for field in fields:
+        value = getattr(section, field)
+        if (value is not None) != (field == needed):
+            what = "be given" if field == needed else "be left out"
+            raise ValueError(
+                f"training.{name}.{field} must {what} with kind = {section.kind!r}, got {value}"
+            )

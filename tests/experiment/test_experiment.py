@@ -634,5 +634,5 @@ def test_batches_and_correlated_noise_are_predicted(
 def test_a_budget_without_an_accountant_is_named() -> None:
     training = {"epsilon": 8.0, "delta": 1e-2, "batches": {"kind": "fixed_size", "size": 4}}
     config = experiment.config(**SMALL | {"training": training, "predictions": ["recursion"]})
-    with pytest.raises(experiment.ConfigError, match="'training': .*no accountant of FixedSize"):
+    with pytest.raises(experiment.ConfigError, match=r"'training': .*no accountant of FixedSize"):
         experiment.run(config)

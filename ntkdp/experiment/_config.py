@@ -219,11 +219,6 @@ class TrainingConfig(Section):
         return self.noisy or draws
 
     @property
-    def is_plain(self) -> bool:
-        """Whether batches are full or drawn one by one, and noise is independent."""
-        return self.batches.kind == "full" and self.noise.kind == "independent"
-
-    @property
     def as_batches(self) -> Batches:
         """How batches are made."""
         return resolve(self.batches.make(), self.sample_rate)
@@ -356,12 +351,6 @@ class Config(ProblemConfig):
             # A configuration is frozen for its users, but its defaults are not complete yet.
             object.__setattr__(self, "predictions", self._default_predictions(couples))
         for name in self.predictions:
-            if not self._follows_batches(name):
-                raise ValueError(
-                    f"predictions must not hold {name!r} with training.batches of kind "
-                    f"{self.training.batches.kind!r} and training.noise of kind "
-                    f"{self.training.noise.kind!r}; use recursion"
-                )
             if not self._follows_optimizer(name):
                 raise ValueError(
                     f"predictions must not hold {name!r} with training.optimizer = "
@@ -383,19 +372,11 @@ class Config(ProblemConfig):
         in_steps |= prediction == "infinite" and training.noisy
         return in_steps or training.has_flow
 
-    def _follows_batches(self, prediction: PredictionName) -> bool:
-        draws = prediction == "response" or (prediction == "infinite" and self.training.noisy)
-        return self.training.is_plain or not draws
-
     def _default_predictions(self, couples: bool) -> list[PredictionName]:
-        names = [
-            name
-            for name in self.predictions
-            if self._follows_optimizer(name) and self._follows_batches(name)
-        ]
+        names = [name for name in self.predictions if self._follows_optimizer(name)]
         if self.model.kind == "function":  # which need not have an infinite width
             names = [name for name in names if name != "infinite"]
-        if not couples and self.training.is_plain and (self.training.noisy or not names):
+        if not couples and (self.training.noisy or not names):
             names.append("response")
         return names
 

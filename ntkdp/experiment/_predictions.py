@@ -194,7 +194,8 @@ def predict(
     optimizer = training.as_optimizer
     drawn: Any = {
         "noise_multiplier": mechanism.noise_multiplier,
-        "sample_rate": training.sample_rate,
+        "batches": mechanism.batches,
+        "noise": mechanism.noise,
         "key": jax.random.split(jax.random.key(config.seed + 2), training.n_predicted),
     }
     start = time.perf_counter()
@@ -242,15 +243,8 @@ def predict(
             at_zero = _outputs_at_zero(problem)
             steps["outputs_at_zero"] = at_zero[0] if alone else at_zero
         if training.is_random or not mechanism.batches.takes_all:
-            drawn.pop("sample_rate")
             predicted = stochastic_flow.ensemble(
-                flow,
-                initial,
-                noise_kernel=kernel.whole,
-                batches=mechanism.batches,
-                noise=mechanism.noise,
-                **steps,
-                **drawn,
+                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
             )
         else:
             predicted = recursion(flow, initial, **steps)

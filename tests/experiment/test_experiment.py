@@ -619,16 +619,19 @@ def test_batches_and_correlated_noise_are_predicted(
         "steps": 24, "learning_rate": 0.3, "record_every": 6, "n_seeds": 40, "n_predicted": 40,
         "epsilon": 8.0, "delta": 1e-2, "batches": batches, "noise": noise,
     }  # fmt: skip
+    names = ["infinite", "recursion", "response"]
     config = experiment.config(
-        **SMALL
-        | {"training": training, "predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]}
+        **SMALL | {"training": training, "predictions": names, "clipping": [{"clip_norm": 0.2}]}
     )
     (case,) = experiment.run(config).cases
     assert batches["kind"].capitalize() in repr(case.run.setup[0].batches)
     assert case.weight_noise is None
     alone = privacy.Budget(8.0, 1e-2).noise_multiplier(24)
     assert abs(case.noise_multiplier / alone - 1) > 0.1
-    assert case.predictions["recursion"].comparison.sup_relative_error < 0.05
+    errors = {name: one.comparison.sup_relative_error for name, one in case.predictions.items()}
+    assert errors["recursion"] < 0.05
+    assert errors["response"] < 0.05
+    assert errors["infinite"] < 0.2
 
 
 def test_a_budget_without_an_accountant_is_named() -> None:

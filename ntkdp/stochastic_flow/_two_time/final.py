@@ -108,7 +108,7 @@ def two_time_final_outputs(
     steps = check_steps(steps)
     rates, norms, sigmas = (
         np.asarray(part, np.float64)
-        for part in cells_of(np.float64, learning_rates, clip_norms, noise_multipliers)
+        for part in cells_of(jnp.result_type(float), learning_rates, clip_norms, noise_multipliers)
     )
     batches = resolve_batches(None, sample_rate)
     keys = validate.keys(key=key)

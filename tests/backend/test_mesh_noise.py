@@ -30,6 +30,8 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
+from ntkdp.batches import Full
+from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._moments import moments
@@ -232,13 +234,13 @@ def test_memory_of_moments_falls_with_the_devices(rank: int | None) -> None:
             mesh=mesh,
         )
         noise_kernel = ntkdp.infinite_ntk(model, everything, mesh=mesh)
-        settings = (0.5, 1.0, noise_kernel, False, rank)
+        settings = (0.5, Full(), noise_kernel, False, rank)
         start = jnp.zeros((n, 1)), jnp.zeros((64, 1))
         closure, mean = moments._closure(of, start, *settings)
         step = (
             lowered(
                 moments._step_moments,
-                MomentSteps(closure, SGD(), None),
+                MomentSteps(closure, SGD(), None, Full(), Independent().recursion(2)),
                 mean,
                 Stepping(0.5, 2, 1),
                 False,

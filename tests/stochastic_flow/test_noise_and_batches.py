@@ -150,6 +150,61 @@ def test_kernels_between_times_have_the_law_of_runs(noise: str, batches: Batches
     assert_same_law(drawn.loss[:, 10] - drawn.loss[:, 9], runs.loss[:, 10] - runs.loss[:, 9])
 
 
+@pytest.mark.parametrize(
+    ("noise", "batches", "rank"),
+    often_or_slow(
+        [
+            ("Toeplitz", Full(), None), ("Toeplitz", Cyclic(3), None), ("matrix", Cyclic(3), None),
+            ("buffered", Cyclic(5), 3), ("Toeplitz", Full(), 3),
+        ],
+        [("Toeplitz", Cyclic(3), None), ("buffered", Cyclic(5), 3)],
+    ),
+    ids=repr,
+)  # fmt: skip
+def test_moments_of_a_linear_model_are_those_of_its_weights(
+    noise: str, batches: Batches, rank: int | None
+) -> None:
+    """Mean and covariance of the weights, in plain algebra with the noise of all steps."""
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(False))
+    asked = options(False, noise=NOISES[noise], batches=batches)
+    found = stochastic_flow.moments(flow, linear(W, X), outputs=True, rank=rank, **asked)
+    x, y, n = np.asarray(X), np.asarray(Y), len(X)
+    q, mixing = batches.share(n), NOISES[noise].mixing(STEPS)
+    mean, driven = np.zeros((3, 1)), np.zeros((3, 3 * STEPS))
+    for k in range(STEPS):
+        rows = np.arange(n) % round(1 / q) == k % round(1 / q)
+        hessian = x[rows].T @ x[rows] / (q * n)
+        mean = mean - 0.3 * (hessian @ mean - x[rows].T @ y[rows] / (q * n))
+        noise_of_step = 0.02 * 50 / (q * n) * np.kron(mixing[k], np.eye(3))
+        driven = driven - 0.3 * (hessian @ driven + noise_of_step)
+        assert found.mean is not None
+        assert found.covariance is not None
+        np.testing.assert_allclose(found.mean[k + 1], x @ mean, atol=1e-8)
+        np.testing.assert_allclose(found.covariance[k + 1], x @ driven @ driven.T @ x.T, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "batches", often_or_slow([Poisson(0.4), Cyclic(3), Full()], [Poisson(0.4)]), ids=repr
+)
+def test_moments_are_those_of_runs(batches: Batches) -> None:
+    """Mean and deviation of the last loss over 400 runs with clipping, in three standard errors."""
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
+    asked = options(True, noise=NOISES["Toeplitz"], batches=batches)
+    runs = observed(True, key=jax.random.split(jax.random.key(5), 400), **asked)
+    found = stochastic_flow.moments(flow, linear(W, X), **asked)
+    last = np.asarray(runs.loss)[:, -1]
+    assert abs(last.mean() - found.loss[-1]) < 3 * last.std() / 400**0.5
+    squares = (last - last.mean()) ** 2
+    assert abs(squares.mean() - found.loss_std[-1] ** 2) < 3 * squares.std() / 400**0.5
+
+
+@pytest.mark.parametrize("batches", [FixedSize(4), Shuffled(3)], ids=repr)
+def test_moments_refuse_batches_that_couple_samples(batches: Batches) -> None:
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
+    with pytest.raises(ValueError, match=r"Full, Poisson or Cyclic.*use stochastic_flow.ensemble"):
+        stochastic_flow.moments(flow, linear(W, X), **options(True, batches=batches))
+
+
 @pytest.mark.slow
 def test_a_network_is_predicted_with_correlated_noise_and_cyclic_batches() -> None:
     """Within a tenth of how far noise and batches move its runs, run by run."""
@@ -209,6 +264,7 @@ def test_identity_strategy_and_one_batch_change_no_bit() -> None:
     for predict in (
         lambda more: response_ensemble(response, nodes=3, **asked, **more),
         lambda more: two_time_ensemble(wide, nodes=3, **asked, **more),
+        lambda more: stochastic_flow.moments(flow, linear(W, X), **options(True), **more),
     ):
         expected = predict({}).loss
         for same in cases[1:]:

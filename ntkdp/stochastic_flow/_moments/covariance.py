@@ -1,18 +1,28 @@
 """What the moments need of a covariance of noisy outputs, however it is represented."""
 
 from abc import abstractmethod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 
 from ntkdp._backend.types import Array, Float, PyTree
-from ntkdp.optimizers import Transition
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 
 #: A covariance of all points, as its form represents it.
 Covariance: TypeAlias = PyTree
-#: Covariances of all that an optimizer holds of the outputs, each part with each: outputs first.
+#: Covariances of all that a :class:`Step` moves, each part with each: outputs first.
 Joint: TypeAlias = PyTree
+
+
+class Step(NamedTuple):
+    r"""A step :math:`z^+ = M z + b\,\text{gradient} + e\,\text{noise}` of all that is followed.
+
+    z holds what the optimizer holds of the outputs, and after it what correlated noise carries.
+    """
+
+    of_state: Float[Array, "C C"]
+    of_gradient: Float[Array, " C"]
+    of_noise: Float[Array, " C"]
 
 
 class CovarianceForm(eqx.Module):
@@ -39,8 +49,8 @@ class CovarianceForm(eqx.Module):
         """Velocity of the mean under mean clipped gradients."""
 
     @abstractmethod
-    def step(self, joint: Joint, slope: Array, spread: Array, transition: Transition) -> Joint:
-        """The joint covariance after a step of a linear optimizer.
+    def step(self, joint: Joint, slope: Array, spread: Array, step: Step) -> Joint:
+        """The joint covariance after a step.
 
         ``spread`` is the covariance of each sample's clipped gradient, ``(n, R, K, R, K)``.
         """

@@ -9,8 +9,7 @@ from jax import lax
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
-from ntkdp.optimizers import Transition
-from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
@@ -72,10 +71,11 @@ class Full(CovarianceForm):
         padded = jnp.pad(towards, ((0, 0), (0, 0), (0, n_test), (0, 0)))
         return padded.reshape(n_rows, -1)
 
-    def _diffusion(self, operator: Array, noise: Array, spread: Array) -> Array:
+    def _sampled(self, operator: Array, spread: Array) -> Array:
+        """A device's rows of the covariance of the gradient."""
         n_rows = operator.shape[0]
         moved = jnp.einsum("arnk,nrksl->asnl", operator, spread)
-        return noise + devices.outer(
+        return devices.outer(
             self.points.mesh, moved.reshape(n_rows, -1), operator.reshape(n_rows, -1)
         )
 
@@ -85,9 +85,9 @@ class Full(CovarianceForm):
         covariance: Array,
         slope: Array,
         spread: Array,
-        step: Array | Transition,
+        step: Array | Step,
     ) -> Array:
-        """Apply ``rows`` to each device's rows of covariance, linear map and diffusion."""
+        """Apply ``rows`` to each device's rows of covariance, linear map, gradient and noise."""
 
         def own_rows(
             covariance: Array,
@@ -95,20 +95,20 @@ class Full(CovarianceForm):
             noise: Array,
             slope: Array,
             spread: Array,
-            step: Array | Transition,
+            step: Array | Step,
         ) -> Array:
             linear_map = self._linear_map(operator, slope)
-            return rows(covariance, linear_map, self._diffusion(operator, noise, spread), step)
+            return rows(covariance, linear_map, self._sampled(operator, spread), noise, step)
 
         over_devices = self.points.on_devices(own_rows, (0, 0, 0, None, None, None), 0)
         return over_devices(covariance, self.operator, self.noise, slope, spread, step)
 
-    def step(self, joint: Array, slope: Array, spread: Array, transition: Transition) -> Array:
+    def step(self, joint: Array, slope: Array, spread: Array, step: Step) -> Array:
         mesh = self.points.mesh
 
-        def rows(joint: Array, maps: Array, diffusion: Array, step: Transition) -> Array:
-            """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x diffusion."""
-            M, b = step.of_state, step.of_gradient
+        def rows(joint: Array, maps: Array, sampled: Array, noise: Array, step: Step) -> Array:
+            """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x Q + e e^T x noise."""
+            M, b, e = step
             own, size = joint.shape[:2]
             drawn = devices.product(mesh, maps, joint[:, 0].reshape(own, -1))
             moved = jnp.einsum("ce,aedn->acdn", M, joint)
@@ -116,20 +116,23 @@ class Full(CovarianceForm):
             back = devices.outer(mesh, moved[:, :, 0].reshape(own * size, -1), maps)
             after = jnp.einsum("de,acen->acdn", M, moved)
             after = after - jnp.einsum("d,acn->acdn", b, back.reshape(own, size, -1))
-            after = after + jnp.einsum("c,d,an->acdn", b, b, diffusion)
+            after = after + jnp.einsum("c,d,an->acdn", b, b, sampled)
+            after = after + jnp.einsum("c,d,an->acdn", e, e, noise)
             flipped = [
                 devices.transposed(mesh, after[:, d, c]) for c in range(size) for d in range(size)
             ]
             return (after + jnp.stack(flipped, axis=1).reshape(after.shape)) / 2
 
-        return self._evolved(rows, joint, slope, spread, transition)
+        return self._evolved(rows, joint, slope, spread, step)
 
     def velocity(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
         mesh = self.points.mesh
 
-        def rows(covariance: Array, linear_map: Array, diffusion: Array, rate: Array) -> Array:
+        def rows(
+            covariance: Array, linear_map: Array, sampled: Array, noise: Array, rate: Array
+        ) -> Array:
             half = devices.product(mesh, linear_map, covariance)
-            return half + devices.transposed(mesh, half) + rate * diffusion
+            return half + devices.transposed(mesh, half) + rate * (noise + sampled)
 
         return self._evolved(rows, covariance, slope, spread, rate)
 

@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow, SharedKernel
-from ntkdp.optimizers import Transition
 from ntkdp.stochastic_flow._matrix_root import eigh
-from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
@@ -194,8 +193,14 @@ class LowRank(CovarianceForm):
 
         return self.points.by_point(velocity, (0, None))(self.operator, clipped)
 
+    def _noises(self) -> tuple[Array, Array]:
+        """The noise of the leading modes together, and of each other mode."""
+        eye = jnp.eye(self.inner, dtype=self.others_noise.dtype)
+        together = jnp.diag(jnp.repeat(self.leading_noise, self.inner))
+        return together, self.others_noise[:, None, None] * eye[None]
+
     def _parts(self, slope: Array, spread: Array) -> tuple[Array, Array, Array, Array]:
-        """Linear map and diffusion of the leading modes together, and of each other mode."""
+        """Linear map and gradient of the leading modes together, and of each other mode."""
 
         def own_terms(
             leading: Modes, others: Modes, slope: Array, spread: Array
@@ -211,36 +216,38 @@ class LowRank(CovarianceForm):
         over_devices = self.points.on_devices(own_terms, (0, 0, 0, 0), None)
         maps, moved, own_maps, own = over_devices(self.leading, self.others, slope, spread)
         size = self.leading_noise.size * self.inner
-        noise = jnp.diag(jnp.repeat(self.leading_noise, self.inner))
-        eye = jnp.eye(self.inner, dtype=slope.dtype)
-        own = own + self.others_noise[:, None, None] * eye[None]
-        return maps.reshape(size, size), moved.reshape(size, size) + noise, own_maps, own
+        return maps.reshape(size, size), moved.reshape(size, size), own_maps, own
 
     def step(
         self,
         joint: tuple[Array, Array],
         slope: Array,
         spread: Array,
-        transition: Transition,
+        step: Step,
     ) -> tuple[Array, Array]:
-        maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
+        maps, sampled, own_maps, own_sampled = self._parts(slope, spread)
+        noise, own_noise = self._noises()
         S, s = joint
         return (
-            _after_step(S, maps, diffusion, transition),
-            _after_step(s, own_maps, own_diffusion, transition),
+            _after_step(S, maps, sampled, noise, step),
+            _after_step(s, own_maps, own_sampled, own_noise, step),
         )
 
     def velocity(
         self, covariance: tuple[Array, Array], slope: Array, spread: Array, rate: Array
     ) -> tuple[Array, Array]:
-        maps, diffusion, own_maps, own_diffusion = self._parts(slope, spread)
+        maps, sampled, own_maps, own_sampled = self._parts(slope, spread)
+        noise, own_noise = self._noises()
 
         def velocity_of(covariance: Array, maps: Array, diffusion: Array) -> Array:
             half = maps @ covariance
             return half + jnp.swapaxes(half, -1, -2) + rate * diffusion
 
         S, s = covariance
-        return velocity_of(S, maps, diffusion), velocity_of(s, own_maps, own_diffusion)
+        return (
+            velocity_of(S, maps, sampled + noise),
+            velocity_of(s, own_maps, own_sampled + own_noise),
+        )
 
     def _expanded(self, test: bool, g: Array, W: Array) -> tuple[Array, Array, Array, Array]:
         """Gradient and Hessian of a sum over points, in the leading modes and in each other one."""
@@ -324,15 +331,16 @@ class LowRank(CovarianceForm):
         return jnp.where(total > 0, dropped / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def _after_step(joint: Array, maps: Array, diffusion: Array, step: Transition) -> Array:
-    """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x diffusion."""
-    M, b = step.of_state, step.of_gradient
+def _after_step(joint: Array, maps: Array, sampled: Array, noise: Array, step: Step) -> Array:
+    """With T = M x I - b x (A of the outputs): T joint T^T + b b^T x Q + e e^T x noise."""
+    M, b, e = step
     moved = jnp.einsum("ce,ed...->cd...", M, joint)
     moved = moved - jnp.einsum("c,d...->cd...", b, maps @ joint[0])
     after = jnp.einsum("de,ce...->cd...", M, moved)
     back = moved[:, 0] @ jnp.swapaxes(maps, -1, -2)
     after = after - jnp.einsum("d,c...->cd...", b, back)
-    after = after + jnp.einsum("c,d,...->cd...", b, b, diffusion)
+    after = after + jnp.einsum("c,d,...->cd...", b, b, sampled)
+    after = after + jnp.einsum("c,d,...->cd...", e, e, noise)
     return (after + jnp.swapaxes(jnp.swapaxes(after, 0, 1), -1, -2)) / 2
 
 

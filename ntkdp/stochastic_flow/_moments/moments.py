@@ -22,8 +22,12 @@ from ntkdp._backend.types import (
     ScalarLike,
     as_constant,
 )
+from ntkdp.batches import Batches, Cyclic, Full, Poisson
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Batch, Global
 from ntkdp.gradient_flow import KernelFlow, OutputsAtZero, check_kernel_flow, optimizer_steps
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike, as_linear, size_of_state
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
@@ -31,7 +35,6 @@ from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Statistics
 from ntkdp.stochastic_flow._moments.optimizer_steps import JointState, MomentSteps
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
-from ntkdp.stochastic_flow._sampling import sampling
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Outcome, Stepping, message, succeeded
 
@@ -120,6 +123,8 @@ def moments(
     steps: int,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -133,9 +138,11 @@ def moments(
 
     Parameters
     ----------
-    flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise_kernel, \
+    flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise, noise_kernel, \
     noise_per_group, optimizer, outputs_at_zero, record_every, progress
         As for :func:`ensemble`.
+    batches : batches.Batches, optional
+        Full, cyclic or Poisson ones, in place of a sampling rate.
     rank : int, optional
         Number of modes of the noise whose correlations are all kept; each other mode evolves by
         itself. The default is all of them up to N K = 3000 outputs of train and test points, and
@@ -151,8 +158,9 @@ def moments(
     Raises
     ------
     ValueError, TypeError
-        As for :func:`ensemble`; if the rule jumps (`Global`) or couples the samples (`Batch`), when
-        :func:`ensemble` is to be used.
+        As for :func:`ensemble`; if the rule jumps (`Global`) or couples the samples (`Batch`), or
+        batches couple them at random (`FixedSize`, `Shuffled`), when :func:`ensemble` is to be
+        used.
 
     Notes
     -----
@@ -160,7 +168,8 @@ def moments(
     clipped. The modules ``gaussian_closure``, ``excess_variance`` and ``low_rank_covariance`` have
     the equations, the spread of the loss, and the covariance of low rank. A step takes about ten
     products of ``(N K, N K)`` matrices with the whole covariance, and ``n K rank^2`` operations
-    with a rank.
+    with a rank. What correlated noise carries is part of the state: b bands multiply the memory by
+    about :math:`b^2`.
 
     Examples
     --------
@@ -173,17 +182,27 @@ def moments(
     [0.5, 0.25]
     """
     stepping = Stepping(learning_rate, steps, record_every)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, stepping.steps, sample_rate)
-    closure, mean = _closure(flow, initial, sigma, sample_rate, noise_kernel, noise_per_group, rank)
+    drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    if not isinstance(drawn, Full | Poisson | Cyclic):
+        raise ValueError(
+            "batches must be Full, Poisson or Cyclic, in which samples do not depend on each other "
+            f"at random, got {drawn!r}; use stochastic_flow.ensemble"
+        )
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+    )
+    closure, mean = _closure(flow, initial, sigma, drawn, noise_kernel, noise_per_group, rank)
+    recursion = correlated.recursion(stepping.steps)
     walk = optimizer_steps(closure.flow, optimizer, stepping.learning_rate, outputs_at_zero)
     at_zero = None if walk.at_zero is None else _all_points(walk.at_zero)
-    steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero)
+    steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero, drawn, recursion)
+    size = size_of_state(steps_of.optimizer) + len(recursion.enters)
     with _progress.listening(progress, "stepping the moments") as listener:
         statistics = program_memory.call(
             _step_moments, steps_of, mean, stepping, outputs, listener,
             what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
             results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
-            work=size_of_state(steps_of.optimizer) ** 2 * mean.size**2 * mean.dtype.itemsize,
+            work=size**2 * mean.size**2 * mean.dtype.itemsize,
         )  # fmt: skip
         return _over_time(stepping.times, jnp.asarray(stepping.recorded), statistics)
 
@@ -250,8 +269,9 @@ def moment_flow(
     start, times = validate.times_from(start, times)
     rate = jnp.asarray(validate.positive(learning_rate=learning_rate), jnp.result_type(float))
     rtol, atol = validate.positive(rtol=rtol), validate.positive(atol=atol)
+    batches = resolve_batches(None, sample_rate)
     closure, mean = _closure(
-        flow, initial, noise_multiplier, sample_rate, noise_kernel, noise_per_group, rank
+        flow, initial, noise_multiplier, batches, noise_kernel, noise_per_group, rank
     )
     statistics, outcome = program_memory.call(
         _solve_moments, closure, mean, start, times, rate, as_constant(rtol), as_constant(atol),
@@ -346,7 +366,7 @@ def _closure(
     flow: KernelFlow,
     initial: PyTree,
     sigma: NoiseMultiplier,
-    sample_rate: float,
+    batches: Batches,
     noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
     rank: int | None,
@@ -359,7 +379,9 @@ def _closure(
             f"{type(flow.clipping).__name__}; use stochastic_flow.ensemble"
         )
     rank = None if rank is None else validate.count(rank=rank)
-    rate, divisor = sampling(flow, sample_rate)
+    n = flow.targets.shape[0]
+    batches.check(n)
+    divisor = batches.share(n) * flow.data.divisor
     mean = _all_points(flow.init(initial))
     covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
     noise = None if covariance is None else covariance / divisor**2
@@ -372,7 +394,7 @@ def _closure(
     closure = Closure(
         flow=flow,
         form=form,
-        sample_rate=rate,
+        sample_rate=batches.share(n) if batches.is_random else 1.0,
         points=jnp.asarray(points, mean.dtype),
         weights=jnp.asarray(weights, mean.dtype),
     )
@@ -407,7 +429,8 @@ def _step_moments(
     steps: MomentSteps, mean: Array, stepping: Stepping, outputs: bool, listener: Listener
 ) -> Statistics:
     def step(k: Array, state: JointState) -> JointState:
-        return steps.step(state, jnp.asarray(stepping.rate(k), mean.dtype))
+        number = jnp.asarray(stepping.number(k))
+        return steps.step(state, number, jnp.asarray(stepping.rate(k), mean.dtype))
 
     measured: Statistics = stepping.walk(
         step, lambda state: steps.measure(state, outputs), steps.start(mean), listener

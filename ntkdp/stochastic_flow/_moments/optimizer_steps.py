@@ -3,9 +3,12 @@
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from ntkdp._backend.types import Array, Float
+from ntkdp.batches import Batches
+from ntkdp.noise import Recursion
 from ntkdp.optimizers import (
     Optimizer,
     Transition,
@@ -14,14 +17,15 @@ from ntkdp.optimizers import (
     start_state,
     transition,
 )
-from ntkdp.stochastic_flow._moments.covariance import Joint
-from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, State, Statistics
+from ntkdp.stochastic_flow._moments.covariance import Joint, Step
+from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Integrals, State, Statistics
 
 
 class JointState(NamedTuple):
     """Means and covariances of all that the optimizer holds of the outputs, which come first.
 
-    ``excess`` is that of the losses of the outputs themselves.
+    The covariance is also of what the noise carries, whose mean is zero. ``excess`` is that of the
+    losses of the outputs themselves.
     """
 
     means: Float[Array, "C N K"]
@@ -33,27 +37,30 @@ class MomentSteps(eqx.Module):
     r"""Steps :math:`z^+ = M z + b\,(\text{gradient} + \text{noise})` of a Gaussian state.
 
     z holds outputs, momentum and average; the gradient depends on the outputs alone, through the
-    closure. *Derived*.
+    closure. Correlated noise is white noise on a state that has what the noise carries as well. Of
+    batches that are fixed, a sample counts by its weight in a step. *Derived*.
     """
 
     closure: Closure
     optimizer: Optimizer
     at_zero: Float[Array, "N K"] | None
+    batches: Batches
+    noise: Recursion
 
     def start(self, mean: Array) -> JointState:
         """The state of outputs that are known exactly, at rest."""
-        size = size_of_state(self.optimizer)
+        size = size_of_state(self.optimizer) + len(self.noise.enters)
         return JointState(
             means=jnp.stack(start_state(self.optimizer, mean)),
             covariance=self.closure.form.joint_zero(size),
             excess=self.closure.zero(mean).excess,
         )
 
-    def step(self, state: JointState, rate: Array) -> JointState:
-        """The state after a step at a learning rate."""
+    def step(self, state: JointState, number: Array, rate: Array) -> JointState:
+        """The state after a step of this number at a learning rate."""
         closure, outputs = self.closure, self._part(state, 0)
         own = closure.form.own_blocks(outputs.covariance)
-        integrals = closure.integrals(outputs.mean, own)
+        integrals = self._weighted(closure.integrals(outputs.mean, own), number)
         spread = (1 / closure.sample_rate - 1) * integrals.second_moment + integrals.unexplained
         step = transition(self.optimizer, rate, outputs.mean.dtype)
         gradient = -closure.form.drift(integrals.mean)
@@ -66,14 +73,46 @@ class MomentSteps(eqx.Module):
         factors = jnp.maximum(kept + effective * coefficients, 0)
         return JointState(
             means=means,
-            covariance=closure.form.step(state.covariance, integrals.slope, spread, step),
+            covariance=closure.form.step(
+                state.covariance, integrals.slope, spread, self._with_noise(step, number)
+            ),
             excess=factors**2 * state.excess + effective * source,
         )
+
+    def _weighted(self, integrals: Integrals, number: Array) -> Integrals:
+        """Integrals of clipped gradients in a batch, if it is certain which samples are in it."""
+        n, mean = len(integrals.mean), integrals.mean
+        if self.batches.is_random or self.batches.takes_all:
+            return integrals
+        drawn, _ = self.batches.draw(jax.random.key(0), number, self.batches.start(n), n)
+        assert drawn is not None
+        weights = self.batches.weights(drawn, mean.dtype)
+
+        def times(weights: Array, values: Array) -> Array:
+            return values * weights.reshape(-1, *[1] * (values.ndim - 1))
+
+        return Integrals(
+            times(weights, mean),
+            times(weights, integrals.slope),
+            times(weights**2, integrals.second_moment),
+            times(weights**2, integrals.unexplained),
+        )
+
+    def _with_noise(self, step: Transition, number: Array) -> Step:
+        """The step of the joint state, with what the noise carries after the optimizer's."""
+        M, b = step.of_state, step.of_gradient
+        reads, draws, carries, enters = (jnp.asarray(part, b.dtype) for part in self.noise)
+        entered = jnp.concatenate([b, enters])
+        whole = jax.scipy.linalg.block_diag(M, carries) if len(enters) else M
+        whole = whole.at[:, len(b) :].add(jnp.outer(entered, reads[number]))
+        missing = jnp.zeros(len(enters), b.dtype)
+        return Step(whole, jnp.concatenate([b, missing]), entered * draws[number])
 
     def measure(self, state: JointState, outputs: bool) -> Statistics:
         """Statistics of the outputs, or of their average if there is one."""
         averaged = average_of(self.optimizer) is not None
-        return self.closure.measure(self._part(state, -1 if averaged else 0), outputs)
+        last = len(state.means) - 1
+        return self.closure.measure(self._part(state, last if averaged else 0), outputs)
 
     def _part(self, state: JointState, number: int) -> State:
         covariance = self.closure.form.part(state.covariance, number)

@@ -207,27 +207,27 @@ def test_moments_refuse_batches_that_couple_samples(batches: Batches) -> None:
 
 @pytest.mark.slow
 def test_a_network_is_predicted_with_correlated_noise_and_cyclic_batches() -> None:
-    """Within a tenth of how far noise and batches move its runs, run by run."""
+    """Run by run to a tenth of how far its runs differ, and mean losses with other noise to 5%."""
     model = ntkdp.models.mlp([16], 1)
     params = model.init(jax.random.key(1), X)
-    asked = options(
-        True, noise=NOISES["Toeplitz"], batches=Cyclic(3), outputs=True,
-        key=jax.random.split(jax.random.key(5), 8),
-    )  # fmt: skip
-    runs = dp_sgd.run(model.apply, params, X, *problem(True), gradients="vmap", **asked)
-    paths = ntkdp.predict(
-        model, params, (X, Y), *problem(True)[1:], method="response", nodes=21, draws=20, **asked
-    )
+    asked = options(True, noise=NOISES["Toeplitz"], batches=Cyclic(3), outputs=True)
+    one, other = jax.random.split(jax.random.key(5), (2, 400))
+    runs = dp_sgd.run(model.apply, params, X, *problem(True), key=one, **asked)
     alike = response_ensemble(
         ResponseFlow(model.apply, params, X, *problem(True)), noise_at="steps", nodes=21, draws=20,
-        **asked,
+        key=one[:8], **asked,
     )  # fmt: skip
     assert runs.outputs is not None
     assert alike.outputs is not None
-    left = jnp.sqrt(jnp.mean((alike.outputs - runs.outputs) ** 2))
-    moved = jnp.sqrt(jnp.mean((runs.outputs - jnp.mean(runs.outputs, 0)) ** 2))
+    seen = runs.outputs[:8]
+    left = jnp.sqrt(jnp.mean((alike.outputs - seen) ** 2))
+    moved = jnp.sqrt(jnp.mean((seen - jnp.mean(seen, 0)) ** 2))
     assert left < 0.1 * moved
-    np.testing.assert_allclose(jnp.mean(paths.loss, 0), jnp.mean(runs.loss, 0), rtol=0.1)
+    drawn = ntkdp.predict(
+        model, params, (X, Y), *problem(True)[1:], method="response", nodes=7, draws=10, key=other,
+        **asked,
+    )  # fmt: skip
+    np.testing.assert_allclose(jnp.mean(drawn.loss, 0), jnp.mean(runs.loss, 0), rtol=0.05)
 
 
 def test_variance_at_the_end_is_that_of_the_mixed_noise() -> None:

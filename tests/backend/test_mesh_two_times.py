@@ -23,6 +23,7 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import clipping, models
 from ntkdp._backend import devices, memory
+from ntkdp.batches import Full
 from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow import TwoTimeFlow, two_time_ensemble, two_time_flow
@@ -137,7 +138,7 @@ def test_memory_of_a_device_falls_as_their_number_grows() -> None:
             flow.mesh, (small, laws, np.tril_indices(3), jnp.asarray(2), (cells, KEYS[:1]))
         )
         process = gaussian_process.OutputProcess(modes, *small)
-        options: tuple[Any, ...] = (None, (0,), 7, 1.0, True, False, None)
+        options: tuple[Any, ...] = (None, (0,), 7, Full(), True, False, None)
         programs = {
             "covariance": lowered(gaussian_process._covariance, flow, laws, last),
             "modes": lowered(gaussian_process._signed, modes, flow.mesh),

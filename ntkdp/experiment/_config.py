@@ -215,8 +215,7 @@ class TrainingConfig(Section):
     @property
     def is_random(self) -> bool:
         """Whether runs differ by their keys."""
-        draws = self.sample_rate < 1 or self.batches.kind in ("fixed_size", "shuffled")
-        return self.noisy or draws
+        return self.noisy or self.as_batches.is_random
 
     @property
     def as_batches(self) -> Batches:
@@ -227,12 +226,12 @@ class TrainingConfig(Section):
         """How the noise of a run of so many steps is correlated; None if it is not."""
         return self.noise.make(steps, self.as_batches, self.momentum)
 
-    def sigma(self, steps: int) -> float:
+    def sigma(self, steps: int, noise: Noise | None) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
         if self.epsilon is None and self.mu is None:
             return self.noise_multiplier
         budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
-        return budget.noise_multiplier(steps, batches=self.as_batches, noise=self.as_noise(steps))
+        return budget.noise_multiplier(steps, batches=self.as_batches, noise=noise)
 
 
 class ClippingConfig(Section):

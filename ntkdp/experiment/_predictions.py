@@ -70,13 +70,9 @@ class Mechanism(NamedTuple):
         training = config.training
         steps = case.steps or training.steps
         try:
-            return cls(
-                case.learning_rate_in(training),
-                steps,
-                training.sigma(steps),
-                training.as_batches,
-                training.as_noise(steps),
-            )
+            noise = training.as_noise(steps)
+            sigma = training.sigma(steps, noise)
+            return cls(case.learning_rate_in(training), steps, sigma, training.as_batches, noise)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'training': {error}") from error
 

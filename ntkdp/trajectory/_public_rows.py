@@ -1,4 +1,4 @@
-"""Samples that are not private, and the weight that they have beside those that are."""
+"""Samples that are not private, and their weight in training with those that are."""
 
 from typing import final
 

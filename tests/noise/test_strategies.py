@@ -19,7 +19,7 @@ import ntkdp
 from ntkdp.batches import Batches, Cyclic, Full, Shuffled
 from ntkdp.noise import BufferedToeplitz, Correlated, Independent, Noise, _least_error
 
-#: Written by strategies.py beside it, with jax-privacy 2.0.0.
+#: The script strategies.py in the same folder wrote it, with jax-privacy 2.0.0.
 JAX_PRIVACY = json.loads((DATA / "strategies.json").read_text())
 
 

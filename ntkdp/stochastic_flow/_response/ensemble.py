@@ -372,7 +372,8 @@ def _require_room(
     kernels = n_kernels * flow.weight_groups().size * rows * columns + 3 * n_nodes * rows**2
     states = stepping.steps + 1 if noise_at == "steps" else 3 * n_nodes
     # Outputs and charges at the steps of a block.
-    states += 2 * steps_of_block(-(-stepping.steps // (n_nodes - 1)))
+    longest = int(np.diff(place_nodes(np.arange(stepping.steps + 1.0), n_nodes)).max())
+    states += 2 * steps_of_block(longest)
     kept = len(stepping.recorded) * bool(outputs)
     # Weights at the nodes, of the path and of the draws, and gradients that charges cause there.
     networks = (draws + 1 + _PULLED) * n_nodes

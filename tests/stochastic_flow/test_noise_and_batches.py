@@ -81,7 +81,7 @@ def test_the_linearised_model_makes_the_run_of_its_key(noise: str, batches: Batc
 @pytest.mark.parametrize(
     "clips", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["clipped", "not clipped"]
 )
-@pytest.mark.parametrize("batches", often_or_slow(BATCHES, [Shuffled(4), Poisson(0.4)]), ids=repr)
+@pytest.mark.parametrize("batches", often_or_slow(BATCHES, [Shuffled(4)]), ids=repr)
 def test_losses_have_the_law_of_runs(batches: Batches, clips: bool) -> None:
     """Means and spreads of the last loss over 400 runs, within three standard errors."""
     flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(clips))
@@ -102,7 +102,7 @@ def assert_same_law(predicted: Any, observed: Any) -> None:
     assert abs(ttest_ind(*squares, equal_var=False).statistic) < 3
 
 
-@pytest.mark.parametrize(("noise", "batches"), often_or_slow(PAIRS, PAIRS_OFTEN[1:3]), ids=repr)
+@pytest.mark.parametrize(("noise", "batches"), often_or_slow(PAIRS, PAIRS_OFTEN[1:2]), ids=repr)
 def test_the_response_of_a_linear_model_is_the_run_of_its_key(noise: str, batches: Batches) -> None:
     """Cells of two lengths, so that some of their places are no steps."""
     flow = ResponseFlow(linear, W, X, *problem(True))
@@ -247,18 +247,31 @@ def test_variance_at_the_end_is_that_of_the_mixed_noise() -> None:
     assert reached == pytest.approx(expected, rel=4 * (2 / count) ** 0.5)
 
 
+#: What gives back the noise and the batches that there are without them.
+IDENTITIES: list[dict[str, Any]] = [
+    {"noise": Independent()}, {"noise": Correlated([1.0])}, {"batches": Cyclic(1)}
+]  # fmt: skip
+
+
 def test_identity_strategy_and_one_batch_change_no_bit() -> None:
     asked = options(True, key=jax.random.key(3))
     flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
-    cases: list[dict[str, Any]] = [
-        {"noise": Independent()}, {"noise": Correlated([1.0])}, {"batches": Cyclic(1)}
-    ]  # fmt: skip
-    for same in cases:
-        for work in (
-            lambda more: observed(True, **asked, **more),
-            lambda more: stochastic_flow.ensemble(flow, linear(W, X), **asked, **more),
-        ):
-            np.testing.assert_array_equal(work(same).loss, work({}).loss)
+    for work in (
+        lambda more: observed(True, **asked, **more),
+        lambda more: stochastic_flow.ensemble(flow, linear(W, X), **asked, **more),
+    ):
+        expected = work({}).loss
+        for same in IDENTITIES:
+            np.testing.assert_array_equal(work(same).loss, expected)
+    rate = observed(True, sample_rate=0.4, **asked)
+    poisson = observed(True, batches=Poisson(0.4), **asked)
+    np.testing.assert_array_equal(rate.loss, poisson.loss)
+
+
+@pytest.mark.slow
+def test_they_change_no_bit_of_other_predictions() -> None:
+    asked = options(True, key=jax.random.key(3))
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
     response = ResponseFlow(linear, W, X, *problem(True))
     wide = TwoTimeFlow(ntkdp.models.mlp([4], 1), X, *problem(True))
     for predict in (
@@ -267,11 +280,8 @@ def test_identity_strategy_and_one_batch_change_no_bit() -> None:
         lambda more: stochastic_flow.moments(flow, linear(W, X), **options(True), **more),
     ):
         expected = predict({}).loss
-        for same in cases[1:]:
+        for same in IDENTITIES:
             np.testing.assert_array_equal(predict(same).loss, expected)
-    rate = observed(True, sample_rate=0.4, **asked)
-    poisson = observed(True, batches=Poisson(0.4), **asked)
-    np.testing.assert_array_equal(rate.loss, poisson.loss)
 
 
 def test_a_step_carries_the_noise_of_the_last_ones() -> None:

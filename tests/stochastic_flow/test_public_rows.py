@@ -138,6 +138,12 @@ def test_without_noise_outputs_make_the_steps_of_the_run(scope: Scope) -> None:
     )
     np.testing.assert_allclose(known(path.outputs), known(observed.outputs), rtol=1e-9)
     np.testing.assert_allclose(known(path.test_outputs), known(observed.test_outputs), rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["flat", "layerwise"])
+def test_outputs_and_weights_flow_alike(scope: Scope) -> None:
+    rule = Abadi(1.0, scope=scope)
     in_time = [
         ntkdp.solve(flow, start, [0.0, 1.0], rtol=1e-9).loss
         for flow, start in ((kernel_flow(rule, 0.3), START), (linearised(rule, 0.3), W))

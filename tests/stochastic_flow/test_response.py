@@ -174,9 +174,8 @@ def test_a_network_is_predicted_run_by_run() -> None:
     assert shares[1] < 0.012
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["steps", pytest.param("Nesterov with decay", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["steps", "Nesterov with decay"])
 def test_noise_at_nodes_has_the_law_of_the_runs(optimizer: str) -> None:
     """Mean, spread and the correlation between times of a linear model, 600 runs each."""
     loss, rule = losses.SquaredError(), clipping.Abadi(0.5)

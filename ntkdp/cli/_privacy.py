@@ -10,7 +10,15 @@ from ntkdp._results.plain_json import as_text
 from ntkdp.cli._terminal import fail
 
 if TYPE_CHECKING:
+    from ntkdp.batches import Batches
     from ntkdp.privacy import PrivacyReport
+
+
+class Sampling(StrEnum):
+    """How batches are drawn."""
+
+    poisson = "poisson"
+    fixed_size = "fixed_size"
 
 
 class Accountant(StrEnum):
@@ -41,12 +49,19 @@ def privacy(
     ] = None,
     n: Annotated[int | None, typer.Option(help="Training samples.", show_default=False)] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Expected batch size; needs --n.", show_default=False)
+        int | None, typer.Option(help="(Expected) batch size; needs --n.", show_default=False)
     ] = None,
     sample_rate: Annotated[
         float | None,
         typer.Option(help="In place of --batch; 1 for full batches.", show_default=False),
     ] = None,
+    sampling: Annotated[
+        Sampling,
+        typer.Option(
+            help="Each sample by itself, neighbours by adding or removing one; or batches of a "
+            "fixed size, neighbours by replacing one."
+        ),
+    ] = Sampling.poisson,
     steps: Annotated[int | None, typer.Option(help="Steps of DP-SGD.", show_default=False)] = None,
     epochs: Annotated[
         float | None, typer.Option(help="In place of --steps, rounded up.", show_default=False)
@@ -66,26 +81,26 @@ def privacy(
 ) -> None:
     """Epsilon of DP-SGD by PLD, RDP and the central limit theorem, which is no guarantee.
 
-    Neighbours differ by one sample, added or removed, not replaced; epsilon does not depend on the
-    clipping norm, the rule or the groups.
+    Neighbours differ by one sample: added or removed with full batches and Poisson sampling,
+    replaced with batches of a fixed size. Epsilon does not depend on the clipping norm, the rule or
+    the groups.
     """
     from ntkdp import privacy as accounting
+    from ntkdp.batches import resolve
 
     try:
         rate = _rate(n, batch, sample_rate)
+        made = _fixed(batch) if sampling is Sampling.fixed_size else resolve(None, rate)
         count = _steps(steps, epochs, rate)
         chosen = _default_delta(n) if delta is None else delta
         spent = {"--noise-multiplier": noise_multiplier, "--epsilon": epsilon, "--mu": mu}
         if sum(value is not None for value in spent.values()) != 1:
             raise ValueError(f"give one of {', '.join(spent)}")
-        if epsilon is not None:
-            noise_multiplier = accounting.noise_multiplier(
-                epsilon, rate, count, chosen, accountant.value
-            )
-        elif mu is not None:
-            noise_multiplier = accounting.Budget(mu=mu).noise_multiplier(count, rate)
-        assert noise_multiplier is not None
-        report = accounting.report(noise_multiplier, rate, count, chosen)
+        if noise_multiplier is None:
+            promised = None if epsilon is None else chosen
+            budget = accounting.Budget(epsilon, promised, mu=mu, accountant=accountant.value)
+            noise_multiplier = budget.noise_multiplier(count, batches=made, n_samples=n)
+        report = accounting.report(noise_multiplier, rate, count, chosen, sampling=sampling.value)
     except (ValueError, TypeError, MemoryError) as error:
         fail(error)
     note = "the default, the smaller of 1e-5 and 1/(10 n)" if delta is None else "as asked"
@@ -119,6 +134,14 @@ def _rate(n: int | None, batch: int | None, sample_rate: float | None) -> float:
     if batch > n:
         raise ValueError(f"--batch must not exceed --n = {n}, got {batch}")
     return batch / n
+
+
+def _fixed(batch: int | None) -> "Batches":
+    from ntkdp.batches import FixedSize
+
+    if batch is None:
+        raise ValueError("--sampling fixed_size needs --batch, with --n")
+    return FixedSize(batch)
 
 
 def _steps(steps: int | None, epochs: float | None, rate: float) -> int:

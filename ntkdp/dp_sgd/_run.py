@@ -38,6 +38,7 @@ from ntkdp.trajectory import (
     PublicRows,
     Stepping,
     Trajectory,
+    as_samples,
     check_phases,
     from_measurements,
     steppings,
@@ -175,8 +176,9 @@ def run(
     keys = validate.keys(key=key)
     stepping = Stepping(learning_rate, steps, record_every)
     drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    x = as_samples(x=x)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=added
+        noise_multiplier, stepping.steps, batches=drawn, noise=added, n_samples=x.shape[0]
     )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
     method = Method(

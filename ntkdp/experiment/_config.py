@@ -226,12 +226,14 @@ class TrainingConfig(Section):
         """How the noise of a run of so many steps is correlated; None if it is not."""
         return self.noise.make(steps, self.as_batches, self.momentum)
 
-    def sigma(self, steps: int, noise: Noise | None) -> float:
+    def sigma(self, steps: int, noise: Noise | None, n_samples: int) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
         if self.epsilon is None and self.mu is None:
             return self.noise_multiplier
         budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
-        return budget.noise_multiplier(steps, batches=self.as_batches, noise=noise)
+        return budget.noise_multiplier(
+            steps, batches=self.as_batches, noise=noise, n_samples=n_samples
+        )
 
 
 class ClippingConfig(Section):

@@ -71,7 +71,7 @@ class Mechanism(NamedTuple):
         steps = case.steps or training.steps
         try:
             noise = training.as_noise(steps)
-            sigma = training.sigma(steps, noise)
+            sigma = training.sigma(steps, noise, config.data.n_train)
             return cls(case.learning_rate_in(training), steps, sigma, training.as_batches, noise)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'training': {error}") from error

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ntkdp import plotting
+from ntkdp import plotting, privacy
 from ntkdp._backend.types import Array
 from ntkdp._results.console import add_row, open_console, say
 from ntkdp._results.figure_style import LOOK, save_png
@@ -79,12 +79,19 @@ def metrics(results: Results) -> dict[str, Any]:
     return {
         **provenance("jax", "diffrax", "neural-tangents"),
         "config": results.config.model_dump(mode="json"),
+        "neighbours": _neighbours(results),
         "kernel_seconds": {kind: kernel.seconds for kind, kernel in results.kernels.items()},
         "initial_gradient_norms": {
             f"quantile_{q:g}": float(np.quantile(norms, q)) for q in (0, 0.05, 0.5, 0.95, 1)
         },
         "results": entries,
     }
+
+
+def _neighbours(results: Results) -> str | None:
+    """What neighbouring data sets differ in; None without noise, which promises nothing."""
+    training = results.config.training
+    return privacy.neighbours(training.as_batches) if training.noisy else None
 
 
 def _band(compared: Comparison) -> dict[str, Any] | None:
@@ -217,6 +224,10 @@ def _warnings(results: Results) -> list[str]:
             f"{'unknown' if case.weight_noise is None else format(case.weight_noise, '.3g')} "
             f"({case.clipping.label})"
             for case in results.cases
+        )
+        warnings.append(
+            "What is promised of privacy is for data sets that differ in one sample: "
+            f"{_neighbours(results)}."
         )
         warnings.append(
             f"Noise adds v(T) times the weights' own variance by the end: {moved}. A frozen kernel "

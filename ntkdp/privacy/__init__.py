@@ -1,15 +1,19 @@
 r"""Accounting: the epsilon of a noise multiplier, and the noise multiplier for an epsilon.
 
 One step releases :math:`\sum_{i \in batch} C_i g_i + \sigma S z` with :math:`z \sim N(0, I)`; the
-batch is the whole data set (``sample_rate=1``) or takes every sample on its own with probability
-``sample_rate`` (Poisson sampling). All steps together are :math:`(\varepsilon, \delta)`-private for
-data sets that differ by **adding or removing one sample**.
+batch is the whole data set (``sample_rate=1``), or takes every sample on its own with probability
+``sample_rate`` (Poisson sampling), or is a share ``sample_rate`` of the samples, drawn without
+replacement (``sampling="fixed_size"``). All steps together are
+:math:`(\varepsilon, \delta)`-private. Full batches and Poisson sampling are so for data sets that
+differ by **adding or removing one sample**, and batches of a fixed size for those that differ by
+**replacing one**, which moves a sum by up to 2 S. Full batches with a sample replaced are
+``sampling="fixed_size"`` with a share of one.
 
 Epsilon does not depend on the clipping rule, its norm R or the groups: the noise is in proportion
 to the sensitivity S (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise), so only :math:`\sigma`
-counts. Learning rate, optimizer and reduction come after the noise and cost nothing. If samples are
-*replaced*, S doubles: with full batches halve :math:`\sigma`; with Poisson sampling use group
-privacy, :math:`(2\varepsilon, (1 + e^\varepsilon)\delta)`.
+counts. Learning rate, optimizer and reduction come after the noise and cost nothing. If a sample is
+*replaced* under Poisson sampling, use group privacy,
+:math:`(2\varepsilon, (1 + e^\varepsilon)\delta)`.
 
 ==========  ==================================================================  =================
 accountant  method                                                              epsilon
@@ -21,15 +25,18 @@ accountant  method                                                              
             1908.10530), converted to epsilon by Google's ``dp-accounting``
 ==========  ==================================================================  =================
 
-Both bounds fall as :math:`\sigma` or delta grows, and grow with the sampling rate and the steps.
-:func:`gaussian_dp` has the central limit theorem's figure, which is **not a guarantee** for sampled
-batches. :func:`composed_epsilon` counts steps that differ, as in phases of training. A
-:class:`Budget` may stand where a run or a prediction asks for :math:`\sigma`, which then follows
-from the number of steps.
+For batches of a fixed size both begin with a step's trade-off function (Dong, Roth, Su 1905.02383,
+section 4), which is exact. Both bounds fall as :math:`\sigma` or delta grows, and grow with the
+sampling rate and the steps. :func:`gaussian_dp` has the central limit theorem's figure, which is
+**not a guarantee** for sampled batches. :func:`composed_epsilon` counts steps that differ, as in
+phases of training. A :class:`Budget` may stand where a run or a prediction asks for :math:`\sigma`,
+which then follows from the number of steps; cyclic and shuffled batches and correlated noise have
+their accountant there. :func:`neighbours` says for which data sets a run's guarantee holds.
 """
 
 from ntkdp.privacy._budget import Budget, as_noise_multiplier
 from ntkdp.privacy._epsilon import composed_epsilon, delta, epsilon, noise_multiplier
+from ntkdp.privacy._neighbours import neighbours
 from ntkdp.privacy._report import GaussianDP, PrivacyReport, gaussian_dp, report
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "delta",
     "epsilon",
     "gaussian_dp",
+    "neighbours",
     "noise_multiplier",
     "report",
 ]

@@ -3,9 +3,13 @@
 from typing import Any, Literal
 
 from ntkdp._backend import validate
+from ntkdp.privacy._mechanism import Mechanism
 
 Accountant = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
+#: How batches are drawn at a sampling rate; the relation of neighbours follows from it.
+Sampling = Literal["poisson", "fixed_size"]
+SAMPLINGS: tuple[Sampling, ...] = ("poisson", "fixed_size")
 
 
 def number(**named: Any) -> float:
@@ -25,13 +29,17 @@ def probability(**named: Any) -> float:
 
 
 def checked_mechanism(
-    noise_multiplier: Any, sample_rate: Any, steps: Any
-) -> tuple[float, float, int]:
-    """Noise multiplier, sampling rate and number of steps."""
+    noise_multiplier: Any, sample_rate: Any, steps: Any, sampling: Any = "poisson"
+) -> Mechanism:
+    """The mechanism of a noise multiplier, a sampling rate and a number of steps."""
     sigma = validate.non_negative(noise_multiplier=noise_multiplier)
     q = validate.fraction(sample_rate=sample_rate)
-    return (
-        number(noise_multiplier=sigma),
+    validate.choice(SAMPLINGS, sampling=sampling)
+    replaced = sampling == "fixed_size"
+    return Mechanism(
+        # A sample and the one in its place lie up to two sensitivities apart.
+        number(noise_multiplier=sigma) / (2 if replaced else 1),
         number(sample_rate=q),
         validate.count(steps=steps),
+        replaced,
     )

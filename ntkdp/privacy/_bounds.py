@@ -11,8 +11,9 @@ from functools import cache
 
 import numpy as np
 
-from ntkdp.privacy._loss_sums import LOG_LEFT_OUT, Mechanism, log_deltas
-from ntkdp.privacy._sampled_gaussian import ORDERS, Array, atoms, log_moment, renyi_moments, scale
+from ntkdp.privacy._loss_sums import LOG_LEFT_OUT, log_deltas
+from ntkdp.privacy._mechanism import Mechanism
+from ntkdp.privacy._sampled_gaussian import ORDERS, Array, log_moment
 
 #: Above this there is no privacy left to count, and the distribution would not fit in memory.
 _LARGEST_PLD_EPSILON = 1e6
@@ -46,33 +47,28 @@ _LEAST_COUNTED = 1e-100
 _MOST_COUNTED = 1e12
 
 
-def epsilon_of(sigma: float, q: float, steps: int, delta: float, accountant: str) -> float:
-    """Bound of epsilon."""
-    return composed_epsilon_of([(sigma, q, steps)], delta, accountant)
-
-
-def composed_epsilon_of(mechanisms: Iterable[Mechanism], delta: float, accountant: str) -> float:
-    """Bound of epsilon for several mechanisms one after another, in any order."""
+def epsilon_of(mechanisms: Iterable[Mechanism], delta: float, accountant: str) -> float:
+    """Bound of epsilon for mechanisms one after another, in any order."""
     mechanisms = _merged(mechanisms)
-    if any(sigma == 0 for sigma, _, _ in mechanisms):
+    if any(mechanism.sigma == 0 for mechanism in mechanisms):
         return math.inf
     if accountant == "rdp":
         return _renyi_epsilon(mechanisms, delta)
     whole = gaussian_epsilon(_mu_of_full_batches(mechanisms), delta)
-    if all(q == 1 for _, q, _ in mechanisms) or _is_hardly_drawn(mechanisms, delta):
-        return whole if mechanisms[0][1] == 1 else 0.0
+    if all(m.q == 1 for m in mechanisms) or _is_hardly_drawn(mechanisms, delta):
+        return whole if mechanisms[0].q == 1 else 0.0
     bound = min(_renyi_epsilon(mechanisms, delta), whole)
     if bound == 0 or bound > _LARGEST_PLD_EPSILON:
         return bound
     return min(bound, _grid_epsilon(_steps_of(mechanisms), delta))
 
 
-def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str) -> float:
+def delta_of(mechanism: Mechanism, epsilon: float, accountant: str) -> float:
     """Bound of delta at a given epsilon."""
-    sigma = _counted(sigma)
+    (mechanism,) = mechanisms = _merged([mechanism])
+    sigma, q, steps = mechanism.sigma, mechanism.q, mechanism.steps
     if sigma == 0:
         return 1.0
-    mechanisms = [(sigma, q, steps)]
     if accountant == "rdp":
         return _renyi_delta(mechanisms, epsilon)
     whole = math.exp(gaussian_log_delta(math.sqrt(steps) / sigma, epsilon))
@@ -84,24 +80,31 @@ def delta_of(sigma: float, q: float, steps: int, epsilon: float, accountant: str
     return min(bound, _grid_delta(mechanisms, epsilon))
 
 
-def noise_for(budget: float, q: float, steps: int, delta: float, accountant: str) -> float | None:
-    """Noise multiplier that keeps a budget, or None if none does."""
+def noise_for(budget: float, of_one: Mechanism, delta: float, accountant: str) -> float | None:
+    """Noise multiplier that keeps a budget, or None if none does; of one, it is the mechanism."""
+
+    def least(method: str, start: float) -> float | None:
+        def figure(sigma: float) -> float:
+            scaled = of_one._replace(sigma=sigma * of_one.sigma)
+            return epsilon_of([scaled], delta, method)
+
+        return _least_sigma(figure, budget, start)
+
     # RDP is fast and needs more noise than PLD, so it gives a starting point.
-    sigma = _least_sigma(lambda sigma: epsilon_of(sigma, q, steps, delta, "rdp"), budget, 1.0)
-    if accountant == "pld":
-        sigma = _least_sigma(
-            lambda sigma: epsilon_of(sigma, q, steps, delta, "pld"), budget, sigma or 1.0
-        )
-    return sigma
+    sigma = least("rdp", 1.0)
+    return sigma if accountant == "rdp" else least("pld", sigma or 1.0)
 
 
 def _merged(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
     """The mechanisms in sorted order, with each noise and sampling rate once."""
-    steps_of: dict[tuple[float, float], int] = {}
-    for sigma, q, steps in mechanisms:
-        kind = (_counted(sigma), q)
+    steps_of: dict[tuple[float, float, bool], int] = {}
+    for sigma, q, steps, replaced in mechanisms:
+        kind = (_counted(sigma), q, replaced)
         steps_of[kind] = steps_of.get(kind, 0) + steps
-    return [(*kind, steps) for kind, steps in sorted(steps_of.items())]
+    return [
+        Mechanism(sigma, q, steps, replaced)
+        for (sigma, q, replaced), steps in sorted(steps_of.items())
+    ]
 
 
 def _counted(sigma: float) -> float:
@@ -112,21 +115,21 @@ def _counted(sigma: float) -> float:
 def _steps_of(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
     """The mechanisms with all steps on full batches as a single step of less noise."""
     return [
-        (sigma / math.sqrt(steps), q, 1) if q == 1 else (sigma, q, steps)
-        for sigma, q, steps in mechanisms
+        m._replace(sigma=m.sigma / math.sqrt(m.steps), steps=1) if m.q == 1 else m
+        for m in mechanisms
     ]
 
 
 def _mu_of_full_batches(mechanisms: Sequence[Mechanism]) -> float:
     """Mu of Gaussian privacy if every sample were in every batch: sampling only lowers it."""
-    return math.hypot(*(math.sqrt(steps) / sigma for sigma, _, steps in mechanisms))
+    return math.hypot(*(math.sqrt(m.steps) / m.sigma for m in mechanisms))
 
 
 def _is_hardly_drawn(mechanisms: Sequence[Mechanism], delta: float) -> bool:
     """Whether a sample is ever drawn with a probability of at most delta."""
-    if any(q == 1 for _, q, _ in mechanisms):
+    if any(m.q == 1 for m in mechanisms):
         return False
-    return -math.expm1(sum(steps * math.log1p(-q) for _, q, steps in mechanisms)) <= delta
+    return -math.expm1(sum(m.steps * math.log1p(-m.q) for m in mechanisms)) <= delta
 
 
 def _renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
@@ -145,8 +148,8 @@ def _renyi_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
 
 def _divergences(mechanisms: Sequence[Mechanism]) -> Array:
     moments = np.zeros(len(ORDERS))
-    for sigma, q, steps in mechanisms:
-        moments = moments + steps * renyi_moments(sigma, q)
+    for mechanism in mechanisms:
+        moments = moments + mechanism.steps * mechanism.renyi_moments()
     divergences: Array = moments / (ORDERS - 1)
     return divergences
 
@@ -202,7 +205,7 @@ class _Moments:
     ) -> None:
         self.mechanisms = mechanisms
         self.log_delta = log_delta
-        size = math.sqrt(sum(steps * scale(s, q) ** 2 for s, q, steps in mechanisms))
+        size = math.sqrt(sum(m.steps * m.scale**2 for m in mechanisms))
         self.slopes = _SLOPES / size
         self.growth = self._growth()
 
@@ -210,12 +213,12 @@ class _Moments:
         from scipy.special import logsumexp
 
         left_out = self.log_delta + LOG_LEFT_OUT
-        left_out -= math.log(sum(steps for *_, steps in self.mechanisms))
+        left_out -= math.log(sum(m.steps for m in self.mechanisms))
         total = np.zeros(len(self.slopes))
-        for sigma, q, steps in self.mechanisms:
-            losses, present, _ = atoms(sigma, q, left_out)
+        for mechanism in self.mechanisms:
+            losses, present, _ = mechanism.atoms(left_out)
             logs = log_moment(losses, 1 + self.slopes[:, None]) - losses
-            total += steps * np.logaddexp(0.0, logsumexp(logs, axis=1, b=present))
+            total += mechanism.steps * np.logaddexp(0.0, logsumexp(logs, axis=1, b=present))
         return total
 
     def down_to(self, log_delta: float) -> "_Moments":
@@ -233,7 +236,7 @@ class _Moments:
         Grids are nested, so that a mechanism that is less private and has a coarser grid has a
         larger bound.
         """
-        smallest = min(scale(sigma, q) for sigma, q, _ in self.mechanisms)
+        smallest = min(mechanism.scale for mechanism in self.mechanisms)
         epsilon = float(np.min((self.growth - math.log(_SMALL_DELTA)) / self.slopes))
         return 2.0 ** math.ceil(math.log2(max(_FINENESS * smallest, _FINEST * epsilon)))
 

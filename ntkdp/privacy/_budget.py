@@ -4,15 +4,21 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
-
 from ntkdp._backend import validate
-from ntkdp.batches import Batches, FixedSize, Full, Poisson
+from ntkdp.batches import Batches, Cyclic, FixedSize, Shuffled
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.privacy import _bounds
-from ntkdp.privacy._arguments import ACCOUNTANTS, Accountant, checked_mechanism, number, probability
+from ntkdp.privacy._arguments import (
+    ACCOUNTANTS,
+    Accountant,
+    Sampling,
+    checked_mechanism,
+    number,
+    probability,
+)
+from ntkdp.privacy._central_limit import sigma_of_step
 from ntkdp.privacy._epsilon import noise_multiplier
 
 
@@ -43,8 +49,9 @@ class Budget:
 
     Notes
     -----
-    For neighbours by adding or removing one sample. Dong, Roth, Su 1905.02383; sampling: Bu, Dong,
-    Long, Su 1911.11607; what :math:`\mu` is worth: Balle and Wang 1805.06530, theorem 8,
+    For the neighbours of the batches it is spent on, :func:`neighbours`. Dong, Roth, Su 1905.02383;
+    sampling: Bu, Dong, Long, Su 1911.11607; what :math:`\mu` is worth: Balle and Wang 1805.06530,
+    theorem 8,
     :math:`\delta = \Phi(\mu/2 - \varepsilon/\mu) - e^\varepsilon \Phi(-\mu/2 - \varepsilon/\mu)`.
 
     Examples
@@ -86,13 +93,13 @@ class Budget:
         *,
         batches: Batches | None = None,
         noise: Noise | None = None,
+        n_samples: int | None = None,
     ) -> float:
         r"""Noise multiplier that spends the budget on so many steps.
 
         An :math:`(\varepsilon, \delta)` budget is kept, by the accountant. A :math:`\mu` budget is
-        met exactly with full batches, :math:`\sigma = \sqrt K/\mu`; with Poisson sampling by the
-        central limit theorem, :math:`\mu = q \sqrt{K (e^{1/\sigma^2} - 1)}`, which is NOT A
-        GUARANTEE.
+        met exactly with full batches, :math:`\sigma = \sqrt K/\mu`; with sampling by the central
+        limit theorem of :func:`gaussian_dp`, which is NOT A GUARANTEE.
 
         Parameters
         ----------
@@ -101,22 +108,24 @@ class Budget:
         sample_rate : float
             q in (0, 1]: 1 for full batches, below it Poisson sampling.
         batches : batches.Batches, optional
-            One of :mod:`ntkdp.batches`, in place of a sampling rate. Of those that are drawn at
-            random, Poisson sampling alone has an accountant here.
+            One of :mod:`ntkdp.batches`, in place of a sampling rate. They decide what neighbours
+            differ in, see :func:`neighbours`.
         noise : noise.Noise, optional
             One of :mod:`ntkdp.noise`; by default independent.
+        n_samples : int, optional
+            Number of samples, of which batches of a fixed size are drawn. Others do not ask for it.
 
         Raises
         ------
         ValueError, TypeError
             If an argument is out of its range, no noise keeps the budget, or there is no accountant
-            of these batches and this noise.
+            of these batches and this noise: correlated noise has none with random batches.
 
         Notes
         -----
         If it is certain in which steps a sample takes part, the whole run is one Gaussian
-        mechanism: :math:`\sigma` is the sensitivity of the noise's strategy over :math:`\mu`.
-        Neighbours then have nothing in the place of one sample, and the others keep their batches.
+        mechanism: :math:`\sigma` is the sensitivity of the noise's strategy over :math:`\mu`. For
+        shuffled batches that is an upper bound, without amplification.
 
         Examples
         --------
@@ -125,32 +134,48 @@ class Budget:
         >>> budget.noise_multiplier(100), budget.noise_multiplier(
         ...     100, batches=ntkdp.batches.Cyclic(25))
         (20.0, 4.0)
+        >>> budget = ntkdp.privacy.Budget(3.0, 1e-5)
+        >>> batches = ntkdp.batches.FixedSize(64)
+        >>> round(budget.noise_multiplier(100, batches=batches, n_samples=1000), 2)
+        2.62
         """
-        drawn = resolve_batches(batches, sample_rate)
-        added = resolve_noise(noise)
-        if not isinstance(drawn, Full | Poisson) or not isinstance(added, Independent):
-            if isinstance(drawn, FixedSize) or (isinstance(drawn, Poisson) and drawn.q < 1):
-                raise ValueError(
-                    f"there is no accountant of {drawn!r} with {type(added).__name__} noise; take "
-                    "Poisson sampling with independent noise, or full, cyclic or shuffled batches"
-                )
+        drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+        random = drawn.is_random and not isinstance(drawn, Shuffled)
+        if random and not isinstance(added, Independent):
+            raise ValueError(
+                f"there is no accountant of {drawn!r} with {type(added).__name__} noise; take "
+                "independent noise, or full, cyclic or shuffled batches"
+            )
+        if isinstance(drawn, Cyclic | Shuffled) or not isinstance(added, Independent):
             assert self.mu is not None
             return added.sensitivity(drawn, validate.count(steps=steps)) / self.mu
-        sample_rate = drawn.share(1)
-        _, q, steps = checked_mechanism(1.0, sample_rate, steps)
+        return self._of_independent_noise(*_drawing(drawn, n_samples), steps)
+
+    def _of_independent_noise(self, sampling: Sampling, q: float, steps: int) -> float:
+        of_one = checked_mechanism(1.0, q, steps, sampling)
         if self.epsilon is not None and self.delta is not None:
-            return noise_multiplier(self.epsilon, q, steps, self.delta, self.accountant)
+            return noise_multiplier(
+                self.epsilon, q, steps, self.delta, self.accountant, sampling=sampling
+            )
         assert self.mu is not None
-        step_mu = self.mu / (q * math.sqrt(steps))
-        if step_mu * _bounds.LARGEST_SIGMA < 1:
+        step_mu = self.mu / math.sqrt(of_one.steps)
+        if step_mu * _bounds.LARGEST_SIGMA < q:
             raise ValueError(
                 f"mu = {self.mu:g} cannot be kept over {steps} steps: noise_multiplier would "
                 f"exceed {_bounds.LARGEST_SIGMA:g}; allow a larger mu, or train for fewer steps"
             )
-        if q == 1:
-            return 1 / step_mu
-        sigma: float = float(np.logaddexp(0.0, 2 * math.log(step_mu))) ** -0.5
-        return sigma
+        return sigma_of_step(step_mu, of_one) / of_one.sigma
+
+
+def _drawing(batches: Batches, n_samples: int | None) -> tuple[Sampling, float]:
+    """How batches are drawn and their share of the samples."""
+    if not isinstance(batches, FixedSize):
+        return "poisson", batches.share(1)
+    if n_samples is None:
+        raise TypeError(f"n_samples must be given with batches={batches!r}, got None")
+    n_samples = validate.count(n_samples=n_samples)
+    batches.check(n_samples)
+    return "fixed_size", batches.share(n_samples)
 
 
 def as_noise_multiplier(
@@ -160,11 +185,12 @@ def as_noise_multiplier(
     *,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    n_samples: int | None = None,
 ) -> Any:
     """The noise multiplier of a :class:`Budget` for ``steps`` steps at ``sample_rate``.
 
-    A ``noise_multiplier`` that is not a budget is returned as it is; ``batches`` and ``noise`` are
-    those of :meth:`Budget.noise_multiplier`.
+    A ``noise_multiplier`` that is not a budget is returned as it is; ``batches``, ``noise`` and
+    ``n_samples`` are those of :meth:`Budget.noise_multiplier`.
 
     Raises
     ------
@@ -184,4 +210,6 @@ def as_noise_multiplier(
             "noise_multiplier must be a number where the number of steps is not known, got "
             f"{noise_multiplier}; use its .noise_multiplier(steps, sample_rate)"
         )
-    return noise_multiplier.noise_multiplier(steps, sample_rate, batches=batches, noise=noise)
+    return noise_multiplier.noise_multiplier(
+        steps, sample_rate, batches=batches, noise=noise, n_samples=n_samples
+    )

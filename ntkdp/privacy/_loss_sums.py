@@ -18,10 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkdp.privacy._sampled_gaussian import Array, atoms
-
-#: Noise multiplier, sampling rate and number of steps.
-Mechanism = tuple[float, float, int]
+from ntkdp.privacy._mechanism import Mechanism
+from ntkdp.privacy._sampled_gaussian import Array
 
 #: Rounding error of a transform relative to the largest masses, in their root mean square.
 _ROUNDING = 2e-15
@@ -94,7 +92,7 @@ def log_deltas(
     the curve will be used: precision is best there, and the bound holds everywhere. A curve that
     would not fit in memory is the bound of 1 alone.
     """
-    count = sum(steps for *_, steps in mechanisms)
+    count = sum(mechanism.steps for mechanism in mechanisms)
     log_left_out = log_delta + LOG_LEFT_OUT
     directions = _steps(mechanisms, interval, log_left_out - math.log(count))
     tilt = theta * interval
@@ -103,20 +101,21 @@ def log_deltas(
     if above + below > _LARGEST_GRID:
         return np.zeros(1)
     curves = [_log_deltas(steps, interval, tilt, above, below) for steps in directions]
-    from_above: Array = np.logaddexp(np.maximum(*curves), log_left_out + math.log(4))
+    from_above: Array = np.logaddexp(np.max(curves, axis=0), log_left_out + math.log(4))
     return from_above
 
 
 def _steps(
     mechanisms: Sequence[Mechanism], interval: float, log_left_out: float
-) -> tuple[list[_Step], list[_Step]]:
-    """Steps on the grid for removing the sample, and for adding it."""
+) -> list[list[_Step]]:
+    """Steps on the grid for removing the sample and for adding it; replacing it is one of both."""
     removed, added = [], []
-    for sigma, q, steps in mechanisms:
-        losses, present, absent = atoms(sigma, q, log_left_out, interval)
-        removed.append(_Step(*_split(losses / interval, present, interval), steps))
-        added.append(_Step(*_split(-losses / interval, absent, interval), steps))
-    return removed, added
+    for mechanism in mechanisms:
+        losses, present, absent = mechanism.atoms(log_left_out, interval)
+        places, steps = losses / interval, mechanism.steps
+        removed.append(_Step(*_split(places, present, interval), steps))
+        added.append(_Step(*_split(-places, absent, interval), steps))
+    return [removed] if all(mechanism.replaced for mechanism in mechanisms) else [removed, added]
 
 
 def _split(places: Array, masses: Array, interval: float) -> tuple[int, Array]:

@@ -68,14 +68,15 @@ def atoms(
     """Losses, and their masses under P and under Q, as atoms of Gauss's rule.
 
     Outputs beyond the quantiles of a log probability are left out. No cell has a multiple of the
-    interval inside, so that functions that bend there are integrated to rounding.
+    interval inside, nor the loss 0, so that functions that bend there are integrated to rounding.
     """
     from scipy.special import ndtri_exp
 
     reach = -float(ndtri_exp(log_left_out))
     low, high = -reach, 1 / sigma + reach
     around = _around(reach, _EDGE)
-    edges = [around, 1 / sigma + around, _turn(sigma, q), np.array([low, high])]
+    ends = np.array([low, 0.5 / sigma, high])
+    edges = [around, 1 / sigma + around, _turn(sigma, q), ends]
     if math.isfinite(interval):
         edges.append(_places(sigma, q, interval, low, high))
     ordered = np.unique(np.clip(np.concatenate(edges), low, high))

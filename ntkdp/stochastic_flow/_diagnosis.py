@@ -79,7 +79,11 @@ class Training(NamedTuple):
         """The training of a flow, from arguments as users give them."""
         batches.check(flow.n_samples)
         sigma = privacy.as_noise_multiplier(
-            noise_multiplier, stepping.steps, batches=batches, noise=noise
+            noise_multiplier,
+            stepping.steps,
+            batches=batches,
+            noise=noise,
+            n_samples=flow.n_samples,
         )
         return cls(
             flow,

@@ -58,13 +58,17 @@ def noise_per_group_without_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_amplification(monkeypatch: pytest.MonkeyPatch) -> None:
     real = _bounds.delta_of
-    monkeypatch.setattr(_bounds, "delta_of", lambda sigma, q, *rest: real(sigma, 1.0, *rest))
+    monkeypatch.setattr(
+        _bounds, "delta_of", lambda mechanism, *rest: real(mechanism._replace(q=1.0), *rest)
+    )
 
 
 def limit_for_a_guarantee(monkeypatch: pytest.MonkeyPatch) -> None:
     real = privacy.gaussian_dp
     monkeypatch.setattr(
-        _report, "gaussian_dp", lambda *a: privacy.GaussianDP(real(*a).mu, real(*a).epsilon, True)
+        _report,
+        "gaussian_dp",
+        lambda *a, **k: privacy.GaussianDP(real(*a).mu, real(*a).epsilon, True),
     )
 
 
@@ -73,7 +77,7 @@ def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _bounds,
         "epsilon_of",
-        lambda sigma, q, steps, delta, *rest: real(sigma, q, steps, delta).epsilon,
+        lambda steps, delta, *rest: real(steps[0].sigma, steps[0].q, steps[0].steps, delta).epsilon,
     )
 
 

@@ -232,8 +232,11 @@ def test_momentum_noise_sampling_and_seeds(tmp_path: Path) -> None:
     std = 0.01 * 0.05 * 0.5 / (0.5 * config.data.n_train)
     np.testing.assert_allclose(known(case.weight_noise), response * std**2, rtol=1e-6)
     _report.write_report(results, tmp_path)
-    assert "Without the noise: frozen kernel" in (tmp_path / "report.html").read_text()
-    assert "Without the sampling: frozen kernel" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Without the noise: frozen kernel" in page
+    assert "Without the sampling: frozen kernel" in page
+    assert "differ in one sample: add or remove one sample" in page
+    assert _report.metrics(results)["neighbours"] == "add or remove one sample"
 
 
 @pytest.mark.slow
@@ -642,8 +645,25 @@ def test_batches_and_correlated_noise_are_predicted(
         assert prediction.comparison.sup_relative_error < allowed
 
 
+def test_a_budget_is_spent_on_batches_of_a_fixed_size() -> None:
+    training = {
+        "epsilon": 8.0, "delta": 1e-2, "steps": 6, "batches": {"kind": "fixed_size", "size": 6}
+    }  # fmt: skip
+    config = experiment.config(
+        **SMALL
+        | {"training": training, "predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]}
+    )
+    results = experiment.run(config)
+    spent = privacy.epsilon(
+        results.cases[0].noise_multiplier, 6 / 24, 6, 1e-2, sampling="fixed_size"
+    )
+    assert 7.9 < spent <= 8
+    assert _report.metrics(results)["neighbours"] == "replace one sample"
+
+
 def test_a_budget_without_an_accountant_is_named() -> None:
-    training = {"epsilon": 8.0, "delta": 1e-2, "batches": {"kind": "fixed_size", "size": 4}}
+    made = {"batches": {"kind": "fixed_size", "size": 4}, "noise": BANDS[1]}
+    training = {"epsilon": 8.0, "delta": 1e-2, **made}
     config = experiment.config(**SMALL | {"training": training, "predictions": ["recursion"]})
     with pytest.raises(experiment.ConfigError, match=r"'training': .*no accountant of FixedSize"):
         experiment.run(config)

@@ -326,7 +326,7 @@ def test_a_budget_is_spent_on_the_whole_run() -> None:
     assert budget.mu is not None
     expected = noise.sensitivity(Cyclic(4), STEPS) / budget.mu
     assert run.setup[0].noise_multiplier == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ValueError, match=r"there is no accountant of FixedSize"):
+    with pytest.raises(ValueError, match=r"there is no accountant of FixedSize.*with Correlated"):
         observed(True, key=jax.random.key(0),
             **(asked | {"batches": FixedSize(3)}),
         )  # fmt: skip

@@ -143,7 +143,11 @@ def ensemble(
     stepping = Stepping(learning_rate, steps, record_every)
     drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+        noise_multiplier,
+        stepping.steps,
+        batches=drawn,
+        noise=correlated,
+        n_samples=flow.data.n_samples,
     )
     walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive)
     of_sum = sigma

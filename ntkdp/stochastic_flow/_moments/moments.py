@@ -189,7 +189,11 @@ def moments(
             f"at random, got {drawn!r}; use stochastic_flow.ensemble"
         )
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+        noise_multiplier,
+        stepping.steps,
+        batches=drawn,
+        noise=correlated,
+        n_samples=flow.data.n_samples,
     )
     closure, mean = _closure(flow, initial, sigma, drawn, noise_kernel, noise_per_group, rank)
     recursion = correlated.recursion(stepping.steps)

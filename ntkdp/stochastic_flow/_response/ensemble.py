@@ -172,7 +172,11 @@ def response_ensemble(
     drawn.check(flow.n_samples)
     rate = drawn.share(flow.n_samples)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+        noise_multiplier,
+        stepping.steps,
+        batches=drawn,
+        noise=correlated,
+        n_samples=flow.n_samples,
     )
     validate.choice(("nodes", "steps"), noise_at=noise_at)
     if not isinstance(about, ResponseFlow):

@@ -140,7 +140,11 @@ def two_time_ensemble(
     drawn.check(flow.n_samples)
     rate = drawn.share(flow.n_samples)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=correlated
+        noise_multiplier,
+        stepping.steps,
+        batches=drawn,
+        noise=correlated,
+        n_samples=flow.n_samples,
     )
     stds = deviations(flow.clipping, sigma, len(flow.names), noise_per_group)
     divisor = rate * (flow.n_samples if flow.reduction == "mean" else 1)

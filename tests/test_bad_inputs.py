@@ -317,7 +317,7 @@ ROWS = [
     Row("a batch of a response that is too large", lambda t: ntkdp.stochastic_flow.response_ensemble(response(), learning_rate=0.1, steps=2, batches=ntkdp.batches.FixedSize(9), key=key()), V, "size must be at most the 3 samples, got 9"),
     Row("a string for the batches of wide networks", lambda t: ntkdp.stochastic_flow.two_time_ensemble(wide(), learning_rate=0.1, steps=2, batches="all", key=key()), T, "batches must be one of ntkdp.batches or None, got str"),
     Row("a function for the noise of moments", lambda t: ntkdp.stochastic_flow.moments(flow(), Y, learning_rate=0.1, steps=2, noise=lambda: 1.0), T, "noise must be one of ntkdp.noise or None, got function"),
-    Row("shuffled batches of moments", lambda t: ntkdp.stochastic_flow.moments(flow(), Y, learning_rate=0.1, steps=2, batches=ntkdp.batches.Shuffled(2)), V, "batches must be Full, Poisson or Cyclic, .*got Shuffled"),
+    Row("shuffled batches of moments", lambda t: ntkdp.stochastic_flow.moments(flow(), Y, learning_rate=0.1, steps=2, batches=ntkdp.batches.Shuffled(2)), V, "batches must be Full, Poisson, FixedSize or Cyclic, .*got Shuffled"),
     Row("the class of adaptive clipping", lambda t: ntkdp.recursion(flow(), Y, learning_rate=0.1, steps=2, adaptive=ntkdp.clipping.Adaptive), T, "adaptive must be an ntkdp.clipping.Adaptive or None, got "),
     Row("a number of directions alone", lambda t: train(zeroth_order=4), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),
     Row("a number of directions of an ensemble", lambda t: ntkdp.stochastic_flow.ensemble(flow(), Y, learning_rate=0.1, steps=2, zeroth_order=4, key=key()), T, "zeroth_order must be an ntkdp.ZerothOrder or None, got int"),

@@ -30,7 +30,7 @@ from mesh_problem import (
 import ntkdp
 from ntkdp import stochastic_flow
 from ntkdp._backend import devices, distributed_eigh
-from ntkdp.batches import Full
+from ntkdp.batches import FixedSize, Full
 from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._matrix_root import square_root
@@ -189,6 +189,8 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "infinite, test points": ("infinite", {}),
     "a few modes": ("infinite", {"rank": 9, "sample_rate": 0.5}),
     "a few modes by layer": ("by layer", {"rank": 20}),
+    "by layer, a fixed size, test points": ("by layer", {"batches": FixedSize(4)}),
+    "a few modes, a fixed size": ("whole", {"rank": 20, "batches": FixedSize(4)}),
     "a few modes of sampling": ("whole", {"rank": 20, "sample_rate": 0.5, "noise_multiplier": 0.0}),
 }
 

@@ -1,5 +1,6 @@
 """Runs of DP-SGD under correlated noise and all kinds of batches, and their predictions."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -184,7 +185,38 @@ def test_moments_of_a_linear_model_are_those_of_its_weights(
 
 
 @pytest.mark.parametrize(
-    "batches", often_or_slow([Poisson(0.4), Cyclic(3), Full()], [Poisson(0.4)]), ids=repr
+    ("momentum", "rank"), often_or_slow([(0.5, None), (0.0, 3), (0.0, None)], [(0.5, None)])
+)
+def test_moments_of_batches_of_a_fixed_size_are_means_over_all_of_them(
+    momentum: float, rank: int | None
+) -> None:
+    """Of a linear model's weights, in plain algebra, with each of 495 batches as likely."""
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(False))
+    asked = options(False, batches=FixedSize(4), optimizer=SGD(momentum))
+    found = stochastic_flow.moments(flow, linear(W, X), outputs=True, rank=rank, **asked)
+    assert found.mean is not None
+    assert found.covariance is not None
+    # The state is (weights, momentum, 1), and its second moment is that of a mixture of steps.
+    rows = np.concatenate([np.asarray(X), np.zeros((12, 3)), -np.asarray(Y)], axis=1)
+    chosen = np.array(list(itertools.combinations(range(12), 4)))
+    gradients = np.einsum("sia,sib->sab", np.asarray(X)[chosen], rows[chosen]) / 4
+    steps = np.tile(np.diag([1.0, 1, 1, momentum, momentum, momentum, 1]), (len(chosen), 1, 1))
+    steps[:, 3:6] += gradients
+    steps[:, :3] -= 0.3 * steps[:, 3:6]
+    of_noise = np.concatenate([-0.3 * np.eye(3), np.eye(3), np.zeros((1, 3))]) * 0.02 * 50 / 4
+    second = np.outer(*[np.eye(7)[6]] * 2)
+    for k in range(STEPS):
+        second = np.mean(steps @ second @ steps.swapaxes(1, 2), axis=0) + of_noise @ of_noise.T
+        mean = second[:3, 6:]
+        spread = second[:3, :3] - mean @ mean.T
+        np.testing.assert_allclose(found.mean[k + 1], X @ mean, atol=1e-8)
+        np.testing.assert_allclose(found.covariance[k + 1], X @ spread @ X.T, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    often_or_slow([Poisson(0.4), Cyclic(3), Full(), FixedSize(4)], [FixedSize(4)]),
+    ids=repr,
 )
 def test_moments_are_those_of_runs(batches: Batches) -> None:
     """Mean and deviation of the last loss over 400 runs with clipping, in three standard errors."""
@@ -198,11 +230,19 @@ def test_moments_are_those_of_runs(batches: Batches) -> None:
     assert abs(squares.mean() - found.loss_std[-1] ** 2) < 3 * squares.std() / 400**0.5
 
 
-@pytest.mark.parametrize("batches", [FixedSize(4), Shuffled(3)], ids=repr)
-def test_moments_refuse_batches_that_couple_samples(batches: Batches) -> None:
+def test_moments_refuse_batches_that_depend_on_those_before() -> None:
     flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
-    with pytest.raises(ValueError, match=r"Full, Poisson or Cyclic.*use stochastic_flow.ensemble"):
+    with pytest.raises(ValueError, match=r"got Shuffled\(n_batches=3\); stochastic_flow.ensemble"):
+        stochastic_flow.moments(flow, linear(W, X), **options(True, batches=Shuffled(3)))
+
+
+def test_moments_of_one_batch_of_a_fixed_size_are_those_of_full_ones() -> None:
+    flow = ntkdp.KernelFlow(ntkdp.empirical_ntk(linear, W, X), *problem(True))
+    whole, full = (
         stochastic_flow.moments(flow, linear(W, X), **options(True, batches=batches))
+        for batches in (FixedSize(12), Full())
+    )
+    np.testing.assert_allclose(whole.loss_std, full.loss_std, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -25,6 +25,17 @@ class Step(NamedTuple):
     of_noise: Float[Array, " C"]
 
 
+class Tied(NamedTuple):
+    r"""Of the summed gradient, what samples that keep each other out of a batch take off.
+
+    That is ``weight`` times its second moment but for what is ``spread``, with the samples' mean
+    clipped gradients.
+    """
+
+    weight: float
+    mean: Float[Array, "n R K"]
+
+
 class CovarianceForm(eqx.Module):
     """A representation of the covariance of all points as a pytree, and how a step changes it."""
 
@@ -49,7 +60,9 @@ class CovarianceForm(eqx.Module):
         """Velocity of the mean under mean clipped gradients."""
 
     @abstractmethod
-    def step(self, joint: Joint, slope: Array, spread: Array, step: Step) -> Joint:
+    def step(
+        self, joint: Joint, slope: Array, spread: Array, step: Step, tied: Tied | None = None
+    ) -> Joint:
         """The joint covariance after a step.
 
         ``spread`` is the covariance of each sample's clipped gradient, ``(n, R, K, R, K)``.

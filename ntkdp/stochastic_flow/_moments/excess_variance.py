@@ -78,10 +78,10 @@ def of_sample(
 
 
 def rates(
-    parts: Float[Array, "n 3"], variance: Array, sample_rate: float, rate: Array
+    parts: Float[Array, "n 3"], variance: Array, alone: float, rate: Array
 ) -> tuple[Array, Array]:
     """b and S from the samples' parts and the variance of a Gaussian."""
     drift, bending, sampling = jnp.sum(parts, axis=0)
     certain = variance <= 0
     coefficient = jnp.where(certain, 0.0, drift / jnp.where(certain, 1.0, variance))
-    return coefficient, bending + rate * (1 / sample_rate - 1) * sampling
+    return coefficient, bending + rate * alone * sampling

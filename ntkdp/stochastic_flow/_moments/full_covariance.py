@@ -9,7 +9,7 @@ from jax import lax
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow
-from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step, Tied
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
@@ -79,6 +79,13 @@ class Full(CovarianceForm):
             self.points.mesh, moved.reshape(n_rows, -1), operator.reshape(n_rows, -1)
         )
 
+    def _tied(self, operator: Array, maps: Array, joint: Array, tied: Tied) -> Array:
+        """A device's rows of the second moment of the summed gradient, but for what is spread."""
+        mesh, outputs = self.points.mesh, joint[:, 0, 0]
+        mean = jnp.einsum("arnk,nrk->a", operator, tied.mean)[:, None]
+        linear = devices.outer(mesh, devices.product(mesh, maps, outputs), maps)
+        return tied.weight * (devices.outer(mesh, mean, mean) + linear)
+
     def _evolved(
         self,
         rows: Callable[..., Array],
@@ -86,6 +93,7 @@ class Full(CovarianceForm):
         slope: Array,
         spread: Array,
         step: Array | Step,
+        tied: Tied | None = None,
     ) -> Array:
         """Apply ``rows`` to each device's rows of covariance, linear map, gradient and noise."""
 
@@ -96,14 +104,19 @@ class Full(CovarianceForm):
             slope: Array,
             spread: Array,
             step: Array | Step,
+            tied: Tied | None,
         ) -> Array:
-            linear_map = self._linear_map(operator, slope)
-            return rows(covariance, linear_map, self._sampled(operator, spread), noise, step)
+            linear_map, sampled = self._linear_map(operator, slope), self._sampled(operator, spread)
+            if tied is not None:
+                sampled = sampled - self._tied(operator, linear_map, covariance, tied)
+            return rows(covariance, linear_map, sampled, noise, step)
 
-        over_devices = self.points.on_devices(own_rows, (0, 0, 0, None, None, None), 0)
-        return over_devices(covariance, self.operator, self.noise, slope, spread, step)
+        over_devices = self.points.on_devices(own_rows, (0, 0, 0, *[None] * 4), 0)
+        return over_devices(covariance, self.operator, self.noise, slope, spread, step, tied)
 
-    def step(self, joint: Array, slope: Array, spread: Array, step: Step) -> Array:
+    def step(
+        self, joint: Array, slope: Array, spread: Array, step: Step, tied: Tied | None = None
+    ) -> Array:
         mesh = self.points.mesh
 
         def rows(joint: Array, maps: Array, sampled: Array, noise: Array, step: Step) -> Array:
@@ -123,7 +136,7 @@ class Full(CovarianceForm):
             ]
             return (after + jnp.stack(flipped, axis=1).reshape(after.shape)) / 2
 
-        return self._evolved(rows, joint, slope, spread, step)
+        return self._evolved(rows, joint, slope, spread, step, tied)
 
     def velocity(self, covariance: Array, slope: Array, spread: Array, rate: Array) -> Array:
         mesh = self.points.mesh

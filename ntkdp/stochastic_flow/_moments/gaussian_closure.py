@@ -12,7 +12,8 @@ Gaussian. These are numerical integrals, so the mean is corrected to second orde
 the kinks of clipping are averaged. Q holds the noise, :math:`(\sigma S/B)^2 H`, the sampling,
 :math:`\tfrac{1}{n^2}(\tfrac1q - 1) \sum_i E\, d_i d_i^\top` with
 :math:`d_i = \sum_r H_r(\cdot, i) \varphi_{ir}`, and, in discrete steps, the variance of
-:math:`\varphi` that its linear part does not explain. In flow time
+:math:`\varphi` that its linear part does not explain. Batches of a fixed size take off a share of
+the second moment of :math:`\sum_i d_i`, see ``sampling``. In flow time
 :math:`\dot\Sigma = A\Sigma + \Sigma A^\top + \eta Q`. The excess of the loss's variance over that
 of a Gaussian has an equation of its own, see ``excess_variance``.
 """
@@ -34,6 +35,7 @@ from ntkdp.losses import divisor
 from ntkdp.stochastic_flow._moments import excess_variance
 from ntkdp.stochastic_flow._moments.covariance import Covariance, CovarianceForm
 from ntkdp.stochastic_flow._moments.excess_variance import Links
+from ntkdp.stochastic_flow._moments.sampling import Sampling
 
 #: Nodes of the Gauss-Hermite rule for one output.
 _NODES = 101
@@ -120,7 +122,7 @@ class Closure(eqx.Module):
 
     flow: KernelFlow
     form: CovarianceForm
-    sample_rate: float = eqx.field(static=True)
+    sampling: Sampling = eqx.field(static=True)
     points: Float[Array, "p K"]
     weights: Float[Array, " p"]
 
@@ -220,7 +222,7 @@ class Closure(eqx.Module):
         mean, covariance, excess = state
         own = self.form.own_blocks(covariance)
         integrals = self.integrals(mean, own)
-        sampled = (1 / self.sample_rate - 1) * integrals.second_moment
+        sampled = self.sampling.alone * integrals.second_moment
         coefficients, source = self.excess_rates(state, own, rate)
         return State(
             mean=self.form.drift(integrals.mean),
@@ -260,7 +262,7 @@ class Closure(eqx.Module):
             samples = (state.mean[:n], own[:n], flow.targets, diagonal, links)
             variance = self.form.variance(*around)
             terms = self._over_samples(integrate, samples)
-            rates.append(excess_variance.rates(terms, variance, self.sample_rate, rate))
+            rates.append(excess_variance.rates(terms, variance, self.sampling.alone, rate))
         coefficients, sources = zip(*rates, strict=True)
         return jnp.stack(coefficients), jnp.stack(sources)
 

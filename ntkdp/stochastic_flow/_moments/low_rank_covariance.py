@@ -24,7 +24,7 @@ from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.gradient_flow import KernelFlow, SharedKernel
 from ntkdp.stochastic_flow._matrix_root import eigh
-from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step
+from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step, Tied
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
 
@@ -44,8 +44,8 @@ class Modes(eqx.Module):
     drive: eqx.AbstractVar[Array]
 
     @abstractmethod
-    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
-        """Coordinates of a gradient over the points of ``part``."""
+    def along(self, left: Array, g: Array) -> Float[Array, "a i"]:
+        """Coordinates of the sum of a vector of each point."""
 
     @abstractmethod
     def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
@@ -72,6 +72,17 @@ class Modes(eqx.Module):
         """The coordinates of the operator by group."""
         return [self.drive[:, r] for r in range(self.drive.shape[1])]
 
+    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
+        """Coordinates of a gradient over the points of ``part``."""
+        return self.along(self.vectors[part], g)
+
+    def summed(self, clipped: Float[Array, "n R K"]) -> Float[Array, "a i"]:
+        """Coordinates of what the clipped gradients of all samples move."""
+        return sum(
+            (self.along(drive, clipped[:, r]) for r, drive in enumerate(self.drives)),
+            start=jnp.zeros((), clipped.dtype),
+        )
+
     def hessian(self, part: slice, W: Array, *, each: bool) -> Array:
         return self.pairs(self.vectors[part], W, self.vectors[part], each)
 
@@ -97,8 +108,8 @@ class SharedModes(Modes):
     vectors: Float[Array, "N a"]
     drive: Float[Array, "n R a"]
 
-    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
-        return jnp.einsum("na,nk->ak", self.vectors[part], g)
+    def along(self, left: Array, g: Array) -> Float[Array, "a i"]:
+        return jnp.einsum("na,nk->ak", left, g)
 
     def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
         return jnp.einsum("na,nkl,na->akl" if each else "na,nkl,nb->akbl", left, blocks, right)
@@ -124,8 +135,8 @@ class BlockModes(Modes):
     vectors: Float[Array, "N K a"]
     drive: Float[Array, "n R K a"]
 
-    def gradient(self, part: slice, g: Array) -> Float[Array, "a i"]:
-        return jnp.einsum("nka,nk->a", self.vectors[part], g)[:, None]
+    def along(self, left: Array, g: Array) -> Float[Array, "a i"]:
+        return jnp.einsum("nka,nk->a", left, g)[:, None]
 
     def pairs(self, left: Array, blocks: Array, right: Array, each: bool) -> Array:
         if each:
@@ -224,10 +235,15 @@ class LowRank(CovarianceForm):
         slope: Array,
         spread: Array,
         step: Step,
+        tied: Tied | None = None,
     ) -> tuple[Array, Array]:
         maps, sampled, own_maps, own_sampled = self._parts(slope, spread)
         noise, own_noise = self._noises()
         S, s = joint
+        if tied is not None:
+            mean, own_mean = self._summed(tied.mean)
+            sampled = sampled - tied.weight * _second_moment(mean, maps, S[0, 0])
+            own_sampled = own_sampled - tied.weight * _second_moment(own_mean, own_maps, s[0, 0])
         return (
             _after_step(S, maps, sampled, noise, step),
             _after_step(s, own_maps, own_sampled, own_noise, step),
@@ -248,6 +264,16 @@ class LowRank(CovarianceForm):
             velocity_of(S, maps, sampled + noise),
             velocity_of(s, own_maps, own_sampled + own_noise),
         )
+
+    def _summed(self, clipped: Array) -> tuple[Array, Array]:
+        """What clipped gradients move, in the leading modes together and in each other one."""
+
+        def own_terms(leading: Modes, others: Modes, clipped: Array) -> tuple[Array, Array]:
+            parts = leading.summed(clipped).reshape(-1), others.summed(clipped)
+            return devices.total(self.points.mesh, parts)
+
+        over_devices = self.points.on_devices(own_terms, (0, 0, 0), None)
+        return over_devices(self.leading, self.others, clipped)
 
     def _expanded(self, test: bool, g: Array, W: Array) -> tuple[Array, Array, Array, Array]:
         """Gradient and Hessian of a sum over points, in the leading modes and in each other one."""
@@ -329,6 +355,11 @@ class LowRank(CovarianceForm):
         dropped = jnp.sum(jnp.trace(covariance[1], axis1=1, axis2=2))
         total = kept + dropped
         return jnp.where(total > 0, dropped / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def _second_moment(mean: Array, maps: Array, covariance: Array) -> Array:
+    """Of a linear function of the outputs, with its mean."""
+    return mean[..., :, None] * mean[..., None, :] + maps @ covariance @ jnp.swapaxes(maps, -1, -2)
 
 
 def _after_step(joint: Array, maps: Array, sampled: Array, noise: Array, step: Step) -> Array:

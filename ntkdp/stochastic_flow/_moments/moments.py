@@ -22,7 +22,7 @@ from ntkdp._backend.types import (
     ScalarLike,
     as_constant,
 )
-from ntkdp.batches import Batches, Cyclic, Full, Poisson
+from ntkdp.batches import Batches, Shuffled
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Batch, Global
 from ntkdp.gradient_flow import KernelFlow, OutputsAtZero, check_kernel_flow, optimizer_steps
@@ -34,6 +34,7 @@ from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, lo
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Statistics
 from ntkdp.stochastic_flow._moments.optimizer_steps import JointState, MomentSteps
+from ntkdp.stochastic_flow._moments.sampling import Sampling
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Outcome, Stepping, message, succeeded
@@ -142,7 +143,7 @@ def moments(
     noise_per_group, optimizer, outputs_at_zero, record_every, progress
         As for :func:`ensemble`.
     batches : batches.Batches, optional
-        Full, cyclic or Poisson ones, in place of a sampling rate.
+        Any but shuffled ones, in place of a sampling rate.
     rank : int, optional
         Number of modes of the noise whose correlations are all kept; each other mode evolves by
         itself. The default is all of them up to N K = 3000 outputs of train and test points, and
@@ -159,8 +160,8 @@ def moments(
     ------
     ValueError, TypeError
         As for :func:`ensemble`; if the rule jumps (`Global`) or couples the samples (`Batch`), or
-        batches couple them at random (`FixedSize`, `Shuffled`), when :func:`ensemble` is to be
-        used.
+        batches are shuffled, so that a step depends on those before it in its epoch, when
+        :func:`ensemble` is to be used.
 
     Notes
     -----
@@ -183,10 +184,10 @@ def moments(
     """
     stepping = Stepping(learning_rate, steps, record_every)
     drawn, correlated = resolve_batches(batches, sample_rate), resolve_noise(noise)
-    if not isinstance(drawn, Full | Poisson | Cyclic):
+    if isinstance(drawn, Shuffled):
         raise ValueError(
-            "batches must be Full, Poisson or Cyclic, in which samples do not depend on each other "
-            f"at random, got {drawn!r}; use stochastic_flow.ensemble"
+            "batches must be Full, Poisson, FixedSize or Cyclic, which do not depend on those "
+            f"before, got {drawn!r}; stochastic_flow.ensemble draws runs with them"
         )
     sigma = privacy.as_noise_multiplier(
         noise_multiplier,
@@ -398,7 +399,7 @@ def _closure(
     closure = Closure(
         flow=flow,
         form=form,
-        sample_rate=batches.share(n) if batches.is_random else 1.0,
+        sampling=Sampling.of(batches, n),
         points=jnp.asarray(points, mean.dtype),
         weights=jnp.asarray(weights, mean.dtype),
     )

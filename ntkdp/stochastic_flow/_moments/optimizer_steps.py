@@ -17,7 +17,7 @@ from ntkdp.optimizers import (
     start_state,
     transition,
 )
-from ntkdp.stochastic_flow._moments.covariance import Joint, Step
+from ntkdp.stochastic_flow._moments.covariance import Joint, Step, Tied
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Integrals, State, Statistics
 
 
@@ -61,7 +61,9 @@ class MomentSteps(eqx.Module):
         closure, outputs = self.closure, self._part(state, 0)
         own = closure.form.own_blocks(outputs.covariance)
         integrals = self._weighted(closure.integrals(outputs.mean, own), number)
-        spread = (1 / closure.sample_rate - 1) * integrals.second_moment + integrals.unexplained
+        alone, together = closure.sampling
+        spread = alone * integrals.second_moment + (1 - together) * integrals.unexplained
+        tied = Tied(together, integrals.mean) if together else None
         step = transition(self.optimizer, rate, outputs.mean.dtype)
         gradient = -closure.form.drift(integrals.mean)
         means = jnp.einsum("ce,enk->cnk", step.of_state, state.means)
@@ -74,7 +76,7 @@ class MomentSteps(eqx.Module):
         return JointState(
             means=means,
             covariance=closure.form.step(
-                state.covariance, integrals.slope, spread, self._with_noise(step, number)
+                state.covariance, integrals.slope, spread, self._with_noise(step, number), tied
             ),
             excess=factors**2 * state.excess + effective * source,
         )

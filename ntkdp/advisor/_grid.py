@@ -11,8 +11,12 @@ from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.progress import part_of
 from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.comparison import CellMetrics, measure
 from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow import (
     FinalOutputs,
@@ -74,6 +78,8 @@ def predict(
     steps: int,
     noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     between_times: TwoTimeFlow | None = None,
@@ -86,7 +92,7 @@ def predict(
 
     Parameters
     ----------
-    flow, initial, steps, sample_rate, noise_kernel, noise_per_group, progress
+    flow, initial, steps, sample_rate, batches, noise, noise_kernel, noise_per_group, progress
         As for :func:`ntkdp.stochastic_flow.final_outputs`. Test metrics need a test kernel and test
         targets.
     learning_rates, clip_norms : array
@@ -142,24 +148,27 @@ def predict(
     rates = _axis(learning_rates=learning_rates)
     norms = _axis(clip_norms=clip_norms)
     steps = validate.count(steps=steps)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, steps, sample_rate)
+    drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, steps, batches=drawn, noise=added, n_samples=flow.targets.shape[0]
+    )
     sigma = float(validate.scalar(noise_multiplier=validate.non_negative(noise_multiplier=sigma)))
     train, test = flow.init(initial)
     initial_loss = float(losses.mean_or_sum(flow.loss, train, flow.targets, flow.reduction)[0])
     keys = None if key is None else jnp.atleast_1d(validate.keys(key=key))
     by_rate, by_norm = (part.ravel() for part in np.meshgrid(rates, norms, indexing="ij"))
-    noise = None
+    variance = None
     if between_times is not None:
         _check_same_problem(flow, between_times)
-        noise = by_rate * by_norm
-        noise = noise**2 * _noise_of_one(between_times, steps, sigma, sample_rate, noise_per_group)
-    moving = _moving(noise, by_rate.size, kernels, moving_from)
+        of_one = _noise_of_one(between_times, steps, sigma, drawn, added, noise_per_group)
+        variance = (by_rate * by_norm) ** 2 * of_one
+    moving = _moving(variance, by_rate.size, kernels, moving_from)
     frozen = np.flatnonzero(~moving)
     at_once = _cells_at_once(flow, train, test, 1 if keys is None else keys.size, sigma > 0)
     parts = np.array_split(frozen, -(-frozen.size // at_once)) if frozen.size else []
     if moving.any():
         parts.append(np.flatnonzero(moving))
-        if keys is None and (sigma > 0 or sample_rate < 1):
+        if keys is None and (sigma > 0 or drawn.is_random):
             raise ValueError("key must be given with noise or sampling, got None")
     measured = []
     for number, part in enumerate(parts):
@@ -168,7 +177,8 @@ def predict(
             "clip_norms": by_norm[part],
             "steps": steps,
             "noise_multipliers": sigma,
-            "sample_rate": sample_rate,
+            "batches": drawn,
+            "noise": added,
             "noise_per_group": noise_per_group,
             "progress": part_of(progress, number, len(parts)),
         }
@@ -181,8 +191,8 @@ def predict(
         measured.append(_measured(flow, final, initial_loss, keys is None))
     order = np.argsort(np.concatenate(parts))
     metrics = jax.tree.map(lambda *pieces: np.concatenate(pieces)[order], *measured)
-    used = None if noise is None else np.where(moving, "between times", "frozen")
-    return Grid(rates, norms, metrics, initial_loss, sigma, used, noise)
+    used = None if variance is None else np.where(moving, "between times", "frozen")
+    return Grid(rates, norms, metrics, initial_loss, sigma, used, variance)
 
 
 class _Options(TypedDict):
@@ -192,7 +202,8 @@ class _Options(TypedDict):
     clip_norms: np.ndarray
     steps: int
     noise_multipliers: float
-    sample_rate: float
+    batches: Batches
+    noise: Noise
     noise_per_group: bool
     progress: Progress
 
@@ -219,7 +230,7 @@ def _check_same_problem(flow: KernelFlow, between_times: object) -> None:
 
 
 def _noise_of_one(
-    flow: TwoTimeFlow, steps: int, sigma: float, sample_rate: float, per_group: bool
+    flow: TwoTimeFlow, steps: int, sigma: float, batches: Batches, noise: Noise, per_group: bool
 ) -> float:
     """Relative v(T) of a cell whose learning rate and clipping norm are one."""
     if sigma == 0:
@@ -230,7 +241,8 @@ def _noise_of_one(
         learning_rate=1.0,
         steps=steps,
         noise_multiplier=sigma,
-        sample_rate=sample_rate,
+        batches=batches,
+        noise=noise,
         n_groups=len(flow.names),
         noise_per_group=per_group,
         reduction=flow.reduction,
@@ -239,19 +251,26 @@ def _noise_of_one(
 
 
 def _moving(
-    noise: Float[np.ndarray, " C"] | None, n_cells: int, kernels: KernelChoice, moving_from: float
+    variance: Float[np.ndarray, " C"] | None,
+    n_cells: int,
+    kernels: KernelChoice,
+    moving_from: float,
 ) -> np.ndarray:
     """Whether kernels between times predict a cell."""
     validate.choice(get_args(KernelChoice), kernels=kernels)
     least = float(validate.scalar(moving_from=validate.non_negative(moving_from=moving_from)))
-    if kernels == "between times" and noise is None:
+    if kernels == "between times" and variance is None:
         raise ValueError(
             "between_times must be given with kernels='between times', got None: "
             "stochastic_flow.TwoTimeFlow of the same problem"
         )
-    if kernels == "frozen" or noise is None:
+    if kernels == "frozen" or variance is None:
         return np.zeros(n_cells, bool)
-    return np.full(n_cells, True) if kernels == "between times" else (noise >= least) & (noise > 0)
+    return (
+        np.full(n_cells, True)
+        if kernels == "between times"
+        else (variance >= least) & (variance > 0)
+    )
 
 
 def _measured(

@@ -1,3 +1,4 @@
+from ._batches_and_noise import MechanismConfig as MechanismConfig
 from ._config import Config as Config
 from ._config import ConfigError as ConfigError
 from ._config import DataConfig as DataConfig

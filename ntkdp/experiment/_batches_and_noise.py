@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ntkdp import batches, noise
 from ntkdp._backend.config_files import Section
+from ntkdp.batches import Batches, Cyclic, FixedSize, Shuffled, resolve
+from ntkdp.noise import Correlated, Noise
 
 #: The field that each kind of batches or of noise needs.
 _FIELD_OF = {
@@ -34,15 +35,15 @@ class BatchesConfig(Section):
         _check_fields("batches", self, ("size", "n_batches"))
         return self
 
-    def make(self) -> batches.Batches | None:
+    def make(self) -> Batches | None:
         """The batches, or None for those of the sampling rate."""
         if self.kind == "fixed_size":
             assert self.size is not None
-            return batches.FixedSize(self.size)
+            return FixedSize(self.size)
         if self.kind == "full":
             return None
         assert self.n_batches is not None
-        kind = batches.Cyclic if self.kind == "cyclic" else batches.Shuffled
+        kind = Cyclic if self.kind == "cyclic" else Shuffled
         return kind(self.n_batches)
 
 
@@ -64,7 +65,7 @@ class NoiseConfig(Section):
         _check_fields("noise", self, ("n_bands", "coefficients"))
         return self
 
-    def make(self, steps: int, chosen: batches.Batches, momentum: float) -> noise.Noise | None:
+    def make(self, steps: int, chosen: Batches, momentum: float) -> Noise | None:
         """The noise of a run of so many steps, or None if it is independent.
 
         Raises
@@ -76,11 +77,11 @@ class NoiseConfig(Section):
             return None
         if self.kind == "toeplitz":
             assert self.coefficients is not None
-            return noise.Correlated(self.coefficients)
+            return Correlated(self.coefficients)
         assert self.n_bands is not None
         if self.kind == "square_root":
-            return noise.Correlated.square_root(self.n_bands)
-        return noise.Correlated.optimal_for_sums(
+            return Correlated.square_root(self.n_bands)
+        return Correlated.optimal_for_sums(
             steps=steps, n_bands=self.n_bands, batches=chosen, momentum=momentum
         )
 
@@ -95,3 +96,31 @@ def _check_fields(name: str, section: BatchesConfig | NoiseConfig, fields: tuple
             raise ValueError(
                 f"training.{name}.{field} must {what} with kind = {section.kind!r}, got {value}"
             )
+
+
+class MechanismConfig(Section):
+    """How batches are made and noise is correlated, in every verb that trains."""
+
+    sample_rate: float = Field(
+        1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
+    )
+    batches: BatchesConfig = Field(
+        default_factory=BatchesConfig, description="in place of sample_rate"
+    )
+    noise: NoiseConfig = Field(
+        default_factory=NoiseConfig, description="its correlation over the steps"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_make_batches(self) -> "MechanismConfig":
+        if self.batches.kind != "full" and self.sample_rate < 1:
+            raise ValueError(
+                f"training.sample_rate must be left out with training.batches of kind "
+                f"{self.batches.kind!r}, got {self.sample_rate}"
+            )
+        return self
+
+    @property
+    def as_batches(self) -> Batches:
+        """How batches are made."""
+        return resolve(self.batches.make(), self.sample_rate)

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
-from ntkdp.batches import Batches, resolve
-from ntkdp.experiment._batches_and_noise import BatchesConfig, NoiseConfig
+from ntkdp.clipping import Adaptive
+from ntkdp.experiment._batches_and_noise import MechanismConfig
 from ntkdp.noise import Noise
 from ntkdp.optimizers import SGD, Adam, Optimizer
 from ntkdp.trajectory import MOST_STEPS
@@ -108,7 +108,21 @@ class ModelConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
+class AdaptiveConfig(Section):
+    """A clipping norm that moves until a share of the samples is not clipped."""
+
+    quantile: float = Field(0.5, gt=0, le=1, description="the share that is not to be clipped")
+    rate: float = Field(0.2, gt=0, description="a step multiplies R by exp(rate) at most")
+    count_noise: float = Field(
+        0.0, ge=0, description="deviation of the noise of the count, in samples; above 0 with noise"
+    )
+
+    def make(self) -> Adaptive:
+        """The rule for the clipping norm."""
+        return Adaptive(self.quantile, self.rate, self.count_noise)
+
+
+class TrainingConfig(MechanismConfig):
     """The mechanism, apart from clipping."""
 
     learning_rate: float = Field(1.5, gt=0, description="step size; time is learning_rate x step")
@@ -140,11 +154,9 @@ class TrainingConfig(Section):
     mu: float | None = Field(
         None, gt=0, description="the budget as that of Gaussian differential privacy"
     )
-    sample_rate: float = Field(
-        1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
+    adaptive: AdaptiveConfig | None = Field(
+        None, description="a clipping norm that moves, which the recursion alone predicts"
     )
-    batches: BatchesConfig = Field(BatchesConfig(), description="in place of sample_rate")
-    noise: NoiseConfig = Field(NoiseConfig(), description="its correlation over the steps")
     reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
     n_seeds: int = Field(1, ge=1, description="repeated runs, which differ in noise and sampling")
     n_predicted: int = Field(
@@ -169,15 +181,6 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_make_batches(self) -> "TrainingConfig":
-        if self.batches.kind != "full" and self.sample_rate < 1:
-            raise ValueError(
-                f"training.sample_rate must be left out with training.batches of kind "
-                f"{self.batches.kind!r}, got {self.sample_rate}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _belongs_to_the_optimizer(self) -> "TrainingConfig":
         others = ("correct_noise",) if self.optimizer == "sgd" else ("momentum", "nesterov")
         for name in others:
@@ -188,6 +191,20 @@ class TrainingConfig(Section):
                 )
         if self.nesterov and not self.momentum:
             raise ValueError("training.nesterov must be false without training.momentum, got true")
+        return self
+
+    @model_validator(mode="after")
+    def _clipping_norms_may_move(self) -> "TrainingConfig":
+        if self.adaptive is not None and self.optimizer == "adam":
+            raise ValueError(
+                "training.adaptive must be left out with training.optimizer = 'adam', since no "
+                "prediction follows both"
+            )
+        if self.adaptive is not None and self.noise.kind != "independent":
+            raise ValueError(
+                "training.noise must be independent with training.adaptive, since later steps take "
+                f"back noise in proportion to R, got kind = {self.noise.kind!r}"
+            )
         return self
 
     @property
@@ -210,17 +227,12 @@ class TrainingConfig(Section):
     def has_flow(self) -> bool:
         """Whether the steps tend to a flow, with inertia or without."""
         plain = not self.nesterov and not self.weight_decay and self.average is None
-        return self.optimizer == "sgd" and plain
+        return self.optimizer == "sgd" and plain and self.adaptive is None
 
     @property
     def is_random(self) -> bool:
         """Whether runs differ by their keys."""
         return self.noisy or self.as_batches.is_random
-
-    @property
-    def as_batches(self) -> Batches:
-        """How batches are made."""
-        return resolve(self.batches.make(), self.sample_rate)
 
     def as_noise(self, steps: int) -> Noise | None:
         """How the noise of a run of so many steps is correlated; None if it is not."""
@@ -352,12 +364,8 @@ class Config(ProblemConfig):
             # A configuration is frozen for its users, but its defaults are not complete yet.
             object.__setattr__(self, "predictions", self._default_predictions(couples))
         for name in self.predictions:
-            if not self._follows_optimizer(name):
-                raise ValueError(
-                    f"predictions must not hold {name!r} with training.optimizer = "
-                    f"{self.training.optimizer!r} and such options; use "
-                    + ("response" if self.training.optimizer == "adam" else "recursion or response")
-                )
+            if not self._follows(name):
+                raise ValueError(self._not_followed(name))
         if "response" in self.predictions and couples:
             raise ValueError(
                 "predictions must not hold 'response' with rule 'batch', which couples samples; "
@@ -365,8 +373,24 @@ class Config(ProblemConfig):
             )
         return self
 
-    def _follows_optimizer(self, prediction: PredictionName) -> bool:
+    def _not_followed(self, prediction: PredictionName) -> str:
         training = self.training
+        if training.adaptive is not None:
+            return (
+                f"predictions must not hold {prediction!r} with training.adaptive, whose clipping "
+                "norm moves; use recursion"
+            )
+        return (
+            f"predictions must not hold {prediction!r} with training.optimizer = "
+            f"{training.optimizer!r} and such options; use "
+            + ("response" if training.optimizer == "adam" else "recursion or response")
+        )
+
+    def _follows(self, prediction: PredictionName) -> bool:
+        """Whether a prediction knows the optimizer, and a clipping norm that moves."""
+        training = self.training
+        if training.adaptive is not None:
+            return prediction == "recursion"  # by an optimizer that is linear, as is checked
         if training.optimizer == "adam":
             return prediction == "response"
         in_steps = prediction in ("recursion", "response")
@@ -374,10 +398,10 @@ class Config(ProblemConfig):
         return in_steps or training.has_flow
 
     def _default_predictions(self, couples: bool) -> list[PredictionName]:
-        names = [name for name in self.predictions if self._follows_optimizer(name)]
+        names = [name for name in self.predictions if self._follows(name)]
         if self.model.kind == "function":  # which need not have an infinite width
             names = [name for name in names if name != "infinite"]
-        if not couples and (self.training.noisy or not names):
+        if self._follows("response") and not couples and (self.training.noisy or not names):
             names.append("response")
         return names
 

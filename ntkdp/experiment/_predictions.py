@@ -11,7 +11,7 @@ from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Params, Progress
 from ntkdp._gradients import groups
 from ntkdp.batches import Batches
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
@@ -63,18 +63,30 @@ class Mechanism(NamedTuple):
     noise_multiplier: float
     batches: Batches
     noise: Noise | None
+    adaptive: Adaptive | None
 
     @classmethod
     def of(cls, config: Config, case: ClippingConfig) -> "Mechanism":
         """The mechanism for one rule, which may have its own learning rate and steps."""
         training = config.training
         steps = case.steps or training.steps
+        adaptive = None if training.adaptive is None else training.adaptive.make()
         try:
             noise = training.as_noise(steps)
             sigma = training.sigma(steps, noise, config.data.n_train)
-            return cls(case.learning_rate_in(training), steps, sigma, training.as_batches, noise)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'training': {error}") from error
+        rate = case.learning_rate_in(training)
+        return cls(rate, steps, sigma, training.as_batches, noise, adaptive)
+
+    def check_adaptive(self, rule: ClippingRule, n_groups: int) -> None:
+        """Raise unless the clipping norm of the rule can move, with noise enough for its count."""
+        try:
+            adaptive = check_adaptive(self.adaptive, rule)
+            if adaptive is not None:
+                adaptive.sum_noise_multiplier(self.noise_multiplier, n_groups)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"field 'training.adaptive': {error}") from error
 
 
 def needed_kernels(config: Config) -> set[str]:
@@ -234,7 +246,7 @@ def predict(
         alone = training.noisy and kernel.whole is None
         flow = _kernel_flow(config, problem, kernel, rule, test=not alone)
         initial = problem.outputs if alone else initial
-        steps["optimizer"] = optimizer
+        steps |= {"optimizer": optimizer, "adaptive": mechanism.adaptive}
         if training.weight_decay > 0:
             at_zero = _outputs_at_zero(problem)
             steps["outputs_at_zero"] = at_zero[0] if alone else at_zero
@@ -336,12 +348,12 @@ def weight_noise(
 ) -> float | None:
     """v(T), the variance that noise has added to weights by the end, relative to their own.
 
-    None where it is not known: under Adam and correlated noise, and for weights that start without
-    variance.
+    None where it is not known: under Adam, if the clipping norm moves, and for weights that start
+    without variance.
     """
     if mechanism.noise_multiplier == 0:
         return 0.0
-    if config.training.optimizer == "adam" or mechanism.noise is not None:
+    if config.training.optimizer == "adam" or mechanism.adaptive is not None:
         return None
     n_groups = 1
     if rule.scope == "layerwise":
@@ -352,7 +364,8 @@ def weight_noise(
         learning_rate=mechanism.learning_rate,
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
-        sample_rate=mechanism.batches.share(problem.x.shape[0]),
+        batches=mechanism.batches,
+        noise=mechanism.noise,
         n_groups=n_groups,
         reduction=config.training.reduction,
         optimizer=config.training.as_optimizer,

@@ -180,11 +180,13 @@ def run(
     _begin(report, "loading data")
     problem = problem_of(config)
     for number, rule in enumerate(rules):
+        n_groups = groups.resolve(problem.params).size if rule.scope == "layerwise" else 1
         try:
             if rule.scope == "layerwise":
-                rule.check_groups(groups.resolve(problem.params).size)
+                rule.check_groups(n_groups)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
+        Mechanism.of(config, config.clipping[number]).check_adaptive(rule, n_groups)
     if "infinite" in config.predictions:
         require_infinite_width(problem, "predictions")
     _require_room(config, problem)
@@ -272,6 +274,7 @@ def _measured(
         noise_multiplier=mechanism.noise_multiplier,
         batches=mechanism.batches,
         noise=mechanism.noise,
+        adaptive=mechanism.adaptive,
         optimizer=training.as_optimizer,
         reduction=training.reduction,
         test_x=problem.test_x,

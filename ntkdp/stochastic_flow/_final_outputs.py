@@ -30,7 +30,12 @@ from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import NoClipping
 from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
+from ntkdp.optimizers import SGD
+from ntkdp.stochastic_flow._ensemble.step_noise import checked_divisor
+from ntkdp.stochastic_flow._linear_filter import linear_filter, mixed
 from ntkdp.stochastic_flow._matrix_root import eigh, square_root, symmetric
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, points_of
@@ -57,16 +62,21 @@ class FinalOutputs(NamedTuple):
 
 #: Learning rates, clipping norms and noise multipliers of the cells, each ``(C,)``.
 _Cells: TypeAlias = tuple[Array, Array, Array]
-#: Outputs of the training points, clipped gradients and white noise that were added up.
-_Carry: TypeAlias = tuple[Array, Array, Array | None]
+#: Outputs of the training points, clipped gradients and noise that were added up, and what batches
+#: and noise carry on.
+_Carry: TypeAlias = tuple[Array, Array, Array | None, tuple[PyTree, PyTree]]
 
 
 class _UnitNoise(NamedTuple):
-    """Noise for sigma and R of one: of the training outputs, and of the test outputs given it."""
+    """Noise for sigma and R of one: of the training outputs, and of the test outputs given it.
+
+    ``of_sum`` is the deviation of what all steps add up to, if that of a step's is one.
+    """
 
     root: Float[Array, "N N"]
     test_given_train: Float[Array, "M N"] | None
     test_root: Float[Array, "M M"] | None
+    of_sum: float
 
 
 def final_outputs(
@@ -78,6 +88,8 @@ def final_outputs(
     steps: int,
     noise_multipliers: ArrayLike = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     progress: Progress = False,
@@ -100,7 +112,7 @@ def final_outputs(
         :math:`\sigma`, the standard deviation of the summed gradient's noise over the sensitivity.
     steps : int
         At least 1.
-    sample_rate, noise_kernel, noise_per_group, progress
+    sample_rate, batches, noise, noise_kernel, noise_per_group, progress
         As for :func:`ensemble`.
     key : PRNG key
         One key, or an array of S keys; needed with noise or sampling. All cells draw the same
@@ -142,22 +154,27 @@ def final_outputs(
     stepping = Stepping(1.0, steps, max(1, steps // _TOLD))
     state, test = flow.init(initial)
     cells = cells_of(state.dtype, learning_rates, clip_norms, noise_multipliers)
-    batches, n = resolve_batches(None, sample_rate), flow.targets.shape[0]
-    divisor = batches.share(n) * flow.data.divisor
+    drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    divisor = checked_divisor(flow, drawn, noise_kernel)
     noisy = bool(np.any(np.asarray(cells[2]) > 0))
     if noisy and not flow.clipping.bounds_each_sample:
         raise ValueError(
             f"noise_multipliers must be 0 with {type(flow.clipping).__name__}, whose sensitivity "
             "is unbounded"
         )
-    if key is None and (noisy or batches.is_random):
+    if key is None and (noisy or drawn.is_random):
         raise ValueError("key must be given with noise or sampling, got None")
     keys = validate.keys(key=jax.random.key(0) if key is None else key)
     keys, cells = devices.everywhere(flow.mesh, (keys, cells))
-    noise = _unit_noise(flow, noise_kernel, noise_per_group) if noisy else None
+    unit = None
+    if noisy:
+        path = mixed(linear_filter(SGD(), 1.0, steps), added.recursion(steps))
+        of_sum = float(path.added_covariance(0, steps)[0, 0]) ** 0.5
+        unit = _unit_noise(flow, noise_kernel, noise_per_group, of_sum)
     with _progress.listening(progress, "predicting the cells") as listener:
         final: FinalOutputs = program_memory.call(
-            _final, flow, noise, (state, test), cells, keys, stepping, batches, divisor, listener,
+            _final, flow, unit, (state, test), cells, keys, stepping, (drawn, added), divisor,
+            listener,
             what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
             ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
             results=program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
@@ -189,13 +206,16 @@ def cells_of(
 
 
 def _unit_noise(
-    flow: KernelFlow, noise_kernel: ArrayLike | LayerwiseKernel | None, per_group: bool
+    flow: KernelFlow,
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    per_group: bool,
+    of_sum: float,
 ) -> _UnitNoise:
     unit = eqx.tree_at(lambda flow: flow.clipping.R, flow, np.asarray(1.0))
     whole = noise_covariance(unit, 1.0, noise_kernel, per_group)
     assert whole is not None
     if flow.test_drive is None:
-        return _UnitNoise(square_root(whole, flow.mesh), None, None)
+        return _UnitNoise(square_root(whole, flow.mesh), None, None, of_sum)
     train, across, test = _blocks(points_of(flow), whole)
     values, vectors = eigh(train, flow.mesh)
     usable = values > _ROUNDINGS * jnp.finfo(values.dtype).eps * values[-1]
@@ -205,7 +225,7 @@ def _unit_noise(
     coefficients, left = _regressed_on_train(across, inverse_root, test, flow.mesh)
     left_values, left_vectors = eigh(left, flow.mesh)
     left_root = symmetric(left_values.clip(min=0) ** 0.5, left_vectors, flow.mesh)
-    return _UnitNoise(root, coefficients, left_root)
+    return _UnitNoise(root, coefficients, left_root, of_sum)
 
 
 @compiled.jit(static_argnums=0)
@@ -230,16 +250,17 @@ def _regressed_on_train(
 @eqx.filter_jit
 def _final(
     flow: KernelFlow,
-    noise: _UnitNoise | None,
+    unit: _UnitNoise | None,
     initial: tuple[Array, Array | None],
     cells: _Cells,
     keys: Key[Array, "*seeds"],
     stepping: Stepping,
-    batches: Batches,
+    mechanism: tuple[Batches, Noise],
     divisor: float,
     listener: Listener,
 ) -> FinalOutputs:
     start, test = initial
+    batches, noise = mechanism
     n, n_outputs = start.shape
     columns = flow.drive.columns(n_outputs)
 
@@ -251,35 +272,39 @@ def _final(
         scale = rate * sigma * clip_norm / divisor
 
         def step(k: Array, carry: _Carry) -> _Carry:
-            f, charges, summed_noise = carry
+            f, charges, summed_noise, (of_batches, of_noise) = carry
             # All cells use the same keys: only the seed tells two runs apart.
             batch_key, noise_key = jax.random.split(jax.random.fold_in(key, k))
-            drawn, _ = batches.draw(batch_key, k, None, n)
+            drawn, of_batches = batches.draw(batch_key, k, of_batches, n)
             weights = None if drawn is None else batches.weights(drawn, f.dtype)
             clipped = rate * ruled.clipped_gradients(f, weights)
             f = f - ruled.through(ruled.drive, clipped)
-            if noise is not None and summed_noise is not None:
-                z = white(noise_key, noise.root.shape[1])
-                f = f + scale * (noise.root @ z).reshape(f.shape)
+            if unit is not None and summed_noise is not None:
+                z, of_noise = noise.next(
+                    lambda key: white(key, unit.root.shape[1]), noise_key, k, of_noise
+                )
+                f = f + scale * (unit.root @ z).reshape(f.shape)
                 summed_noise = summed_noise + z
-            return f, charges + clipped, summed_noise
+            return f, charges + clipped, summed_noise, (of_batches, of_noise)
 
         charges = jnp.zeros((flow.n_terms, n, n_outputs), start.dtype)
-        summed_noise = None
-        if noise is not None:
-            summed_noise = jnp.zeros((noise.root.shape[1], columns), start.dtype)
+        summed_noise = of_noise = None
+        if unit is not None:
+            summed_noise = jnp.zeros((unit.root.shape[1], columns), start.dtype)
+            of_noise = noise.start(summed_noise)
 
-        (f, charges, summed_noise), _ = stepping.walk_to_end(
-            step, lambda _: None, (start, charges, summed_noise), listener
+        carried = batches.start(n), of_noise
+        (f, charges, summed_noise, _), _ = stepping.walk_to_end(
+            step, lambda _: None, (start, charges, summed_noise, carried), listener
         )
         if test is None or flow.test_drive is None:
             return FinalOutputs(f, None)
         f_test = test - ruled.through(flow.test_drive, charges)
-        if noise is not None and noise.test_given_train is not None:
-            assert noise.test_root is not None
-            own = white(jax.random.fold_in(key, stepping.steps), noise.test_given_train.shape[0])
-            drawn = noise.test_given_train @ summed_noise
-            drawn = drawn + jnp.sqrt(stepping.steps) * (noise.test_root @ own)
+        if unit is not None and unit.test_given_train is not None:
+            assert unit.test_root is not None
+            own = white(jax.random.fold_in(key, stepping.steps), unit.test_given_train.shape[0])
+            drawn = unit.test_given_train @ summed_noise
+            drawn = drawn + unit.of_sum * (unit.test_root @ own)
             f_test = f_test + scale * drawn.reshape(f_test.shape)
         return FinalOutputs(f, f_test)
 

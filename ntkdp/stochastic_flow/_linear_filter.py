@@ -78,7 +78,7 @@ class LinearFilter(NamedTuple):
 
         The last axis are the nodes of the first of the ``readers``, then those of the next.
         """
-        entries, own = list(readers), self._own_covariances()
+        entries, own = list(readers), self.own_covariances()
         places = {node: np.flatnonzero(nodes == node) for node in set(nodes.tolist())}
         covariance = np.zeros((self.steps + 1, self.size, len(readers), len(nodes)))
         # Forward in time, what a state has in common with a node is carried on.
@@ -107,7 +107,8 @@ class LinearFilter(NamedTuple):
             states.append(matrix @ states[-1])
         return np.stack(states)
 
-    def _own_covariances(self) -> Float[np.ndarray, "steps1 d d"]:
+    def own_covariances(self) -> Float[np.ndarray, "steps1 d d"]:
+        """Covariance of the state at every step, under unit noise."""
         covariances = [np.zeros((self.size, self.size))]
         for matrix, drive in zip(self.matrices, self.drives, strict=True):
             covariances.append(matrix @ covariances[-1] @ matrix.T + np.outer(drive, drive))

@@ -10,9 +10,14 @@ from jax import lax
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.types import Array, Float, LearningRate, ScalarLike
+from ntkdp.batches import Batches
+from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Reduction
+from ntkdp.noise import Independent, Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import Optimizer, OptimizerLike, as_linear, size_of_state, transition
+from ntkdp.stochastic_flow._linear_filter import linear_filter, mixed
 from ntkdp.trajectory import check_learning_rate, check_steps, times_of_steps
 
 #: Noise over sensitivity, or a budget that fixes it.
@@ -49,6 +54,8 @@ def weight_noise_variance(
     steps: int,
     noise_multiplier: NoiseMultiplier,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     n_groups: int = 1,
     noise_per_group: bool = False,
     reduction: Reduction = "mean",
@@ -60,7 +67,8 @@ def weight_noise_variance(
     ``reduction="sum"``. A linear optimizer passes the noise on as it does gradients,
     :math:`v_k = \sum_j h_{kj}^2 (\sigma S / (q n))^2`, with :math:`h_{kj}` its response at step k
     to a gradient of one at step j: momentum :math:`\beta` multiplies v(T) by about
-    :math:`1/(1 - \beta)^2` over many steps.
+    :math:`1/(1 - \beta)^2` over many steps. Correlated noise passes through the inverse of its
+    strategy first.
 
     In NTK parameterisation weights start with variance one, so v says how far noise moves the
     kernel, at any width: a frozen one needs a v that is small compared with one. Training moves the
@@ -80,6 +88,10 @@ def weight_noise_variance(
         Noise over sensitivity, :math:`\sigma`; a budget is spent on all the steps.
     sample_rate : float
         The sampling rate q in (0, 1].
+    batches : batches.Batches, optional
+        One of :mod:`ntkdp.batches`, in place of a sampling rate; q is its share.
+    noise : noise.Noise, optional
+        One of :mod:`ntkdp.noise`; by default independent.
     n_groups : int
         Number of parameter groups R, for a layerwise rule.
     noise_per_group : bool
@@ -125,13 +137,19 @@ def weight_noise_variance(
         "make fewer steps",
     )
     learning_rate = check_learning_rate(learning_rate, steps)
-    q = validate.scalar(sample_rate=validate.fraction(sample_rate=sample_rate))
+    drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    drawn.check(n)
     validate.choice(("mean", "sum"), reduction=reduction)
-    sigma = privacy.as_noise_multiplier(noise_multiplier, steps, float(q))
+    sigma = privacy.as_noise_multiplier(
+        noise_multiplier, steps, batches=drawn, noise=added, n_samples=n
+    )
     stds = deviations(rule, sigma, n_groups, noise_per_group)
     rates = jnp.diff(times_of_steps(learning_rate, np.arange(steps + 1)))
-    divisor = q * losses.divisor(reduction, n)
+    divisor = drawn.share(n) * losses.divisor(reduction, n)
     linear = as_linear(optimizer)
+    if not isinstance(added, Independent):
+        filter = mixed(linear_filter(linear, learning_rate, steps), added.recursion(steps))
+        return jnp.asarray(filter.own_covariances()[:, 0, :1]) * (stds[None] / divisor) ** 2
     if size_of_state(linear) > 1 or linear.decays_weights:
         return _of_unit_noise(linear, rates)[:, None] * (stds[None] / divisor) ** 2
     accumulated = jnp.cumsum((rates[:, None] * stds[None] / divisor) ** 2, axis=0)

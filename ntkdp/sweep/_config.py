@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import Section, check_as, load_as
 from ntkdp.advisor import MOVING_FROM
-from ntkdp.experiment import DataConfig, ModelConfig, ProblemConfig
+from ntkdp.batches import Cyclic, FixedSize, Shuffled
+from ntkdp.experiment import (
+    ConfigError,
+    DataConfig,
+    MechanismConfig,
+    ModelConfig,
+    ProblemConfig,
+)
+from ntkdp.noise import Noise, resolve
 from ntkdp.trajectory import MOST_STEPS
 
 _DEFAULT_EPSILON = 8.0
@@ -59,19 +67,44 @@ class GridConfig(Section):
         return self.epsilons or ([] if self.noise_multipliers else [_DEFAULT_EPSILON])
 
 
-class SweepTrainingConfig(Section):
+class SweepTrainingConfig(MechanismConfig):
     """The settings that all cells share in training."""
 
     steps: int = Field(100, ge=1, le=MOST_STEPS, description="number of steps")
     delta: float = Field(1e-4, gt=0, lt=1, description="of the budget")
-    sample_rate: float = Field(
-        1.0, gt=0, le=1, description="1: full batch; below: Poisson sampling"
-    )
     reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
     n_seeds: int = Field(1, ge=1, description="observed runs of a cell, whose mean is shown")
     n_predicted: int = Field(
         4, ge=1, description="runs that the prediction of a noisy cell draws, and averages"
     )
+
+    def as_noise(self) -> Noise | None:
+        """How the noise is correlated over the steps; None if it is not."""
+        return self.noise.make(self.steps, self.as_batches, momentum=0.0)
+
+    def sigma(self, epsilon: float, n_samples: int) -> float:
+        """The noise multiplier that spends a budget on all steps."""
+        return privacy.Budget(epsilon, self.delta).noise_multiplier(
+            self.steps, batches=self.as_batches, noise=self.as_noise(), n_samples=n_samples
+        )
+
+    def epsilon(self, sigma: float, n_samples: int) -> float:
+        """What all steps spend with a noise multiplier, infinite if no accountant knows it."""
+        batches, noise = self.as_batches, self.as_noise()
+        if isinstance(batches, Cyclic | Shuffled) or (noise is not None and batches.takes_all):
+            # It is certain when a sample takes part, so that the run is one Gaussian mechanism.
+            strategy = resolve(noise)
+            one = sigma / strategy.sensitivity(batches, self.steps)
+            return privacy.epsilon(one, 1.0, 1, self.delta)
+        if noise is not None:
+            return float("inf")
+        return privacy.epsilon(
+            sigma,
+            batches.share(n_samples),
+            self.steps,
+            self.delta,
+            sampling="fixed_size" if isinstance(batches, FixedSize) else "poisson",
+        )
 
 
 class SweepConfig(ProblemConfig):
@@ -165,16 +198,15 @@ class Cell(NamedTuple):
 
 def planes(config: SweepConfig) -> list[Plane]:
     """The maps of a sweep; the noise of a budget is spent on all the steps of a cell."""
-    grid, training = config.grid, config.training
-    noises = []
-    for epsilon in grid.budgets:
-        budget = privacy.Budget(epsilon, training.delta)
-        noises.append((budget.noise_multiplier(training.steps, training.sample_rate), epsilon))
-    for sigma in grid.noise_multipliers:
-        spent = float("inf")
-        if sigma > 0:
-            spent = privacy.epsilon(sigma, training.sample_rate, training.steps, training.delta)
-        noises.append((sigma, spent))
+    grid, training, n = config.grid, config.training, config.data.n_train
+    try:
+        noises = [(training.sigma(epsilon, n), epsilon) for epsilon in grid.budgets]
+        noises += [
+            (sigma, training.epsilon(sigma, n) if sigma > 0 else float("inf"))
+            for sigma in grid.noise_multipliers
+        ]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"field 'training': {error}") from error
     return [
         Plane(rule, scope, sigma, epsilon)
         for rule in grid.rules

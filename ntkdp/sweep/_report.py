@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ntkdp import advisor, comparison, plotting
+from ntkdp import advisor, comparison, plotting, privacy
 from ntkdp._results.console import add_row, literal, open_console, say
 from ntkdp._results.figure_style import save_png
 from ntkdp._results.folder_lock import held
@@ -379,6 +379,7 @@ def _page(
         planes=[_section(plane, entry, drawn, folder) for plane, entry, drawn in planes],
         advice_columns=_ADVICE_COLUMNS,
         agreement_columns=_AGREEMENT_COLUMNS,
+        neighbours=privacy.neighbours(results.config.training.as_batches),
         config=json.dumps(measured["config"], indent=2),
     )
 

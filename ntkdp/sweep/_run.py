@@ -305,7 +305,7 @@ def _require_room(config: SweepConfig, problem: Problem, maps: list[Plane]) -> N
         noisy=noisy,
         exact=False,
         n_seeds=training.n_seeds if config.observe else 1,
-        n_drawn=training.n_predicted if noisy or training.sample_rate < 1 else 1,
+        n_drawn=training.n_predicted if noisy or training.as_batches.is_random else 1,
         steps=1,
     )
 
@@ -328,7 +328,7 @@ def _predict(
     weight_noise: list[float] = []
     for number, plane in enumerate(maps):
         report(f"predicting {plane.label}", number / len(maps))
-        random = plane.noise_multiplier > 0 or training.sample_rate < 1
+        random = plane.noise_multiplier > 0 or training.as_batches.is_random
         n_drawn = training.n_predicted if random else 1
         predicted = advisor.predict(
             _flow(config, problem, kernel, plane),
@@ -337,7 +337,8 @@ def _predict(
             clip_norms=grid.clip_norms,
             steps=training.steps,
             noise_multiplier=plane.noise_multiplier,
-            sample_rate=training.sample_rate,
+            batches=training.as_batches,
+            noise=training.as_noise(),
             noise_kernel=kernel.whole if plane.noise_multiplier > 0 else None,
             between_times=_between_times(config, problem, plane),
             kernels=config.kernels,
@@ -368,7 +369,8 @@ def _noise_of_one(config: SweepConfig, problem: Problem, plane: Plane) -> float:
         learning_rate=1.0,
         steps=config.training.steps,
         noise_multiplier=plane.noise_multiplier,
-        sample_rate=config.training.sample_rate,
+        batches=config.training.as_batches,
+        noise=config.training.as_noise(),
         n_groups=groups.resolve(problem.params).size,
         reduction=config.training.reduction,
     )

@@ -636,7 +636,7 @@ def test_batches_and_correlated_noise_are_predicted(
     )
     (case,) = experiment.run(config).cases
     assert batches["kind"].capitalize() in repr(case.run.setup[0].batches)
-    assert case.weight_noise is None
+    assert known(case.weight_noise) > 0
     alone = privacy.Budget(8.0, 1e-2).noise_multiplier(24)
     assert abs(case.noise_multiplier / alone - 1) > 0.1
     assert list(case.predictions) == names
@@ -659,6 +659,52 @@ def test_a_budget_is_spent_on_batches_of_a_fixed_size() -> None:
     )
     assert 7.9 < spent <= 8
     assert _report.metrics(results)["neighbours"] == "replace one sample"
+
+
+ADAPTIVE = {"quantile": 0.6, "rate": 0.3}
+
+
+def adapting(**training: Any) -> experiment.Config:
+    shared = SMALL | {"clipping": [{"clip_norm": 3.0}]}
+    shared.pop("predictions")
+    steps = {"steps": 20, "learning_rate": 0.1, "record_every": 5, "adaptive": ADAPTIVE}
+    return experiment.config(**shared | {"training": steps | training})
+
+
+def test_a_clipping_norm_that_moves_is_predicted_by_the_recursion() -> None:
+    (case,) = experiment.run(adapting()).cases
+    assert list(case.predictions) == ["recursion"]
+    assert case.predictions["recursion"].comparison.sup_relative_error < 0.05
+    assert float(case.run.clip_fraction[0]) < 0.1
+    assert float(case.run.clip_fraction[-1]) > 0.2
+    predicted = known(case.predictions["recursion"].trajectory.clip_norm)
+    np.testing.assert_allclose(predicted, known(case.run.clip_norm), rtol=0.1)
+
+
+@pytest.mark.slow
+def test_a_noisy_clipping_norm_is_predicted_too() -> None:
+    noise = {"noise_multiplier": 0.5, "n_seeds": 40, "n_predicted": 80}
+    (case,) = experiment.run(adapting(**noise, adaptive=ADAPTIVE | {"count_noise": 3.0})).cases
+    assert case.weight_noise is None
+    assert case.predictions["recursion"].comparison.sup_relative_error < 0.05
+
+
+def test_what_cannot_adapt_is_named() -> None:
+    for changes, message in (
+        ({"optimizer": "adam"}, "must be left out with training.optimizer = 'adam'"),
+        ({"noise": {"kind": "square_root", "n_bands": 2}}, "must be independent with training.ada"),
+        ({"adaptive": {"quantile": 2.0}}, "less than or equal to 1"),
+    ):
+        with pytest.raises(experiment.ConfigError, match=message):
+            adapting(**changes)
+    with pytest.raises(experiment.ConfigError, match=r"'training.adaptive': count_noise must be"):
+        experiment.run(adapting(noise_multiplier=1.0))
+    fields = SMALL | {"training": {"adaptive": ADAPTIVE}}
+    with pytest.raises(experiment.ConfigError, match=r"'frozen' with training.adaptive"):
+        experiment.config(**fields | {"predictions": ["frozen"]})
+    nothing = fields | {"predictions": ["recursion"], "clipping": [{"rule": "none"}]}
+    with pytest.raises(experiment.ConfigError, match=r"'training.adaptive': adaptive must be None"):
+        experiment.run(experiment.config(**nothing))
 
 
 def test_a_budget_without_an_accountant_is_named() -> None:

@@ -270,6 +270,66 @@ def test_a_network_is_predicted_with_correlated_noise_and_cyclic_batches() -> No
     np.testing.assert_allclose(jnp.mean(drawn.loss, 0), jnp.mean(runs.loss, 0), rtol=0.05)
 
 
+X_TEST = jax.random.normal(jax.random.key(9), (5, 3))
+Y_TEST = jnp.ones((5, 1))
+
+
+@pytest.mark.parametrize(
+    ("noise", "batches"), often_or_slow(PAIRS, [("Toeplitz", Cyclic(3))]), ids=repr
+)
+def test_cells_of_a_grid_have_the_law_of_runs(noise: str, batches: Batches) -> None:
+    """Training and test loss of a cell, 400 runs, by the kernel at the start and between times."""
+    targets, loss, rule = problem(True)
+    whole = jnp.concatenate([X, X_TEST])
+    kernel = ntkdp.empirical_ntk(linear, W, whole)
+    flow = ntkdp.KernelFlow(
+        kernel[:12, :12], targets, loss, rule, test_kernel=kernel[12:, :12], test_targets=Y_TEST
+    )
+    given: dict[str, Any] = {"noise": NOISES[noise], "batches": batches, "steps": STEPS}
+    runs = dp_sgd.run(
+        linear, W, X, targets, loss, rule, learning_rate=0.3, noise_multiplier=2.0, test_x=X_TEST,
+        test_targets=Y_TEST, key=jax.random.split(jax.random.key(5), 400), **given,
+    )  # fmt: skip
+    final = stochastic_flow.final_outputs(
+        flow, (linear(W, X), linear(W, X_TEST)), learning_rates=0.3, clip_norms=[0.5, 0.1],
+        noise_multipliers=2.0, noise_kernel=kernel, key=jax.random.split(jax.random.key(6), 2000),
+        **given,
+    )  # fmt: skip
+    assert final.test is not None
+    assert_same_law(jnp.mean((final.train[0] - Y) ** 2, (1, 2)) / 2, runs.loss[:, -1])
+    assert runs.test_loss is not None
+    assert_same_law(jnp.mean((final.test[0] - Y_TEST) ** 2, (1, 2)) / 2, runs.test_loss[:, -1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "batches"), PAIRS, ids=repr)
+def test_cells_between_times_are_runs_between_times(noise: str, batches: Batches) -> None:
+    flow = TwoTimeFlow(ntkdp.models.mlp([4], 1), X, *problem(True))
+    given: dict[str, Any] = {"noise": NOISES[noise], "batches": batches, "steps": STEPS, "nodes": 4}
+    keys = jax.random.split(jax.random.key(6), 2000)
+    runs = two_time_ensemble(
+        flow, 0 * Y, learning_rate=0.3, noise_multiplier=2.0, key=keys, **given
+    )
+    final = stochastic_flow.two_time_final_outputs(
+        flow, 0 * Y, learning_rates=[0.3, 0.6], clip_norms=0.5, noise_multipliers=2.0,
+        key=jax.random.split(jax.random.key(7), 2000), **given,
+    )  # fmt: skip
+    assert_same_law(jnp.mean((final.train[0] - Y) ** 2, (1, 2)) / 2, runs.loss[:, -1])
+
+
+def test_the_variance_of_a_weight_is_that_of_sums_of_the_mixed_noise() -> None:
+    """Plain steps sum the noise of the steps, rows of the inverse of the strategy."""
+    for name, noise in NOISES.items():
+        found = stochastic_flow.weight_noise_variance(
+            ntkdp.clipping.Abadi(0.5), 12, learning_rate=0.3, steps=STEPS, noise_multiplier=2.0,
+            batches=Cyclic(3), noise=noise,
+        )[:, 0]  # fmt: skip
+        sums = np.cumsum(np.linalg.inv(noise.strategy_matrix(STEPS)), axis=0)
+        expected = (0.3 * 2.0 * 0.5 / 4) ** 2 * (sums**2).sum(1)
+        np.testing.assert_allclose(found[1:], expected, rtol=1e-9, err_msg=name)
+        assert found[0] == 0
+
+
 def test_variance_at_the_end_is_that_of_the_mixed_noise() -> None:
     """Of a loss without gradients: tr H (eta sigma R / n)^2 |1' C^-1|^2."""
     noise, count = NOISES["Toeplitz"], 20_000

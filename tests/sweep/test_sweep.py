@@ -115,6 +115,54 @@ def test_noise_by_budget_and_by_multiplier_is_accounted() -> None:
     ]
 
 
+TURNS = {"kind": "cyclic", "n_batches": 4}
+ROOTS = {"kind": "square_root", "n_bands": 4}
+
+
+def test_the_budget_is_that_of_noise_and_batches() -> None:
+    """Each sample takes part three times in twelve steps, four steps apart."""
+    training = {"steps": 12, "delta": 1e-2, "batches": TURNS}
+    grid = {"epsilons": [2.0], "noise_multipliers": [3.0], "scopes": ["flat"]}
+    by_budget, by_sigma = _config.planes(
+        sweep.config(**SMALL | {"training": training, "grid": grid})
+    )
+    three_times = ntkdp.privacy.Budget(2.0, 1e-2).noise_multiplier(3)
+    assert by_budget.noise_multiplier == pytest.approx(three_times, rel=1e-6)
+    assert by_sigma.epsilon == pytest.approx(ntkdp.privacy.epsilon(3.0, 1.0, 3, 1e-2), rel=1e-6)
+    # Bands that do not reach the next epoch have the sensitivity of their column, in each of them.
+    config = sweep.config(**SMALL | {"training": training | {"noise": ROOTS}, "grid": grid})
+    correlated = _config.planes(config)[1].epsilon
+    column = ntkdp.noise.Correlated.square_root(4).strategy_matrix(4)[:, 0]
+    sigma = 3.0 / float((column**2).sum() ** 0.5)
+    assert correlated == pytest.approx(ntkdp.privacy.epsilon(sigma, 1.0, 3, 1e-2), rel=1e-6)
+    training |= {"batches": {"kind": "fixed_size", "size": 4}}
+    fixed = _config.planes(sweep.config(**SMALL | {"training": training, "grid": grid}))[1]
+    share = 4 / SMALL["data"]["n_train"]
+    expected = ntkdp.privacy.epsilon(3.0, share, 12, 1e-2, sampling="fixed_size")
+    assert fixed.epsilon == pytest.approx(expected, rel=1e-6)
+    unknown = training | {"noise": ROOTS}
+    config = sweep.config(**SMALL | {"training": unknown, "grid": grid | {"epsilons": []}})
+    assert _config.planes(config)[0].epsilon == float("inf")
+    with pytest.raises(ntkdp.experiment.ConfigError, match=r"field 'training': there is no accou"):
+        _config.planes(sweep.config(**SMALL | {"training": unknown, "grid": grid}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["frozen", "between times"])
+def test_planes_of_correlated_noise_and_cyclic_batches(kernels: str) -> None:
+    config = sweep.config(**SMALL | {
+        "kernels": kernels,
+        "training": {"steps": 12, "n_predicted": 40, "n_seeds": 40, "delta": 1e-2,
+                     "batches": TURNS, "noise": ROOTS},
+        "grid": {"learning_rates": [1.0], "clip_norms": [0.5], "noise_multipliers": [4.0]},
+    })  # fmt: skip
+    found = sweep.run(config)
+    assert found.observed is not None
+    for predicted, observed in zip(found.predicted, found.observed, strict=True):
+        np.testing.assert_allclose(predicted.loss, observed.loss, rtol=0.1)
+        np.testing.assert_allclose(known(predicted.test_loss), known(observed.test_loss), rtol=0.1)
+
+
 @pytest.mark.parametrize(
     "scopes", [["layerwise"], pytest.param(["flat", "layerwise"], marks=pytest.mark.slow)]
 )

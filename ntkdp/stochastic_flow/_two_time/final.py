@@ -12,9 +12,11 @@ import numpy as np
 from ntkdp._backend import memory, validate
 from ntkdp._backend.progress import part_of
 from ntkdp._backend.types import Array, ArrayLike, Float, KeyLike, Progress, PyTree
+from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import NoClipping
-from ntkdp.noise import Independent
+from ntkdp.noise import Noise
+from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, cells_of
 from ntkdp.stochastic_flow._two_time.ensemble import check_flow, draw
@@ -41,6 +43,8 @@ def two_time_final_outputs(
     steps: int,
     noise_multipliers: ArrayLike = 0.0,
     sample_rate: float = 1.0,
+    batches: Batches | None = None,
+    noise: Noise | None = None,
     noise_per_group: bool = False,
     nodes: int | None = None,
     rank: int | None = None,
@@ -63,7 +67,7 @@ def two_time_final_outputs(
         ``(C,)``, or one number for all cells, as for :func:`final_outputs`.
     steps : int
         At least 1.
-    sample_rate, noise_per_group, progress
+    sample_rate, batches, noise, noise_per_group, progress
         As for :func:`two_time_ensemble`.
     nodes, rank : int, optional
         As for :func:`two_time_ensemble`; by default 7, and what makes 3000 with the nodes.
@@ -110,10 +114,11 @@ def two_time_final_outputs(
         np.asarray(part, np.float64)
         for part in cells_of(jnp.result_type(float), learning_rates, clip_norms, noise_multipliers)
     )
-    batches = resolve_batches(None, sample_rate)
+    drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
+    drawn.check(flow.n_samples)
     keys = validate.keys(key=key)
     unit = _unit_deviations(flow, bool(np.any(sigmas > 0)), noise_per_group)
-    share = batches.share(flow.n_samples)
+    share = drawn.share(flow.n_samples)
     unit = unit / (share * (flow.n_samples if flow.reduction == "mean" else 1))
     nodes = min(steps + 1, _NODES) if nodes is None else nodes
     dtype = flow.points.dtype
@@ -129,13 +134,13 @@ def two_time_final_outputs(
         measured = draw(
             flow,
             initial,
-            path_of(SGD(), jnp.asarray(rates[first]), steps, Independent()),
+            path_of(SGD(), jnp.asarray(rates[first]), steps, added),
             (sigmas[first] * norms[first] * unit) ** 2,
             np.array([steps]),
             cases=Cases(*(jnp.asarray(np.repeat(v, seeds.size), dtype) for v in cases)),
             nodes=nodes,
             rank=max(_MOST_TOGETHER // nodes, 1) if rank is None else rank,
-            batches=batches,
+            batches=drawn,
             outputs=True,
             progress=part_of(progress, number, len(parts)),
             key=seeds[np.tile(np.arange(seeds.size), size)],

@@ -25,6 +25,7 @@ from . import table_one as table_one
 from . import trajectory as trajectory
 from ._backend.precision import enable_x64 as enable_x64
 from ._plan import plan as plan
+from ._sharpness_aware import SharpnessAware as SharpnessAware
 from ._zeroth_order import ZerothOrder as ZerothOrder
 from .comparison import Comparison as Comparison
 from .comparison import compare as compare

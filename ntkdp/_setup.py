@@ -28,9 +28,18 @@ DIFFERENCES = (
     "optimizer",
     "public",
     "zeroth_order",
+    "sharpness_aware",
     "time",
     "phases",
 )
+
+
+#: Properties that are told in words, and what holds where nothing is said.
+_USUAL = {
+    "public": "no public rows",
+    "zeroth_order": "steps of gradients",
+    "sharpness_aware": "gradients at the weights",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,8 @@ class Setup:
     ``time_scale`` is the number that times were multiplied by. ``adaptive`` says how the clipping
     norm moves, and is empty if it is constant. ``public`` says how many samples are public, and
     their weight. ``zeroth_order`` says what directions steps take, and is empty if they are those
-    of gradients.
+    of gradients. ``sharpness_aware`` says how far from the weights gradients are taken, and is
+    empty if they are taken there.
     """
 
     clipping: Description
@@ -70,6 +80,7 @@ class Setup:
     adaptive: str = ""
     public: str = ""
     zeroth_order: str = ""
+    sharpness_aware: str = ""
 
 
 def described(part: eqx.Module) -> Description:
@@ -270,12 +281,10 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
         elif prediction.batches != run.batches:
             usual = "Poisson or full batches"
             yield "sample_rate", prediction.batches or usual, run.batches or usual
-    if prediction.public != run.public:
-        usual = "no public rows"
-        yield "public", prediction.public or usual, run.public or usual
-    if prediction.zeroth_order != run.zeroth_order:
-        usual = "steps of gradients"
-        yield "zeroth_order", prediction.zeroth_order or usual, run.zeroth_order or usual
+    for name, usual in _USUAL.items():
+        said, done = getattr(prediction, name), getattr(run, name)
+        if said != done:
+            yield name, said or usual, done or usual
     yield from _of_optimizer(prediction, run)
 
 

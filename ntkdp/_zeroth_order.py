@@ -45,7 +45,8 @@ class ZerothOrder(eqx.Module):
     ------
     ValueError, TypeError
         If a number is out of its range. Where it is used: with clipping by layer or of no single
-        sample, with noise that is not independent, and with adaptive clipping or public samples.
+        sample, with noise that is not independent, and with adaptive clipping, public samples or
+        sharpness-aware steps.
 
     Notes
     -----
@@ -122,7 +123,12 @@ class ZerothOrder(eqx.Module):
 
 
 def check_zeroth_order(
-    given: object, rule: ClippingRule, noise: Noise, adaptive: object, public: object
+    given: object,
+    rule: ClippingRule,
+    noise: Noise,
+    adaptive: object,
+    public: object,
+    sharpness_aware: object,
 ) -> ZerothOrder | None:
     """``given`` if its steps fit what they are taken with, or None."""
     if given is None:
@@ -144,7 +150,8 @@ def check_zeroth_order(
             "noise must be independent with zeroth_order, whose directions change from step to "
             f"step, got {type(noise).__name__}"
         )
-    for name, other in (("adaptive", adaptive), ("public", public)):
+    others = {"adaptive": adaptive, "public": public, "sharpness_aware": sharpness_aware}
+    for name, other in others.items():
         if other is not None:
             raise ValueError(
                 f"{name} must be None with zeroth_order, got {type(other).__name__}; it needs the "

@@ -76,6 +76,17 @@ def flow(kernel: Any = None, rule: Any = None, **options: Any) -> Any:
     return ntkdp.KernelFlow(kernel, Y, squared(), rule or abadi(), **options)
 
 
+def layered() -> Any:
+    kernel = ntkdp.LayerwiseKernel(("a", "b"), jnp.stack([jnp.eye(3)] * 2))
+    return ntkdp.KernelFlow(kernel, Y, squared(), abadi(scope="layerwise"))
+
+
+def uphill(radius: float, n_params: Any = None, kernel: Any = None, **options: Any) -> Any:
+    given = {"learning_rate": 0.1, "steps": 2, "noise_multiplier": 1.0, "key": key()} | options
+    sharpness_aware = ntkdp.SharpnessAware(radius, n_params)
+    return ntkdp.stochastic_flow.ensemble(flow(kernel), Y, sharpness_aware=sharpness_aware, **given)
+
+
 def response() -> Any:
     return ntkdp.stochastic_flow.ResponseFlow(linear, W, X, Y, squared(), abadi())
 
@@ -331,6 +342,17 @@ ROWS = [
     Row("directions and microbatches", lambda t: train(zeroth_order=ntkdp.ZerothOrder(), microbatch_size=2), V, "microbatch_size must be None with zeroth_order"),
     Row("directions and noise that is subtracted", lambda t: train(zeroth_order=ntkdp.ZerothOrder(), optimizer=ntkdp.optimizers.Adam(correct_noise=True)), V, "optimizer must have correct_noise=False with zeroth_order"),
     Row("noise of slopes that are not clipped", lambda t: ntkdp.stochastic_flow.ensemble(flow(rule=ntkdp.clipping.NoClipping()), Y, learning_rate=0.1, steps=2, noise_multiplier=1.0, zeroth_order=ntkdp.ZerothOrder(), key=key()), V, "noise_multiplier must be 0 with NoClipping"),
+    Row("a radius alone", lambda t: train(sharpness_aware=0.5), T, "sharpness_aware must be an ntkdp.SharpnessAware or None, got float"),
+    Row("a radius alone of a recursion", lambda t: ntkdp.recursion(flow(), Y, learning_rate=0.1, steps=2, sharpness_aware=0.5), T, "sharpness_aware must be an ntkdp.SharpnessAware or None, got float"),
+    Row("a negative radius", lambda t: ntkdp.SharpnessAware(-0.1), V, "radius must be at least 0 and finite, got -0.1"),
+    Row("several radii", lambda t: ntkdp.SharpnessAware([0.1, 0.2]), V, "radius must be a single number"),
+    Row("half a weight", lambda t: ntkdp.SharpnessAware(0.1, n_params=1.5), T, "n_params must be a whole number, got 1.5"),
+    Row("a way uphill along random directions", lambda t: train(zeroth_order=ntkdp.ZerothOrder(), sharpness_aware=ntkdp.SharpnessAware(0.1)), V, "sharpness_aware must be None with zeroth_order"),
+    Row("a noisy kernel of unknown weights", lambda t: uphill(0.1), V, "n_params of sharpness_aware must be the number of weights"),
+    Row("a noisy kernel of too few weights", lambda t: uphill(0.1, 2, kernel=np.eye(3)), V, "n_params must be the number of weights of the kernel.*got 2 for a rank above 2"),
+    Row("a noisy kernel uphill of correlated noise", lambda t: uphill(0.1, 9, noise=ntkdp.noise.Correlated.square_root(2)), V, "noise must be independent with sharpness_aware and a KernelFlow"),
+    Row("a kernel by layer uphill", lambda t: ntkdp.recursion(layered(), Y, learning_rate=0.1, steps=2, sharpness_aware=ntkdp.SharpnessAware(0.1)), V, "clipping must have scope='flat' with sharpness_aware and a KernelFlow.*got 'layerwise'; take a LinearisedFlow"),
+    Row("a preconditioned kernel uphill", lambda t: ntkdp.recursion(flow(preconditioned_kernel=np.eye(3)), Y, learning_rate=0.1, steps=2, sharpness_aware=ntkdp.SharpnessAware(0.1)), V, "flow must have no preconditioned_kernel with sharpness_aware"),
     Row("public rows as a pair", lambda t: train(public=(X, Y)), T, "public must be an ntkdp.PublicRows or None, got tuple"),
     Row("public rows of another width", lambda t: train(public=ntkdp.PublicRows(np.ones((2, 5)), np.zeros((2, 1)), weight=0.5)), V, r"fails for public\.x of shape \(2, 5\)"),
     Row("public targets of another length", lambda t: train(public=ntkdp.PublicRows(X, Y[:2], weight=0.5)), V, r"public\.targets must have the shape"),

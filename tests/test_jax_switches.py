@@ -107,6 +107,7 @@ MADE = Made()
 TIMES = [0.0, 0.5, 1.0]
 PUBLIC = ntkdp.PublicRows(X_TEST, Y_TEST, weight=0.3)
 ORDER = ntkdp.ZerothOrder(2, reach=0.1)
+UPHILL = ntkdp.SharpnessAware(0.1, n_params=17)
 PHASES = [
     ntkdp.Phase(2, LAYERWISE, 0.1, noise_multiplier=0.5, trainable=["head"]),
     ntkdp.Phase(2, LAYERWISE, 0.1, noise_multiplier=0.5),
@@ -204,6 +205,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "ensemble, zeroth order": lambda: stochastic_flow.ensemble(
         MADE.flow, MADE.start, key=MADE.keys, zeroth_order=ORDER, **NOISY
+    ),
+    "dp_sgd.run, sharpness-aware": lambda: run(sharpness_aware=UPHILL),
+    "ensemble, sharpness-aware": lambda: stochastic_flow.ensemble(
+        MADE.flow, MADE.start, key=MADE.keys, sharpness_aware=UPHILL, **NOISY
     ),
     "ensemble_phases": lambda: stochastic_flow.ensemble_phases(
         MADE.kernel, Y, LOSS, PHASES, MADE.start, key=MADE.keys
@@ -345,6 +350,7 @@ SLOW = {
     "dp_sgd.run, public rows",
     "dp_sgd.run, zeroth order",
     "ensemble, public rows",
+    "dp_sgd.run, sharpness-aware",
     "moments, Poisson",
     "moments, low rank",
     "moment_flow",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._backend.types import Array, Float, common_dtype
+from ntkdp._backend.types import Array, Float, PyTree, common_dtype
 
 
 def wide(values: Array) -> Array:
@@ -81,6 +81,12 @@ def combined(norms: list[Scaled], groups: tuple[int, ...], n_groups: int) -> Flo
     parts = jnp.where(values == 0, 0, values * power_of_two(below, values.dtype))
     squares = jax.ops.segment_sum(parts**2, segments, n_groups)
     return Scaled(from_squares(squares), jnp.where(largest == lowest, 0, largest)).unscaled()
+
+
+def of_all(tree: PyTree) -> Float[Array, ""]:
+    """The norm of all numbers of a tree together."""
+    norms = [by_sample(leaf[None]) for leaf in jax.tree.leaves(tree)]
+    return combined(norms, (0,) * len(norms), 1)[0, 0]
 
 
 def through_kernel(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ntkdp import optimizers
 from ntkdp._backend import devices, validate
 from ntkdp._backend.missing import nan_unless
-from ntkdp._backend.norms import wide
+from ntkdp._backend.norms import of_all, wide
 from ntkdp._backend.types import (
     ApplyFn,
     Array,
@@ -36,6 +36,7 @@ from ntkdp._setup import (
     optimizer_of,
     rates,
 )
+from ntkdp._sharpness_aware import SharpnessAware, ahead
 from ntkdp._zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import Adaptive
@@ -52,6 +53,8 @@ class State(NamedTuple):
     keeps one; :meth:`Algorithm.measured_params` returns it in the dtypes of the parameters.
     ``batch_state`` is the order of an epoch and ``noise_state`` what correlated noise carries on.
     ``clip_norm`` is the clipping norm by group ``(R,)`` if it is adaptive; flat has one group.
+    ``ascent`` is the way from the trained parameters to where a sharpness-aware step takes its
+    gradients.
     """
 
     params: Params
@@ -61,10 +64,11 @@ class State(NamedTuple):
     batch_state: PyTree = None
     noise_state: PyTree = None
     clip_norm: Array | None = None
+    ascent: Params | None = None
 
 
 class Info(NamedTuple):
-    """Diagnostics of one step, taken at the parameters before it, on the batch it used.
+    """Diagnostics of one step, taken where its gradients are, on the batch it used.
 
     ``clip_fraction`` is the share of (sample, group) factors below one, ``norms`` the per-sample
     gradient norms ``(n_batch,)`` or ``(R, n_batch)``, NaN for places that Poisson sampling left
@@ -105,6 +109,7 @@ class Algorithm(HasTrainingSet):
     noise: Noise
     adaptive: Adaptive | None
     zeroth_order: ZerothOrder | None
+    sharpness_aware: SharpnessAware | None
     capacity: int = eqx.field(static=True)
     gradients: str = eqx.field(static=True)
     noise_per_group: bool = eqx.field(static=True)
@@ -130,6 +135,7 @@ class Algorithm(HasTrainingSet):
             adaptive=adaptive_in_words(self.adaptive),
             public="" if self.public is None else self.public.in_words,
             zeroth_order="" if self.zeroth_order is None else self.zeroth_order.in_words,
+            sharpness_aware="" if self.sharpness_aware is None else self.sharpness_aware.in_words,
             optimizer=optimizer,
             optimizer_options=options,
         )
@@ -163,7 +169,12 @@ class Algorithm(HasTrainingSet):
         clip_norm = None
         if self.adaptive is not None:
             clip_norm = self.adaptive.start(self.clipping, self._resolve(params).size)
-        return State(params, optimizer_state, step, average, batch_state, noise_state, clip_norm)
+        ascent = None
+        if self.sharpness_aware is not None:
+            ascent = jax.tree.map(jnp.zeros_like, trained)
+        return State(
+            params, optimizer_state, step, average, batch_state, noise_state, clip_norm, ascent
+        )
 
     @property
     def sample_rate(self) -> float:
@@ -258,8 +269,11 @@ class Algorithm(HasTrainingSet):
     def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array, Array]:
         """The same with the clipping norm of the rule, and as yet without the next one."""
         sampling_key, noise_key = jax.random.split(key)
-        params, n = state.params, self.x.shape[0]
+        n = self.x.shape[0]
         drawn, batch_state = self.batches.draw(sampling_key, state.step, state.batch_state, n)
+        trained, frozen = self._split(state.params)
+        point = ahead(trained, state.ascent)
+        params = eqx.combine(point, frozen)
         order = self.zeroth_order
         if order is None:
             clipped, outputs, norms, factors, present = self.clipped_sum(params, drawn)
@@ -268,7 +282,6 @@ class Algorithm(HasTrainingSet):
                 order, params, drawn, key
             )
 
-        trained, frozen = self._split(params)
         groups = self._resolve(params)
         noise, noise_state = None, state.noise_state
         if self.noisy:
@@ -285,16 +298,20 @@ class Algorithm(HasTrainingSet):
         variance = self._noise_variance(trained, groups, divisor)
         gradient = jax.tree.map(lambda g: g / divisor, total)
         if self.public is not None:
-            of_public = self._public_gradient(self.public, trained, frozen)
+            of_public = self._public_gradient(self.public, point, frozen)
             gradient = self.public.mixed(gradient, of_public)
         # Rounded to the precision of the parameters here, when the noise is in it.
         gradient = jax.tree.map(lambda g, w: g.astype(w.dtype), gradient, trained)
+        ascent = None
+        if self.sharpness_aware is not None:
+            ascent = self.sharpness_aware.ascent(gradient, of_all(gradient))
         updates, optimizer_state = optimizers.updated(
             self._transformation(trained), gradient, state.optimizer_state, trained, variance
         )
         moved = eqx.combine(optax.apply_updates(trained, updates), frozen)
         average = optimizers.next_average(self.optimizer, state.average, moved)
-        new = State(moved, optimizer_state, state.step + 1, average, batch_state, noise_state)
+        carried = (batch_state, noise_state)
+        new = State(moved, optimizer_state, state.step + 1, average, *carried, ascent=ascent)
 
         used = jnp.broadcast_to(present, factors.shape)
         clipped_share = jnp.sum((factors < 1) & used) / jnp.maximum(jnp.sum(used), 1)

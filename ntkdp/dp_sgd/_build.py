@@ -17,6 +17,7 @@ from ntkdp._backend.types import (
     as_constant,
     is_traced,
 )
+from ntkdp._sharpness_aware import SharpnessAware, check_sharpness_aware
 from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
 from ntkdp.batches import resolve as resolve_batches
@@ -56,6 +57,7 @@ class Method:
     noise_per_group: bool
     microbatch_size: int | None
     zeroth_order: ZerothOrder | None = None
+    sharpness_aware: SharpnessAware | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def build(
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
     zeroth_order: ZerothOrder | None = None,
+    sharpness_aware: SharpnessAware | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -100,8 +103,8 @@ def build(
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
-    noise, adaptive, public, zeroth_order, optimizer, groups, reduction, test_x, test_targets, \
-    gradients, noise_per_group, microbatch_size, mesh
+    noise, adaptive, public, zeroth_order, sharpness_aware, optimizer, groups, reduction, test_x, \
+    test_targets, gradients, noise_per_group, microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
         of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
     trainable : sequence of str, optional
@@ -139,6 +142,7 @@ def build(
         noise_per_group,
         microbatch_size,
         zeroth_order,
+        sharpness_aware,
     )
     mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable, adaptive)
     return algorithm_of(problem, method, mechanism)
@@ -198,6 +202,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         noise=method.noise,
         adaptive=adaptive,
         zeroth_order=method.zeroth_order,
+        sharpness_aware=check_sharpness_aware(method.sharpness_aware),
         capacity=_capacity(x.shape[0], method.batches, n_devices),
         gradients=method.gradients,
         noise_per_group=method.noise_per_group,
@@ -216,7 +221,9 @@ def _check_order(
     optimizer: OptimizerLike,
 ) -> None:
     """Raise unless zeroth-order steps, if they are asked for, fit the rest."""
-    order = check_zeroth_order(method.zeroth_order, rule, method.noise, adaptive, problem.public)
+    order = check_zeroth_order(
+        method.zeroth_order, rule, method.noise, adaptive, problem.public, method.sharpness_aware
+    )
     if order is None:
         return
     for name, given in (("mesh", problem.mesh), ("microbatch_size", method.microbatch_size)):

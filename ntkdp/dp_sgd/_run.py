@@ -22,6 +22,7 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp._sharpness_aware import SharpnessAware
 from ntkdp._zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
@@ -62,6 +63,7 @@ def run(
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
     zeroth_order: ZerothOrder | None = None,
+    sharpness_aware: SharpnessAware | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -114,6 +116,8 @@ def run(
     zeroth_order : ZerothOrder, optional
         Steps along random directions, by clipped slopes of the losses; by default steps are those
         of gradients.
+    sharpness_aware : SharpnessAware, optional
+        Gradients are taken a little way up the last noisy gradient; by default at the weights.
     optimizer : optimizers.Optimizer or callable, optional
         One of :mod:`ntkdp.optimizers`, or another function from learning rate to optax
         transformation, e.g. ``optax.lion``; by default plain SGD. If it averages the weights,
@@ -190,6 +194,7 @@ def run(
         noise_per_group,
         microbatch_size,
         zeroth_order,
+        sharpness_aware,
     )
     mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
     algorithm = algorithm_of(problem, method, mechanism)

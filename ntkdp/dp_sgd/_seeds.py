@@ -72,7 +72,8 @@ def run(
             return after, algorithm.measure(state, train, info.clip_fraction, outputs)
 
         # A step by the gradient of the full batch computes the outputs of all samples anyway.
-        full_gradient = algorithm.batches.takes_all and algorithm.zeroth_order is None
+        at_weights = algorithm.zeroth_order is None and algorithm.sharpness_aware is None
+        full_gradient = algorithm.batches.takes_all and at_weights
         end, measured = stepping.walk_to_end(
             step,
             measure,

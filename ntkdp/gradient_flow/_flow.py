@@ -8,8 +8,8 @@ import equinox as eqx
 from jax.sharding import Mesh
 
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
-from ntkdp._setup import Setup, adaptive_in_words, described, number, optimizer_of, rates
-from ntkdp.clipping import Adaptive, ClippingRule
+from ntkdp._setup import Setup, described, number, optimizer_of, rates
+from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.trajectory import HasTrainingSet, Measurement, PublicRows, Stepping
@@ -68,6 +68,21 @@ class LinearModelFlow(TrainingFlow):
         """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
 
     @abstractmethod
+    def gradient_norm(
+        self,
+        state: PyTree,
+        weights: Float[Array, " n"] | None,
+        drift: PyTree,
+        noise: PyTree | None = None,
+        noise_square: ScalarLike = 0.0,
+    ) -> Float[Array, ""]:
+        """Norm, over all weights of the model, of the gradient with its noise at a state.
+
+        Its velocity is ``drift + noise``, and ``noise_square`` the squared norm of the noise in the
+        weights, where the state does not show it.
+        """
+
+    @abstractmethod
     def losses_along(self, state: PyTree, direction: PyTree) -> Callable[[Array], Array]:
         """Losses of the training samples ``(n,)`` as a function of the way along a direction."""
 
@@ -117,7 +132,6 @@ def with_steps(
     sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
-    adaptive: Adaptive | None = None,
 ) -> Setup:
     """``setup`` with the steps of a run, and with optimizer, noise and the like if given."""
     has_noise = noise_multiplier is not None
@@ -132,5 +146,4 @@ def with_steps(
         sample_rate=number(sample_rate),
         noise_per_group=bool(noise_per_group),
         neglects=() if has_noise else setup.neglects,
-        adaptive=adaptive_in_words(adaptive),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
@@ -11,7 +12,15 @@ from ntkdp import clipping as _clipping
 from ntkdp._backend import compiled, devices, memory, program_memory, validate
 from ntkdp._backend import norms as _norms
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, common_dtype, is_traced
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    Float,
+    PyTree,
+    ScalarLike,
+    common_dtype,
+    is_traced,
+)
 from ntkdp._setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
@@ -267,6 +276,26 @@ class KernelFlow(LinearModelFlow):
         """The same, and the norms of all samples' gradients by group (flat: R = 1)."""
         a = self.loss.output_gradient(state[0], self.targets)
         return self.velocity(state, weights), _norms.through_kernel(self.diagonal, a)
+
+    def gradient_norm(
+        self,
+        state: tuple[Array, Array | None],
+        weights: Float[Array, " n"] | None,
+        drift: tuple[Array, Array | None],
+        noise: tuple[Array, Array | None] | None = None,
+        noise_square: ScalarLike = 0.0,
+    ) -> Float[Array, ""]:
+        """Norm of the gradient with its noise over the weights, for flat clipping."""
+        # The gradient is J'b with b known, and its products with itself and with noise are those
+        # of b with what both do to the outputs. Velocities are against gradients.
+        twice = drift if noise is None else jax.tree.map(lambda d, e: d + 2 * e, drift, noise)
+        train, test = state
+        along = jnp.sum(self.clipped_gradients(train, weights)[0] * twice[0])
+        if self.public is not None and test is not None and twice[1] is not None:
+            p = self.public.n_samples
+            b = self.public.output_gradient(self.loss, test[:p], self.reduction)
+            along = self.public.mixed(along, jnp.sum(b * twice[1][:p]))
+        return _norms.from_squares(jnp.asarray(noise_square, along.dtype) - along)
 
     def losses_along(
         self, state: tuple[Array, Array | None], direction: tuple[Array, Array | None]

@@ -11,8 +11,16 @@ from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, validate
-from ntkdp._backend.norms import wide
-from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTree
+from ntkdp._backend.norms import of_all, wide
+from ntkdp._backend.types import (
+    ApplyFn,
+    Array,
+    ArrayLike,
+    Float,
+    Params,
+    PyTree,
+    ScalarLike,
+)
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample as per_sample
@@ -289,6 +297,17 @@ class LinearisedFlow(LinearModelFlow):
         a = public.output_gradient(self.loss, f + moved, self.reduction)
         velocity: Params = pull((-a).astype(f.dtype))[0]
         return velocity
+
+    def gradient_norm(
+        self,
+        state: Params,
+        weights: Float[Array, " n"] | None,
+        drift: Params,
+        noise: Params | None = None,
+        noise_square: ScalarLike = 0.0,
+    ) -> Float[Array, ""]:
+        """Norm of the gradient with its noise, which the velocity is but for its sign."""
+        return of_all(drift if noise is None else jax.tree.map(jnp.add, drift, noise))
 
     def losses_along(self, state: Params, direction: Params) -> Callable[[Array], Array]:
         """Losses of the training samples ``(n,)`` as a function of the way along a direction."""

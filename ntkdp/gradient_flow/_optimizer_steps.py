@@ -1,5 +1,6 @@
 """Steps of an optimizer in the state of a flow: outputs or weights of a linear model."""
 
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -8,13 +9,23 @@ import jax.numpy as jnp
 import optax
 
 from ntkdp import optimizers
-from ntkdp._backend.types import Array, ArrayLike, Float, LearningRate, PRNGKeyArray, PyTree
+from ntkdp._backend.types import (
+    Array,
+    ArrayLike,
+    Float,
+    LearningRate,
+    PRNGKeyArray,
+    PyTree,
+    ScalarLike,
+)
+from ntkdp._setup import Setup, adaptive_in_words
+from ntkdp._sharpness_aware import SharpnessAware, check_sharpness_aware
 from ntkdp.clipping import Adaptive, check_adaptive
-from ntkdp.gradient_flow._flow import LinearModelFlow
+from ntkdp.gradient_flow._flow import LinearModelFlow, with_steps
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.trajectory import Measurement
+from ntkdp.trajectory import Measurement, Stepping
 
 #: Outputs at zero weights, of training points or of a (train, test) pair.
 OutputsAtZero: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike]
@@ -31,13 +42,15 @@ _HOW_TO_FIND = (
 class Walked(NamedTuple):
     """The state of a flow, the optimizer's, and the average of the first if there is one.
 
-    ``clip_norm`` is the clipping norm by group if it is adaptive.
+    ``clip_norm`` is the clipping norm by group if it is adaptive, and ``ascent`` the way from the
+    position to where a sharpness-aware step takes its gradients.
     """
 
     position: PyTree
     optimizer_state: PyTree
     average: PyTree | None
     clip_norm: Array | None = None
+    ascent: PyTree | None = None
 
 
 class OptimizerSteps(eqx.Module):
@@ -53,6 +66,29 @@ class OptimizerSteps(eqx.Module):
     learning_rate: LearningRate
     at_zero: PyTree | None
     adaptive: Adaptive | None = None
+    sharpness_aware: SharpnessAware | None = None
+
+    def setup(
+        self,
+        stepping: Stepping,
+        noise_multiplier: ScalarLike | None = None,
+        sample_rate: ScalarLike | None = None,
+        noise_per_group: bool = False,
+    ) -> Setup:
+        """The training that the steps predict, for comparisons."""
+        sharpness = self.sharpness_aware
+        return replace(
+            with_steps(
+                self.flow.setup(),
+                stepping,
+                noise_multiplier,
+                sample_rate,
+                noise_per_group,
+                self.optimizer,
+            ),
+            adaptive=adaptive_in_words(self.adaptive),
+            sharpness_aware="" if sharpness is None else sharpness.in_words,
+        )
 
     def start(self, position: PyTree, average: PyTree | None = None) -> Walked:
         """Before the first step; an average is continued if there is one."""
@@ -61,15 +97,28 @@ class OptimizerSteps(eqx.Module):
         clip_norm = None
         if self.adaptive is not None:
             clip_norm = self.adaptive.start(self.flow.clipping, self.flow.n_terms)
-        return Walked(position, self._transformation(position).init(position), average, clip_norm)
+        ascent = None
+        if self.sharpness_aware is not None:
+            ascent = jax.tree.map(jnp.zeros_like, position)
+        state = self._transformation(position).init(position)
+        return Walked(position, state, average, clip_norm, ascent)
 
     def flow_at(self, walked: Walked) -> LinearModelFlow:
         """The flow, with the clipping norm of a state."""
         return self.flow.at_clip_norm(walked.clip_norm)
 
-    def step(self, walked: Walked, velocity: PyTree, noise_variance: PyTree = 0.0) -> Walked:
-        """After a step along a velocity, whose noise has the given variance."""
-        position, state, average, clip_norm = walked
+    def step(
+        self,
+        walked: Walked,
+        velocity: PyTree,
+        noise_variance: PyTree = 0.0,
+        gradient_norm: Float[Array, ""] | None = None,
+    ) -> Walked:
+        """After a step along a velocity, whose noise has the given variance.
+
+        A sharpness-aware step needs the norm of the gradient, with its noise, over the weights.
+        """
+        position, state, average, clip_norm, ascent = walked
         weights = position
         if self.at_zero is not None:
             weights = jax.tree.map(lambda f, f0: f - f0.astype(f.dtype), position, self.at_zero)
@@ -79,7 +128,9 @@ class OptimizerSteps(eqx.Module):
         )
         position = optax.apply_updates(position, updates)
         average = optimizers.next_average(self.optimizer, average, position)
-        return Walked(position, state, average, clip_norm)
+        if self.sharpness_aware is not None and gradient_norm is not None:
+            ascent = self.sharpness_aware.ascent(gradient, gradient_norm)
+        return Walked(position, state, average, clip_norm, ascent)
 
     def adapt(
         self,
@@ -97,7 +148,7 @@ class OptimizerSteps(eqx.Module):
 
     def measure(self, walked: Walked, outputs: bool) -> Measurement:
         """The record of a state: of the average if there is one, but clipping at the state."""
-        position, _, average, clip_norm = walked
+        position, average, clip_norm = walked.position, walked.average, walked.clip_norm
         measured = self.flow_at(walked).measure(position, outputs)._replace(clip_norm=clip_norm)
         if average is None:
             return measured
@@ -118,9 +169,11 @@ def optimizer_steps(
     learning_rate: LearningRate,
     outputs_at_zero: OutputsAtZero | None,
     adaptive: Adaptive | None = None,
+    sharpness_aware: SharpnessAware | None = None,
 ) -> OptimizerSteps:
     """The steps, checked: a kernel flow takes linear optimizers alone."""
     adaptive = check_adaptive(adaptive, flow.clipping)
+    sharpness_aware = check_sharpness_aware(sharpness_aware)
     optimizer = optimizers.recognised(optimizers.as_optimizer(optimizer))
     if isinstance(flow, LinearisedFlow):
         if outputs_at_zero is not None:
@@ -128,8 +181,11 @@ def optimizer_steps(
                 "outputs_at_zero must be None with a LinearisedFlow, which knows its weights, got "
                 f"{type(outputs_at_zero).__name__}"
             )
-        return OptimizerSteps(flow, optimizer, learning_rate, flow.at_zero_weights(), adaptive)
+        at_zero = flow.at_zero_weights()
+        return OptimizerSteps(flow, optimizer, learning_rate, at_zero, adaptive, sharpness_aware)
     assert isinstance(flow, KernelFlow)
+    if sharpness_aware is not None:
+        _check_norms(flow)
     linear = optimizers.as_linear(optimizer)
     if flow.preconditioned and linear.decays_weights and not getattr(linear, "decoupled", False):
         raise ValueError(
@@ -145,4 +201,19 @@ def optimizer_steps(
             "outputs_at_zero must be given with weight decay and a KernelFlow, got None; it is "
             + _HOW_TO_FIND
         )
-    return OptimizerSteps(flow, linear, learning_rate, at_zero, adaptive)
+    return OptimizerSteps(flow, linear, learning_rate, at_zero, adaptive, sharpness_aware)
+
+
+def _check_norms(flow: KernelFlow) -> None:
+    """Raise unless the norm of a noisy gradient is known in the outputs."""
+    if flow.clipping.scope != "flat":
+        raise ValueError(
+            "clipping must have scope='flat' with sharpness_aware and a KernelFlow, whose outputs "
+            "do not show the norm of gradients that are clipped by layer, got "
+            f"{flow.clipping.scope!r}; take a LinearisedFlow"
+        )
+    if flow.preconditioned:
+        raise ValueError(
+            "flow must have no preconditioned_kernel with sharpness_aware, which goes along the "
+            "gradient itself"
+        )

@@ -21,8 +21,9 @@ from ntkdp._backend.types import (
     ScalarLike,
     as_constant,
 )
+from ntkdp._sharpness_aware import SharpnessAware, ahead
 from ntkdp.clipping import Adaptive
-from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow, with_steps
+from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow
 from ntkdp.gradient_flow._optimizer_steps import (
     OptimizerSteps,
     OutputsAtZero,
@@ -258,6 +259,7 @@ def recursion(
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,
     adaptive: Adaptive | None = None,
+    sharpness_aware: SharpnessAware | None = None,
     record_every: int = 1,
     outputs: bool = False,
     progress: Progress = False,
@@ -288,6 +290,9 @@ def recursion(
         gives :math:`J w_0`.
     adaptive : clipping.Adaptive, optional
         How the clipping norm moves, as for ``dp_sgd.run``; the noise of the count is left out.
+    sharpness_aware : SharpnessAware, optional
+        Gradients are taken a little way up the gradient of the step before, as for ``dp_sgd.run``.
+        A KernelFlow takes it with flat clipping.
     record_every : int
         Record every ``record_every`` steps, and the last.
     outputs : bool
@@ -306,7 +311,8 @@ def recursion(
     ValueError, TypeError
         If the learning rate is not positive, there are no steps, or the flow is of another kind;
         with a KernelFlow, if the optimizer is not linear, or decays weights without
-        ``outputs_at_zero``; with adaptive clipping, if the rule bounds no single sample.
+        ``outputs_at_zero``; with adaptive clipping, if the rule bounds no single sample; with
+        sharpness-aware steps of a KernelFlow, if it clips by layer or is preconditioned.
 
     Notes
     -----
@@ -324,7 +330,9 @@ def recursion(
     """
     flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
-    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive)
+    walk = optimizer_steps(
+        flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
+    )
     start: Start = (flow.init(initial), None)
     with _progress.listening(progress, "stepping the kernel") as listener:
         return step_and_record(walk, start, stepping, outputs, listener)[1]
@@ -340,7 +348,7 @@ def step_and_record(
         what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
         results=stepping.bytes_of_record(flow.measure, start[0], outputs),
     )  # fmt: skip
-    setup = with_steps(flow.setup(), stepping, optimizer=walk.optimizer, adaptive=walk.adaptive)
+    setup = walk.setup(stepping)
     steps = jnp.asarray(stepping.recorded)
     return end, from_measurements(stepping.times, measured, steps=steps, setup=setup)
 
@@ -354,8 +362,10 @@ def _recur(
     listener: Listener,
 ) -> tuple[Start, Measurement]:
     def step(k: Array | int, walked: Walked) -> Walked:
-        velocity, norms = walk.flow_at(walked).velocity_and_norms(walked.position)
-        return walk.adapt(walk.step(walked, velocity), norms)
+        flow, point = walk.flow_at(walked), ahead(walked.position, walked.ascent)
+        velocity, norms = flow.velocity_and_norms(point)
+        norm = None if walked.ascent is None else flow.gradient_norm(point, None, velocity)
+        return walk.adapt(walk.step(walked, velocity, gradient_norm=norm), norms)
 
     end, measured = stepping.walk_to_end(
         step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener

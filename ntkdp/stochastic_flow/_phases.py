@@ -16,7 +16,6 @@ from ntkdp.gradient_flow import (
     flows_of_phases,
     one_a_phase,
     walks_of_phases,
-    with_steps,
 )
 from ntkdp.losses import Loss, Reduction
 from ntkdp.noise import Independent
@@ -128,8 +127,6 @@ def ensemble_phases(
                 walk, noise, start, per_seed, stepping, keys, outputs, listener
             )
             steps = jnp.asarray(stepping.recorded)
-            setup = with_steps(
-                flow.setup(), stepping, sigma, sample_rate, noise_per_group, walk.optimizer
-            )
+            setup = walk.setup(stepping, sigma, sample_rate, noise_per_group)
             paths.append(from_measurements(stepping.times, measured, steps=steps, setup=setup))
         return functools.reduce(Trajectory.then, paths)

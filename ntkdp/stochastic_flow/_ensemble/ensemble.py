@@ -21,6 +21,7 @@ from ntkdp._backend.types import (
     PyTree,
 )
 from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp._sharpness_aware import SharpnessAware, ahead
 from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
@@ -35,13 +36,17 @@ from ntkdp.gradient_flow import (
     Walked,
     check_linear_model_flow,
     optimizer_steps,
-    with_steps,
 )
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._ensemble.step_noise import Carried, StepNoise, noise_of_step
+from ntkdp.stochastic_flow._ensemble.step_noise import (
+    Carried,
+    StepNoise,
+    finding_norms,
+    noise_of_step,
+)
 from ntkdp.stochastic_flow._ensemble.zeroth_order import ZerothOrderSteps, zeroth_order_steps
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
@@ -59,6 +64,7 @@ def ensemble(
     noise: Noise | None = None,
     adaptive: Adaptive | None = None,
     zeroth_order: ZerothOrder | None = None,
+    sharpness_aware: SharpnessAware | None = None,
     noise_kernel: ArrayLike | LayerwiseKernel | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -86,9 +92,10 @@ def ensemble(
         budget is spent on all the steps.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
-    batches, noise, adaptive, zeroth_order
-        Other batches, correlated noise, a clipping norm that moves, and steps along random
-        directions, as for ``dp_sgd.run``.
+    batches, noise, adaptive, zeroth_order, sharpness_aware
+        Other batches, correlated noise, a clipping norm that moves, steps along random directions,
+        and gradients taken a little way up the last noisy one, as for ``dp_sgd.run``. With noise
+        and a KernelFlow the last needs ``n_params``, and noise that is independent.
     noise_kernel : array or LayerwiseKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
         with noise if the flow has a test kernel, since the same noise moves both. Public samples
@@ -149,34 +156,33 @@ def ensemble(
         noise=correlated,
         n_samples=flow.data.n_samples,
     )
-    walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive)
+    walk = optimizer_steps(
+        flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
+    )
     of_sum = sigma
     if adaptive is not None:
         _check_noise_adapts(flow, correlated, noise_per_group)
         of_sum = adaptive.sum_noise_multiplier(sigma, flow.n_terms)
-    order = check_zeroth_order(zeroth_order, flow.clipping, correlated, adaptive, flow.public)
+    order = check_zeroth_order(
+        zeroth_order, flow.clipping, correlated, adaptive, flow.public, sharpness_aware
+    )
+    start: Start = (flow.init(initial), None)
     random: StepNoise | ZerothOrderSteps
     if order is None:
         random = noise_of_step(flow, of_sum, drawn, noise_kernel, noise_per_group, correlated)
+        if walk.sharpness_aware is not None:
+            random = finding_norms(random, flow, start[0], walk.sharpness_aware)
     else:
         _check_directions(flow, noise_per_group, walk.optimizer)
         random = zeroth_order_steps(flow, order, sigma, drawn, noise_kernel)
     has_noise = isinstance(random, StepNoise) and random.added is not None
-    start: Start = (flow.init(initial), None)
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
         _, measured = draw_within_memory(
             walk, random, start, False, stepping, keys, outputs, listener
         )
-        setup = with_steps(
-            flow.setup(),
-            stepping,
-            sigma,
-            drawn.share(flow.targets.shape[0]),
-            noise_per_group,
-            walk.optimizer,
-            adaptive,
-        )
+        share = drawn.share(flow.targets.shape[0])
+        setup = walk.setup(stepping, sigma, share, noise_per_group)
         return from_measurements(
             stepping.times,
             measured,
@@ -263,11 +269,10 @@ def draw(
             number = jnp.asarray(stepping.number(k))
             own = jax.random.fold_in(key, number)
             flow, added = walk.flow_at(walked), noise.at_clip_norm(walked.clip_norm, rule)
-            velocity, (norms, drawn), carried = added.velocity(
-                flow, walked.position, own, number, carried
-            )
-            after = walk.step(walked, velocity, added.variance(velocity))
-            return walk.adapt(after, norms, drawn, batch_size, own), carried
+            point = ahead(walked.position, walked.ascent)
+            velocity, seen, carried = added.velocity(flow, point, own, number, carried)
+            after = walk.step(walked, velocity, added.variance(velocity), seen.gradient_norm)
+            return walk.adapt(after, seen.norms, seen.drawn, batch_size, own), carried
 
         walked = walk.start(*start)
         (end, _), measured = stepping.walk_to_end(

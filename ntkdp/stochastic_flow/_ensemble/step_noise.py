@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,40 +11,81 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, PRNGKeyArray, PyTree, ScalarLike
+from ntkdp._sharpness_aware import SharpnessAware
 from ntkdp.batches import Batches, Drawn
 from ntkdp.clipping import ClippingRule, rescaled
 from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, LinearModelFlow
-from ntkdp.noise import Noise
+from ntkdp.noise import Independent, Noise
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.stochastic_flow._matrix_root import square_root
-from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._matrix_root import eigh, square_root
+from ntkdp.stochastic_flow._noise_covariance import covariance_of_weights
 from ntkdp.stochastic_flow._weight_noise import deviations
 
+#: Eigenvalues of a root that are below this part of the largest one are rounding errors of zero.
+_ROOT_OF_ZERO = 1e-2
 #: Outputs of training points, and of test points if there are any.
 _Outputs: TypeAlias = tuple[Array, Array | None]
 
 
 class OutputNoise(eqx.Module):
-    """Noise of the outputs, through a factor of its covariance."""
+    """Noise of the outputs, through a factor of its covariance, from that of the weights.
+
+    ``deviations`` are those of the weights in the sum, by group. The number of weights is known
+    where the norm of their noise is asked for, and so are the directions that the factor keeps, if
+    the weights are too few for all.
+    """
 
     factor: Float[Array, "N N"]
     divisor: ScalarLike
+    deviations: Float[Array, " R"]
+    n_params: int | None = eqx.field(static=True, default=None)
+    kept: Float[Array, "N r"] | None = None
 
     def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
         """Draw what noise adds to the velocity of train and test outputs."""
         train, test = drift
         n, n_outputs = train.shape
-        n_rows = self.factor.shape[0]
-        # One column, or one for each output if the outputs share the factor.
-        columns = (train.size + (0 if test is None else test.size)) // n_rows
-        z = jax.random.normal(key, (n_rows, columns), train.dtype)
-        noise = devices.everywhere(mesh, self.factor @ z)
+        noise = devices.everywhere(mesh, self.factor @ self._unit(drift, key))
         noise = noise.reshape(-1, n_outputs) / self.divisor
         return noise[:n], None if test is None else noise[n:]
 
+    def _unit(self, drift: _Outputs, key: PRNGKeyArray) -> Float[Array, "N columns"]:
+        train, test = drift
+        n_rows = self.factor.shape[0]
+        # One column, or one for each output if the outputs share the factor.
+        columns = (train.size + (0 if test is None else test.size)) // n_rows
+        return jax.random.normal(key, (n_rows, columns), train.dtype)
+
+    def square(self, drift: _Outputs, key: PRNGKeyArray) -> Array:
+        """Squared norm, over all weights, of the noise that :meth:`draw` makes of a key."""
+        assert self.n_params is not None
+        shown = self._unit(drift, key)
+        if self.kept is not None:
+            shown = self.kept.T @ shown
+        square, n_hidden = jnp.sum(shown**2), self.n_params - shown.size
+        if n_hidden:
+            own = jax.random.fold_in(key, 1)
+            square += jax.random.chisquare(own, n_hidden, dtype=shown.dtype)
+        return square * (self.deviations[0] / self.divisor).astype(shown.dtype) ** 2
+
+    def of_weights(self, n_params: int, n_copies: int, mesh: Mesh | None) -> "OutputNoise":
+        """The same of so many weights, whose noise makes so many copies of that of the factor."""
+        rank, n_rows = n_params // n_copies, self.factor.shape[0]
+        if rank >= n_rows:
+            return replace(self, n_params=n_params)
+        roots, vectors = eigh(self.factor, mesh)
+        first = n_rows - rank
+        if bool(roots[first - 1] > _ROOT_OF_ZERO * roots[-1]):
+            raise ValueError(
+                "n_params must be the number of weights of the kernel, which is at least its rank, "
+                f"got {n_params:,} for a rank above {rank * n_copies:,}"
+            )
+        kept = devices.everywhere(mesh, vectors[:, first:])
+        return replace(self, n_params=n_params, kept=kept)
+
     def times(self, scales: Float[Array, " R"]) -> "OutputNoise":
         """The same, that many times as large, all groups alike."""
-        return OutputNoise(self.factor, self.divisor / scales[0].astype(self.factor.dtype))
+        return replace(self, divisor=self.divisor / scales[0].astype(self.factor.dtype))
 
 
 class WeightNoise(eqx.Module):
@@ -73,8 +114,17 @@ class WeightNoise(eqx.Module):
 
 #: What batches and noise carry on from step to step.
 Carried: TypeAlias = tuple[PyTree, PyTree]
-#: Norms of all samples' gradients by group, and which samples were drawn.
-Seen: TypeAlias = tuple[Array, Drawn]
+
+
+class Seen(NamedTuple):
+    """What a step saw: norms of all samples' gradients by group, and which samples were drawn.
+
+    ``gradient_norm`` is the norm of the noisy gradient over the weights, where it is asked for.
+    """
+
+    norms: Array
+    drawn: Drawn
+    gradient_norm: Array | None = None
 
 
 class StepNoise(eqx.Module):
@@ -84,6 +134,7 @@ class StepNoise(eqx.Module):
     batches: Batches
     noise: Noise
     per_group: bool = eqx.field(static=True)
+    finds_norm: bool = eqx.field(static=True, default=False)
 
     def at_clip_norm(self, clip_norm: Array | None, rule: ClippingRule) -> "StepNoise":
         """The same for a rule at the clipping norms of its groups, in proportion to them."""
@@ -123,11 +174,18 @@ class StepNoise(eqx.Module):
         dtype = jnp.result_type(*jax.tree.leaves(state))
         weights = None if drawn is None else self.batches.weights(drawn, dtype)
         drift, norms = flow.velocity_and_norms(state, weights)
-        if self.added is None:
-            return drift, (norms, drawn), (of_batches, of_noise)
-        draw = partial(self.added.draw, flow.mesh, drift)
-        noise, of_noise = self.noise.next(draw, noise_key, number, of_noise)
-        return jax.tree.map(jnp.add, drift, noise), (norms, drawn), (of_batches, of_noise)
+        velocity, noise = drift, None
+        if self.added is not None:
+            draw = partial(self.added.draw, flow.mesh, drift)
+            noise, of_noise = self.noise.next(draw, noise_key, number, of_noise)
+            velocity = jax.tree.map(jnp.add, drift, noise)
+        norm = None
+        if self.finds_norm:
+            square: ScalarLike = 0.0
+            if isinstance(self.added, OutputNoise):
+                square = self.added.square(drift, noise_key)
+            norm = flow.gradient_norm(state, weights, drift, noise, square)
+        return velocity, Seen(norms, drawn, norm), (of_batches, of_noise)
 
     def variance(self, velocity: PyTree) -> PyTree:
         """Variance of the noise of each weight's velocity; of outputs, which nobody asks for, 0."""
@@ -164,16 +222,37 @@ def noise_of_step(
     if flow.public is not None:
         sigma = validate.non_negative(noise_multiplier=noise_multiplier)
         noise_multiplier = sigma * flow.public.private_share
-    if not isinstance(flow, LinearisedFlow):
-        assert isinstance(flow, KernelFlow)
-        covariance = noise_covariance(flow, noise_multiplier, noise_kernel, per_group)
-        if covariance is None:
-            return StepNoise(None, batches, noise, per_group)
-        factor = square_root(covariance, flow.mesh)
-        return StepNoise(OutputNoise(factor, divisor), batches, noise, per_group)
-    groups = flow.weight_groups()
-    stds = deviations(flow.clipping, noise_multiplier, groups.size, per_group)
+    stds = deviations(flow.clipping, noise_multiplier, flow.n_terms, per_group)
     if not bool(jnp.any(stds > 0)):
         return StepNoise(None, batches, noise, per_group)
-    of_weights = WeightNoise(stds / divisor, groups.leaf_to_group)
-    return StepNoise(of_weights, batches, noise, per_group)
+    added: OutputNoise | WeightNoise
+    if isinstance(flow, LinearisedFlow):
+        added = WeightNoise(stds / divisor, flow.weight_groups().leaf_to_group)
+    else:
+        assert isinstance(flow, KernelFlow)
+        factor = square_root(covariance_of_weights(flow, stds, noise_kernel), flow.mesh)
+        added = OutputNoise(factor, divisor, stds)
+    return StepNoise(added, batches, noise, per_group)
+
+
+def finding_norms(
+    steps: StepNoise, flow: LinearModelFlow, state: PyTree, sharpness_aware: SharpnessAware
+) -> StepNoise:
+    """The same, which also find the norms of noisy gradients over the weights."""
+    added = steps.added
+    if isinstance(added, OutputNoise):
+        assert isinstance(flow, KernelFlow)
+        if not isinstance(steps.noise, Independent):
+            raise ValueError(
+                "noise must be independent with sharpness_aware and a KernelFlow, which draws the "
+                f"norm of each step's noise, got {type(steps.noise).__name__}; take a "
+                "LinearisedFlow"
+            )
+        if sharpness_aware.n_params is None:
+            raise ValueError(
+                "n_params of sharpness_aware must be the number of weights that train, since the "
+                "kernel does not tell how long their noise is, got None; or take a LinearisedFlow"
+            )
+        n_copies = flow.drive.columns(state[0].shape[1])
+        added = added.of_weights(sharpness_aware.n_params, n_copies, flow.mesh)
+    return replace(steps, added=added, finds_norm=True)

@@ -72,7 +72,7 @@ class ZerothOrderSteps(eqx.Module):
 
         still = jax.tree.map(jnp.zeros_like, state)
         velocity, sizes = lax.scan(along, still, (self.order.keys(key), noise))
-        return velocity, (sizes, drawn), (of_batches, of_noise)
+        return velocity, Seen(sizes, drawn), (of_batches, of_noise)
 
     def variance(self, velocity: PyTree) -> PyTree:
         """Variance of the noise of each weight's velocity, which no optimizer asks for here."""
@@ -99,5 +99,5 @@ def zeroth_order_steps(
     else:
         assert isinstance(flow, KernelFlow)
         covariance = covariance_of_weights(flow, one, noise_kernel)
-        unit = OutputNoise(square_root(covariance, flow.mesh), 1.0)
+        unit = OutputNoise(square_root(covariance, flow.mesh), 1.0, one)
     return ZerothOrderSteps(order, unit, batches, deviation, divisor)

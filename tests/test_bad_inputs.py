@@ -373,6 +373,8 @@ ROWS = [
     Row("a budget for batches of an unknown share", lambda t: ntkdp.privacy.Budget(1.0, 1e-5).noise_multiplier(9, batches=ntkdp.batches.FixedSize(2)), T, r"n_samples must be given with batches=FixedSize\(size=2\), got None"),
     Row("a budget for batches that are too large", lambda t: ntkdp.privacy.Budget(1.0, 1e-5).noise_multiplier(9, batches=ntkdp.batches.FixedSize(4), n_samples=3), V, "size must be at most the 3 samples, got 4"),
     Row("unknown sampling", lambda t: ntkdp.privacy.epsilon(1.0, 0.5, 1, 1e-5, sampling="fixed"), V, "unknown sampling 'fixed'; did you mean 'fixed_size'"),
+    Row("norms to share out of a flat rule", lambda t: ntkdp.advisor.allocate_clip_norms(flow(), Y, learning_rate=0.1, steps=2), V, r"flow must have layerwise clipping .*got Abadi with scope='flat'"),
+    Row("norms to share out of no flow", lambda t: ntkdp.advisor.allocate_clip_norms(Y, Y, learning_rate=0.1, steps=2), T, "flow must be a"),
     Row("neighbours of no batches", lambda t: ntkdp.privacy.neighbours("poisson"), T, "batches must be one of ntkdp.batches"),
     Row("delta of one", lambda t: ntkdp.privacy.epsilon(1.0, 1.0, 1, 1.0), V, r"delta must be in \(0, 1\), got 1.0"),
     Row("no noise, no privacy", lambda t: ntkdp.privacy.epsilon(0.0, 1.0, 1, 1e-5), value=INF),

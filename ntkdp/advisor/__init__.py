@@ -2,7 +2,8 @@ r"""Choosing learning rate and clipping norm from a prediction, before a budget 
 
 :func:`gradient_norms` says where clipping sets in, :func:`largest_stable_learning_rate` how far
 the learning rate may go, :func:`predict` what every cell of a grid of learning rates and clipping
-norms ends with, and :func:`advise` picks one. :func:`ntkdp.comparison.agreement` and :func:`regret`
+norms ends with, and :func:`advise` picks one. :func:`allocate_clip_norms` shares out a sensitivity
+over the groups of layerwise clipping. :func:`ntkdp.comparison.agreement` and :func:`regret`
 compare that with runs of the same cells.
 
 .. warning::
@@ -20,6 +21,7 @@ compare that with runs of the same cells.
 """
 
 from ntkdp.advisor._advise import Advice, advise
+from ntkdp.advisor._allocation import Allocation, allocate_clip_norms
 from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
 from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
 from ntkdp.advisor._grid import Grid, predict
@@ -29,10 +31,12 @@ from ntkdp.comparison import CellMetrics, pareto_front, regret
 
 __all__ = [
     "Advice",
+    "Allocation",
     "CellMetrics",
     "GradientNorms",
     "Grid",
     "advise",
+    "allocate_clip_norms",
     "gradient_norms",
     "largest_stable_learning_rate",
     "pareto_front",

@@ -39,6 +39,8 @@ finds the correlated noise that adds least to the final loss.
 
 from ntkdp.stochastic_flow._diagnosis import Diagnosis, diagnose
 from ntkdp.stochastic_flow._ensemble.ensemble import ensemble
+from ntkdp.stochastic_flow._ensemble.final_loss import FinalLoss as FinalLoss
+from ntkdp.stochastic_flow._ensemble.final_loss import final_loss as final_loss
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
 from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise

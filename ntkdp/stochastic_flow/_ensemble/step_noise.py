@@ -88,6 +88,27 @@ class OutputNoise(eqx.Module):
         return replace(self, divisor=self.divisor / scales[0].astype(self.factor.dtype))
 
 
+class NoiseByGroup(eqx.Module):
+    """Noise of the outputs from the weights of each group, whose sizes move apart."""
+
+    groups: tuple[OutputNoise, ...]
+
+    def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
+        """Draw what noise adds to the velocity of train and test outputs."""
+        keys = jax.random.split(key, len(self.groups))
+        noises = [
+            noise.draw(mesh, drift, own) for noise, own in zip(self.groups, keys, strict=True)
+        ]
+        total: _Outputs = jax.tree.map(lambda *parts: sum(parts), *noises)
+        return total
+
+    def times(self, scales: Float[Array, " R"]) -> "NoiseByGroup":
+        """The same, that many times as large, by group."""
+        return NoiseByGroup(
+            tuple(n.times(s[None]) for n, s in zip(self.groups, scales, strict=True))
+        )
+
+
 class WeightNoise(eqx.Module):
     """Noise of the weights, with a standard deviation for each group of leaves."""
 
@@ -130,7 +151,7 @@ class Seen(NamedTuple):
 class StepNoise(eqx.Module):
     """The randomness of steps: batches, and the noise of the outputs or of the weights."""
 
-    added: OutputNoise | WeightNoise | None
+    added: OutputNoise | NoiseByGroup | WeightNoise | None
     batches: Batches
     noise: Noise
     per_group: bool = eqx.field(static=True)
@@ -216,8 +237,13 @@ def noise_of_step(
     noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
     noise: Noise,
+    *,
+    norms_move: bool = False,
 ) -> StepNoise:
-    """The randomness of steps, checked against the flow."""
+    """The randomness of steps, checked against the flow.
+
+    If the clipping norms will move apart, so does noise by group.
+    """
     divisor = checked_divisor(flow, batches, noise_kernel)
     if flow.public is not None:
         sigma = validate.non_negative(noise_multiplier=noise_multiplier)
@@ -225,13 +251,21 @@ def noise_of_step(
     stds = deviations(flow.clipping, noise_multiplier, flow.n_terms, per_group)
     if not bool(jnp.any(stds > 0)):
         return StepNoise(None, batches, noise, per_group)
-    added: OutputNoise | WeightNoise
+    added: OutputNoise | NoiseByGroup | WeightNoise
     if isinstance(flow, LinearisedFlow):
         added = WeightNoise(stds / divisor, flow.weight_groups().leaf_to_group)
     else:
         assert isinstance(flow, KernelFlow)
-        factor = square_root(covariance_of_weights(flow, stds, noise_kernel), flow.mesh)
-        added = OutputNoise(factor, divisor, stds)
+        apart = per_group and norms_move
+        noises = tuple(
+            OutputNoise(
+                square_root(covariance_of_weights(flow, part, noise_kernel), flow.mesh),
+                divisor,
+                part,
+            )
+            for part in (jnp.diag(stds) if apart else stds[None])
+        )
+        added = NoiseByGroup(noises) if apart else noises[0]
     return StepNoise(added, batches, noise, per_group)
 
 

@@ -5,6 +5,9 @@ the learning rate may go, :func:`predict` what every cell of a grid of learning 
 norms ends with, and :func:`advise` picks one. :func:`allocate_clip_norms` shares out a sensitivity
 over the groups of layerwise clipping. :func:`ntkdp.comparison.agreement` and :func:`regret`
 compare that with runs of the same cells.
+norms ends with, and :func:`advise` picks one. :func:`ntkdp.comparison.agreement` and :func:`regret`
+compare that with runs of the same cells. :func:`decompose` says what limits a step: curvature, the
+noise of sampling, or that of privacy.
 
 .. warning::
    Looking at private data in order to choose costs privacy, and nothing here adds noise for it.
@@ -22,6 +25,7 @@ compare that with runs of the same cells.
 
 from ntkdp.advisor._advise import Advice, advise
 from ntkdp.advisor._allocation import Allocation, allocate_clip_norms
+from ntkdp.advisor._decompose import Decomposition, StepTerms, decompose
 from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
 from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
 from ntkdp.advisor._grid import Grid, predict
@@ -33,10 +37,13 @@ __all__ = [
     "Advice",
     "Allocation",
     "CellMetrics",
+    "Decomposition",
     "GradientNorms",
     "Grid",
+    "StepTerms",
     "advise",
     "allocate_clip_norms",
+    "decompose",
     "gradient_norms",
     "largest_stable_learning_rate",
     "pareto_front",

@@ -34,6 +34,10 @@ class KernelMatrix(eqx.Module):
     def push(self, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
         """The change of the outputs that output gradients cause, each through its own term."""
 
+    @abstractmethod
+    def pushes_at(self, point: Array, weighted: Float[Array, "R n K"]) -> Float[Array, "n K"]:
+        """How the output gradient of each sample moves the outputs of one point."""
+
     def norms_of_sum(self, a: Float[Array, "n K"]) -> Float[Array, " R"]:
         """Norms by term of the sum of all gradients, if the m points are the n samples."""
         rows = self.matrix.shape[0]
@@ -60,6 +64,11 @@ class SharedKernel(KernelMatrix):
         """The change of the outputs that output gradients cause, each through its own term."""
         return self.matrix @ weighted.reshape(-1, weighted.shape[-1])
 
+    def pushes_at(self, point: Array, weighted: Float[Array, "R n K"]) -> Float[Array, "n K"]:
+        """How the output gradient of each sample moves the outputs of one point."""
+        row = self.matrix[point].reshape(weighted.shape[:2])
+        return jnp.einsum("ri,rik->ik", row, weighted)
+
     def terms(self) -> Float[Array, "R n n"]:
         """Terms ``(R, n, n)``, if the m points are the n samples."""
         n = self.matrix.shape[0]
@@ -80,6 +89,11 @@ class BlockKernel(KernelMatrix):
     def push(self, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
         """The change of the outputs that output gradients cause, each through its own term."""
         return (self.matrix @ weighted.reshape(-1)).reshape(-1, self.n_outputs)
+
+    def pushes_at(self, point: Array, weighted: Float[Array, "R n K"]) -> Float[Array, "n K"]:
+        """How the output gradient of each sample moves the outputs of one point."""
+        rows = self.matrix.reshape(-1, self.n_outputs, *weighted.shape)[point]
+        return jnp.einsum("kril,ril->ik", rows, weighted)
 
     def terms(self) -> Float[Array, "R n n K K"]:
         """Terms ``(R, n, n, K, K)``, if the m points are the n samples."""

@@ -50,6 +50,29 @@ def covariance_of_weights(
     )
     if noise_kernel is not None:
         return _weighted(_given_terms(flow, noise_kernel), stds**2)
+    _require_no_other_points(flow)
+    return _weighted_of_flow(flow, stds**2)
+
+
+def noise_variances(
+    flow: KernelFlow,
+    noise_multiplier: NoiseMultiplier,
+    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    per_group: bool,
+) -> Float[Array, "N ..."]:
+    """Covariance of the outputs' noise at each point with itself, ``(N,)`` or ``(N, K, K)``."""
+    sigma = privacy.as_noise_multiplier(noise_multiplier, steps=None)
+    weights = deviations(flow.clipping, sigma, flow.n_terms, per_group) ** 2
+    if noise_kernel is None:
+        _require_no_other_points(flow)
+        diagonal = flow.diagonal
+    else:
+        diagonal = devices.diagonal(flow.mesh, _given_terms(flow, noise_kernel))
+    return jnp.tensordot(weights.astype(diagonal.dtype), diagonal, axes=1)
+
+
+def _require_no_other_points(flow: KernelFlow) -> None:
+    """Raise if noise moves points of which no kernel with each other is given."""
     if flow.test_drive is not None:
         raise ValueError(
             "noise_kernel must be the kernel of train and test points with each other, since "
@@ -58,7 +81,6 @@ def covariance_of_weights(
             else "noise_kernel must be the kernel of train, public and test points with each "
             "other, since noise moves public samples too, got None"
         )
-    return _weighted_of_flow(flow, stds**2)
 
 
 def bytes_of_noise(flow: KernelFlow) -> int:

@@ -1,4 +1,4 @@
-"""Claims C1-C21 hold, and fail where the library is made wrong."""
+"""Claims C1-C21 and C43 hold, and fail where the library is made wrong."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +12,7 @@ from helpers import often_or_slow
 from ntkdp import claims, clipping
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
+from ntkdp.advisor import _decompose
 from ntkdp.dp_sgd import _algorithm
 from ntkdp.gradient_flow import _kernel_flow, _kernel_matrix, _weight_flow
 from ntkdp.ntk import _blocks
@@ -54,6 +55,10 @@ Algorithm, KernelFlow, WeightFlow = (
 )
 
 MUTATIONS = {
+    "no noise of sampling": (
+        changed(_decompose, "_of_sampling", lambda drawn, n, spread, curvature: 0 * spread),
+        "C43",
+    ),
     "kernel terms in reverse order": (
         changed(_blocks, "assemble", lambda terms, *_: terms[::-1]),
         "C1",

@@ -111,14 +111,32 @@ class ModelConfig(Section):
 class AdaptiveConfig(Section):
     """A clipping norm that moves until a share of the samples is not clipped."""
 
-    quantile: float = Field(0.5, gt=0, le=1, description="the share that is not to be clipped")
+    quantile: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="the share that is not to be clipped; without it the clipping norm is constant",
+    )
     rate: float = Field(0.2, gt=0, description="a step multiplies R by exp(rate) at most")
     count_noise: float = Field(
         0.0, ge=0, description="deviation of the noise of the count, in samples; above 0 with noise"
     )
 
-    def make(self) -> Adaptive:
-        """The rule for the clipping norm."""
+    @model_validator(mode="after")
+    def _needs_a_quantile(self) -> "AdaptiveConfig":
+        fields = type(self).model_fields
+        others = [name for name in fields if getattr(self, name) != fields[name].default]
+        if self.quantile is None and others:
+            raise ValueError(
+                f"training.adaptive.{others[0]} must be left out without "
+                "training.adaptive.quantile, which makes the clipping norm move"
+            )
+        return self
+
+    def make(self) -> Adaptive | None:
+        """What moves the clipping norm, or None if it is constant."""
+        if self.quantile is None:
+            return None
         return Adaptive(self.quantile, self.rate, self.count_noise)
 
 
@@ -154,8 +172,8 @@ class TrainingConfig(MechanismConfig):
     mu: float | None = Field(
         None, gt=0, description="the budget as that of Gaussian differential privacy"
     )
-    adaptive: AdaptiveConfig | None = Field(
-        None, description="a clipping norm that moves, which the recursion alone predicts"
+    adaptive: AdaptiveConfig = Field(
+        AdaptiveConfig(), description="a clipping norm that moves, which the recursion predicts"
     )
     reduction: Literal["mean", "sum"] = Field("mean", description="reduction of the loss")
     n_seeds: int = Field(1, ge=1, description="repeated runs, which differ in noise and sampling")
@@ -195,17 +213,22 @@ class TrainingConfig(MechanismConfig):
 
     @model_validator(mode="after")
     def _clipping_norms_may_move(self) -> "TrainingConfig":
-        if self.adaptive is not None and self.optimizer == "adam":
+        if self.adapts and self.optimizer == "adam":
             raise ValueError(
                 "training.adaptive must be left out with training.optimizer = 'adam', since no "
                 "prediction follows both"
             )
-        if self.adaptive is not None and self.noise.kind != "independent":
+        if self.adapts and self.noise.kind != "independent":
             raise ValueError(
                 "training.noise must be independent with training.adaptive, since later steps take "
                 f"back noise in proportion to R, got kind = {self.noise.kind!r}"
             )
         return self
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the clipping norm moves."""
+        return self.adaptive.quantile is not None
 
     @property
     def noisy(self) -> bool:
@@ -227,7 +250,7 @@ class TrainingConfig(MechanismConfig):
     def has_flow(self) -> bool:
         """Whether the steps tend to a flow, with inertia or without."""
         plain = not self.nesterov and not self.weight_decay and self.average is None
-        return self.optimizer == "sgd" and plain and self.adaptive is None
+        return self.optimizer == "sgd" and plain and not self.adapts
 
     @property
     def is_random(self) -> bool:
@@ -375,7 +398,7 @@ class Config(ProblemConfig):
 
     def _not_followed(self, prediction: PredictionName) -> str:
         training = self.training
-        if training.adaptive is not None:
+        if training.adapts:
             return (
                 f"predictions must not hold {prediction!r} with training.adaptive, whose clipping "
                 "norm moves; use recursion"
@@ -389,7 +412,7 @@ class Config(ProblemConfig):
     def _follows(self, prediction: PredictionName) -> bool:
         """Whether a prediction knows the optimizer, and a clipping norm that moves."""
         training = self.training
-        if training.adaptive is not None:
+        if training.adapts:
             return prediction == "recursion"  # by an optimizer that is linear, as is checked
         if training.optimizer == "adam":
             return prediction == "response"

@@ -70,13 +70,13 @@ class Mechanism(NamedTuple):
         """The mechanism for one rule, which may have its own learning rate and steps."""
         training = config.training
         steps = case.steps or training.steps
-        adaptive = None if training.adaptive is None else training.adaptive.make()
         try:
             noise = training.as_noise(steps)
             sigma = training.sigma(steps, noise, config.data.n_train)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'training': {error}") from error
         rate = case.learning_rate_in(training)
+        adaptive = training.adaptive.make()
         return cls(rate, steps, sigma, training.as_batches, noise, adaptive)
 
     def check_adaptive(self, rule: ClippingRule, n_groups: int) -> None:

@@ -694,6 +694,7 @@ def test_what_cannot_adapt_is_named() -> None:
         ({"optimizer": "adam"}, "must be left out with training.optimizer = 'adam'"),
         ({"noise": {"kind": "square_root", "n_bands": 2}}, "must be independent with training.ada"),
         ({"adaptive": {"quantile": 2.0}}, "less than or equal to 1"),
+        ({"adaptive": {"rate": 0.1}}, "adaptive.rate must be left out without"),
     ):
         with pytest.raises(experiment.ConfigError, match=message):
             adapting(**changes)

@@ -62,6 +62,15 @@ class Loss(eqx.Module):
         gradient: Array = jax.grad(lambda f: jnp.sum(self(f, targets)))(outputs)
         return gradient
 
+    def output_hessian(self, outputs: Float[Array, "n K"], targets: Array) -> Float[Array, "n K K"]:
+        r""":math:`\partial^2 \ell_i / \partial f_i^2`, shape ``(n, K, K)``, by autodiff."""
+
+        def gradient(f: Array, y: Array) -> Array:
+            return self.output_gradient(f[None], y[None])[0]
+
+        hessian: Array = jax.vmap(jax.jacfwd(gradient))(outputs, targets)
+        return hessian
+
 
 def _vector_targets(targets: ArrayLike, n_samples: int, n_outputs: int, name: str) -> Array:
     """Real targets of shape ``(n, K)``; ``(n,)`` is read as ``(n, 1)`` when K is 1."""

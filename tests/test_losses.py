@@ -318,3 +318,13 @@ def test_what_counts_as_a_loss() -> None:
     assert isinstance(losses.as_loss(lambda f, y: jnp.sum(f)), losses.Custom)
     with pytest.raises(TypeError, match=r"loss must be one of ntkdp.losses, .* got <class"):
         losses.as_loss(losses.SquaredError)  # type: ignore[arg-type]
+
+
+def test_second_derivatives_have_closed_forms() -> None:
+    outputs = jax.random.normal(jax.random.key(0), (3, 4))
+    p = np.asarray(jax.nn.softmax(outputs))
+    softmax = losses.SoftmaxCrossEntropy().output_hessian(outputs, jnp.array([0, 3, 1]))
+    expected = p[:, :, None] * np.eye(4) - p[:, :, None] * p[:, None]
+    np.testing.assert_allclose(softmax, expected, rtol=1e-12, atol=1e-15)
+    squared = losses.SquaredError().output_hessian(outputs, jnp.zeros((3, 4)))
+    np.testing.assert_array_equal(squared, np.tile(np.eye(4), (3, 1, 1)))

@@ -93,8 +93,8 @@ def allocate_clip_norms(
     are in proportion to what each group does to the loss, however many weights it has. Derivatives
     by the norms are exact, in forward mode: a step of the search takes the time of m + 1
     predictions. It finds a local minimum, without norms below a thousandth of S. With few keys it
-    fits their noise too, and no gain is surer than the prediction: where a frozen kernel is off by
-    more, real runs need not follow.
+    fits their noise too. The gain is only as reliable as the prediction: if the frozen kernel errs
+    by more than the gain, real runs may not show it.
 
     Examples
     --------

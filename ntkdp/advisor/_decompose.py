@@ -12,20 +12,20 @@ from ntkdp._backend.types import Array, ArrayLike, ScalarLike
 from ntkdp.batches import Batches, FixedSize, Full, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import KernelFlow, KernelMatrix, check_kernel_flow
-from ntkdp.losses import Loss, Reduction
+from ntkdp.losses import Reduction
 from ntkdp.ntk import LayerwiseKernel
-from ntkdp.stochastic_flow import noise_variances
+from ntkdp.stochastic_flow import Sampling, noise_variances
 
 
 @final
 class StepTerms(eqx.Module):
-    r"""Parts of the expected change of a loss in one step; a pytree.
+    r"""Parts of the expected change of the loss in one step; a pytree.
 
     .. math:: E\, L^+ - L = -\eta\, \text{descent}
         + \frac{\eta^2}{2} (\text{curvature} + \text{sampling} + \text{privacy})
 
-    Each part is an array, at first of the own losses of the samples: :meth:`total` and
-    :meth:`by_group` gather them.
+    Each part is an array whose last axis are the samples, each with its own loss. :meth:`total`
+    and :meth:`by_group` gather them.
 
     Made by :func:`decompose`, with an example.
     """
@@ -37,13 +37,13 @@ class StepTerms(eqx.Module):
     reduction: Reduction = eqx.field(static=True)
 
     def total(self) -> "StepTerms":
-        """Those of the loss of all samples, their mean or, with ``reduction="sum"``, their sum."""
+        """Parts for all samples: the mean, or the sum if the flow sums its losses."""
         gather = jnp.mean if self.reduction == "mean" else jnp.sum
         gathered: StepTerms = jax.tree.map(lambda part: gather(part, axis=-1), self)
         return gathered
 
     def by_group(self, labels: ArrayLike) -> "StepTerms":
-        """Those of the mean loss of each subgroup.
+        """Parts for the mean loss of each subgroup.
 
         ``labels`` ``(n,)`` says which group a sample is in; the last axis of the result are the
         groups in the order of their sorted labels.
@@ -142,8 +142,8 @@ def decompose(
     Raises
     ------
     TypeError, ValueError
-        As for :func:`ntkdp.stochastic_flow.ensemble`; if batches take turns, whose next part is not
-        random; or if the kernel is shared among devices.
+        As for :func:`ntkdp.stochastic_flow.ensemble`. Also if batches are cyclic or shuffled, since
+        their next batch depends on those before, or if the kernel is shared among devices.
 
     Notes
     -----
@@ -153,9 +153,9 @@ def decompose(
     decomposition of Bu, Zhang, Dai and Wang 2402.18752 in kernel form, *derived* (claim C43). Of
     batches of a fixed size, :math:`n/(n-1)` times the sum above is left without its mean.
 
-    Multiplied by :math:`\eta` or :math:`\eta^2/2`, the parts say what limits training: a learning
-    rate below the best one wastes descent, one above adds noise. Where sampling prevails larger
-    batches help, where privacy prevails more steps or fewer classes do not.
+    The parts say what limits training. If curvature is the largest, the learning rate is limited by
+    stability. If sampling is, larger batches help. If privacy is, more samples or a larger budget
+    help; larger batches hardly do, since the same budget asks for more noise in them.
 
     .. warning::
        It looks at the data, and nothing here is private: see :mod:`ntkdp.advisor`.
@@ -176,8 +176,8 @@ def decompose(
     drawn.check(n)
     if not isinstance(drawn, Full | Poisson | FixedSize):
         raise ValueError(
-            f"batches must be full, Poisson or of a fixed size, got {drawn!r}: what comes next is "
-            "not drawn anew at each step; take FixedSize of the same size for a first step"
+            f"batches must be full, Poisson or of a fixed size, got {drawn!r}, whose next batch "
+            "depends on those before; take FixedSize of the same size for the first step"
         )
     if flow.mesh is not None:
         raise ValueError("flow must have its kernel on one device, got one on a mesh")
@@ -214,10 +214,12 @@ def _decomposed(
     train, test = state
     n = train.shape[0]
     clipped = flow.clipped_gradients(train)
+    alone, together = Sampling.of(drawn, n)
     own, others = (None, None) if variances is None else (variances[:n], variances[n:])
 
     def of(outputs: Array, targets: Array, kernel: KernelMatrix, added: Array | None) -> StepTerms:
-        slope, bend = _derivatives(flow.loss, outputs, targets)
+        slope = flow.loss.output_gradient(outputs, targets)
+        bend = flow.loss.output_hessian(outputs, targets)
         privacy = jnp.zeros(len(outputs), outputs.dtype)
         if added is not None:
             through = "nkk,n->n" if added.ndim == 1 else "nkl,nlk->n"
@@ -228,7 +230,7 @@ def _decomposed(
             u = jnp.sum(v, axis=0)
             curvature = u @ bend[point] @ u
             spread = jnp.einsum("ik,kl,il->", v, bend[point], v)
-            return slope[point] @ u, curvature, _of_sampling(drawn, n, spread, curvature)
+            return slope[point] @ u, curvature, alone * spread - together * curvature
 
         descent, curvature, sampling = jax.lax.map(at, jnp.arange(len(outputs)))
         return StepTerms(descent, curvature, sampling, privacy, flow.reduction)
@@ -237,22 +239,3 @@ def _decomposed(
     if test is not None and flow.test_drive is not None and flow.test_targets is not None:
         of_test = of(test, flow.test_targets, flow.test_drive, others)
     return Decomposition(of(train, flow.targets, flow.drive, own), of_test)
-
-
-def _of_sampling(drawn: Batches, n: int, spread: Array, curvature: Array) -> Array:
-    q = drawn.share(n)
-    if not isinstance(drawn, FixedSize):
-        return (1 - q) / q * spread
-    # Without replacement, what all samples have in common is in every batch.
-    return (1 - q) / q * (n * spread - curvature) / max(n - 1, 1)
-
-
-def _derivatives(loss: Loss, outputs: Array, targets: Array) -> tuple[Array, Array]:
-    """First and second derivative of each sample's loss in its outputs."""
-
-    def of_sample(f: Array, y: Array) -> Array:
-        value: Array = loss(f[None], y[None])[0]
-        return value
-
-    bend = jax.vmap(jax.hessian(of_sample))(outputs, targets)
-    return loss.output_gradient(outputs, targets), bend

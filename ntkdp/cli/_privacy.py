@@ -49,7 +49,8 @@ def privacy(
     ] = None,
     n: Annotated[int | None, typer.Option(help="Training samples.", show_default=False)] = None,
     batch: Annotated[
-        int | None, typer.Option(help="(Expected) batch size; needs --n.", show_default=False)
+        int | None,
+        typer.Option(help="Batch size, expected or fixed; needs --n.", show_default=False),
     ] = None,
     sample_rate: Annotated[
         float | None,
@@ -58,8 +59,8 @@ def privacy(
     sampling: Annotated[
         Sampling,
         typer.Option(
-            help="Each sample by itself, neighbours by adding or removing one; or batches of a "
-            "fixed size, neighbours by replacing one."
+            help="poisson: each sample is drawn on its own, and neighbours differ by adding or "
+            "removing one; fixed_size: neighbours differ by replacing one."
         ),
     ] = Sampling.poisson,
     steps: Annotated[int | None, typer.Option(help="Steps of DP-SGD.", show_default=False)] = None,

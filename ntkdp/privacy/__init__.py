@@ -35,6 +35,7 @@ their accountant there. :func:`neighbours` says for which data sets a run's guar
 """
 
 from ntkdp.privacy._budget import Budget, as_noise_multiplier
+from ntkdp.privacy._budget import spent as spent
 from ntkdp.privacy._epsilon import composed_epsilon, delta, epsilon, noise_multiplier
 from ntkdp.privacy._neighbours import neighbours
 from ntkdp.privacy._report import GaussianDP, PrivacyReport, gaussian_dp, report

@@ -19,7 +19,7 @@ from ntkdp.privacy._arguments import (
     probability,
 )
 from ntkdp.privacy._central_limit import sigma_of_step
-from ntkdp.privacy._epsilon import noise_multiplier
+from ntkdp.privacy._epsilon import epsilon, noise_multiplier
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Budget:
 
     Notes
     -----
-    For the neighbours of the batches it is spent on, :func:`neighbours`. Dong, Roth, Su 1905.02383;
-    sampling: Bu, Dong, Long, Su 1911.11607; what :math:`\mu` is worth: Balle and Wang 1805.06530,
-    theorem 8,
+    The promise is for the neighbours that :func:`neighbours` names for the batches. Dong, Roth, Su
+    1905.02383; sampling: Bu, Dong, Long, Su 1911.11607; what :math:`\mu` is worth: Balle and Wang
+    1805.06530, theorem 8,
     :math:`\delta = \Phi(\mu/2 - \varepsilon/\mu) - e^\varepsilon \Phi(-\mu/2 - \varepsilon/\mu)`.
 
     Examples
@@ -140,13 +140,12 @@ class Budget:
         2.62
         """
         drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
-        random = drawn.is_random and not isinstance(drawn, Shuffled)
-        if random and not isinstance(added, Independent):
+        if not _has_accountant(drawn, added):
             raise ValueError(
                 f"there is no accountant of {drawn!r} with {type(added).__name__} noise; take "
                 "independent noise, or full, cyclic or shuffled batches"
             )
-        if isinstance(drawn, Cyclic | Shuffled) or not isinstance(added, Independent):
+        if _is_one_mechanism(drawn, added):
             assert self.mu is not None
             return added.sensitivity(drawn, validate.count(steps=steps)) / self.mu
         return self._of_independent_noise(*_drawing(drawn, n_samples), steps)
@@ -165,6 +164,35 @@ class Budget:
                 f"exceed {_bounds.LARGEST_SIGMA:g}; allow a larger mu, or train for fewer steps"
             )
         return sigma_of_step(step_mu, of_one) / of_one.sigma
+
+
+def spent(
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    *,
+    batches: Batches,
+    noise: Noise | None,
+    n_samples: int,
+) -> float:
+    """Epsilon of a run with a given noise multiplier; infinite if no accountant knows it."""
+    added = resolve_noise(noise)
+    if not _has_accountant(batches, added):
+        return math.inf
+    if _is_one_mechanism(batches, added):
+        return epsilon(noise_multiplier / added.sensitivity(batches, steps), 1.0, 1, delta)
+    sampling, q = _drawing(batches, n_samples)
+    return epsilon(noise_multiplier, q, steps, delta, sampling=sampling)
+
+
+def _has_accountant(batches: Batches, noise: Noise) -> bool:
+    certain = not batches.is_random or isinstance(batches, Shuffled)
+    return certain or isinstance(noise, Independent)
+
+
+def _is_one_mechanism(batches: Batches, noise: Noise) -> bool:
+    """Whether steps are counted together, by the sensitivity of the noise's strategy."""
+    return isinstance(batches, Cyclic | Shuffled) or not isinstance(noise, Independent)
 
 
 def _drawing(batches: Batches, n_samples: int | None) -> tuple[Sampling, float]:

@@ -60,9 +60,9 @@ def epsilon(
     -----
     Doroshenko et al. 2207.04380 (PLD), Mironov et al. 1908.10530 (RDP). One epoch is 1/q steps.
     Batches of a fixed size: Dong, Roth, Su 1905.02383, section 4, with the Gaussian mechanism of
-    :math:`\mu = 2/\sigma`, since a sum moves by twice the sensitivity. For one step nothing less
-    holds. Of many steps it is an upper bound, in the example no more than 1.29 times too high, and
-    below that of Wang, Balle, Kasiviswanathan 1808.00087, which is 5.24 there.
+    :math:`\mu = 2/\sigma`, since a sum moves by twice the sensitivity. For one step no
+    smaller epsilon holds. For many steps it is an upper bound: in the example it is at most 1.29
+    times too high, and below the bound of Wang, Balle, Kasiviswanathan 1808.00087, which is 5.24.
 
     Examples
     --------

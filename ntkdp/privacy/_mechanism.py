@@ -18,9 +18,9 @@ class Mechanism(NamedTuple):
     If a sample is **replaced**, and batches have a fixed size, two neighbours are no easier to tell
     apart than this pair: the losses L > 0 of P against Q, the same with their signs turned, and a
     loss of 0 for the rest, which is the trade-off function :math:`\min(f_q, f_q^{-1})^{**}` of
-    Dong, Roth, Su (1905.02383, section 4). Of one step no bound is less at any epsilon: where all
-    other samples pull with one of the two as hard as they can, outputs come from Q or from P. Of
-    many steps P and Q is still a pair that occurs, so that its epsilon is a lower bound.
+    Dong, Roth, Su (1905.02383, section 4). For one step no bound can be smaller at any epsilon: if
+    all other samples pull as hard as they can with one of the two, outputs come from Q or from P.
+    For many steps P and Q still occur as a pair, so that their epsilon is a lower bound.
     """
 
     sigma: float

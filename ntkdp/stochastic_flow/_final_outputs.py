@@ -76,7 +76,7 @@ class _UnitNoise(NamedTuple):
     root: Float[Array, "N N"]
     test_given_train: Float[Array, "M N"] | None
     test_root: Float[Array, "M M"] | None
-    of_sum: float
+    of_sum: Float[Array, ""]
 
 
 def final_outputs(
@@ -169,8 +169,9 @@ def final_outputs(
     unit = None
     if noisy:
         path = mixed(linear_filter(SGD(), 1.0, steps), added.recursion(steps))
-        of_sum = float(path.added_covariance(0, steps)[0, 0]) ** 0.5
-        unit = _unit_noise(flow, noise_kernel, noise_per_group, of_sum)
+        of_sum = path.added_covariance(0, steps)[0, 0] ** 0.5
+        # An array, so that strategies of one shape share a program.
+        unit = _unit_noise(flow, noise_kernel, noise_per_group, jnp.asarray(of_sum, state.dtype))
     with _progress.listening(progress, "predicting the cells") as listener:
         final: FinalOutputs = program_memory.call(
             _final, flow, unit, (state, test), cells, keys, stepping, (drawn, added), divisor,
@@ -209,7 +210,7 @@ def _unit_noise(
     flow: KernelFlow,
     noise_kernel: ArrayLike | LayerwiseKernel | None,
     per_group: bool,
-    of_sum: float,
+    of_sum: Float[Array, ""],
 ) -> _UnitNoise:
     unit = eqx.tree_at(lambda flow: flow.clipping.R, flow, np.asarray(1.0))
     whole = noise_covariance(unit, 1.0, noise_kernel, per_group)

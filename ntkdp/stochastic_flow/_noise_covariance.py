@@ -38,11 +38,7 @@ def covariance_of_weights(
     noise_kernel: ArrayLike | LayerwiseKernel | None,
 ) -> Float[Array, "N N"]:
     """Covariance of what moves the outputs if weights move at random, with deviations by group."""
-    if flow.preconditioned:
-        raise ValueError(
-            "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
-            "function of the kernels"
-        )
+    _require_plain_steps(flow)
     memory.require(
         bytes_of_noise(flow),
         "noise of the outputs, whose covariance and its square root are matrices over all points,",
@@ -61,6 +57,7 @@ def noise_variances(
     per_group: bool,
 ) -> Float[Array, "N ..."]:
     """Covariance of the outputs' noise at each point with itself, ``(N,)`` or ``(N, K, K)``."""
+    _require_plain_steps(flow)
     sigma = privacy.as_noise_multiplier(noise_multiplier, steps=None)
     weights = deviations(flow.clipping, sigma, flow.n_terms, per_group) ** 2
     if noise_kernel is None:
@@ -69,6 +66,14 @@ def noise_variances(
     else:
         diagonal = devices.diagonal(flow.mesh, _given_terms(flow, noise_kernel))
     return jnp.tensordot(weights.astype(diagonal.dtype), diagonal, axes=1)
+
+
+def _require_plain_steps(flow: KernelFlow) -> None:
+    if flow.preconditioned:
+        raise ValueError(
+            "flow must have no preconditioned_kernel: the noise of a preconditioned step is not a "
+            "function of the kernels"
+        )
 
 
 def _require_no_other_points(flow: KernelFlow) -> None:

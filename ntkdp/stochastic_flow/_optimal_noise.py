@@ -137,12 +137,7 @@ def _products(
 
 def _root_of_second_derivative(walk: OptimizerSteps, outputs: Array) -> Float[Array, "n K K"]:
     """A root of the second derivative of each sample's loss, where it bends upwards."""
-
-    def of_sample(f: Array, y: Array) -> Array:
-        loss: Array = walk.flow.loss(f[None], y[None])[0]
-        return loss
-
-    second = jax.vmap(jax.hessian(of_sample))(outputs, walk.flow.targets)
+    second = walk.flow.loss.output_hessian(outputs, walk.flow.targets)
     squares, directions = jnp.linalg.eigh(second)
     root: Array = directions * jnp.sqrt(jnp.maximum(squares, 0.0))[:, None]
     return root

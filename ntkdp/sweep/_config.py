@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from ntkdp import privacy
 from ntkdp._backend.config_files import Section, check_as, load_as
 from ntkdp.advisor import MOVING_FROM
-from ntkdp.batches import Cyclic, FixedSize, Shuffled
 from ntkdp.experiment import (
     ConfigError,
     DataConfig,
@@ -16,7 +15,7 @@ from ntkdp.experiment import (
     ModelConfig,
     ProblemConfig,
 )
-from ntkdp.noise import Noise, resolve
+from ntkdp.noise import Noise
 from ntkdp.trajectory import MOST_STEPS
 
 _DEFAULT_EPSILON = 8.0
@@ -89,21 +88,14 @@ class SweepTrainingConfig(MechanismConfig):
         )
 
     def epsilon(self, sigma: float, n_samples: int) -> float:
-        """What all steps spend with a noise multiplier, infinite if no accountant knows it."""
-        batches, noise = self.as_batches, self.as_noise()
-        if isinstance(batches, Cyclic | Shuffled) or (noise is not None and batches.takes_all):
-            # It is certain when a sample takes part, so that the run is one Gaussian mechanism.
-            strategy = resolve(noise)
-            one = sigma / strategy.sensitivity(batches, self.steps)
-            return privacy.epsilon(one, 1.0, 1, self.delta)
-        if noise is not None:
-            return float("inf")
-        return privacy.epsilon(
+        """Epsilon of all steps with a noise multiplier, infinite if no accountant knows it."""
+        return privacy.spent(
             sigma,
-            batches.share(n_samples),
             self.steps,
             self.delta,
-            sampling="fixed_size" if isinstance(batches, FixedSize) else "poisson",
+            batches=self.as_batches,
+            noise=self.as_noise(),
+            n_samples=n_samples,
         )
 
 

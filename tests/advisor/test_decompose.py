@@ -185,5 +185,8 @@ def test_what_cannot_be_split_is_named() -> None:
         advisor.decompose(flow, outputs, batches=Cyclic(2))
     with pytest.raises(ValueError, match=r"noise_kernel must be the kernel of train and test"):
         advisor.decompose(flow, outputs, noise_multiplier=1.0)
+    plain = ntkdp.KernelFlow(np.eye(N), Y, SQUARED, FLAT, preconditioned_kernel=2 * np.eye(N))
+    with pytest.raises(ValueError, match=r"flow must have no preconditioned_kernel"):
+        advisor.decompose(plain, outputs[0], noise_multiplier=1.0)
     with pytest.raises(ValueError, match=r"labels must have shape \(6,\)"):
         advisor.decompose(flow, outputs, noise_kernel=whole).train.by_group([0, 1])

@@ -12,11 +12,11 @@ from helpers import often_or_slow
 from ntkdp import claims, clipping
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
-from ntkdp.advisor import _decompose
 from ntkdp.dp_sgd import _algorithm
 from ntkdp.gradient_flow import _kernel_flow, _kernel_matrix, _weight_flow
 from ntkdp.ntk import _blocks
 from ntkdp.spectrum import _dense
+from ntkdp.stochastic_flow import Sampling
 
 
 def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Any], None]:
@@ -56,7 +56,7 @@ Algorithm, KernelFlow, WeightFlow = (
 
 MUTATIONS = {
     "no noise of sampling": (
-        changed(_decompose, "_of_sampling", lambda drawn, n, spread, curvature: 0 * spread),
+        changed(Sampling, "of", lambda sampling, *_: Sampling(0.0, 0.0)),
         "C43",
     ),
     "kernel terms in reverse order": (

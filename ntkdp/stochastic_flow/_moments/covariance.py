@@ -26,10 +26,10 @@ class Step(NamedTuple):
 
 
 class Tied(NamedTuple):
-    r"""Of the summed gradient, what samples that keep each other out of a batch take off.
+    """How much less the summed gradient varies because samples keep each other out of a batch.
 
-    That is ``weight`` times its second moment but for what is ``spread``, with the samples' mean
-    clipped gradients.
+    It is ``weight`` times the second moment of the sum, without the part that ``spread`` holds;
+    ``mean`` are the samples' mean clipped gradients.
     """
 
     weight: float

@@ -57,7 +57,7 @@ class StepTerms(eqx.Module):
                 f"labels must have shape ({n_samples},), one for each sample, got "
                 f"{np.shape(labels)}"
             )
-        shares = jnp.asarray(np.eye(len(names))[places] / counts)
+        shares = jnp.asarray(np.eye(len(names))[places] / counts, self.descent.dtype)
         grouped: StepTerms = jax.tree.map(lambda part: part @ shares, self)
         return grouped
 
@@ -148,10 +148,11 @@ def decompose(
     Notes
     -----
     Exact for the squared loss under a frozen kernel. Other losses are expanded to second order in
-    the change of the outputs, so that the error is of third order in it. Of a network, whose kernel
-    moves during the step, it is the Gauss-Newton part. For one output without groups it is the
-    decomposition of Bu, Zhang, Dai and Wang 2402.18752 in kernel form, *derived* (claim C43). Of
-    batches of a fixed size, :math:`n/(n-1)` times the sum above is left without its mean.
+    the change of the outputs, so that the error is of third order in it. For a network, whose
+    kernel moves during the step, it is the Gauss-Newton part. For one output without groups it is
+    the decomposition of Bu, Zhang, Dai and Wang 2402.18752 in kernel form, *derived* (claim C43).
+    With batches of a fixed size the sum for sampling is over :math:`v_{ji} - u_j/n`, times
+    :math:`n/(n-1)`.
 
     The parts say what limits training. If curvature is the largest, the learning rate is limited by
     stability. If sampling is, larger batches help. If privacy is, more samples or a larger budget

@@ -29,7 +29,7 @@ from ntkdp import dp_sgd
 from ntkdp._backend import devices as _mesh
 from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
-from ntkdp._plan import MethodCost
+from ntkdp.advisor import MethodCost
 from ntkdp.dp_sgd import _seeds
 from ntkdp.gradient_flow import Flow, _solve, optimizer_steps
 from ntkdp.stochastic_flow import _noise_covariance

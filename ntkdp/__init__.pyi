@@ -24,9 +24,9 @@ from . import sweep as sweep
 from . import table_one as table_one
 from . import trajectory as trajectory
 from ._backend.precision import enable_x64 as enable_x64
-from ._plan import plan as plan
-from ._sharpness_aware import SharpnessAware as SharpnessAware
-from ._zeroth_order import ZerothOrder as ZerothOrder
+from ._estimators.sharpness_aware import SharpnessAware as SharpnessAware
+from ._estimators.zeroth_order import ZerothOrder as ZerothOrder
+from .advisor import plan as plan
 from .comparison import Comparison as Comparison
 from .comparison import compare as compare
 from .gradient_flow import HeavyBallFlow as HeavyBallFlow

@@ -12,7 +12,6 @@ from helpers import KEY, SQUARED, known, linear, normal
 
 import ntkdp
 from ntkdp import (
-    _setup,
     clipping,
     dp_sgd,
     gradient_flow,
@@ -21,6 +20,7 @@ from ntkdp import (
     stochastic_flow,
     trajectory,
 )
+from ntkdp._results import setup as setups
 from ntkdp.optimizers import SGD, Adam
 
 X, Y, W = normal(0, 6, 4), normal(1, 6, 2), normal(2, 4, 2)
@@ -357,7 +357,7 @@ def differing(predicted: Any, trained: Any) -> dict[str, str]:
     flow = ntkdp.KernelFlow(X @ X.T, Y, SQUARED, RULE)
     recursion = gradient_flow.with_steps(flow.setup(), stepping, optimizer=predicted)
     run = dp_sgd.build(linear, X, Y, SQUARED, RULE, learning_rate=0.4, optimizer=trained)
-    return _setup.differences((recursion,), (run.setup(stepping),))
+    return setups.differences((recursion,), (run.setup(stepping),))
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,8 @@ def test_inertia_and_preconditioners_know_their_optimizers() -> None:
     def against(flow: Any, trained: Any) -> dict[str, str]:
         run = dp_sgd.build(linear, X, Y, SQUARED, RULE, learning_rate=0.4, optimizer=trained)
         unit = 1.0 if flow.setup().friction is None else 0.4**-0.5
-        scaled = _setup.rescaled((run.setup(stepping),), unit)
-        return _setup.differences((flow.setup(),), scaled)
+        scaled = setups.rescaled((run.setup(stepping),), unit)
+        return setups.differences((flow.setup(),), scaled)
 
     assert against(ball, SGD(momentum=0.9)) == against(ball, SGD(0.9, nesterov=True)) == {}
     for other in (SGD(0.9, weight_decay=0.1), SGD(0.9, average=0.5), Adam()):

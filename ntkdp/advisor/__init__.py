@@ -4,8 +4,6 @@ r"""Choosing learning rate and clipping norm from a prediction, before a budget 
 the learning rate may go, :func:`predict` what every cell of a grid of learning rates and clipping
 norms ends with, and :func:`advise` picks one. :func:`allocate_clip_norms` shares out a sensitivity
 over the groups of layerwise clipping. :func:`ntkdp.comparison.agreement` and :func:`regret`
-compare that with runs of the same cells.
-norms ends with, and :func:`advise` picks one. :func:`ntkdp.comparison.agreement` and :func:`regret`
 compare that with runs of the same cells. :func:`decompose` says what limits a step: curvature, the
 noise of sampling, or that of privacy.
 
@@ -30,6 +28,8 @@ from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
 from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
 from ntkdp.advisor._grid import Grid, predict
 from ntkdp.advisor._grid import KernelChoice as KernelChoice
+from ntkdp.advisor._memory_plan import MethodCost as MethodCost
+from ntkdp.advisor._memory_plan import plan as plan
 from ntkdp.advisor._stability import largest_stable_learning_rate
 from ntkdp.comparison import CellMetrics, pareto_front, regret
 

@@ -44,7 +44,7 @@ def verify(
 
     with explained(), progress() as report:
         from ntkdp import claims
-        from ntkdp._verification import run
+        from ntkdp.cli._verification import run
 
         asked = claims.names() if whole else tuple(claims.get(name).name for name in names or ())
         verification = run.run(asked, table=whole, report=report)

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _setup
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array
+from ntkdp._results import setup as setups
 from ntkdp.comparison._comparison import QUANTITIES, SHARES, Comparison, Errors, range_of
 from ntkdp.trajectory import Trajectory, mean_over_seeds
 
@@ -94,7 +94,7 @@ def compare(
     """
     _check_trajectory("prediction", prediction)
     _check_trajectory("run", run)
-    differences = _setup.differences(prediction.setup, run.setup)
+    differences = setups.differences(prediction.setup, run.setup)
     _check_allowed(differences, allow)
     predicted_at, observed_at = _shared_times(prediction.times, run.times)
     run_times = np.asarray(run.times, np.float64)
@@ -119,7 +119,7 @@ def compare(
         test_output_errors=_error_of_each(pairs.get("test_outputs")),
         coverage=len(times) / int(np.sum(run_times > start)),
         differences=differences,
-        neglected=_setup.neglected(prediction.setup, run.setup),
+        neglected=setups.neglected(prediction.setup, run.setup),
     )
 
 
@@ -167,7 +167,7 @@ def _error_of_each(pair: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray | N
 def _check_allowed(differences: dict[str, str], allow: str | Iterable[str]) -> None:
     allowed = [allow] if isinstance(allow, str) else list(allow)
     for name in allowed:
-        validate.choice(_setup.DIFFERENCES, allow=name)
+        validate.choice(setups.DIFFERENCES, allow=name)
     refused = [name for name in differences if name not in allowed]
     if refused:
         shown = "; ".join(f"{name}: {differences[name]}" for name in refused)

@@ -23,10 +23,12 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
+from ntkdp._estimators.sharpness_aware import SharpnessAware, ahead
+from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
-from ntkdp._setup import (
+from ntkdp._results.setup import (
     Setup,
     adaptive_in_words,
     batches_in_words,
@@ -36,8 +38,6 @@ from ntkdp._setup import (
     optimizer_of,
     rates,
 )
-from ntkdp._sharpness_aware import SharpnessAware, ahead
-from ntkdp._zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import Adaptive
 from ntkdp.dp_sgd import _plain_gradients, _zeroth_order

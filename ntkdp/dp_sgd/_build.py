@@ -17,8 +17,8 @@ from ntkdp._backend.types import (
     as_constant,
     is_traced,
 )
-from ntkdp._sharpness_aware import SharpnessAware, check_sharpness_aware
-from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
+from ntkdp._estimators.sharpness_aware import SharpnessAware, check_sharpness_aware
+from ntkdp._estimators.zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive

@@ -22,8 +22,8 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
-from ntkdp._sharpness_aware import SharpnessAware
-from ntkdp._zeroth_order import ZerothOrder
+from ntkdp._estimators.sharpness_aware import SharpnessAware
+from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive, ClippingRule

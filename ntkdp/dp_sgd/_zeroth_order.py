@@ -9,7 +9,7 @@ from jax import lax
 
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, Params, PRNGKeyArray
-from ntkdp._zeroth_order import ZerothOrder
+from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp.clipping import ClippingRule
 
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _setup, comparison, dp_sgd, ntk
+from ntkdp import comparison, dp_sgd, ntk
 from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Progress
 from ntkdp._gradients import groups
+from ntkdp._results import setup as setups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
@@ -356,7 +357,7 @@ def _fields(path: Trajectory) -> Fields:
     # Outputs take much room, and have served for the margins.
     path = dataclasses.replace(path, outputs=None, test_outputs=None)
     recorded = {name: value for name, value in vars(path).items() if name != "setup"}
-    fields: dict[str, np.ndarray | str | None] = {"setup": _setup.to_json(path.setup)}
+    fields: dict[str, np.ndarray | str | None] = {"setup": setups.to_json(path.setup)}
     for name, value in recorded.items():
         fields[name] = None if value is None else np.asarray(value)
     return fields
@@ -368,4 +369,4 @@ def _trajectory(fields: Fields) -> Trajectory:
         for name, value in fields.items()
         if name != "setup"
     }
-    return Trajectory(setup=_setup.from_json(fields["setup"]), **arrays)
+    return Trajectory(setup=setups.from_json(fields["setup"]), **arrays)

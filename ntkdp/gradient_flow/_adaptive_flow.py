@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike, as_constant
-from ntkdp._setup import Setup, adaptive_in_words
+from ntkdp._results.setup import Setup, adaptive_in_words
 from ntkdp.clipping import Adaptive, check_adaptive
 from ntkdp.gradient_flow._flow import TrainingFlow, WrappedFlow
 from ntkdp.trajectory import Measurement

@@ -8,7 +8,7 @@ import equinox as eqx
 from jax.sharding import Mesh
 
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
-from ntkdp._setup import Setup, described, number, optimizer_of, rates
+from ntkdp._results.setup import Setup, described, number, optimizer_of, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
 from ntkdp.optimizers import OptimizerLike

@@ -21,7 +21,7 @@ from ntkdp._backend.types import (
     common_dtype,
     is_traced,
 )
-from ntkdp._setup import Setup
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix, kernel_matrix

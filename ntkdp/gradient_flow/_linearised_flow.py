@@ -25,7 +25,7 @@ from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample as per_sample
 from ntkdp._gradients.check_model import check_inputs, check_model
-from ntkdp._setup import Setup
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.losses import Loss, Reduction, SampleLoss

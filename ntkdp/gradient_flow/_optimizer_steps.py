@@ -18,8 +18,8 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
-from ntkdp._setup import Setup, adaptive_in_words
-from ntkdp._sharpness_aware import SharpnessAware, check_sharpness_aware
+from ntkdp._estimators.sharpness_aware import SharpnessAware, check_sharpness_aware
+from ntkdp._results.setup import Setup, adaptive_in_words
 from ntkdp.clipping import Adaptive, check_adaptive
 from ntkdp.gradient_flow._flow import LinearModelFlow, with_steps
 from ntkdp.gradient_flow._kernel_flow import KernelFlow

@@ -21,7 +21,7 @@ from ntkdp._backend.types import (
     ScalarLike,
     as_constant,
 )
-from ntkdp._sharpness_aware import SharpnessAware, ahead
+from ntkdp._estimators.sharpness_aware import SharpnessAware, ahead
 from ntkdp.clipping import Adaptive
 from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow
 from ntkdp.gradient_flow._optimizer_steps import (

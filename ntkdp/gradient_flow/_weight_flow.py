@@ -11,7 +11,7 @@ from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTre
 from ntkdp._gradients import clipped_sum
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_preconditioner
-from ntkdp._setup import Setup
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import TrainingFlow, setup_of
 from ntkdp.losses import Loss, Reduction, SampleLoss

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, PyTree, ScalarLike, as_constant
-from ntkdp._setup import Setup, number, rates
+from ntkdp._results.setup import Setup, number, rates
 from ntkdp.gradient_flow._flow import Flow, WrappedFlow
 from ntkdp.trajectory import Measurement
 

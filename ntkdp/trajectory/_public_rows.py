@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ntkdp import losses
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, ScalarLike, as_constant, is_traced
-from ntkdp._setup import number
+from ntkdp._results.setup import number
 from ntkdp.losses import Loss, Reduction
 from ntkdp.trajectory._training_set import as_samples
 

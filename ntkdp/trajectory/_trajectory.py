@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp import _setup
 from ntkdp._backend import devices, validate
 from ntkdp._backend.files import replacing
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, is_traced
-from ntkdp._setup import Setup
+from ntkdp._results import setup as setups
+from ntkdp._results.setup import Setup
 from ntkdp.trajectory._outcome import ADVICE, Outcome, message, succeeded
 from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
 from ntkdp.trajectory._training_set import Measurement
@@ -102,7 +102,7 @@ class Trajectory(eqx.Module):
             self,
             times=self.times * factor,
             start=None if self.start is None else self.start * factor,
-            setup=_setup.rescaled(self.setup, factor),
+            setup=setups.rescaled(self.setup, factor),
         )
 
     def then(self, other: "Trajectory") -> "Trajectory":
@@ -172,7 +172,7 @@ class Trajectory(eqx.Module):
             data["start"] = ((), *_storable(self.start))
         attributes = {"message": self.message}
         if self.setup:
-            attributes["setup"] = _setup.to_json(self.setup)
+            attributes["setup"] = setups.to_json(self.setup)
         return xr.Dataset(data, coordinates, attributes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -266,7 +266,7 @@ class Trajectory(eqx.Module):
         setup: tuple[Setup, ...] = ()
         if "setup" in dataset.attrs:
             try:
-                setup = _setup.from_json(dataset.attrs["setup"])
+                setup = setups.from_json(dataset.attrs["setup"])
             except ValueError as error:
                 raise ValueError(f"not a trajectory: {error}") from error
         return cls(times, steps=steps, outcome=outcome, start=start, setup=setup, **fields)

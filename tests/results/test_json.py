@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ntkdp import claims, table_one
 from ntkdp._results import plain_json
-from ntkdp._verification import run
 from ntkdp.claims import _claim
+from ntkdp.cli._verification import run
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 TREES = st.recursive(

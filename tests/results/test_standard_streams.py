@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from ntkdp import claims, cli, experiment
 from ntkdp._results import console as _console
 from ntkdp._results import standard_streams
-from ntkdp._verification import run
 from ntkdp.claims import _claim
 from ntkdp.cli import _progress_bar, _terminal
+from ntkdp.cli._verification import run
 
 ENTRY = "from ntkdp.cli import main; main()"
 #: The command with a light application, for what is not its own.

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ntkdp import claims, cli, table_one
-from ntkdp._verification import run
 from ntkdp.claims import _claim, _registry
+from ntkdp.cli._verification import run
 
 QUICK = ("C3", "C6")
 

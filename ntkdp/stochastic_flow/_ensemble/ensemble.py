@@ -20,9 +20,9 @@ from ntkdp._backend.types import (
     Progress,
     PyTree,
 )
-from ntkdp._setup import batches_in_words, noise_in_words
-from ntkdp._sharpness_aware import SharpnessAware, ahead
-from ntkdp._zeroth_order import ZerothOrder, check_zeroth_order
+from ntkdp._estimators.sharpness_aware import SharpnessAware, ahead
+from ntkdp._estimators.zeroth_order import ZerothOrder, check_zeroth_order
+from ntkdp._results.setup import batches_in_words, noise_in_words
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive

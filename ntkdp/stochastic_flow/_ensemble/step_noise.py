@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, PRNGKeyArray, PyTree, ScalarLike
-from ntkdp._sharpness_aware import SharpnessAware
+from ntkdp._estimators.sharpness_aware import SharpnessAware
 from ntkdp.batches import Batches, Drawn
 from ntkdp.clipping import ClippingRule, rescaled
 from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, LinearModelFlow

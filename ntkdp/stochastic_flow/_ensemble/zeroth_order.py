@@ -7,7 +7,7 @@ from jax import lax
 
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, ArrayLike, PRNGKeyArray, PyTree, ScalarLike
-from ntkdp._zeroth_order import ZerothOrder
+from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, LinearModelFlow

@@ -13,7 +13,7 @@ from ntkdp import optimizers, privacy
 from ntkdp._backend import memory, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
-from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp._results.setup import batches_in_words, noise_in_words
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import with_steps

@@ -10,7 +10,7 @@ from ntkdp._backend import norms, validate
 from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, PyTree, common_dtype
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs, check_model
-from ntkdp._setup import Setup
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import setup_of
 from ntkdp.losses import Loss, Reduction, SampleLoss

@@ -18,7 +18,7 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
 )
-from ntkdp._setup import batches_in_words, noise_in_words
+from ntkdp._results.setup import batches_in_words, noise_in_words
 from ntkdp.batches import Batches, Full
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import with_steps

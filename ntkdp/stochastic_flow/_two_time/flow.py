@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ntkdp import clipping as _clipping
 from ntkdp._backend import devices, memory, norms, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, PyTree, common_dtype
-from ntkdp._setup import Setup
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import setup_of
 from ntkdp.losses import Loss, Reduction

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ntkdp._backend import validate
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, Key, PRNGKeyArray, ScalarLike, as_constant
-from ntkdp._setup import number
+from ntkdp._results.setup import number
 from ntkdp.clipping import ClippingRule
 from ntkdp.noise import Independent, Noise
 

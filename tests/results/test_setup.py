@@ -12,7 +12,8 @@ import pytest
 from helpers import linear
 
 import ntkdp
-from ntkdp import _setup, clipping, compare, dp_sgd, losses, stochastic_flow
+from ntkdp import clipping, compare, dp_sgd, losses, stochastic_flow
+from ntkdp._results import setup as setups
 from ntkdp.dp_sgd import _seeds
 from ntkdp.experiment import _run
 
@@ -155,16 +156,16 @@ def test_noise_and_sampling() -> None:
 
 def test_noise_by_group_is_another_noise() -> None:
     drawn, other = (
-        _setup.Setup(
-            clipping=_setup.described(RULE),
-            loss=_setup.described(losses.SquaredError()),
+        setups.Setup(
+            clipping=setups.described(RULE),
+            loss=setups.described(losses.SquaredError()),
             reduction="mean",
             noise_multiplier=1.0,
             noise_per_group=by_group,
         )
         for by_group in (False, True)
     )
-    assert list(_setup.differences((drawn,), (other,))) == ["noise_multiplier"]
+    assert list(setups.differences((drawn,), (other,))) == ["noise_multiplier"]
 
 
 def test_phases_are_compared_one_by_one(run: Any, stepped: Any) -> None:
@@ -196,7 +197,7 @@ def test_files_and_cells_keep_it(tmp_path: Path) -> None:
     ).rescale_time(3.0)
     one = path.setup[0]
     assert one.time_scale == 3.0
-    assert dict(_setup.described(rule))["R"] == (1.0, 2.0)
+    assert dict(setups.described(rule))["R"] == (1.0, 2.0)
     path.save(tmp_path / "path.nc")
     assert ntkdp.Trajectory.load(tmp_path / "path.nc").setup == path.setup
     assert _run._trajectory(_run._fields(path)).setup == path.setup
@@ -229,9 +230,9 @@ def test_it_survives_transformations_and_costs_no_compilation() -> None:
 
 def test_numbers_agree_to_single_precision() -> None:
     single = clipping.Abadi(np.float32(0.1))
-    assert _setup._same_description(_setup.described(single), _setup.described(clipping.Abadi(0.1)))
+    assert setups._same_description(setups.described(single), setups.described(clipping.Abadi(0.1)))
     one, several = clipping.Abadi(1.0, scope="layerwise"), clipping.Abadi([1.0, 1.0], "layerwise")
-    assert _setup._same_description(_setup.described(one), _setup.described(several))
-    assert not _setup._same_description(
-        _setup.described(one), _setup.described(clipping.Abadi([1.0, 2.0], "layerwise"))
+    assert setups._same_description(setups.described(one), setups.described(several))
+    assert not setups._same_description(
+        setups.described(one), setups.described(clipping.Abadi([1.0, 2.0], "layerwise"))
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ntkdp._backend import validate
 from ntkdp._backend.norms import wide
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike, as_constant, is_traced
-from ntkdp._setup import number
+from ntkdp._results.setup import number
 
 
 @final

@@ -23,7 +23,7 @@ def page(verdicts: Sequence[Verdict], table: Table | None, seconds: float) -> st
     """One self-contained HTML page."""
     title = "The theory, verified"
     return render(
-        "_verification/page.html",
+        "cli/_verification/page.html",
         title=f"ntkdp: {title.lower()}",
         heading=title,
         summary=_summary(verdicts, table, seconds),

@@ -12,8 +12,8 @@ from ntkdp._results.console import add_row, literal, open_console, say
 from ntkdp._results.own_files import OwnFiles
 from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import provenance
-from ntkdp._verification import page as verification_page
 from ntkdp.claims import Verdict
+from ntkdp.cli._verification import page as verification_page
 from ntkdp.table_one import Table
 
 Report = Callable[[str, float], None]

@@ -1,0 +1,1 @@
+"""Where and how a step takes its gradient, if not by differentiation at the weights."""

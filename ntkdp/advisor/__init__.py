@@ -5,7 +5,8 @@ the learning rate may go, :func:`predict` what every cell of a grid of learning 
 norms ends with, and :func:`advise` picks one. :func:`allocate_clip_norms` shares out a sensitivity
 over the groups of layerwise clipping. :func:`ntkdp.comparison.agreement` and :func:`regret`
 compare that with runs of the same cells. :func:`decompose` says what limits a step: curvature, the
-noise of sampling, or that of privacy.
+noise of sampling, or that of privacy. :func:`plan_budget` chooses the number of steps, the sampling
+rate and the budget too.
 
 .. warning::
    Looking at private data in order to choose costs privacy, and nothing here adds noise for it.
@@ -23,6 +24,7 @@ noise of sampling, or that of privacy.
 
 from ntkdp.advisor._advise import Advice, advise
 from ntkdp.advisor._allocation import Allocation, allocate_clip_norms
+from ntkdp.advisor._budget_plan import BudgetPlan, PlannedCells, Recommendation
 from ntkdp.advisor._decompose import Decomposition, StepTerms, decompose
 from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
 from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
@@ -30,16 +32,20 @@ from ntkdp.advisor._grid import Grid, predict
 from ntkdp.advisor._grid import KernelChoice as KernelChoice
 from ntkdp.advisor._memory_plan import MethodCost as MethodCost
 from ntkdp.advisor._memory_plan import plan as plan
+from ntkdp.advisor._plan_budget import plan_budget
 from ntkdp.advisor._stability import largest_stable_learning_rate
 from ntkdp.comparison import CellMetrics, pareto_front, regret
 
 __all__ = [
     "Advice",
     "Allocation",
+    "BudgetPlan",
     "CellMetrics",
     "Decomposition",
     "GradientNorms",
     "Grid",
+    "PlannedCells",
+    "Recommendation",
     "StepTerms",
     "advise",
     "allocate_clip_norms",
@@ -47,6 +53,7 @@ __all__ = [
     "gradient_norms",
     "largest_stable_learning_rate",
     "pareto_front",
+    "plan_budget",
     "predict",
     "regret",
 ]

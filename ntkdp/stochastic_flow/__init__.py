@@ -37,7 +37,9 @@ with, and so does :func:`two_time_final_outputs` with kernels between times. :fu
 finds the correlated noise that adds least to the final loss.
 """
 
+from ntkdp.stochastic_flow._diagnosis import Data as Data
 from ntkdp.stochastic_flow._diagnosis import Diagnosis, diagnose
+from ntkdp.stochastic_flow._diagnosis import flow_of as flow_of
 from ntkdp.stochastic_flow._ensemble.ensemble import ensemble
 from ntkdp.stochastic_flow._ensemble.final_loss import FinalLoss as FinalLoss
 from ntkdp.stochastic_flow._ensemble.final_loss import final_loss as final_loss

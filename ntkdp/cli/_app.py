@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ntkdp._results.provenance import VERSION
-from ntkdp.cli import _compare, _privacy, _sweep, _verify
+from ntkdp.cli import _compare, _compilation_cache, _privacy, _sweep, _verify
 
 app = typer.Typer(
     name="ntkdp",
@@ -28,8 +28,18 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    compilation_cache: Annotated[
+        bool,
+        typer.Option(
+            envvar="NTKDP_COMPILATION_CACHE",
+            help="Keep compiled programs in the user's cache folder, so that the next command "
+            "starts sooner.",
+        ),
+    ] = True,
 ) -> None:
     del version
+    if compilation_cache:
+        _compilation_cache.begin()
 
 
 app.command("compare", epilog=_compare.epilog())(_compare.compare)

@@ -1,5 +1,6 @@
 """The command from its first moment, before anything heavy is imported."""
 
+import os
 import sys
 
 from ntkdp._backend import stopping
@@ -14,6 +15,9 @@ def main() -> None:
     """
     lost = standard_streams.replace()
     stopping.begin()
+    # Checks inside compiled programs call back to Python, and such programs are not kept. What they
+    # check has been checked before.
+    os.environ.setdefault("EQX_ON_ERROR", "off")
     try:
         from ntkdp.cli._app import app
 

@@ -35,6 +35,9 @@ from ntkdp.experiment._predictions import (
 from ntkdp.experiment._problem import Problem, problem_of, require_infinite_width, rules_of
 from ntkdp.trajectory import Trajectory
 
+#: Products of a weight and a number that one of the slower machines computes in a minute, forwards.
+_PRODUCTS_OF_A_MINUTE = 5e11
+
 #: Called with a description of the current task and the fraction of it that is done.
 Report: TypeAlias = Callable[[str, float], None]
 #: A trajectory as a folder can hold it: arrays by name, and the setup as JSON.
@@ -195,13 +198,20 @@ def run(
         return _run(config, problem, rules, cells, report)
 
 
-def _begin(report: Report | None, task: str) -> Progress:
-    """Tell that a task begins; its progress is told by what is returned."""
+def _begin(report: Report | None, task: str, *, is_long: bool = False) -> Progress:
+    """Tell that a task begins; the progress of a long one is told by what is returned."""
     if report is None:
-        # Programs that call back are not kept by JAX's cache on disk.
         return False
     report(task, 0.0)
-    return partial(report, task)
+    # Programs that call back are not kept by JAX's cache on disk, so short ones do not.
+    return partial(report, task) if is_long else False
+
+
+def _is_long(problem: Problem, steps: int, runs: int) -> bool:
+    """Whether so many runs take about a minute or more."""
+    weights: int = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
+    products: float = problem.x.shape[0] * weights * steps * runs
+    return products > _PRODUCTS_OF_A_MINUTE
 
 
 def _require_room(config: Config, problem: Problem) -> None:
@@ -261,7 +271,8 @@ def _measured(
     n_runs = max(training.n_seeds, training.n_predicted)
     n_recorded = -(-mechanism.steps // training.record_every) + 1
     outputs = _margins.keeps_outputs(problem, n_runs, n_recorded)
-    progress = _begin(report, f"{case.label}: training")
+    is_long = _is_long(problem, mechanism.steps, n_runs)
+    progress = _begin(report, f"{case.label}: training", is_long=is_long)
     start = time.perf_counter()
     observed = dp_sgd.run(
         problem.model.apply,
@@ -290,7 +301,7 @@ def _measured(
 
     predictions: dict[str, MeasuredPrediction] = {}
     for name in config.predictions:
-        progress = _begin(report, f"{case.label}: {LABELS[name]}")
+        progress = _begin(report, f"{case.label}: {LABELS[name]}", is_long=is_long)
         predicted, seconds = predict(
             config,
             problem,

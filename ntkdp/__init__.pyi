@@ -36,11 +36,13 @@ from .gradient_flow import ModifiedFlow as ModifiedFlow
 from .gradient_flow import WeightFlow as WeightFlow
 from .gradient_flow import recursion as recursion
 from .gradient_flow import solve as solve
+from .ntk import FeatureKernel as FeatureKernel
 from .ntk import LayerwiseKernel as LayerwiseKernel
 from .ntk import empirical_ntk as empirical_ntk
 from .ntk import infinite_ntk as infinite_ntk
 from .ntk import layerwise_infinite_ntk as layerwise_infinite_ntk
 from .ntk import layerwise_ntk as layerwise_ntk
+from .ntk import linear_ntk as linear_ntk
 from .ntk import per_sample_gradient_norms as per_sample_gradient_norms
 from .ntk import two_time_kernel as two_time_kernel
 from .stochastic_flow import diagnose as diagnose

@@ -5,18 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 from ntkdp import privacy
-from ntkdp._backend.types import ArrayLike, KeyLike, LearningRate, PyTree, ScalarLike
+from ntkdp._backend.types import KeyLike, LearningRate, PyTree, ScalarLike
 from ntkdp.batches import Batches
 from ntkdp.clipping import Global
 from ntkdp.gradient_flow import (
     KernelFlow,
+    KernelLike,
     LinearisedFlow,
     LinearModelFlow,
     OutputsAtZero,
     check_linear_model_flow,
 )
 from ntkdp.noise import Noise
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow import FinalLoss, final_loss
 
@@ -47,7 +47,7 @@ def allocate_clip_norms(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,

@@ -11,9 +11,8 @@ from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, ScalarLike
 from ntkdp.batches import Batches, FixedSize, Full, Poisson
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.gradient_flow import KernelFlow, KernelMatrix, check_kernel_flow
+from ntkdp.gradient_flow import KernelFlow, KernelLike, KernelMatrix, check_kernel_flow
 from ntkdp.losses import Reduction
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow import Sampling, noise_variances
 
 
@@ -102,7 +101,7 @@ def decompose(
     noise_multiplier: ScalarLike = 0.0,
     sample_rate: float = 1.0,
     batches: Batches | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
 ) -> Decomposition:
     r"""Split what the next private step is expected to do to the loss into four parts.
@@ -226,14 +225,11 @@ def _decomposed(
             through = "nkk,n->n" if added.ndim == 1 else "nkl,nlk->n"
             privacy = jnp.einsum(through, bend, added) / (drawn.share(n) * flow.data.divisor) ** 2
 
-        def at(point: Array) -> tuple[Array, Array, Array]:
-            v = kernel.pushes_at(point, clipped)
-            u = jnp.sum(v, axis=0)
-            curvature = u @ bend[point] @ u
-            spread = jnp.einsum("ik,kl,il->", v, bend[point], v)
-            return slope[point] @ u, curvature, alone * spread - together * curvature
-
-        descent, curvature, sampling = jax.lax.map(at, jnp.arange(len(outputs)))
+        u = kernel.push(clipped)
+        curvature = jnp.einsum("jk,jkl,jl->j", u, bend, u)
+        spread = kernel.spreads(clipped, bend)
+        sampling = alone * spread - together * curvature
+        descent = jnp.sum(slope * u, axis=1)
         return StepTerms(descent, curvature, sampling, privacy, flow.reduction)
 
     of_test = None

@@ -14,10 +14,9 @@ from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.comparison import CellMetrics, measure
-from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.gradient_flow import KernelFlow, KernelLike, check_kernel_flow
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.stochastic_flow import (
     FinalOutputs,
     TwoTimeFlow,
@@ -80,7 +79,7 @@ def predict(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     between_times: TwoTimeFlow | None = None,
     kernels: KernelChoice = "auto",

@@ -8,11 +8,10 @@ import numpy as np
 
 from ntkdp import privacy
 from ntkdp._backend import validate
-from ntkdp._backend.types import Array, ArrayLike, ScalarLike
+from ntkdp._backend.types import Array, ScalarLike
 from ntkdp.advisor._grid import Grid, Initial, predict
 from ntkdp.clipping import Abadi, NoClipping
-from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.gradient_flow import KernelFlow, KernelLike, check_kernel_flow
 
 #: Rates tried at once, in each round of the search for the largest stable one.
 _TRIED = 33
@@ -26,7 +25,7 @@ def largest_stable_learning_rate(
     clip_norm: float | None = None,
     noise_multiplier: ScalarLike | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     low: float = 1e-4,
     high: float = 1e6,
@@ -108,7 +107,7 @@ def largest_stable_learning_rate(
 
 
 def _machine_epsilon(flow: KernelFlow) -> float:
-    return float(jnp.finfo(flow.drive.matrix.dtype).eps)
+    return float(jnp.finfo(flow.drive.dtype).eps)
 
 
 def _with_one_norm(flow: KernelFlow, clip_norm: float | None) -> tuple[KernelFlow, float]:
@@ -125,7 +124,7 @@ def _with_one_norm(flow: KernelFlow, clip_norm: float | None) -> tuple[KernelFlo
         raise ValueError(
             f"clip_norm must be None with a flow that does not clip, got {clip_norm!r}"
         )
-    largest = float(jnp.finfo(flow.drive.matrix.dtype).max)
+    largest = float(jnp.finfo(flow.drive.dtype).max)
     clipping_flow = eqx.tree_at(lambda flow: flow.clipping, flow, Abadi(largest, scope=rule.scope))
     return clipping_flow, largest
 

@@ -49,7 +49,8 @@ class ModelConfig(Section):
         "returns an ntkdp.models.Model; the folder where the command is run is searched too",
     )
     widths: list[Annotated[int, Field(ge=1)]] = Field(
-        [768, 768], min_length=1, description="widths of the hidden layers, or channels of a cnn"
+        [768, 768],
+        description="widths of the hidden layers, none for a linear head; or channels of a cnn",
     )
     activation: str = Field(
         "erf",
@@ -93,11 +94,27 @@ class ModelConfig(Section):
         return self
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear head on the inputs."""
+        return self.kind == "mlp" and not self.widths
+
+    @property
     def words(self) -> str:
         """The network in a few words."""
         if self.function is not None:
             return f"the network of {self.function}"
+        if self.is_linear:
+            return "a linear head"
         return f"{self.kind} of widths {self.widths}, {self.activation}"
+
+    @model_validator(mode="after")
+    def _a_cnn_has_channels(self) -> "ModelConfig":
+        if self.kind == "cnn" and not self.widths:
+            raise ValueError(
+                "model.widths must name the channels of at least one convolution with model.kind = "
+                "'cnn', got []"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pooling_is_of_images(self) -> "ModelConfig":

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import jax
+
 from ntkdp._backend import memory, program_memory
 from ntkdp._gradients import groups
 from ntkdp.experiment._problem import Problem
@@ -36,7 +38,8 @@ def require_memory(
 ) -> None:
     """Raise unless there is room for all kernels at once, with the largest piece of work on them.
 
-    ``kinds`` names the kernels that are kept. ``whole`` means that each is a kernel of training and
+    ``kinds`` names the kernels that are kept; those of a linear head are features. ``whole`` means
+    that each is a kernel of training and
     test points with each other, and ``noisy`` that noise is drawn from it.
 
     Raises
@@ -49,6 +52,9 @@ def require_memory(
     itemsize = problem.outputs.dtype.itemsize
     n_terms = groups.resolve(problem.params).size if by_layer else 1
     kept = matrix_entries = root_entries = 0
+    if problem.model.features is not None:
+        features = jax.eval_shape(problem.model.features, problem.x)
+        kept, kinds = 2 * n_points * features.shape[1], ()
     for kind in kinds:
         block = n_outputs**2 if kind == "empirical" else 1
         driving = n_terms * block * n * n_points

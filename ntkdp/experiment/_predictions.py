@@ -16,7 +16,7 @@ from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
 from ntkdp.noise import Noise
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import FeatureKernel, LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
 #: The kernel that a prediction needs, by its name in results, or None.
@@ -49,9 +49,9 @@ class Kernel(NamedTuple):
     Made by :func:`ntkdp.experiment.kernel_of`.
     """
 
-    train: Array | LayerwiseKernel
-    test: Array | LayerwiseKernel
-    whole: Array | LayerwiseKernel | None
+    train: Array | LayerwiseKernel | FeatureKernel
+    test: Array | LayerwiseKernel | FeatureKernel
+    whole: Array | LayerwiseKernel | FeatureKernel | None
     seconds: float
 
 
@@ -97,7 +97,7 @@ def needed_kernels(config: Config) -> set[str]:
 
 def _moves(config: Config, name: str) -> bool:
     """Whether the prediction follows a kernel that noise moves, which it computes itself."""
-    return name == "infinite" and config.training.noisy
+    return name == "infinite" and config.training.noisy and not config.model.is_linear
 
 
 def noise_free(config: Config) -> list[str]:
@@ -113,8 +113,8 @@ def noise_free(config: Config) -> list[str]:
     """
     if not config.training.noisy:
         return []
-    noisy = {"recursion", "response"}
-    return [name for name in config.predictions if name not in noisy and not _moves(config, name)]
+    noisy = {"infinite", "recursion", "response"}
+    return [name for name in config.predictions if name not in noisy]
 
 
 def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
@@ -149,9 +149,17 @@ def needs_whole_kernel(config: Config, problem: Problem) -> bool:
 def compute_kernel(
     problem: Problem, kind: str, *, by_layer: bool, whole: bool, batch_size: int | None
 ) -> Kernel:
-    """A kernel of training and test points, ``whole`` or only the part that drives the outputs."""
+    """A kernel of training and test points, ``whole`` or only the part that drives the outputs.
+
+    That of a linear head is in features, from which the noise of both is drawn anyway.
+    """
     start = time.perf_counter()
     model, x, test_x, n = problem.model, problem.x, problem.test_x, len(problem.x)
+    if model.features is not None:
+        features, test_features = model.features(x), model.features(test_x)
+        factored = FeatureKernel(features), FeatureKernel(test_features, features)
+        jax.block_until_ready(factored)
+        return Kernel(*factored, None, time.perf_counter() - start)
 
     def between(x1: Array, x2: Array | None = None) -> Array | LayerwiseKernel:
         if kind == "infinite":
@@ -241,9 +249,11 @@ def predict(
         )
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
-    if name == "recursion":
-        kernel = kernels["empirical"]
-        alone = training.noisy and kernel.whole is None
+    # With noise, a kernel at infinite width comes here if it is that of a linear head.
+    if name == "recursion" or (name == "infinite" and training.noisy):
+        kernel = kernels["infinite" if name == "infinite" else "empirical"]
+        drawn_together = kernel.whole is not None or isinstance(kernel.train, FeatureKernel)
+        alone = training.noisy and not drawn_together
         flow = _kernel_flow(config, problem, kernel, rule, test=not alone)
         initial = problem.outputs if alone else initial
         steps |= {"optimizer": optimizer, "adaptive": mechanism.adaptive}

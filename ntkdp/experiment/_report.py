@@ -26,13 +26,17 @@ from ntkdp.comparison import Comparison
 from ntkdp.experiment._margins import error_of_margins
 from ntkdp.experiment._predictions import KERNEL_OF, LABELS
 from ntkdp.experiment._run import Results
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import FeatureKernel, LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
 #: Scope and rule of a case, its run, and its predictions by label.
 Panels = dict[tuple[str, str], tuple[Trajectory, dict[str, Trajectory]]]
 #: Rows of the largest matrix whose eigenvalues are drawn.
 _LARGEST_SPECTRUM = 1024
+_NEEDS_STILL_KERNEL = (
+    " A frozen kernel needs a small v(T), and features that training does not move: see "
+    "ntkdp.diagnose."
+)
 
 
 def metrics(results: Results) -> dict[str, Any]:
@@ -230,8 +234,8 @@ def _warnings(results: Results) -> list[str]:
             f"{_neighbours(results)}."
         )
         warnings.append(
-            f"Noise adds v(T) times the weights' own variance by the end: {moved}. A frozen kernel "
-            "needs a small v(T), and features that training does not move: see ntkdp.diagnose."
+            f"Noise adds v(T) times the weights' own variance by the end: {moved}."
+            + ("" if results.config.model.is_linear else _NEEDS_STILL_KERNEL)
         )
     if any(
         prediction.trajectory.test_loss is None
@@ -370,8 +374,10 @@ def _margins_of_classes(results: Results) -> Figure:
     return figure
 
 
-def _drawable(kernel: Array | LayerwiseKernel) -> Array | LayerwiseKernel:
+def _drawable(kernel: Array | LayerwiseKernel | FeatureKernel) -> Array | LayerwiseKernel:
     """The kernel on the first samples, so few that its eigenvalues take only seconds."""
+    if isinstance(kernel, FeatureKernel):
+        return FeatureKernel(kernel.rows[:_LARGEST_SPECTRUM]).written_out()
     values = kernel.values if isinstance(kernel, LayerwiseKernel) else kernel[None]
     n_outputs = values.shape[-1] if values.ndim == 5 else 1
     n_kept = max(1, _LARGEST_SPECTRUM // n_outputs)

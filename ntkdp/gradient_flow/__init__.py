@@ -16,8 +16,10 @@ from ntkdp.gradient_flow._flow import setup_of as setup_of
 from ntkdp.gradient_flow._flow import with_steps as with_steps
 from ntkdp.gradient_flow._kernel_flow import KernelFlow as KernelFlow
 from ntkdp.gradient_flow._kernel_flow import check_kernel_flow as check_kernel_flow
+from ntkdp.gradient_flow._kernel_matrix import BlockKernel as BlockKernel
+from ntkdp.gradient_flow._kernel_matrix import Features as Features
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix as KernelMatrix
-from ntkdp.gradient_flow._kernel_matrix import SharedKernel as SharedKernel
+from ntkdp.gradient_flow._kernel_terms import KernelLike as KernelLike
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow as LinearisedFlow
 from ntkdp.gradient_flow._optimizer_steps import OptimizerSteps as OptimizerSteps
 from ntkdp.gradient_flow._optimizer_steps import OutputsAtZero as OutputsAtZero

@@ -5,13 +5,11 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 
 from ntkdp import clipping as _clipping
-from ntkdp._backend import compiled, devices, memory, program_memory, validate
+from ntkdp._backend import devices, validate
 from ntkdp._backend import norms as _norms
-from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import (
     Array,
     ArrayLike,
@@ -19,14 +17,22 @@ from ntkdp._backend.types import (
     PyTree,
     ScalarLike,
     common_dtype,
-    is_traced,
 )
 from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import LinearModelFlow, setup_of
 from ntkdp.gradient_flow._kernel_matrix import KernelMatrix, kernel_matrix
+from ntkdp.gradient_flow._kernel_terms import (
+    KernelLike,
+    check_like,
+    checked_terms,
+    diagonal,
+    require_room,
+    shape_of,
+    total_of,
+    with_public,
+)
 from ntkdp.losses import Loss, Reduction, SampleLoss
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Measurement, PublicRows, TrainingSet, check_public
 
 
@@ -38,8 +44,10 @@ class KernelFlow(LinearModelFlow):
 
     Parameters
     ----------
-    kernel : array or LayerwiseKernel
-        ``(n, n, K, K)``, ``(n, n)`` meaning ``(x) I_K``, or a LayerwiseKernel of either.
+    kernel : array, LayerwiseKernel or FeatureKernel
+        ``(n, n, K, K)``, ``(n, n)`` meaning ``(x) I_K``, or a LayerwiseKernel of either. That of a
+        linear head may be a FeatureKernel, as :func:`ntkdp.linear_ntk` returns it, and then all
+        others are; it is not written out.
     targets : array
         As the loss wants them.
     loss : Loss or callable
@@ -48,17 +56,17 @@ class KernelFlow(LinearModelFlow):
         One of :mod:`ntkdp.clipping`; ``scope="layerwise"`` needs a LayerwiseKernel.
     reduction : {"mean", "sum"}
         Loss and drift are averaged over samples, or summed (the paper's form).
-    test_kernel : array or LayerwiseKernel, optional
+    test_kernel : array, LayerwiseKernel or FeatureKernel, optional
         Test points against training points, ``(m, n, ...)``, of the kernel that drives the outputs.
     test_targets : array, optional
         Needed for a test loss.
     public : PublicRows, optional
         Public samples, as for ``dp_sgd.run``. States then have three parts, in this order: outputs
         of the training samples, of the public ones, and of test points if there are any.
-    public_kernel : array or LayerwiseKernel, optional
+    public_kernel : array, LayerwiseKernel or FeatureKernel, optional
         All points, in this order, against public samples, ``(n + p + m, p, ...)``, of the kernel
         that drives the outputs.
-    preconditioned_kernel : array or LayerwiseKernel, optional
+    preconditioned_kernel : array, LayerwiseKernel or FeatureKernel, optional
         :math:`J M^{-1} J^\top` drives the outputs (DP-Adam with a frozen preconditioner); the norms
         always come from ``kernel``.
     mesh : jax.sharding.Mesh, optional
@@ -98,46 +106,46 @@ class KernelFlow(LinearModelFlow):
 
     def __init__(
         self,
-        kernel: ArrayLike | LayerwiseKernel,
+        kernel: KernelLike,
         targets: ArrayLike,
         loss: Loss | SampleLoss,
         clipping: ClippingRule,
         *,
         reduction: Reduction = "mean",
-        test_kernel: ArrayLike | LayerwiseKernel | None = None,
+        test_kernel: KernelLike | None = None,
         test_targets: ArrayLike | None = None,
         public: PublicRows | None = None,
-        public_kernel: ArrayLike | LayerwiseKernel | None = None,
-        preconditioned_kernel: ArrayLike | LayerwiseKernel | None = None,
+        public_kernel: KernelLike | None = None,
+        preconditioned_kernel: KernelLike | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         self.mesh = mesh = devices.as_mesh(mesh)
         data = TrainingSet(targets, loss, clipping, reduction, test_targets)
-        terms = _terms(kernel, clipping, "kernel", mesh)
-        n_groups, n, columns, *blocks = _shape(terms, clipping)
+        terms = checked_terms(kernel, clipping, "kernel", mesh)
+        layered = clipping.scope == "layerwise"
+        n_groups, n, columns, *blocks = shape_of(terms, layered)
         if n != columns:
             raise ValueError(f"kernel must be square in the samples, got {n} by {columns}")
         clipping.check_groups(n_groups)
         self.n_outputs = blocks[0] if blocks else data.loss.n_outputs(data.targets)
-        layered = clipping.scope == "layerwise"
-        _require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel, public_kernel)
-        self.diagonal = _diagonal(terms, layered, mesh)
+        require_room(layered, mesh, kernel, preconditioned_kernel, test_kernel, public_kernel)
+        self.diagonal = diagonal(terms, layered, mesh)
         self.operator = self.drive = kernel_matrix(terms, layered, mesh)
         self.preconditioned = preconditioned_kernel is not None
         if preconditioned_kernel is not None:
-            _check_names(kernel, preconditioned_kernel, "preconditioned_kernel")
-            driving = _terms(preconditioned_kernel, clipping, "preconditioned_kernel", mesh)
-            if driving.shape != terms.shape:
+            check_like(kernel, preconditioned_kernel, "preconditioned_kernel")
+            driving = checked_terms(preconditioned_kernel, clipping, "preconditioned_kernel", mesh)
+            if shape_of(driving, layered) != shape_of(terms, layered):
                 raise ValueError(
                     "preconditioned_kernel must have the shape of kernel, "
-                    f"{(n, columns, *blocks)}, got {_shape(driving, clipping)[1:]}"
+                    f"{(n, columns, *blocks)}, got {shape_of(driving, layered)[1:]}"
                 )
             self.drive = kernel_matrix(driving, layered, mesh)
         self.test_drive = self.public_drive = n_test = test_terms = None
         if test_kernel is not None:
-            _check_names(kernel, test_kernel, "test_kernel")
-            test_terms = _terms(test_kernel, clipping, "test_kernel", mesh)
-            test_groups, n_test, *rest = _shape(test_terms, clipping)
+            check_like(kernel, test_kernel, "test_kernel")
+            test_terms = checked_terms(test_kernel, clipping, "test_kernel", mesh)
+            test_groups, n_test, *rest = shape_of(test_terms, layered)
             if (test_groups, *rest) != (n_groups, columns, *blocks):
                 raise ValueError(
                     "test_kernel must have shape (m, n, ...) with n and the rest as in kernel, "
@@ -146,21 +154,20 @@ class KernelFlow(LinearModelFlow):
         self.public = check_public(public)
         _check_public_kernel(self.public, public_kernel, mesh)
         if self.public is not None and public_kernel is not None:
-            _check_names(kernel, public_kernel, "public_kernel")
+            check_like(kernel, public_kernel, "public_kernel")
             self.public = self.public.fit(data.loss, self.n_outputs)
             p = self.public.n_samples
-            from_public = _terms(public_kernel, clipping, "public_kernel", mesh)
+            from_public = checked_terms(public_kernel, clipping, "public_kernel", mesh)
             expected = (n_groups, n + p + (n_test or 0), p, *blocks)
-            if _shape(from_public, clipping) != expected:
+            if shape_of(from_public, layered) != expected:
                 raise ValueError(
                     "public_kernel must have shape (n + p + m, p, ...), train, public and test "
                     f"points against public ones, {expected[1:]} in {n_groups} terms, got "
-                    f"{_shape(from_public, clipping)}"
+                    f"{shape_of(from_public, layered)}"
                 )
             # Public samples move as test points do, before which they come.
-            test_terms = _with_public(from_public, test_terms, n, layered)
-            total = jnp.sum(from_public, axis=0) if layered else from_public
-            self.public_drive = kernel_matrix(total, False, mesh)
+            test_terms = with_public(from_public, test_terms, n, layered)
+            self.public_drive = kernel_matrix(total_of(from_public, layered), False, mesh)
         if test_terms is not None:
             self.test_drive = kernel_matrix(test_terms, layered, mesh)
         data = data.fit(n, n_test, self.n_outputs, test_from="a test_kernel")
@@ -191,7 +198,7 @@ class KernelFlow(LinearModelFlow):
         train, test = given if pair else (given, None)
         n, n_outputs = self.targets.shape[0], self.n_outputs
         train = _check_outputs(train, n, n_outputs, name if test is None else f"{name}[0]")
-        train = train.astype(common_dtype(train, self.drive.matrix))
+        train = train.astype(common_dtype(train, self.drive.dtype))
         if n_outputs is None:
             self.data.check_outputs(train.shape[1])
         if test is not None:
@@ -309,7 +316,10 @@ class KernelFlow(LinearModelFlow):
         return self.diagonal.shape[0]
 
     def terms(self) -> Array:
-        """Terms of the kernel, ``(R, n, n, K, K)`` or ``(R, n, n)``; with flat scope, one."""
+        """Terms of the kernel, ``(R, n, n, K, K)`` or ``(R, n, n)``; with flat scope, one.
+
+        Those of features are written out.
+        """
         return self.operator.terms()
 
     def measure(self, state: tuple[Array, Array | None], outputs: bool) -> Measurement:
@@ -345,59 +355,6 @@ def _check_outputs(outputs: ArrayLike, n: int, n_outputs: int | None, name: str)
     return finite
 
 
-def _terms(
-    kernel: ArrayLike | LayerwiseKernel, rule: ClippingRule, name: str, mesh: Mesh | None
-) -> Array:
-    """Terms as the scope needs them: layerwise with an axis of groups, flat their sum without."""
-    layered = rule.scope == "layerwise"
-    if isinstance(kernel, LayerwiseKernel):
-        values = kernel.values if layered else kernel.total
-    elif layered:
-        raise ValueError(
-            f"{name} must be a LayerwiseKernel with scope='layerwise', got an array without layer "
-            "terms; use layerwise_ntk or layerwise_infinite_ntk"
-        )
-    else:
-        values = validate.array(**{name: kernel})
-    if values.ndim - layered not in (2, 4) or 0 in values.shape:
-        raise ValueError(
-            f"{name} must have shape (m, n, K, K), or (m, n) meaning (x) I_K, not empty, "
-            f"got {values.shape[layered:]}"
-        )
-    _, rows, _, *blocks = _shape(values, rule)
-    if blocks and blocks[0] != blocks[1]:
-        raise ValueError(f"{name} must have square K x K blocks, got {tuple(blocks)}")
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        values = values.astype(jnp.result_type(float))
-    values = at_least_single(values)
-    devices.check_divides(mesh, **{name: rows})
-    finite: Array = validate.finite(**{name: devices.spread(mesh, values, axis=int(layered))})
-    return finite
-
-
-def _shape(terms: Array, rule: ClippingRule) -> tuple[int, ...]:
-    """``(R, m, n, K, K)`` or ``(R, m, n)``; flat, R = 1."""
-    return terms.shape if rule.scope == "layerwise" else (1, *terms.shape)
-
-
-def _require_room(layered: bool, mesh: Mesh | None, *kernels: object) -> None:
-    """Raise unless there is room for the kernels as matrices, besides those that are given."""
-    if is_traced(kernels):
-        return
-    needed = 0
-    for kernel in kernels:
-        n_summed = 1
-        if isinstance(kernel, LayerwiseKernel) and not layered:
-            n_summed = len(kernel.names)
-        needed += program_memory.bytes_of(kernel) // n_summed
-    memory.require(
-        devices.bytes_on_host(mesh, needed),
-        "a KernelFlow, which keeps its kernels as matrices besides the given ones,",
-        "use fewer samples, float32, a kernel (n, n) of infinite width, a mesh of devices, or "
-        "LinearisedFlow, which needs no kernel",
-    )
-
-
 def _check_public_kernel(public: object, public_kernel: object, mesh: Mesh | None) -> None:
     """Raise unless public samples come with their kernel, and on one device."""
     if (public is None) != (public_kernel is None):
@@ -409,29 +366,4 @@ def _check_public_kernel(public: object, public_kernel: object, mesh: Mesh | Non
     if public is not None and mesh is not None:
         raise ValueError(
             "mesh must be None with public samples of a KernelFlow; a LinearisedFlow takes both"
-        )
-
-
-def _with_public(from_public: Array, test_terms: Array | None, n: int, layered: bool) -> Array:
-    """Terms of public samples, then test points, against the n training samples."""
-    rows, columns = int(layered), int(layered) + 1
-    mirrored = lax.slice_in_dim(from_public, 0, n, axis=rows).swapaxes(rows, columns)
-    if mirrored.ndim == layered + 4:
-        mirrored = mirrored.swapaxes(-1, -2)
-    return mirrored if test_terms is None else jnp.concatenate([mirrored, test_terms], axis=rows)
-
-
-# Compiled, so that no copy is made but the result.
-@compiled.jit(static_argnums=(1, 2))
-def _diagonal(terms: Array, layered: bool, mesh: Mesh | None) -> Array:
-    """Blocks of the samples with themselves, ``(R, n, K, K)`` or ``(R, n)``."""
-    return devices.diagonal(mesh, terms if layered else terms[None])
-
-
-def _check_names(kernel: object, other: object, name: str) -> None:
-    if not isinstance(kernel, LayerwiseKernel) or not isinstance(other, LayerwiseKernel):
-        return
-    if kernel.names != other.names:
-        raise ValueError(
-            f"{name} must have the groups of kernel, {kernel.names}, got {other.names}"
         )

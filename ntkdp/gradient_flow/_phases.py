@@ -10,6 +10,7 @@ from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import ArrayLike, Progress, PyTree
 from ntkdp.gradient_flow._flow import Flow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
+from ntkdp.gradient_flow._kernel_terms import KernelLike
 from ntkdp.gradient_flow._optimizer_steps import (
     OptimizerSteps,
     OutputsAtZero,
@@ -23,7 +24,7 @@ from ntkdp.optimizers import Optimizer, OptimizerLike, as_optimizer, recognised
 from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, steppings
 
 #: One kernel for all phases, or one for each, as :class:`ntkdp.KernelFlow` takes them.
-KernelOfPhases: TypeAlias = ArrayLike | LayerwiseKernel | Sequence[ArrayLike | LayerwiseKernel]
+KernelOfPhases: TypeAlias = KernelLike | Sequence[KernelLike]
 
 
 def recursion_phases(

@@ -8,7 +8,7 @@ from ntkdp.models._model import Model
 from ntkdp.models._model import TwoTimeKernelFn as TwoTimeKernelFn
 from ntkdp.models._model import TwoTimeRule as TwoTimeRule
 from ntkdp.models._model import WeightLaw as WeightLaw
-from ntkdp.models._networks import cnn, mlp
+from ntkdp.models._networks import cnn, linear, mlp
 
 __all__ = [
     "Model",
@@ -17,6 +17,7 @@ __all__ = [
     "from_flax",
     "from_function",
     "from_stax",
+    "linear",
     "mlp",
     "serial",
 ]

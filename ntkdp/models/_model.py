@@ -11,6 +11,8 @@ from ntkdp._backend.types import ApplyFn, Array, Float, Outputs, Params, PRNGKey
 from ntkdp.models._stax_types import KernelFn
 
 InitFn: TypeAlias = Callable[[PRNGKeyArray, Array], Params]
+#: ``features(x) -> (n, D)``, of which the outputs of a linear model are linear functions.
+Features: TypeAlias = Callable[[Array], Array]
 #: ``layer_kernel_fn(x1, x2=None) -> {group name: (n1, n2)}``, in the order of the groups.
 LayerKernelFn: TypeAlias = Callable[..., dict[str, Array]]
 
@@ -97,6 +99,9 @@ class Model:
         the default groups of the parameters. None for a model whose layers are not known.
     two_time
         Kernels between times under noise, or None for a model whose layers are not known.
+    features
+        ``features(x) -> (n, D)``, for a model whose tangent kernel is
+        ``features(x1) features(x2)^T (x) I_K`` at all parameters: a linear head. None for others.
 
     Examples
     --------
@@ -118,6 +123,7 @@ class Model:
     kernel_fn: KernelFn | None = None
     layer_kernel_fn: LayerKernelFn | None = None
     two_time: TwoTimeRule | None = None
+    features: Features | None = None
 
 
 def checked_model(

@@ -1,7 +1,11 @@
 """Fully connected and convolutional networks, and stax networks of layers of their own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeAlias, get_args
+
+import jax.numpy as jnp
 
 from ntkdp._backend.types import Array
 from ntkdp._backend.validate import choice, count, non_negative, positive
@@ -86,7 +90,7 @@ def mlp(
     Parameters
     ----------
     widths
-        Units of each hidden layer; an empty sequence is the linear model.
+        Units of each hidden layer; an empty sequence is the linear model, see `linear`.
     n_outputs
         K, outputs of the network.
     activation
@@ -152,7 +156,71 @@ def mlp(
         )
     weights = [dense(width, **hidden) for width in widths]
     layers = _stack(weights, activation, layer_norm, residual)
-    return from_layers([*layers, dense(n_outputs, **output)], _flatten)
+    model = from_layers([*layers, dense(n_outputs, **output)], _flatten)
+    return model if widths else replace(model, features=partial(_features, output))
+
+
+def linear(
+    n_outputs: int,
+    *,
+    W_std: float = 1.0,
+    b_std: float | None = 0.1,
+    parameterization: Parameterization = "standard",
+) -> Model:
+    r"""A linear head on fixed features, :math:`f = x W + b`; inputs are flattened.
+
+    Its tangent kernel is :math:`H = \phi(x) \phi(x)^\top \otimes I_K` at all weights, so that a
+    frozen kernel predicts its training exactly. :func:`ntkdp.linear_ntk` returns it in factored
+    form. A gradient has the norm :math:`\|g_i\| = \|\phi(x_i)\| \|a_i\|`. With
+    ``parameterization="standard"`` the features are :math:`\phi(x) = (x, 1)`, with ``"ntk"``
+    :math:`(\sigma_W x / \sqrt d, \sigma_b)`.
+
+    It is `mlp` without hidden layers, in the parameterisation of most libraries.
+
+    Parameters
+    ----------
+    n_outputs
+        K, outputs of the head.
+    W_std, b_std, parameterization
+        As in `mlp`; without biases, ``b_std=None``, the features are x alone.
+
+    Returns
+    -------
+    Model
+        Its parameters are ``[(W, b)]``, or ``[(W,)]`` without biases.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `mlp`.
+
+    Notes
+    -----
+    Weights start at random. Zero is a start as good as any, since the loss is convex in them:
+    ``jax.tree.map(jnp.zeros_like, params)``.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> model = linear(10)
+    >>> x = jnp.ones((4, 8))
+    >>> params = model.init(jax.random.key(0), x)
+    >>> model.apply(params, x).shape, model.features(x).shape
+    ((4, 10), (4, 9))
+    """
+    return mlp([], n_outputs, b_std=b_std, output_W_std=W_std, parameterization=parameterization)
+
+
+def _features(scales: Scales, x: Array) -> Array:
+    """What the weights of a last layer with these scales are multiplied by."""
+    x = _flatten(x)
+    is_scaled = scales["parameterization"] == "ntk"
+    rows = x * (scales["W_std"] / x.shape[1] ** 0.5) if is_scaled else x
+    b_std = scales["b_std"]
+    if b_std is None:
+        return rows
+    bias = jnp.full_like(rows[:, :1], b_std if is_scaled else 1.0)
+    return jnp.concatenate([rows, bias], axis=1)
 
 
 def cnn(

@@ -238,10 +238,10 @@ def diagnose(
 
     Notes
     -----
-    *Derived*. The frozen kernel is trusted if v(T) is at most 0.01 and the kernel moves by at most
-    5%: noise says nothing about the features that training itself learns. Otherwise the response
-    is, if its kernels fit the memory, and if they do not, a frozen kernel shifted by the run
-    without noise. The curvature is the largest eigenvalue of
+    *Derived*. The frozen kernel is trusted for a linear head, and if v(T) is at most 0.01 and the
+    kernel moves by at most 5%: noise says nothing about the features that training itself learns.
+    Otherwise the response is, if its kernels fit the memory, and if they do not, a frozen kernel
+    shifted by the run without noise. The curvature is the largest eigenvalue of
     :math:`\sum_i C_i J_i^\top A_i J_i / n`, A the Hessian of the loss in the outputs, at seven
     times; a quadratic is stable up to 2 over it under plain steps, and up to what the eigenvalues
     of a step say under other optimizers.
@@ -419,6 +419,11 @@ def _trusted(
     if training.noise_multiplier == 0 and training.batches.takes_all:
         reason = "Without noise and sampling there is one run, which the response is exactly."
         return "response", (reason,)
+    if training.model is not None and training.model.features is not None:
+        return "frozen", (
+            "The model is linear in its weights, whose kernel neither training nor noise moves: a "
+            "frozen kernel is exact.",
+        )
     reasons = []
     if still:
         reasons.append(f"A frozen kernel never trains {', '.join(still)}.")

@@ -29,16 +29,16 @@ from ntkdp._backend.types import (
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import NoClipping
-from ntkdp.gradient_flow import KernelFlow, check_kernel_flow
+from ntkdp.gradient_flow import KernelFlow, KernelLike, check_kernel_flow
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import SGD
 from ntkdp.stochastic_flow._ensemble.step_noise import checked_divisor
 from ntkdp.stochastic_flow._linear_filter import linear_filter, mixed
 from ntkdp.stochastic_flow._matrix_root import eigh, square_root, symmetric
-from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._noise_covariance import covariance_of_weights, factor_of_features
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, points_of
+from ntkdp.stochastic_flow._weight_noise import deviations
 from ntkdp.trajectory import Stepping, check_steps
 
 #: How often progress is told.
@@ -70,11 +70,12 @@ _Carry: TypeAlias = tuple[Array, Array, Array | None, tuple[PyTree, PyTree]]
 class _UnitNoise(NamedTuple):
     """Noise for sigma and R of one: of the training outputs, and of the test outputs given it.
 
-    ``of_sum`` is the deviation of what all steps add up to, if that of a step's is one.
+    ``of_sum`` is the deviation of what all steps add up to, if that of a step's is one. With
+    features the noise is that of weights, which says all of the test outputs.
     """
 
-    root: Float[Array, "N N"]
-    test_given_train: Float[Array, "M N"] | None
+    root: Float[Array, "N columns"]
+    test_given_train: Float[Array, "M columns"] | None
     test_root: Float[Array, "M M"] | None
     of_sum: Float[Array, ""]
 
@@ -90,7 +91,7 @@ def final_outputs(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     progress: Progress = False,
     key: KeyLike | None = None,
@@ -208,13 +209,21 @@ def cells_of(
 
 def _unit_noise(
     flow: KernelFlow,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    noise_kernel: KernelLike | None,
     per_group: bool,
     of_sum: Float[Array, ""],
 ) -> _UnitNoise:
     unit = eqx.tree_at(lambda flow: flow.clipping.R, flow, np.asarray(1.0))
-    whole = noise_covariance(unit, 1.0, noise_kernel, per_group)
-    assert whole is not None
+    stds = deviations(unit.clipping, 1.0, unit.n_terms, per_group)
+    features = factor_of_features(unit, stds, noise_kernel)
+    if features is not None:
+        parts = [
+            devices.spread(flow.mesh, part)
+            for part in jnp.split(features, [flow.targets.shape[0]])
+            if len(part)
+        ]
+        return _UnitNoise(parts[0], parts[1] if len(parts) > 1 else None, None, of_sum)
+    whole = covariance_of_weights(unit, stds, noise_kernel)
     if flow.test_drive is None:
         return _UnitNoise(square_root(whole, flow.mesh), None, None, of_sum)
     train, across, test = _blocks(points_of(flow), whole)
@@ -302,10 +311,10 @@ def _final(
             return FinalOutputs(f, None)
         f_test = test - ruled.through(flow.test_drive, charges)
         if unit is not None and unit.test_given_train is not None:
-            assert unit.test_root is not None
-            own = white(jax.random.fold_in(key, stepping.steps), unit.test_given_train.shape[0])
             drawn = unit.test_given_train @ summed_noise
-            drawn = drawn + unit.of_sum * (unit.test_root @ own)
+            if unit.test_root is not None:
+                own = white(jax.random.fold_in(key, stepping.steps), len(unit.test_root))
+                drawn = drawn + unit.of_sum * (unit.test_root @ own)
             f_test = f_test + scale * drawn.reshape(f_test.shape)
         return FinalOutputs(f, f_test)
 

@@ -17,8 +17,10 @@ from ntkdp.gradient_flow import (
     optimizer_steps,
 )
 from ntkdp.noise import Correlated
+from ntkdp.ntk import FeatureKernel
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._noise_covariance import covariance_of_weights, factor_of_features
+from ntkdp.stochastic_flow._weight_noise import deviations
 from ntkdp.trajectory import Stepping
 
 
@@ -94,9 +96,14 @@ def optimal_noise(
     if flow.test_drive is not None:
         raise ValueError("flow must have no test_kernel: the loss is that of the training set")
     stepping = Stepping(learning_rate, steps, steps)
-    covariance = noise_covariance(flow, 1.0, None, per_group=False)
-    if covariance is None:
+    stds = deviations(flow.clipping, 1.0, flow.n_terms, per_group=False)
+    if not bool(jnp.any(stds > 0)):
         raise ValueError("flow must have clipping with a positive sensitivity, got 0")
+    features = factor_of_features(flow, stds, None)
+    if features is None:
+        covariance: Array | FeatureKernel = covariance_of_weights(flow, stds, None)
+    else:
+        covariance = FeatureKernel(features)
     walk = optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
     start, _ = flow.init(initial)
     keys = jax.random.split(jax.random.key(0), validate.count(n_probes=n_probes))
@@ -108,7 +115,11 @@ def optimal_noise(
 
 @eqx.filter_jit
 def _products(
-    walk: OptimizerSteps, start: Array, steps: int, covariance: Float[Array, "N N"], keys: Array
+    walk: OptimizerSteps,
+    start: Array,
+    steps: int,
+    covariance: Float[Array, "N N"] | FeatureKernel,
+    keys: Array,
 ) -> Float[Array, "T T"]:
     """What noise of two steps does to the final loss together, a mean over probes."""
 
@@ -127,7 +138,10 @@ def _products(
     def add(total: Array, key: Array) -> tuple[Array, None]:
         probe = jax.random.rademacher(key, outputs.shape, outputs.dtype)
         (moved,) = pull(jnp.einsum("nij,nj->ni", root, probe))
-        columns = moved.reshape(steps, len(covariance), -1)
+        columns = moved.reshape(steps, covariance.shape[0], -1)
+        if isinstance(covariance, FeatureKernel):
+            in_weights = jnp.einsum("ND,tNk->tDk", covariance.rows, columns)
+            return total + jnp.tensordot(in_weights, in_weights, axes=((1, 2), (1, 2))), None
         through = jnp.einsum("NM,tMk->tNk", covariance, columns)
         return total + jnp.tensordot(columns, through, axes=((1, 2), (1, 2))), None
 

@@ -11,6 +11,7 @@ from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
 from ntkdp.batches import resolve
 from ntkdp.gradient_flow import (
+    KernelLike,
     OutputsAtZero,
     Start,
     flows_of_phases,
@@ -19,14 +20,13 @@ from ntkdp.gradient_flow import (
 )
 from ntkdp.losses import Loss, Reduction
 from ntkdp.noise import Independent
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._ensemble.ensemble import draw_within_memory
 from ntkdp.stochastic_flow._ensemble.step_noise import noise_of_step
 from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
 
 #: One kernel for all phases, or one for each.
-_Kernels: TypeAlias = ArrayLike | LayerwiseKernel | Sequence[ArrayLike | LayerwiseKernel]
+_Kernels: TypeAlias = KernelLike | Sequence[KernelLike]
 
 
 def ensemble_phases(

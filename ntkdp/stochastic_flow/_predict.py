@@ -16,7 +16,7 @@ from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.models import Model
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import FeatureKernel, LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike
 from ntkdp.stochastic_flow._diagnosis import Data, Training, diagnosed, flow_of
 from ntkdp.stochastic_flow._ensemble.ensemble import ensemble
@@ -206,7 +206,7 @@ class _Frozen(NamedTuple):
 
     flow: KernelFlow | LinearisedFlow
     initial: PyTree
-    noise_kernel: Array | LayerwiseKernel | None
+    noise_kernel: Array | LayerwiseKernel | FeatureKernel | None
     at_zero: PyTree
 
     def draw(self, outputs: bool, asked: dict[str, Any]) -> Trajectory:
@@ -252,9 +252,11 @@ def _frozen(training: Training) -> _Frozen:
 
 def _with_kernel(training: Training, optimizer: Optimizer) -> _Frozen:
     flow, n = training.flow, training.flow.n_samples
-    kernel = _kernel(flow)
+    kernel = _kernel(flow, training.model)
 
-    def rows(chosen: slice) -> Array | LayerwiseKernel:
+    def rows(chosen: slice) -> Array | LayerwiseKernel | FeatureKernel:
+        if isinstance(kernel, FeatureKernel):
+            return FeatureKernel(kernel.rows[chosen], kernel.rows[:n])
         if isinstance(kernel, LayerwiseKernel):
             return LayerwiseKernel(kernel.names, kernel.values[:, chosen, :n])
         return kernel[chosen, :n]
@@ -284,8 +286,10 @@ def _with_kernel(training: Training, optimizer: Optimizer) -> _Frozen:
     return _Frozen(kernel_flow, initial, kernel if noisy else None, at_zero)
 
 
-def _kernel(flow: ResponseFlow) -> Array | LayerwiseKernel:
+def _kernel(flow: ResponseFlow, model: Model | None) -> Array | LayerwiseKernel | FeatureKernel:
     """The kernel of all points with each other, by group if groups are clipped apart."""
+    if model is not None and model.features is not None and flow.groups is None:
+        return ntk.linear_ntk(model, flow.points)
     if flow.clipping.scope == "flat":
         return ntk.empirical_ntk(flow.apply_fn, flow.params, flow.points)
     return ntk.layerwise_ntk(flow.apply_fn, flow.params, flow.points, groups=flow.groups)

@@ -119,8 +119,8 @@ def operator_of(flow: KernelFlow) -> Array:
         both = train if test is None else jnp.concatenate([train, test])
         return both / flow.data.divisor
 
-    test = None if flow.test_drive is None else flow.test_drive.matrix
-    return devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.matrix, test)
+    test = None if flow.test_drive is None else flow.test_drive.written_out()
+    return devices.over_samples(rows, flow.mesh, (0, 0), 0)(flow.drive.written_out(), test)
 
 
 def _by_output(order: np.ndarray, n_outputs: int) -> np.ndarray:

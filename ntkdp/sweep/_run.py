@@ -385,6 +385,8 @@ def _between_times(
 ) -> stochastic_flow.TwoTimeFlow | None:
     """The problem at infinite width, if there is noise and kernels may follow it."""
     is_frozen = config.kernels == "frozen" or config.prediction == "empirical"
+    # Nothing moves the kernel of a linear head.
+    is_frozen |= config.kernels == "auto" and problem.model.features is not None
     if is_frozen or plane.noise_multiplier == 0:
         return None
     return stochastic_flow.TwoTimeFlow(

@@ -290,3 +290,23 @@ def test_memory_of_a_root_falls_with_the_devices() -> None:
         )
 
     assert needed(8) < needed(1) / 5
+
+
+@pytest.mark.parametrize("n_devices", [8])
+def test_a_head_over_devices(n_devices: int) -> None:
+    """Its features are spread, and the runs are those of one device."""
+    head = ntkdp.models.linear(3)
+
+    def runs(mesh: Any) -> Any:
+        flow = ntkdp.KernelFlow(
+            ntkdp.linear_ntk(head, X), Y, LOSS, FLAT, mesh=mesh,
+            test_kernel=ntkdp.linear_ntk(head, TEST_X, X), test_targets=TEST_Y,
+        )  # fmt: skip
+        if mesh is not None:
+            assert bytes_on_first_device(flow.drive) == 2 * X.shape[0] * 5 * 8 // n_devices
+        return stochastic_flow.ensemble(
+            flow, OUTPUTS, learning_rate=0.5, steps=3, noise_multiplier=0.5, outputs=True,
+            optimizer=SGD(momentum=0.5), key=jax.random.key(0),
+        )  # fmt: skip
+
+    assert_same(runs(mesh_of(n_devices)), runs(None))

@@ -136,7 +136,7 @@ def test_the_benchmarks_configurations_are_valid(path: Path) -> None:
         ({"training": {"steps": 0}}, ["'training.steps'", "0"]),
         ({"training": {"sample_rate": 1.5}}, ["'training.sample_rate'", "1.5"]),
         ({"training": {"noise_multiplier": -1.0}}, ["'training.noise_multiplier'", "-1.0"]),
-        ({"model": {"widths": []}}, ["'model.widths'"]),
+        ({"model": {"kind": "cnn", "widths": []}}, ["model.widths", "'cnn'", "got []"]),
         ({"model": 3}, ["'model'", "3"]),
         ({"model": {"pooling": "sum"}}, ["model.pooling", "'none'", "'mlp'", "'sum'"]),
         ({"clipping": [{}, {}]}, ["same rule twice", "flat abadi R=1"]),

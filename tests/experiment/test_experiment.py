@@ -714,3 +714,32 @@ def test_a_budget_without_an_accountant_is_named() -> None:
     config = experiment.config(**SMALL | {"training": training, "predictions": ["recursion"]})
     with pytest.raises(experiment.ConfigError, match=r"'training': .*no accountant of FixedSize"):
         experiment.run(config)
+
+
+@pytest.mark.slow
+def test_a_linear_head_with_noise_is_exact_in_law() -> None:
+    """Its kernel is that of infinite width too, noise and all, and test points need no more."""
+    training = {
+        "steps": 10, "learning_rate": 1.0, "noise_multiplier": 3.0, "n_seeds": 200,
+        "n_predicted": 200, "record_every": 5,
+    }  # fmt: skip
+    config = experiment.config(
+        predictions=["infinite", "recursion"],
+        model={"widths": []},
+        data=SMALL["data"],
+        training=training,
+        clipping=[{"clip_norm": 0.2}, {"clip_norm": 0.2, "scope": "layerwise"}],
+    )
+    assert config.model.words == "a linear head"
+    assert experiment.noise_free(config) == []
+    results = experiment.run(config)
+    for case in results.cases:
+        for prediction in case.predictions.values():
+            for test in (False, True):
+                drawn, observed = (
+                    np.asarray(known(path.test_loss if test else path.loss))[:, -1]
+                    for path in (prediction.trajectory, case.run)
+                )
+                spread = np.sqrt((drawn.var(ddof=1) + observed.var(ddof=1)) / 200)
+                assert abs(drawn.mean() - observed.mean()) < 4 * spread
+    assert not any("small v(T)" in words for words in _report._warnings(results))

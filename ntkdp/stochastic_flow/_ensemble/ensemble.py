@@ -12,7 +12,6 @@ from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import (
     Array,
-    ArrayLike,
     Key,
     KeyLike,
     LearningRate,
@@ -28,6 +27,7 @@ from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive
 from ntkdp.gradient_flow import (
     KernelFlow,
+    KernelLike,
     LinearisedFlow,
     LinearModelFlow,
     OptimizerSteps,
@@ -39,7 +39,6 @@ from ntkdp.gradient_flow import (
 )
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._ensemble.step_noise import (
     Carried,
@@ -65,7 +64,7 @@ def ensemble(
     adaptive: Adaptive | None = None,
     zeroth_order: ZerothOrder | None = None,
     sharpness_aware: SharpnessAware | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,
@@ -96,7 +95,7 @@ def ensemble(
         Other batches, correlated noise, a clipping norm that moves, steps along random directions,
         and gradients taken a little way up the last noisy one, as for ``dp_sgd.run``. With noise
         and a KernelFlow the last needs ``n_params``, and noise that is independent.
-    noise_kernel : array or LayerwiseKernel, optional
+    noise_kernel : array, LayerwiseKernel or FeatureKernel, optional
         The kernel of all points with each other, train before test, ``(n + m, n + m, ...)``: needed
         with noise if the flow has a test kernel, since the same noise moves both. Public samples
         come between the two, and need it too. It must be None with a LinearisedFlow, where the
@@ -130,7 +129,8 @@ def ensemble(
     *Derived* from the step of DP-SGD; exact in law for a model that is linear in its parameters, at
     any step size. A KernelFlow draws hundreds of runs in one batched product, with the full
     covariance. It takes the memory and, once, the time of the eigenvalues of an ``(n K, n K)``
-    matrix, or ``(n, n)`` if the kernel means ``(x) I_K``. A LinearisedFlow takes, for each run, the
+    matrix, or ``(n, n)`` if the kernel means ``(x) I_K``; a FeatureKernel takes neither, since its
+    noise is drawn in the D K weights of the head. A LinearisedFlow takes, for each run, the
     memory of its weights and of a batch, and, for each step, a velocity over all samples, also with
     Poisson sampling. With the same key its run is, up to rounding, the run that ``dp_sgd.run``
     makes of the linearised model.

@@ -12,6 +12,7 @@ from ntkdp._backend.types import Array, ArrayLike, Float, Key, KeyLike, Learning
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import (
+    KernelLike,
     LinearModelFlow,
     OptimizerSteps,
     OutputsAtZero,
@@ -21,7 +22,6 @@ from ntkdp.gradient_flow import (
 )
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._ensemble.ensemble import draw
 from ntkdp.stochastic_flow._ensemble.step_noise import StepNoise, noise_of_step
@@ -88,7 +88,7 @@ def final_loss(
     sample_rate: float,
     batches: Batches | None,
     noise: Noise | None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    noise_kernel: KernelLike | None,
     noise_per_group: bool,
     optimizer: OptimizerLike | None,
     outputs_at_zero: OutputsAtZero | None,

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ntkdp._backend import devices, validate
-from ntkdp._backend.types import Array, ArrayLike, Float, PRNGKeyArray, PyTree, ScalarLike
+from ntkdp._backend.types import Array, Float, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp._estimators.sharpness_aware import SharpnessAware
 from ntkdp.batches import Batches, Drawn
 from ntkdp.clipping import ClippingRule, rescaled
-from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, LinearModelFlow
+from ntkdp.gradient_flow import KernelFlow, KernelLike, LinearisedFlow, LinearModelFlow
 from ntkdp.noise import Independent, Noise
-from ntkdp.ntk import LayerwiseKernel
-from ntkdp.stochastic_flow._matrix_root import eigh, square_root
-from ntkdp.stochastic_flow._noise_covariance import covariance_of_weights
+from ntkdp.stochastic_flow._matrix_root import eigh
+from ntkdp.stochastic_flow._noise_covariance import has_features, noise_factor
 from ntkdp.stochastic_flow._weight_noise import deviations
 
 #: Eigenvalues of a root that are below this part of the largest one are rounding errors of zero.
@@ -30,16 +29,19 @@ _Outputs: TypeAlias = tuple[Array, Array | None]
 class OutputNoise(eqx.Module):
     """Noise of the outputs, through a factor of its covariance, from that of the weights.
 
+    The factor is a square root, or the features of a head, whose weights the noise is then of.
+
     ``deviations`` are those of the weights in the sum, by group. The number of weights is known
     where the norm of their noise is asked for, and so are the directions that the factor keeps, if
     the weights are too few for all.
     """
 
-    factor: Float[Array, "N N"]
+    factor: Float[Array, "N columns"]
     divisor: ScalarLike
     deviations: Float[Array, " R"]
     n_params: int | None = eqx.field(static=True, default=None)
     kept: Float[Array, "N r"] | None = None
+    in_features: bool = eqx.field(static=True, default=False)
 
     def draw(self, mesh: Mesh | None, drift: _Outputs, key: PRNGKeyArray) -> _Outputs:
         """Draw what noise adds to the velocity of train and test outputs."""
@@ -49,12 +51,12 @@ class OutputNoise(eqx.Module):
         noise = noise.reshape(-1, n_outputs) / self.divisor
         return noise[:n], None if test is None else noise[n:]
 
-    def _unit(self, drift: _Outputs, key: PRNGKeyArray) -> Float[Array, "N columns"]:
+    def _unit(self, drift: _Outputs, key: PRNGKeyArray) -> Float[Array, "columns copies"]:
         train, test = drift
-        n_rows = self.factor.shape[0]
-        # One column, or one for each output if the outputs share the factor.
-        columns = (train.size + (0 if test is None else test.size)) // n_rows
-        return jax.random.normal(key, (n_rows, columns), train.dtype)
+        n_rows, n_columns = self.factor.shape
+        # One copy, or one for each output if the outputs share the factor.
+        copies = (train.size + (0 if test is None else test.size)) // n_rows
+        return jax.random.normal(key, (n_columns, copies), train.dtype)
 
     def square(self, drift: _Outputs, key: PRNGKeyArray) -> Array:
         """Squared norm, over all weights, of the noise that :meth:`draw` makes of a key."""
@@ -70,16 +72,19 @@ class OutputNoise(eqx.Module):
 
     def of_weights(self, n_params: int, n_copies: int, mesh: Mesh | None) -> "OutputNoise":
         """The same of so many weights, whose noise makes so many copies of that of the factor."""
-        rank, n_rows = n_params // n_copies, self.factor.shape[0]
-        if rank >= n_rows:
+        rank, (n_rows, n_columns) = n_params // n_copies, self.factor.shape
+        if rank >= n_columns:
             return replace(self, n_params=n_params)
+        too_few = ValueError(
+            "n_params must be the number of weights of the kernel, which is at least its rank, "
+            f"got {n_params:,} for a rank above {rank * n_copies:,}"
+        )
+        if self.in_features:
+            raise too_few
         roots, vectors = eigh(self.factor, mesh)
         first = n_rows - rank
         if bool(roots[first - 1] > _ROOT_OF_ZERO * roots[-1]):
-            raise ValueError(
-                "n_params must be the number of weights of the kernel, which is at least its rank, "
-                f"got {n_params:,} for a rank above {rank * n_copies:,}"
-            )
+            raise too_few
         kept = devices.everywhere(mesh, vectors[:, first:])
         return replace(self, n_params=n_params, kept=kept)
 
@@ -217,7 +222,7 @@ class StepNoise(eqx.Module):
 
 
 def checked_divisor(
-    flow: LinearModelFlow, batches: Batches, noise_kernel: ArrayLike | LayerwiseKernel | None
+    flow: LinearModelFlow, batches: Batches, noise_kernel: KernelLike | None
 ) -> float:
     """What sums over a batch are divided by, if batches and kernel of the noise fit the flow."""
     n = flow.targets.shape[0]
@@ -234,7 +239,7 @@ def noise_of_step(
     flow: LinearModelFlow,
     noise_multiplier: ScalarLike,
     batches: Batches,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    noise_kernel: KernelLike | None,
     per_group: bool,
     noise: Noise,
     *,
@@ -259,9 +264,10 @@ def noise_of_step(
         apart = per_group and norms_move
         noises = tuple(
             OutputNoise(
-                square_root(covariance_of_weights(flow, part, noise_kernel), flow.mesh),
+                noise_factor(flow, part, noise_kernel),
                 divisor,
                 part,
+                in_features=has_features(flow, noise_kernel),
             )
             for part in (jnp.diag(stds) if apart else stds[None])
         )

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ntkdp._backend.norms import wide
-from ntkdp._backend.types import Array, ArrayLike, PRNGKeyArray, PyTree, ScalarLike
+from ntkdp._backend.types import Array, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import ClippingRule
-from ntkdp.gradient_flow import KernelFlow, LinearisedFlow, LinearModelFlow
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.gradient_flow import KernelFlow, KernelLike, LinearisedFlow, LinearModelFlow
 from ntkdp.stochastic_flow._ensemble.step_noise import (
     Carried,
     OutputNoise,
@@ -19,8 +18,7 @@ from ntkdp.stochastic_flow._ensemble.step_noise import (
     WeightNoise,
     checked_divisor,
 )
-from ntkdp.stochastic_flow._matrix_root import square_root
-from ntkdp.stochastic_flow._noise_covariance import covariance_of_weights
+from ntkdp.stochastic_flow._noise_covariance import noise_factor
 from ntkdp.stochastic_flow._weight_noise import deviations
 
 
@@ -84,7 +82,7 @@ def zeroth_order_steps(
     order: ZerothOrder,
     noise_multiplier: ScalarLike,
     batches: Batches,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    noise_kernel: KernelLike | None,
 ) -> ZerothOrderSteps:
     """The randomness of steps, checked against the flow."""
     divisor = checked_divisor(flow, batches, noise_kernel)
@@ -98,6 +96,5 @@ def zeroth_order_steps(
         unit = WeightNoise(one, flow.weight_groups().leaf_to_group)
     else:
         assert isinstance(flow, KernelFlow)
-        covariance = covariance_of_weights(flow, one, noise_kernel)
-        unit = OutputNoise(square_root(covariance, flow.mesh), 1.0, one)
+        unit = OutputNoise(noise_factor(flow, one, noise_kernel), 1.0, one)
     return ZerothOrderSteps(order, unit, batches, deviation, divisor)

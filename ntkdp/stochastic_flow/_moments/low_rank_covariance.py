@@ -8,13 +8,16 @@ eigenvectors of the noise's covariance, and S evolves as the whole covariance do
 these with one another and with the leading ones are dropped. In trials with DP noise the error of
 the loss's spread was less than their share of the variance. If sampling is the only noise, which is
 far from diagonal in this basis, it was about the square root of that share. If the kernel means
-:math:`\Theta \otimes I_K` a :math:`u_k` has K coordinates, and :math:`s_k` is a block.
+:math:`\Theta \otimes I_K` a :math:`u_k` has K coordinates, and :math:`s_k` is a block. With the
+features of a head all of this is computed from the factors, and there are as many :math:`u_k` as
+features.
 
 With a mesh, the rows of the modes are spread over the devices; S and the :math:`s_k` are whole on
 each.
 """
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,8 +25,9 @@ import jax.numpy as jnp
 
 from ntkdp._backend import devices
 from ntkdp._backend.types import Array, Float
-from ntkdp.gradient_flow import KernelFlow, SharedKernel
-from ntkdp.stochastic_flow._matrix_root import eigh
+from ntkdp.gradient_flow import BlockKernel, Features, KernelFlow
+from ntkdp.ntk import FeatureKernel
+from ntkdp.stochastic_flow._matrix_root import eigh, square_root
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm, Step, Tied
 from ntkdp.stochastic_flow._moments.excess_variance import Links
 from ntkdp.stochastic_flow._sharded_points import ShardedPoints, operator_of, points_of
@@ -163,7 +167,7 @@ class LowRank(CovarianceForm):
     The covariance is a pair, ``(a i, a i)`` of the leading modes and ``(b, i, i)`` of the others.
     """
 
-    operator: Float[Array, "..."]
+    operator: Float[Array, "..."] | Features
     leading: Modes
     others: Modes
     leading_noise: Float[Array, " a"]
@@ -198,9 +202,11 @@ class LowRank(CovarianceForm):
         return over_devices(self.leading, self.others, *covariance)
 
     def drift(self, clipped: Array) -> Array:
-        def velocity(operator: Array, clipped: Array) -> Array:
-            weighted = jnp.moveaxis(clipped, 1, 0).reshape(-1, self.inner)
-            return -(operator @ weighted).reshape(-1, self.n_outputs)
+        def velocity(operator: Array | Features, clipped: Array) -> Array:
+            by_group = jnp.moveaxis(clipped, 1, 0)
+            if isinstance(operator, Features):
+                return -operator.push(by_group)
+            return -(operator @ by_group.reshape(-1, self.inner)).reshape(-1, self.n_outputs)
 
         return self.points.by_point(velocity, (0, None))(self.operator, clipped)
 
@@ -375,11 +381,54 @@ def _after_step(joint: Array, maps: Array, sampled: Array, noise: Array, step: S
     return (after + jnp.swapaxes(jnp.swapaxes(after, 0, 1), -1, -2)) / 2
 
 
-def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | None) -> LowRank:
+class _Basis(NamedTuple):
+    """What moves outputs, with its coordinates in an orthonormal basis, leading vectors first.
+
+    ``values`` are the variances of noise, or what ranks the vectors if there is none.
+    """
+
+    operator: Array | Features
+    values: Float[Array, " modes"]
+    vectors: Array
+    drive: Array
+
+
+def low_rank(
+    flow: KernelFlow, noise: Array | FeatureKernel | None, n_outputs: int, rank: int | None
+) -> LowRank:
     """The form of this rank; by default, of the rank that holds 99% of the trace, up to 500.
 
-    Without noise the basis is the eigenbasis of the kernel's square, as for sampling.
+    Without noise the basis is the eigenbasis of the kernel's square, as for sampling. Noise that is
+    that of the weights of a head comes as features.
     """
+    if isinstance(noise, FeatureKernel) or (noise is None and isinstance(flow.drive, Features)):
+        basis = _basis_of_features(flow, noise)
+    else:
+        basis = _basis(flow, noise, n_outputs)
+    operator, values, vectors, drive = basis
+    per_mode = flow.drive.columns(n_outputs)
+    if rank is None:
+        held = jnp.cumsum(values) < _SHARE * jnp.sum(values)
+        rank = min(_MOST, per_mode * (1 + int(jnp.sum(held))))
+    kept = min(-(-rank // per_mode), values.size)
+    noise_of_modes = jnp.zeros_like(values) if noise is None else values
+    first, rest = slice(0, kept), slice(kept, None)
+    kind = BlockModes if isinstance(flow.drive, BlockKernel) else SharedModes
+    leading, others = (kind(vectors[..., part], drive[..., part]) for part in (first, rest))
+    return LowRank(
+        operator=operator,
+        leading=leading,
+        others=others,
+        leading_noise=noise_of_modes[first],
+        others_noise=noise_of_modes[rest],
+        n_outputs=n_outputs,
+        inner=per_mode,
+        points=points_of(flow),
+    )
+
+
+def _basis(flow: KernelFlow, noise: Array | None, n_outputs: int) -> _Basis:
+    """The eigenbasis of the noise's covariance, over all points."""
     points, mesh = points_of(flow), flow.mesh
     operator = operator_of(flow)
     n_groups, n = flow.diagonal.shape[:2]
@@ -389,14 +438,7 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
     else:
         values, vectors = eigh(points.in_devices_order(noise), mesh)
     values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
-    per_mode = flow.drive.columns(n_outputs)
-    if rank is None:
-        held = jnp.cumsum(values) < _SHARE * jnp.sum(values)
-        rank = min(_MOST, per_mode * (1 + int(jnp.sum(held))))
-    kept = min(-(-rank // per_mode), values.size)
-
-    shared = isinstance(flow.drive, SharedKernel)
-    per_point = () if shared else (n_outputs,)
+    per_point = (n_outputs,) if isinstance(flow.drive, BlockKernel) else ()
 
     def coordinates(operator: Array, vectors: Array) -> tuple[Array, Array]:
         """A device's rows of the vectors, and its samples' columns of the operator in them."""
@@ -408,17 +450,21 @@ def low_rank(flow: KernelFlow, noise: Array | None, n_outputs: int, rank: int | 
         return vectors.reshape(-1, *per_point, values.size), drive
 
     vectors, drive = points.on_devices(coordinates, (0, 0), (0, 0))(operator, vectors)
-    noise_of_modes = jnp.zeros_like(values) if noise is None else values
-    first, rest = slice(0, kept), slice(kept, None)
-    kind = SharedModes if shared else BlockModes
-    leading, others = (kind(vectors[..., part], drive[..., part]) for part in (first, rest))
-    return LowRank(
-        operator=operator,
-        leading=leading,
-        others=others,
-        leading_noise=noise_of_modes[first],
-        others_noise=noise_of_modes[rest],
-        n_outputs=n_outputs,
-        inner=per_mode,
-        points=points,
-    )
+    return _Basis(operator, values, vectors, drive)
+
+
+def _basis_of_features(flow: KernelFlow, noise: FeatureKernel | None) -> _Basis:
+    """The same from features alone: there are no more modes than features."""
+    if flow.mesh is not None or not isinstance(flow.drive, Features):
+        raise ValueError(
+            "flow must have a FeatureKernel, on one device, for moments of a low rank in features; "
+            "use stochastic_flow.ensemble"
+        )
+    samples, rows = flow.drive.samples, flow.drive.rows
+    if isinstance(flow.test_drive, Features):
+        rows = jnp.concatenate([rows, flow.test_drive.rows])
+    operator = Features(rows / flow.data.divisor, samples)
+    factor = noise.rows if noise is not None else operator.rows @ square_root(samples.T @ samples)
+    vectors, roots, _ = jnp.linalg.svd(factor, full_matrices=False)
+    drive = samples @ (operator.rows.T @ vectors)
+    return _Basis(operator, roots**2, vectors, drive[:, None])

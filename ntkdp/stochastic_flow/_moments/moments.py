@@ -25,17 +25,23 @@ from ntkdp._backend.types import (
 from ntkdp.batches import Batches, Shuffled
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Batch, Global
-from ntkdp.gradient_flow import KernelFlow, OutputsAtZero, check_kernel_flow, optimizer_steps
+from ntkdp.gradient_flow import (
+    KernelFlow,
+    KernelLike,
+    OutputsAtZero,
+    check_kernel_flow,
+    optimizer_steps,
+)
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.ntk import LayerwiseKernel
+from ntkdp.ntk import FeatureKernel
 from ntkdp.optimizers import OptimizerLike, as_linear, size_of_state
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Statistics
 from ntkdp.stochastic_flow._moments.optimizer_steps import JointState, MomentSteps
 from ntkdp.stochastic_flow._moments.sampling import Sampling
-from ntkdp.stochastic_flow._noise_covariance import noise_covariance
+from ntkdp.stochastic_flow._noise_covariance import noise_covariance, noise_in_features
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Outcome, Stepping, message, succeeded
 
@@ -126,7 +132,7 @@ def moments(
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,
@@ -221,7 +227,7 @@ def moment_flow(
     start: ScalarLike = 0.0,
     noise_multiplier: NoiseMultiplier = 0.0,
     sample_rate: float = 1.0,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     rank: int | None = None,
     outputs: bool = False,
@@ -295,7 +301,7 @@ def fixed_privacy_flow(
     *,
     mu: NoiseMultiplier,
     start: ScalarLike = 0.0,
-    noise_kernel: ArrayLike | LayerwiseKernel | None = None,
+    noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     rank: int | None = None,
     outputs: bool = False,
@@ -372,7 +378,7 @@ def _closure(
     initial: PyTree,
     sigma: NoiseMultiplier,
     batches: Batches,
-    noise_kernel: ArrayLike | LayerwiseKernel | None,
+    noise_kernel: KernelLike | None,
     per_group: bool,
     rank: int | None,
 ) -> tuple[Closure, Array]:
@@ -388,13 +394,18 @@ def _closure(
     batches.check(n)
     divisor = batches.share(n) * flow.data.divisor
     mean = _all_points(flow.init(initial))
-    covariance = noise_covariance(flow, sigma, noise_kernel, per_group)
-    noise = None if covariance is None else covariance / divisor**2
     n_outputs = mean.shape[1]
-    if mean.size <= (_LARGEST_FULL if rank is None else rank):
-        form: CovarianceForm = full_covariance.full(flow, noise, n_outputs)
+    of_noise = (flow, sigma, noise_kernel, per_group)
+    is_full = mean.size <= (_LARGEST_FULL if rank is None else rank)
+    factor = None if is_full else noise_in_features(*of_noise)
+    covariance = noise_covariance(*of_noise) if factor is None else None
+    noise = None if covariance is None else covariance / divisor**2
+    form: CovarianceForm
+    if is_full:
+        form = full_covariance.full(flow, noise, n_outputs)
     else:
-        form = low_rank_covariance.low_rank(flow, noise, n_outputs, rank)
+        added = noise if factor is None else FeatureKernel(factor / divisor)
+        form = low_rank_covariance.low_rank(flow, added, n_outputs, rank)
     points, weights = gaussian_closure.integration_points(n_outputs)
     closure = Closure(
         flow=flow,

@@ -199,7 +199,9 @@ def network_memory(
         start = algorithm.init(params).params, None
         key = _mesh.everywhere(algorithm.mesh, jax.random.key(0))
         stepping = Stepping(0.1, 100, 1)
-        peak = compiled_bytes(_seeds.run, algorithm, start, False, key, stepping, False, None)
+        peak = compiled_bytes(
+            _seeds.run, algorithm, start, False, key, stepping, False, False, None
+        )
     elif name == "WeightFlow":
         exact = ntkdp.WeightFlow(model.apply, x, targets, LOSS, rule, mesh=mesh)
         peak = solved(exact, params)

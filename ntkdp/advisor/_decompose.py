@@ -9,6 +9,7 @@ import numpy as np
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, ArrayLike, ScalarLike
+from ntkdp._subgroups import Labels, subgroups
 from ntkdp.batches import Batches, FixedSize, Full, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import KernelFlow, KernelLike, KernelMatrix, check_kernel_flow
@@ -41,23 +42,14 @@ class StepTerms(eqx.Module):
         gathered: StepTerms = jax.tree.map(lambda part: gather(part, axis=-1), self)
         return gathered
 
-    def by_group(self, labels: ArrayLike) -> "StepTerms":
+    def by_group(self, labels: Labels) -> "StepTerms":
         """Parts for the mean loss of each subgroup.
 
         ``labels`` ``(n,)`` says which group a sample is in; the last axis of the result are the
         groups in the order of their sorted labels.
         """
-        names, places, counts = np.unique(
-            np.asarray(labels), return_inverse=True, return_counts=True
-        )
-        n_samples = self.descent.shape[-1]
-        if places.shape != (n_samples,):
-            raise ValueError(
-                f"labels must have shape ({n_samples},), one for each sample, got "
-                f"{np.shape(labels)}"
-            )
-        shares = jnp.asarray(np.eye(len(names))[places] / counts, self.descent.dtype)
-        grouped: StepTerms = jax.tree.map(lambda part: part @ shares, self)
+        groups = subgroups(labels, self.descent.shape[-1])
+        grouped: StepTerms = jax.tree.map(groups.means, self)
         return grouped
 
     def change(self, learning_rate: ScalarLike) -> Array:

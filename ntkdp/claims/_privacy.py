@@ -1,4 +1,4 @@
-"""Claims C30-C32: accounting."""
+"""Claims C30-C32 and C44: accounting."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from ntkdp import clipping, dp_sgd, losses, ntk, privacy
+from ntkdp import clipping, dp_sgd, gradient_flow, losses, ntk, privacy
 from ntkdp._backend.types import Array, ArrayLike, Params, PRNGKeyArray
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
 
 _SIGMA = 0.7
 _ENORMOUS = 1e6
+_RATE = 0.01
 _N_KEYS = 1000
 
 
@@ -285,3 +286,104 @@ def the_last_iterate_gives_away_less() -> list[Finding]:
             together / 4,
         ),
     ]
+
+
+def _two_layers(rule: clipping.ClippingRule) -> dict[str, Any]:
+    """A run of five samples: the fourth has no gradient, the last is always clipped."""
+    return {
+        "x": _weights()[1].at[3].set(0.0),
+        "targets": jnp.ones((5, 2)).at[4].set(_ENORMOUS),
+        "loss": losses.SquaredError(),
+        "clipping": rule,
+        "learning_rate": _RATE,
+        "reduction": "sum",
+        "noise_multiplier": _SIGMA,
+    }
+
+
+def _added(rule: clipping.ClippingRule, steps: int) -> np.ndarray:
+    """Mu of each sample by what it adds to the steps of a run, each made with it and without it."""
+    algorithm = dp_sgd.build(_network, gradients="vmap", **_two_layers(rule))
+
+    def step(key: PRNGKeyArray, state: dp_sgd.State, there: Array) -> dp_sgd.State:
+        # Without inputs a sample has no gradient.
+        part: dp_sgd.Algorithm = eqx.tree_at(lambda a: a.x, algorithm, algorithm.x * there[:, None])
+        after, _ = part.step(key, state)
+        return after
+
+    # All samples, and all but one.
+    there = jnp.concatenate([jnp.ones((1, 5)), 1 - jnp.eye(5)])
+    steps_of_all = jax.jit(jax.vmap(step, (None, None, 0)))
+    state, square = algorithm.init(_weights()[0]), np.zeros(5)
+    for k in range(steps):
+        after = steps_of_all(jax.random.fold_in(jax.random.key(4), k), state, there)
+        for leaf in jax.tree.leaves(after.params):
+            square += np.sum(np.square(leaf[1:] - leaf[0]), axis=(1, 2))
+        state = jax.tree.map(lambda part: part[0], after)
+    mus: np.ndarray = np.sqrt(square) / (_RATE * _SIGMA * float(rule.sensitivity(2)))
+    return mus
+
+
+@claim(
+    "C44",
+    statement=(
+        "With full batches a sample pays mu_i^2 = sum_k (C_ik |g_ik|)^2 / (sigma S)^2: all of the "
+        "promised mu if it is clipped in every step, less if not, and nothing without a gradient. "
+        "Under a frozen kernel its outputs alone say how much."
+    ),
+    assumptions="add or remove one sample; all steps are seen; full batches; independent noise",
+    source="2206.02617; form for full batches derived",
+)
+def a_sample_pays_for_what_it_adds() -> list[Finding]:
+    """Recorded mus against steps with and without each sample, and against a kernel's."""
+    steps, findings = 6, []
+    promised = privacy.gaussian_dp(_SIGMA, 1.0, steps, 1e-5).mu
+    params, x = _weights()
+    rules: dict[str, clipping.ClippingRule] = {
+        "flat": clipping.Abadi(20.0),
+        "layerwise": clipping.Abadi([5.0, 20.0], scope="layerwise"),
+    }
+    for scope, rule in rules.items():
+        run = dp_sgd.run(
+            _network,
+            params,
+            steps=steps,
+            individual=True,
+            key=jax.random.key(4),
+            **_two_layers(rule),
+        )
+        assert run.sensitivities is not None
+        mu = privacy.individual(run.sensitivities, noise_multiplier=_SIGMA).mu
+        gap = float(np.max(np.abs(mu - _added(rule, steps))))
+        findings += [
+            equal(f"mu of the clipped sample, {scope}", mu[4], promised, within=1e-12 * promised),
+            at_most(f"mu of any other sample over it, {scope}", max(mu[:4]) / promised, 0.95),
+            equal(f"mu of the sample without a gradient, {scope}", mu[3], 0.0, within=0.0),
+            equal(f"largest gap to what samples add to steps, {scope}", gap, 0.0, within=1e-6),
+        ]
+    # A linear model, whose kernel never moves: from its outputs the kernel knows the norms.
+    targets, rule = jnp.ones((5, 1)), rules["flat"]
+    run = dp_sgd.run(
+        _line,
+        jnp.zeros((4, 1)),
+        x,
+        targets,
+        losses.SquaredError(),
+        rule,
+        learning_rate=_RATE,
+        steps=steps,
+        noise_multiplier=_SIGMA,
+        individual=True,
+        outputs=True,
+        gradients="vmap",
+        key=jax.random.key(5),
+    )
+    assert run.sensitivities is not None
+    assert run.outputs is not None
+    flow = gradient_flow.KernelFlow(x @ x.T, targets, losses.SquaredError(), rule)
+    by_kernel = privacy.individual(
+        flow.sensitivities(run.outputs), noise_multiplier=_SIGMA, steps=run.steps
+    ).mu
+    by_run = privacy.individual(run.sensitivities, noise_multiplier=_SIGMA).mu
+    error = float(np.max(np.abs(by_kernel / by_run - 1)))
+    return [*findings, equal("largest relative error of a kernel's mu", error, 0, within=1e-9)]

@@ -176,6 +176,41 @@ class ClippingRule(eqx.Module):
         largest = lax.stop_gradient(jnp.max(R))
         return largest * jnp.sqrt(jnp.sum((R / largest) ** 2))
 
+    def shares(
+        self, norms: Float[Array, "R n"], noise_per_group: bool = False
+    ) -> Float[Array, " n"]:
+        r"""What each sample adds to a step, over the sensitivity: :math:`C_i \|g_i\| / S`.
+
+        ``norms`` has a row for each group, and flat clipping has one. With ``noise_per_group``,
+        noise of a group is in proportion to its own norm. A sample whose gradient is not finite
+        adds nothing.
+
+        Raises
+        ------
+        ValueError
+            If the rule does not bound what a sample adds.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> ntkdp.clipping.Abadi(2.0).shares(jnp.array([[1.0, 5.0]])).tolist()
+        [0.5, 1.0]
+        """
+        if not self.bounds_each_sample:
+            raise ValueError(
+                f"clipping must bound each sample, e.g. Abadi, got {type(self).__name__}"
+            )
+        clipped = self.by_group(norms) * norms
+        clipped = jnp.where(jnp.isfinite(clipped), clipped, 0.0)
+        n_groups = norms.shape[0]
+        scale = jnp.asarray(self.sensitivity(n_groups), clipped.dtype)
+        if noise_per_group:
+            # Equal shares of the budget, whatever the norms are.
+            of_groups = jnp.asarray(self.group_norms(n_groups), clipped.dtype)
+            scale = of_groups[:, None] * n_groups**0.5
+        shares: Array = jnp.linalg.norm(clipped / scale, axis=0)
+        return shares
+
     def group_norms(self, n_groups: int) -> np.ndarray | Array:
         """R of each group, shape ``(n_groups,)``."""
         self.check_groups(n_groups)

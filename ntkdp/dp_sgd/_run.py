@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive, ClippingRule
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.dp_sgd._build import Mechanism, Method, Problem, algorithm_of
+from ntkdp.dp_sgd._individual import check_individual
 from ntkdp.dp_sgd._seeds import Start, trained
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.noise import Independent, Noise
@@ -73,6 +75,7 @@ def run(
     outputs: bool = False,
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
+    individual: bool = False,
     microbatch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress = False,
@@ -138,6 +141,9 @@ def run(
     noise_per_group : bool
         Layerwise only: noise of group r in proportion to its own R_r,
         :math:`\sigma \sqrt{n_{groups}} R_r`, at the same privacy.
+    individual : bool
+        Record what each sample adds to the steps, for :func:`ntkdp.privacy.individual`: with full
+        batches and Poisson sampling alone. With sampling every step then looks at all samples.
     microbatch_size : int, optional
         Samples whose gradients are held at once on a device; it changes the memory, not the result.
     mesh : jax.sharding.Mesh, optional
@@ -198,7 +204,9 @@ def run(
     )
     mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
     algorithm = algorithm_of(problem, method, mechanism)
-    return _recorded([(algorithm, stepping)], params, keys, outputs, progress)
+    if validate.flag(individual=individual):
+        check_individual(algorithm)
+    return _recorded([(algorithm, stepping)], params, keys, outputs, progress, individual)
 
 
 def run_phases(
@@ -307,6 +315,7 @@ def _recorded(
     keys: Key[Array, "*seeds"],
     outputs: bool,
     progress: Progress,
+    individual: bool = False,
 ) -> Trajectory:
     """Train phase by phase, each from where the one before ended, and record it."""
     keys = devices.everywhere(phases[0][0].mesh, keys)
@@ -317,7 +326,10 @@ def _recorded(
     with _progress.listening(progress, "training with DP-SGD") as listener:
         for algorithm, stepping in phases:
             per_seed = bool(paths) and keys.ndim > 0
-            start, measured = trained(algorithm, start, per_seed, keys, stepping, outputs, listener)
+            start, measured, record = trained(
+                algorithm, start, per_seed, keys, stepping, outputs, individual, listener
+            )
             recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
-            paths.append(from_measurements(stepping.times, measured, steps=recorded, setup=setup))
+            path = from_measurements(stepping.times, measured, steps=recorded, setup=setup)
+            paths.append(replace(path, sensitivities=record))
         return functools.reduce(Trajectory.then, paths)

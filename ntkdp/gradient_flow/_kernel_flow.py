@@ -233,6 +233,33 @@ class KernelFlow(LinearModelFlow):
         factors = self.clipping.by_group(norms, total)
         return factors[0] if self.clipping.scope == "flat" else factors
 
+    def sensitivities(
+        self, outputs: Float[Array, "*states n K"], *, noise_per_group: bool = False
+    ) -> Float[Array, "*states n"]:
+        r"""What each sample adds to a step, over the sensitivity S: :math:`C_i \|g_i\| / S`.
+
+        From recorded outputs, with any leading axes, it predicts what a run costs each sample:
+        :func:`ntkdp.privacy.individual`. With ``noise_per_group`` noise is that of ``dp_sgd.run``.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> flow = ntkdp.KernelFlow(jnp.eye(2), jnp.zeros((2, 1)), ntkdp.losses.SquaredError(),
+        ...                         ntkdp.clipping.Abadi(2.0))
+        >>> flow.sensitivities(jnp.array([[[5.0], [1.0]]])).tolist()
+        [[1.0, 0.5]]
+        """
+        states = jnp.reshape(outputs, (-1, *outputs.shape[-2:]))
+
+        def of_state(train: Array) -> Array:
+            norms = _norms.through_kernel(
+                self.diagonal, self.loss.output_gradient(train, self.targets)
+            )
+            return self.clipping.shares(norms, noise_per_group)
+
+        found: Array = lax.map(of_state, states)
+        return found.reshape(outputs.shape[:-1])
+
     def through(self, kernel: KernelMatrix, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
         """The change of the outputs that clipped gradients of the training samples cause."""
         return devices.everywhere(self.mesh, kernel.push(weighted))

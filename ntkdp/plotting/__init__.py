@@ -12,6 +12,7 @@ from ntkdp.plotting._certificates import certificate
 from ntkdp.plotting._clip_norm import clipping_norm_curve
 from ntkdp.plotting._errors import comparison_grid, relative_error
 from ntkdp.plotting._heat_maps import heat_maps, trade_off
+from ntkdp.plotting._individual import individual_epsilon
 from ntkdp.plotting._save import save
 from ntkdp.plotting._spectrum import kernel_spectrum
 
@@ -22,6 +23,7 @@ __all__ = [
     "clipping_norm_curve",
     "comparison_grid",
     "heat_maps",
+    "individual_epsilon",
     "kernel_spectrum",
     "loss_curves",
     "relative_error",

@@ -32,23 +32,30 @@ sampling rate and the steps. :func:`gaussian_dp` has the central limit theorem's
 phases of training. A :class:`Budget` may stand where a run or a prediction asks for :math:`\sigma`,
 which then follows from the number of steps; cyclic and shuffled batches and correlated noise have
 their accountant there. :func:`neighbours` says for which data sets a run's guarantee holds.
+:func:`individual` says what a run, or a prediction of one, costs each sample.
 """
 
 from ntkdp.privacy._budget import Budget, as_noise_multiplier
 from ntkdp.privacy._budget import spent as spent
 from ntkdp.privacy._epsilon import composed_epsilon, delta, epsilon, noise_multiplier
+from ntkdp.privacy._individual import GroupExposure, IndividualPrivacy, individual
 from ntkdp.privacy._neighbours import neighbours
 from ntkdp.privacy._report import GaussianDP, PrivacyReport, gaussian_dp, report
+from ntkdp.privacy._sensitivities import Sensitivities
 
 __all__ = [
     "Budget",
     "GaussianDP",
+    "GroupExposure",
+    "IndividualPrivacy",
     "PrivacyReport",
+    "Sensitivities",
     "as_noise_multiplier",
     "composed_epsilon",
     "delta",
     "epsilon",
     "gaussian_dp",
+    "individual",
     "neighbours",
     "noise_multiplier",
     "report",

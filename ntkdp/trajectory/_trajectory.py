@@ -16,6 +16,7 @@ from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, is_traced
 from ntkdp._results import setup as setups
 from ntkdp._results.setup import Setup
+from ntkdp.privacy import Sensitivities
 from ntkdp.trajectory._outcome import ADVICE, Outcome, message, succeeded
 from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
 from ntkdp.trajectory._training_set import Measurement
@@ -57,6 +58,9 @@ class Trajectory(eqx.Module):
         of several until each is ``dataclasses.replace(path, setup=())``.
     clip_norm : array, optional
         ``(T, R)``, the clipping norm by group if it moves; flat clipping has one group.
+    sensitivities : privacy.Sensitivities, optional
+        What each sample has added to all steps together, if a run was asked to record it; without
+        an axis of time. Phases that follow one another have none.
 
     Examples
     --------
@@ -79,6 +83,7 @@ class Trajectory(eqx.Module):
     start: Array | None = None
     setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
     clip_norm: Array | None = None
+    sensitivities: Sensitivities | None = None
 
     @property
     def successful(self) -> bool:
@@ -170,6 +175,11 @@ class Trajectory(eqx.Module):
         data["outcome"] = (("seed",) * outcome.ndim, outcome)
         if self.start is not None:
             data["start"] = ((), *_storable(self.start))
+        if self.sensitivities is not None:
+            seeds = ("seed",) * jnp.ndim(self.sensitivities.steps)
+            for name, trailing in _RECORD.items():
+                part = np.asarray(getattr(self.sensitivities, name))
+                data[f"sensitivity_{name}"] = ((*seeds, *trailing), part)
         attributes = {"message": self.message}
         if self.setup:
             attributes["setup"] = setups.to_json(self.setup)
@@ -263,13 +273,24 @@ class Trajectory(eqx.Module):
                 raise ValueError(
                     f"not a trajectory: start must not be after the first time, got {start}"
                 )
+        record = None
+        if "sensitivity_squares" in dataset:
+            record = _record(dataset, seed)
         setup: tuple[Setup, ...] = ()
         if "setup" in dataset.attrs:
             try:
                 setup = setups.from_json(dataset.attrs["setup"])
             except ValueError as error:
                 raise ValueError(f"not a trajectory: {error}") from error
-        return cls(times, steps=steps, outcome=outcome, start=start, setup=setup, **fields)
+        return cls(
+            times,
+            steps=steps,
+            outcome=outcome,
+            start=start,
+            setup=setup,
+            sensitivities=record,
+            **fields,
+        )
 
 
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -282,6 +303,24 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "test_outputs": ("test_sample", "output"),
     "clip_norm": ("group",),
 }
+#: Parts of the record of sensitivities, which have no axis of time.
+_RECORD: dict[str, tuple[str, ...]] = {
+    "squares": ("sample",),
+    "counts": ("sample", "level"),
+    "steps": (),
+}
+
+
+def _record(dataset: "xarray.Dataset", seed: tuple[str, ...]) -> Sensitivities:
+    """The record of sensitivities in a data set that has one."""
+    parts = {}
+    for part, trailing in _RECORD.items():
+        name = f"sensitivity_{part}"
+        if name not in dataset:
+            raise ValueError(f"not a trajectory: lacks {name}")
+        _check_dimensions(dataset, name, [(*seed, *trailing)])
+        parts[part] = validate.array(**{name: dataset[name].values})
+    return Sensitivities(**parts)
 
 
 def _storable(value: Array) -> tuple[np.ndarray, dict[str, str]]:

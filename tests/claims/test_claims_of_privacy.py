@@ -81,6 +81,21 @@ def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def shares_of_groups_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(self: Any, norms: Any, noise_per_group: bool = False) -> Any:
+        clipped = self.by_group(norms) * norms / self.sensitivity(norms.shape[0])
+        return jnp.sum(jnp.nan_to_num(clipped), axis=0)
+
+    monkeypatch.setattr(clipping.ClippingRule, "shares", shares)
+
+
+def shares_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(self: Any, norms: Any, noise_per_group: bool = False) -> Any:
+        return jnp.linalg.norm(norms, axis=0) / self.sensitivity(norms.shape[0])
+
+    monkeypatch.setattr(clipping.ClippingRule, "shares", shares)
+
+
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [
@@ -90,6 +105,8 @@ def accountant_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("C31", limit_for_a_guarantee),
         ("C31", accountant_of_the_limit),
         pytest.param("C32", halved_noise, marks=pytest.mark.slow),
+        ("C44", shares_of_groups_added_up),
+        pytest.param("C44", shares_before_clipping, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -32,13 +32,15 @@ sampling rate and the steps. :func:`gaussian_dp` has the central limit theorem's
 phases of training. A :class:`Budget` may stand where a run or a prediction asks for :math:`\sigma`,
 which then follows from the number of steps; cyclic and shuffled batches and correlated noise have
 their accountant there. :func:`neighbours` says for which data sets a run's guarantee holds.
-:func:`individual` says what a run, or a prediction of one, costs each sample.
+:func:`individual` says what a run, or a prediction of one, costs each sample, and
+:func:`last_iterate` what the last weights alone give away.
 """
 
 from ntkdp.privacy._budget import Budget, as_noise_multiplier
 from ntkdp.privacy._budget import spent as spent
 from ntkdp.privacy._epsilon import composed_epsilon, delta, epsilon, noise_multiplier
 from ntkdp.privacy._individual import GroupExposure, IndividualPrivacy, individual
+from ntkdp.privacy._last_iterate import last_iterate, last_iterate_estimate
 from ntkdp.privacy._neighbours import neighbours
 from ntkdp.privacy._report import GaussianDP, PrivacyReport, gaussian_dp, report
 from ntkdp.privacy._sensitivities import Sensitivities
@@ -56,6 +58,8 @@ __all__ = [
     "epsilon",
     "gaussian_dp",
     "individual",
+    "last_iterate",
+    "last_iterate_estimate",
     "neighbours",
     "noise_multiplier",
     "report",

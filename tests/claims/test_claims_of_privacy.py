@@ -96,6 +96,21 @@ def shares_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping.ClippingRule, "shares", shares)
 
 
+def all_iterates_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        privacy, "last_iterate", lambda sigma, *rest, **a: privacy.gaussian_dp(sigma, 1.0, *rest)
+    )
+
+
+def contraction_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = privacy.last_iterate
+    monkeypatch.setattr(
+        privacy,
+        "last_iterate",
+        lambda *given, contraction: real(*given, contraction=contraction**2),
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [
@@ -107,6 +122,9 @@ def shares_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("C32", halved_noise, marks=pytest.mark.slow),
         ("C44", shares_of_groups_added_up),
         pytest.param("C44", shares_before_clipping, marks=pytest.mark.slow),
+        ("C45", all_iterates_seen),
+        pytest.param("C45", contraction_squared, marks=pytest.mark.slow),
+        pytest.param("C45", halved_noise, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -119,7 +119,7 @@ def _after(algorithm: dp_sgd.Algorithm, params: Params, keys: Array, residuals: 
         # Without inputs the network has no gradient.
         x = algorithm.x.at[-1].multiply(residual != 0)
         targets = algorithm.targets.at[-1].set(own + residual)
-        there = eqx.tree_at(lambda a: (a.x, a.targets), algorithm, (x, targets))
+        there = eqx.tree_at(lambda a: (a.x, a.data.targets), algorithm, (x, targets))
         return there.step(key, there.init(params))[0].params
 
     return jax.vmap(after)(keys, residuals)

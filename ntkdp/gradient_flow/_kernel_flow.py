@@ -257,7 +257,7 @@ class KernelFlow(LinearModelFlow):
             )
             return self.clipping.shares(norms, noise_per_group)
 
-        found: Array = lax.map(of_state, states)
+        found: Array = jax.lax.map(of_state, states)
         return found.reshape(outputs.shape[:-1])
 
     def through(self, kernel: KernelMatrix, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:

@@ -1,4 +1,4 @@
-"""Claims C22-C25, C33-C36, C39-C42, C47 and C48 hold, and fail for wrong implementations."""
+"""Claims C22-C25, C33-C36, C39-C42 and C47-C49 hold, and fail for wrong implementations."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from ntkdp import claims, clipping, noise
+from ntkdp import batches, claims, clipping, noise
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.gradient_flow import HeavyBallFlow
 from ntkdp.stochastic_flow._ensemble import step_noise
 from ntkdp.stochastic_flow._response import runs
+from ntkdp.stochastic_flow._weight_noise import deviations
 
 
 def failing(name: str) -> set[str]:
@@ -120,6 +121,18 @@ def test_c39_fails_without_the_response(mutate: Any) -> None:
     mutate(runs.Runs, "responding", lambda self, at, clipped: jnp.zeros_like(clipped))
     wrong = failing("C39")
     assert {"error of the response", "error of the noise path"} <= wrong
+
+
+@pytest.mark.slow
+def test_c49_fails_with_more_noise_or_larger_batches(mutate: Any) -> None:
+    """In the predicted runs alone, by a fifth and by a half."""
+    weights = batches.Batches.weights
+    mutate(step_noise, "deviations", lambda *of, **by: 1.2 * deviations(*of, **by))
+    wrong = failing("C49")
+    assert {"mean loss, off in standard errors", "mean test loss, off in standard errors"} <= wrong
+    mutate(step_noise, "deviations", deviations)
+    mutate(batches.Batches, "weights", lambda self, *of: 1.5 * weights(self, *of))
+    assert "mean loss, off in standard errors" in failing("C49")
 
 
 @pytest.mark.slow

@@ -1,9 +1,6 @@
 from ._batches_and_noise import MechanismConfig as MechanismConfig
 from ._config import Config as Config
 from ._config import ConfigError as ConfigError
-from ._config import DataConfig as DataConfig
-from ._config import ModelConfig as ModelConfig
-from ._config import ProblemConfig as ProblemConfig
 from ._config import config as config
 from ._config import load_config as load_config
 from ._memory import require_memory as require_memory
@@ -12,17 +9,22 @@ from ._predictions import LABELS as LABELS
 from ._predictions import Kernel as Kernel
 from ._predictions import compute_kernel as compute_kernel
 from ._predictions import kernel_of as kernel_of
+from ._predictions import least_noise as least_noise
 from ._predictions import noise_free as noise_free
 from ._problem import Problem as Problem
 from ._problem import problem_of as problem_of
 from ._problem import require_infinite_width as require_infinite_width
 from ._problem import rules_of as rules_of
+from ._problem_config import DataConfig as DataConfig
+from ._problem_config import ModelConfig as ModelConfig
+from ._problem_config import ProblemConfig as ProblemConfig
 from ._report import print_table as print_table
 from ._report import write_report as write_report
 from ._run import Case as Case
 from ._run import Prediction as Prediction
 from ._run import Results as Results
 from ._run import run as run
+from ._steps import PublicConfig as PublicConfig
 
 __all__ = [
     "KERNEL_OF",

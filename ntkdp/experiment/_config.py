@@ -1,160 +1,21 @@
 """The configuration of an experiment: TOML in, checked fields out; errors name their field."""
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ntkdp import privacy
 from ntkdp._backend.config_files import ConfigError as ConfigError
 from ntkdp._backend.config_files import Section, check_as, load_as
-from ntkdp.clipping import Adaptive
-from ntkdp.experiment._batches_and_noise import MechanismConfig
+from ntkdp.experiment._batches_and_noise import MechanismConfig, StrategyFor
+from ntkdp.experiment._problem_config import ProblemConfig
+from ntkdp.experiment._steps import AdaptiveConfig, PublicConfig
 from ntkdp.noise import Noise
 from ntkdp.optimizers import SGD, Adam, Optimizer
 from ntkdp.trajectory import MOST_STEPS
 
-#: The most bytes in the name of a run.
-_LONGEST_NAME = 150
 PredictionName = Literal["exact", "frozen", "infinite", "recursion", "response"]
-
-
-class DataConfig(Section):
-    """The data to train on."""
-
-    name: str = Field(
-        "digits",
-        description="data set (digits, diabetes, mnist5k, gaussian, separable, openml) or a file "
-        "(.npz, .csv, IDX)",
-    )
-    n_train: int = Field(128, ge=2, description="training samples")
-    n_test: int = Field(128, ge=1, description="test samples")
-    standardise: Literal["feature", "unit", "none"] = Field(
-        "unit",
-        description="feature: mean 0, deviation 1 over the training part; unit: each sample "
-        "scaled to norm sqrt(d); none",
-    )
-    options: dict[str, Any] = Field(
-        {}, description="further options of the loader, e.g. {target = 'quality'} for a .csv"
-    )
-
-
-class ModelConfig(Section):
-    """The network, in infinite-width terms, or a function that makes it."""
-
-    kind: Literal["mlp", "cnn", "function"] = Field("mlp", description="mlp, cnn or function")
-    function: str | None = Field(
-        None,
-        description="of kind function: 'module:name' of a function of the number of outputs that "
-        "returns an ntkdp.models.Model; the folder where the command is run is searched too",
-    )
-    widths: list[Annotated[int, Field(ge=1)]] = Field(
-        [768, 768],
-        description="widths of the hidden layers, none for a linear head; or channels of a cnn",
-    )
-    activation: str = Field(
-        "erf",
-        description="relu, leaky_relu, abs, gelu, erf, sin, cos, identity, tanh, sigmoid, silu, "
-        "softplus or elu",
-    )
-    layer_norm: bool = Field(False, description="normalise hidden numbers before each activation")
-    residual: bool = Field(
-        False, description="add each hidden layer but the first to its input; widths must be equal"
-    )
-    pooling: Literal["none", "average", "sum", "global", "global_sum"] = Field(
-        "none", description="of a cnn: none, average, sum, global or global_sum"
-    )
-    W_std: float = Field(
-        1.5, gt=0, description="standard deviation of the weights, scaled by width"
-    )
-    b_std: float = Field(0.1, ge=0, description="standard deviation of the biases")
-    output_W_std: float = Field(1.0, gt=0, description="W_std of the output layer")
-    parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
-
-    @model_validator(mode="after")
-    def _a_function_makes_all(self) -> "ModelConfig":
-        if (self.kind == "function") != (self.function is not None):
-            raise ValueError(
-                "model.kind = 'function' and model.function must come together, "
-                f"got kind = {self.kind!r}, function = {self.function!r}"
-            )
-        if self.function is not None:
-            module, _, name = self.function.partition(":")
-            if not (all(map(str.isidentifier, module.split("."))) and name.isidentifier()):
-                raise ValueError(
-                    "model.function must name a module and a function, such as "
-                    f"'my_models:transformer', got {self.function!r}"
-                )
-            others = self.model_fields_set - {"kind", "function"}
-            if others:
-                raise ValueError(
-                    f"model.{min(others)} must be left out with model.kind = 'function', which "
-                    "makes the whole network"
-                )
-        return self
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is a linear head on the inputs."""
-        return self.kind == "mlp" and not self.widths
-
-    @property
-    def words(self) -> str:
-        """The network in a few words."""
-        if self.function is not None:
-            return f"the network of {self.function}"
-        if self.is_linear:
-            return "a linear head"
-        return f"{self.kind} of widths {self.widths}, {self.activation}"
-
-    @model_validator(mode="after")
-    def _a_cnn_has_channels(self) -> "ModelConfig":
-        if self.kind == "cnn" and not self.widths:
-            raise ValueError(
-                "model.widths must name the channels of at least one convolution with model.kind = "
-                "'cnn', got []"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pooling_is_of_images(self) -> "ModelConfig":
-        if self.kind == "mlp" and self.pooling != "none":
-            raise ValueError(
-                f"model.pooling must be 'none' with model.kind = 'mlp', got {self.pooling!r}"
-            )
-        return self
-
-
-class AdaptiveConfig(Section):
-    """A clipping norm that moves until a share of the samples is not clipped."""
-
-    quantile: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="the share that is not to be clipped; without it the clipping norm is constant",
-    )
-    rate: float = Field(0.2, gt=0, description="a step multiplies R by exp(rate) at most")
-    count_noise: float = Field(
-        0.0, ge=0, description="deviation of the noise of the count, in samples; above 0 with noise"
-    )
-
-    @model_validator(mode="after")
-    def _needs_a_quantile(self) -> "AdaptiveConfig":
-        fields = type(self).model_fields
-        others = [name for name in fields if getattr(self, name) != fields[name].default]
-        if self.quantile is None and others:
-            raise ValueError(
-                f"training.adaptive.{others[0]} must be left out without "
-                "training.adaptive.quantile, which makes the clipping norm move"
-            )
-        return self
-
-    def make(self) -> Adaptive | None:
-        """What moves the clipping norm, or None if it is constant."""
-        if self.quantile is None:
-            return None
-        return Adaptive(self.quantile, self.rate, self.count_noise)
 
 
 class TrainingConfig(MechanismConfig):
@@ -229,16 +90,14 @@ class TrainingConfig(MechanismConfig):
         return self
 
     @model_validator(mode="after")
-    def _clipping_norms_may_move(self) -> "TrainingConfig":
-        if self.adapts and self.optimizer == "adam":
+    def _has_a_prediction(self) -> "TrainingConfig":
+        needs_linear = self.other_steps
+        if self.noise.kind == "kernel_optimal":
+            needs_linear = [*needs_linear, "noise.kind = 'kernel_optimal'"]
+        if needs_linear and self.optimizer == "adam":
             raise ValueError(
-                "training.adaptive must be left out with training.optimizer = 'adam', since no "
-                "prediction follows both"
-            )
-        if self.adapts and self.noise.kind != "independent":
-            raise ValueError(
-                "training.noise must be independent with training.adaptive, since later steps take "
-                f"back noise in proportion to R, got kind = {self.noise.kind!r}"
+                f"training.{needs_linear[0]} must be left out with training.optimizer = 'adam', "
+                "since no prediction follows both"
             )
         return self
 
@@ -246,6 +105,11 @@ class TrainingConfig(MechanismConfig):
     def adapts(self) -> bool:
         """Whether the clipping norm moves."""
         return self.adaptive.quantile is not None
+
+    @property
+    def other_steps(self) -> list[str]:
+        """Names of the sections that make other steps than those of private gradients alone."""
+        return [*super().other_steps, *(["adaptive"] if self.adapts else [])]
 
     @property
     def noisy(self) -> bool:
@@ -267,21 +131,28 @@ class TrainingConfig(MechanismConfig):
     def has_flow(self) -> bool:
         """Whether the steps tend to a flow, with inertia or without."""
         plain = not self.nesterov and not self.weight_decay and self.average is None
-        return self.optimizer == "sgd" and plain and not self.adapts
+        return self.optimizer == "sgd" and plain
+
+    @property
+    def moves_at_random(self) -> bool:
+        """Whether a step moves the outputs of all points at random."""
+        return self.noisy or self.zeroth_order.directions > 0
 
     @property
     def is_random(self) -> bool:
         """Whether runs differ by their keys."""
-        return self.noisy or self.as_batches.is_random
+        return self.moves_at_random or self.as_batches.is_random
 
-    def as_noise(self, steps: int) -> Noise | None:
+    def as_noise(self, steps: int, strategy_for: StrategyFor | None = None) -> Noise | None:
         """How the noise of a run of so many steps is correlated; None if it is not."""
-        return self.noise.make(steps, self.as_batches, self.momentum)
+        return self.noise.make(steps, self.as_batches, self.momentum, strategy_for)
 
     def sigma(self, steps: int, noise: Noise | None, n_samples: int) -> float:
         """The noise multiplier of a run of so many steps, from the budget if there is one."""
         if self.epsilon is None and self.mu is None:
             return self.noise_multiplier
+        if self.noise.kind == "kernel_optimal":
+            noise = None  # Its strategy is scaled to cost as much.
         budget = privacy.Budget(self.epsilon, self.delta, mu=self.mu)
         return budget.noise_multiplier(
             steps, batches=self.as_batches, noise=noise, n_samples=n_samples
@@ -332,38 +203,6 @@ _DEFAULT_RULES = [
 ]
 
 
-def _folder_name(name: str) -> str:
-    """Return the name if a folder on any disk can have it and is not hidden."""
-    is_path = any(separator in name for separator in "/\\")
-    # Disks limit a name to 255 bytes, and a time is appended.
-    too_long = len(name.encode(errors="replace")) > _LONGEST_NAME
-    if is_path or too_long or not name.isprintable() or not name.strip() or name.startswith("."):
-        raise ValueError(
-            f"must be a name of printable characters, without / and \\, without a leading dot, "
-            f"of at most {_LONGEST_NAME} bytes; --out sets where the folder is"
-        )
-    return name
-
-
-class ProblemConfig(Section):
-    """The settings of every verb that trains: network, data and loss."""
-
-    name: Annotated[str, AfterValidator(_folder_name)] = Field(
-        "digits", description="what the run folder is called: a name, not a path"
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, split, noise and sampling")
-    dtype: Literal["float32", "float64"] = Field("float64", description="of everything computed")
-    loss: Literal["softmax_cross_entropy", "squared_error", "logistic", "huber"] = Field(
-        "softmax_cross_entropy", description="softmax_cross_entropy, squared_error, logistic, huber"
-    )
-    huber_delta: float = Field(1.0, gt=0, description="where the huber loss turns linear")
-    batch_size: int | None = Field(
-        None, ge=1, description="samples in a block of a kernel, to save memory"
-    )
-    data: DataConfig = Field(DataConfig(), description="what to train on")
-    model: ModelConfig = Field(ModelConfig(), description="the network")
-
-
 class Config(ProblemConfig):
     """An experiment: predict training under each clipping rule, run it, compare.
 
@@ -395,6 +234,9 @@ class Config(ProblemConfig):
             # A learning rate in the file takes precedence over those of the default rules.
             rules = [rule.model_copy(update={"learning_rate": None}) for rule in self.clipping]
             object.__setattr__(self, "clipping", rules)
+        if "clipping" not in self.model_fields_set and self.training.flat_steps:
+            flat = [rule for rule in self.clipping if rule.scope == "flat"]
+            object.__setattr__(self, "clipping", flat)
         labels = [rule.label for rule in self.clipping]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
@@ -406,6 +248,7 @@ class Config(ProblemConfig):
         for name in self.predictions:
             if not self._follows(name):
                 raise ValueError(self._not_followed(name))
+        self._check_rules()
         if "response" in self.predictions and couples:
             raise ValueError(
                 "predictions must not hold 'response' with rule 'batch', which couples samples; "
@@ -413,12 +256,28 @@ class Config(ProblemConfig):
             )
         return self
 
+    def _check_rules(self) -> None:
+        """Raise unless the rules fit steps that need the norm or the slope of whole samples."""
+        for name in self.training.flat_steps:
+            for number, rule in enumerate(self.clipping):
+                if rule.scope == "layerwise":
+                    raise ValueError(
+                        f"clipping.{number}.scope must be 'flat' with training.{name}, got "
+                        "'layerwise'"
+                    )
+                if rule.rule == "batch" and name == "zeroth_order":
+                    raise ValueError(
+                        f"clipping.{number}.rule must clip each sample with "
+                        "training.zeroth_order, got 'batch'"
+                    )
+
     def _not_followed(self, prediction: PredictionName) -> str:
         training = self.training
-        if training.adapts:
+        if training.other_steps:
             return (
-                f"predictions must not hold {prediction!r} with training.adaptive, whose clipping "
-                "norm moves; use recursion"
+                f"predictions must not hold {prediction!r} with training."
+                f"{training.other_steps[0]}; use "
+                + ("frozen or recursion" if self._follows("frozen") else "recursion")
             )
         return (
             f"predictions must not hold {prediction!r} with training.optimizer = "
@@ -427,15 +286,22 @@ class Config(ProblemConfig):
         )
 
     def _follows(self, prediction: PredictionName) -> bool:
-        """Whether a prediction knows the optimizer, and a clipping norm that moves."""
+        """Whether a prediction knows the optimizer, and the steps that it is given."""
         training = self.training
-        if training.adapts:
-            return prediction == "recursion"  # by an optimizer that is linear, as is checked
+        if training.other_steps:  # by an optimizer that is linear, as is checked
+            flows = prediction == "frozen" or (prediction == "infinite" and not training.noisy)
+            has_flow = training.has_flow and training.other_steps == ["public"]
+            return prediction == "recursion" or (has_flow and flows)
         if training.optimizer == "adam":
             return prediction == "response"
         in_steps = prediction in ("recursion", "response")
         in_steps |= prediction == "infinite" and training.noisy
         return in_steps or training.has_flow
+
+    @property
+    def public(self) -> PublicConfig:
+        """Which of the training samples are public."""
+        return self.training.public
 
     def _default_predictions(self, couples: bool) -> list[PredictionName]:
         names = [name for name in self.predictions if self._follows(name)]

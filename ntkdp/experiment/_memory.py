@@ -48,16 +48,16 @@ def require_memory(
         With the bytes needed, the bytes available and the ways out.
     """
     n, n_outputs = problem.outputs.shape
-    n_points = n + len(problem.test_x)
+    n_points = n + problem.n_public + len(problem.test_x)
     itemsize = problem.outputs.dtype.itemsize
     n_terms = groups.resolve(problem.params).size if by_layer else 1
     kept = matrix_entries = root_entries = 0
-    if problem.model.features is not None:
+    if problem.model.features is not None and problem.public is None:
         features = jax.eval_shape(problem.model.features, problem.x)
         kept, kinds = 2 * n_points * features.shape[1], ()
     for kind in kinds:
         block = n_outputs**2 if kind == "empirical" else 1
-        driving = n_terms * block * n * n_points
+        driving = n_terms * block * (n + problem.n_public) * n_points
         kept += driving + (n_terms * block * n_points**2 if whole else 0)
         matrix_entries = max(matrix_entries, driving)
         if noisy:

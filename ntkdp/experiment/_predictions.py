@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from ntkdp import gradient_flow, ntk, stochastic_flow
 from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Params, Progress
+from ntkdp._estimators.sharpness_aware import SharpnessAware
+from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp._gradients import groups
 from ntkdp.batches import Batches
 from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive
+from ntkdp.experiment._batches_and_noise import StrategyFor
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._problem import Problem
 from ntkdp.gradient_flow import Flow, HeavyBallFlow, KernelFlow, WeightFlow, recursion, solve
-from ntkdp.noise import Noise
+from ntkdp.noise import Correlated, Independent, Noise
 from ntkdp.ntk import FeatureKernel, LayerwiseKernel
 from ntkdp.trajectory import Trajectory
 
@@ -44,7 +47,9 @@ _MOST_WITH_TEST = 4000
 class Kernel(NamedTuple):
     """A kernel of the training set, of the test set against it, and the seconds that they took.
 
-    ``whole`` is the kernel of all points with each other, if the noise of both sets is drawn.
+    ``whole`` is the kernel of all points with each other, if the noise of both sets is drawn, and
+    ``public`` that of all points against public samples, if there are any. Points are in the order
+    of training, public and test samples.
 
     Made by :func:`ntkdp.experiment.kernel_of`.
     """
@@ -53,6 +58,7 @@ class Kernel(NamedTuple):
     test: Array | LayerwiseKernel | FeatureKernel
     whole: Array | LayerwiseKernel | FeatureKernel | None
     seconds: float
+    public: Array | LayerwiseKernel | FeatureKernel | None = None
 
 
 class Mechanism(NamedTuple):
@@ -64,20 +70,52 @@ class Mechanism(NamedTuple):
     batches: Batches
     noise: Noise | None
     adaptive: Adaptive | None
+    sharpness_aware: SharpnessAware | None
+    zeroth_order: ZerothOrder | None
 
     @classmethod
-    def of(cls, config: Config, case: ClippingConfig) -> "Mechanism":
-        """The mechanism for one rule, which may have its own learning rate and steps."""
+    def of(
+        cls,
+        config: Config,
+        case: ClippingConfig,
+        n_params: int,
+        strategy_for: StrategyFor | None = None,
+    ) -> "Mechanism":
+        """The mechanism for one rule, which may have its own learning rate and steps.
+
+        ``strategy_for`` finds noise that is the best under a kernel; until the kernel is known,
+        independent noise is in its place.
+        """
         training = config.training
         steps = case.steps or training.steps
         try:
-            noise = training.as_noise(steps)
-            sigma = training.sigma(steps, noise, config.data.n_train)
+            noise = training.as_noise(steps, strategy_for)
+            n_private = config.data.n_train - config.public.rows
+            sigma = training.sigma(steps, noise, n_private)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"field 'training': {error}") from error
-        rate = case.learning_rate_in(training)
-        adaptive = training.adaptive.make()
-        return cls(rate, steps, sigma, training.as_batches, noise, adaptive)
+        return cls(
+            case.learning_rate_in(training),
+            steps,
+            sigma,
+            training.as_batches,
+            noise,
+            training.adaptive.make(),
+            training.sharpness_aware.make(n_params),
+            training.zeroth_order.make(),
+        )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What runs and ensembles take alike, by the names of their arguments."""
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "batches": self.batches,
+            "noise": self.noise,
+            "adaptive": self.adaptive,
+            "sharpness_aware": self.sharpness_aware,
+            "zeroth_order": self.zeroth_order,
+        }
 
     def check_adaptive(self, rule: ClippingRule, n_groups: int) -> None:
         """Raise unless the clipping norm of the rule can move, with noise enough for its count."""
@@ -92,6 +130,8 @@ class Mechanism(NamedTuple):
 def needed_kernels(config: Config) -> set[str]:
     """Kinds of kernels that the predictions use."""
     kinds = {KERNEL_OF[name] for name in config.predictions if not _moves(config, name)}
+    if config.training.noisy and config.training.noise.kind == "kernel_optimal":
+        kinds.add("empirical")
     return {kind for kind in kinds if kind is not None}
 
 
@@ -141,9 +181,10 @@ def kernel_of(config: Config, problem: Problem, kind: str) -> Kernel:
 
 def needs_whole_kernel(config: Config, problem: Problem) -> bool:
     """Whether the noise of training and test outputs is drawn together."""
-    n_outputs = problem.outputs.size + problem.test_outputs.size
-    noisy = config.training.noisy and "recursion" in config.predictions
-    return noisy and n_outputs <= _MOST_WITH_TEST
+    n_outputs = sum(outputs.size for outputs in problem.start)
+    drawn = config.training.moves_at_random and "recursion" in config.predictions
+    # Public samples move with the private ones, whatever it takes.
+    return drawn and (n_outputs <= _MOST_WITH_TEST or problem.public is not None)
 
 
 def compute_kernel(
@@ -151,15 +192,18 @@ def compute_kernel(
 ) -> Kernel:
     """A kernel of training and test points, ``whole`` or only the part that drives the outputs.
 
-    That of a linear head is in features, from which the noise of both is drawn anyway.
+    That of a linear head without public samples is in features, from which the noise of both is
+    drawn anyway.
     """
     start = time.perf_counter()
     model, x, test_x, n = problem.model, problem.x, problem.test_x, len(problem.x)
-    if model.features is not None:
+    if model.features is not None and problem.public is None:
         features, test_features = model.features(x), model.features(test_x)
         factored = FeatureKernel(features), FeatureKernel(test_features, features)
         jax.block_until_ready(factored)
         return Kernel(*factored, None, time.perf_counter() - start)
+    n_public = problem.n_public
+    points = [x, *([] if problem.public is None else [problem.public.x]), test_x]
 
     def between(x1: Array, x2: Array | None = None) -> Array | LayerwiseKernel:
         if kind == "infinite":
@@ -167,21 +211,30 @@ def compute_kernel(
         empirical = ntk.layerwise_ntk if by_layer else ntk.empirical_ntk
         return empirical(model.apply, problem.params, x1, x2, batch_size=batch_size)
 
-    everything = None
+    everything = public = None
     if whole:
-        everything = between(jnp.concatenate([x, test_x]))
-        train, test = (
-            jax.tree.map(lambda values, rows=rows: _part(values, rows, n, by_layer), everything)
-            for rows in (slice(n), slice(n, None))
-        )
+        everything = between(jnp.concatenate(points))
+        own, of_public = slice(n), slice(n, n + n_public)
+        train = _part(everything, own, own, by_layer)
+        test = _part(everything, slice(n + n_public, None), own, by_layer)
+        if n_public:
+            public = _part(everything, slice(None), of_public, by_layer)
     else:
         train, test = between(x), between(test_x, x)
-    jax.block_until_ready((train, test))
-    return Kernel(train, test, everything, time.perf_counter() - start)
+        if problem.public is not None:
+            public = between(jnp.concatenate(points), problem.public.x)
+    jax.block_until_ready((train, test, public))
+    return Kernel(train, test, everything, time.perf_counter() - start, public)
 
 
-def _part(values: Array, rows: slice, n: int, by_layer: bool) -> Array:
-    return values[:, rows, :n] if by_layer else values[rows, :n]
+def _part(
+    kernel: Array | LayerwiseKernel, rows: slice, columns: slice, by_layer: bool
+) -> Array | LayerwiseKernel:
+    def part(values: Array) -> Array:
+        return values[:, rows, columns] if by_layer else values[rows, columns]
+
+    found: Array | LayerwiseKernel = jax.tree.map(part, kernel)
+    return found
 
 
 def predict(
@@ -208,14 +261,15 @@ def predict(
         "progress": progress,
     }
     optimizer = training.as_optimizer
+    key = jax.random.split(jax.random.key(config.seed + 2), training.n_predicted)
     drawn: Any = {
         "noise_multiplier": mechanism.noise_multiplier,
         "batches": mechanism.batches,
         "noise": mechanism.noise,
-        "key": jax.random.split(jax.random.key(config.seed + 2), training.n_predicted),
+        "key": key,
     }
     start = time.perf_counter()
-    initial: Array | tuple[Array, Array] = (problem.outputs, problem.test_outputs)
+    initial: Array | tuple[Array, ...] = problem.start
     if _moves(config, name):
         two_times = stochastic_flow.TwoTimeFlow(
             problem.model,
@@ -253,26 +307,71 @@ def predict(
     if name == "recursion" or (name == "infinite" and training.noisy):
         kernel = kernels["infinite" if name == "infinite" else "empirical"]
         drawn_together = kernel.whole is not None or isinstance(kernel.train, FeatureKernel)
-        alone = training.noisy and not drawn_together
+        alone = training.moves_at_random and not drawn_together
         flow = _kernel_flow(config, problem, kernel, rule, test=not alone)
         initial = problem.outputs if alone else initial
-        steps |= {"optimizer": optimizer, "adaptive": mechanism.adaptive}
+        steps |= {"optimizer": optimizer}
         if training.weight_decay > 0:
             at_zero = _outputs_at_zero(problem)
             steps["outputs_at_zero"] = at_zero[0] if alone else at_zero
         if training.is_random or not mechanism.batches.takes_all:
             predicted = stochastic_flow.ensemble(
-                flow, initial, noise_kernel=kernel.whole, **steps, **drawn
+                flow, initial, noise_kernel=kernel.whole, key=key, **steps, **mechanism.parts
             )
         else:
+            steps |= {name: mechanism.parts[name] for name in ("adaptive", "sharpness_aware")}
             predicted = recursion(flow, initial, **steps)
         jax.block_until_ready(predicted.loss)
         return predicted, time.perf_counter() - start
     return _solved(config, problem, kernels, rule, mechanism, name, times, outputs, progress)
 
 
-def _outputs_at_zero(problem: Problem) -> tuple[Array, Array]:
-    """Training and test outputs of the linearised network whose weights are all zero."""
+def strategy_for(
+    config: Config,
+    problem: Problem,
+    kernels: dict[str, Kernel],
+    case: ClippingConfig,
+    rule: ClippingRule,
+) -> StrategyFor | None:
+    """What finds the noise that adds least to the loss under the network's own kernel.
+
+    None without noise, which is not correlated then.
+    """
+    training = config.training
+    if not training.noisy:
+        return None
+
+    def found(n_bands: int) -> Noise:
+        flow = _kernel_flow(config, problem, kernels["empirical"], rule, test=False)
+        at_zero = _outputs_at_zero(problem)[0] if training.weight_decay > 0 else None
+        return least_noise(
+            flow,
+            problem.outputs,
+            learning_rate=case.learning_rate_in(training),
+            steps=case.steps or training.steps,
+            n_bands=n_bands,
+            batches=training.as_batches,
+            optimizer=training.as_optimizer,
+            outputs_at_zero=at_zero,
+        )
+
+    return found
+
+
+def least_noise(
+    flow: KernelFlow, initial: Array, *, steps: int, batches: Batches, **options: Any
+) -> Correlated:
+    """The strategy that adds least to the final loss, scaled to cost what independent noise does.
+
+    The options are those of :func:`ntkdp.stochastic_flow.optimal_noise`.
+    """
+    best = stochastic_flow.optimal_noise(flow, initial, steps=steps, batches=batches, **options)
+    cost = Independent().sensitivity(batches, steps) / best.sensitivity(batches, steps)
+    return Correlated(best.strategy * cost)
+
+
+def _outputs_at_zero(problem: Problem) -> tuple[Array, ...]:
+    """Outputs of the linearised network whose weights are all zero, as a problem's start."""
     params = problem.params
 
     def at_zero(x: Array) -> Array:
@@ -280,7 +379,8 @@ def _outputs_at_zero(problem: Problem) -> tuple[Array, Array]:
         found: Array = outputs - slope
         return found
 
-    return at_zero(problem.x), at_zero(problem.test_x)
+    public = () if problem.public is None else (at_zero(problem.public.x),)
+    return (at_zero(problem.x), *public, at_zero(problem.test_x))
 
 
 def _solved(
@@ -311,7 +411,7 @@ def _solved(
             test_targets=problem.test_targets,
         )
     else:
-        initial = (problem.outputs, problem.test_outputs)
+        initial = problem.start
         flow = _kernel_flow(config, problem, kernels[kind], rule)
     unit = 1.0
     if config.training.momentum > 0:
@@ -350,6 +450,8 @@ def _kernel_flow(
         reduction=config.training.reduction,
         test_kernel=kernel.test if test else None,
         test_targets=problem.test_targets if test else None,
+        public=problem.public,
+        public_kernel=kernel.public,
     )
 
 
@@ -373,7 +475,7 @@ def weight_noise(
         problem.x.shape[0],
         learning_rate=mechanism.learning_rate,
         steps=mechanism.steps,
-        noise_multiplier=mechanism.noise_multiplier,
+        noise_multiplier=mechanism.noise_multiplier * problem.private_share,
         batches=mechanism.batches,
         noise=mechanism.noise,
         n_groups=n_groups,

@@ -14,13 +14,17 @@ from ntkdp import clipping, datasets, losses, models
 from ntkdp._backend.config_files import ConfigError
 from ntkdp._backend.types import Array, Params
 from ntkdp.clipping import ClippingRule
-from ntkdp.experiment._config import Config, ProblemConfig
+from ntkdp.experiment._config import Config
+from ntkdp.experiment._problem_config import ProblemConfig
 from ntkdp.losses import Loss
 from ntkdp.models import Model
+from ntkdp.trajectory import PublicRows
 
 
 class Problem(NamedTuple):
     """Model, data and loss, and the network's outputs at the start.
+
+    If some of the training samples are public, they are not among ``x``.
 
     Made by :func:`ntkdp.experiment.problem_of`.
     """
@@ -34,6 +38,29 @@ class Problem(NamedTuple):
     loss: Loss
     outputs: Array
     test_outputs: Array
+    public: PublicRows | None = None
+    public_outputs: Array | None = None
+
+    @property
+    def n_public(self) -> int:
+        """Number of public samples."""
+        return 0 if self.public is None else self.public.n_samples
+
+    @property
+    def private_share(self) -> float:
+        """Share of the private gradient in a step, and of its noise."""
+        return 1.0 if self.public is None else float(self.public.private_share)
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def start(self) -> tuple[Array, ...]:
+        """Outputs of training, public (if there are any) and test samples."""
+        public = () if self.public_outputs is None else (self.public_outputs,)
+        return (self.outputs, *public, self.test_outputs)
 
 
 def rules_of(config: Config) -> list[ClippingRule]:
@@ -134,16 +161,29 @@ def problem_of(config: ProblemConfig) -> Problem:
         raise ConfigError(
             f"field 'loss': {config.loss} does not fit the {data.task} data {data.name!r}: {error}"
         ) from error
+    outputs = model.apply(params, x)
+    public = public_outputs = None
+    n_public = config.public.rows
+    if n_public >= len(x):
+        raise ConfigError(
+            f"field 'training.public.rows': must leave a private sample of the {len(x)} of "
+            f"data.n_train, got {n_public}"
+        )
+    if n_public:
+        public = PublicRows(x[:n_public], targets[:n_public], weight=config.public.weight)
+        public_outputs = outputs[:n_public]
     return Problem(
         model=model,
         params=params,
-        x=x,
-        targets=targets,
+        x=x[n_public:],
+        targets=targets[n_public:],
         test_x=test_x,
         test_targets=test_targets,
         loss=loss,
-        outputs=model.apply(params, x),
+        outputs=outputs[n_public:],
         test_outputs=model.apply(params, test_x),
+        public=public,
+        public_outputs=public_outputs,
     )
 
 

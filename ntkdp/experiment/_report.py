@@ -391,9 +391,9 @@ def _page(
     results: Results, measured: dict[str, Any], pictures: list[tuple[str, str]], folder: Path
 ) -> str:
     seconds = ", ".join(f"{k} {s:.2f} s" for k, s in measured["kernel_seconds"].items())
-    data, model = results.config.data, results.config.model
+    model = results.config.model
     summary = (
-        f"{data.name}, {data.n_train} training and {data.n_test} test samples; "
+        f"{results.config.samples}; "
         f"{model.words}; {results.config.loss}. "
         f"Kernels: {seconds or 'none'}. ntkdp {VERSION}, {measured['machine']['platform']}."
     )

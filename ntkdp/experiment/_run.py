@@ -30,6 +30,7 @@ from ntkdp.experiment._predictions import (
     needed_kernels,
     needs_whole_kernel,
     predict,
+    strategy_for,
     weight_noise,
 )
 from ntkdp.experiment._problem import Problem, problem_of, require_infinite_width, rules_of
@@ -190,7 +191,8 @@ def run(
                 rule.check_groups(n_groups)
         except ValueError as error:
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
-        Mechanism.of(config, config.clipping[number]).check_adaptive(rule, n_groups)
+        mechanism = Mechanism.of(config, config.clipping[number], problem.n_params)
+        mechanism.check_adaptive(rule, n_groups)
     if "infinite" in config.predictions:
         require_infinite_width(problem, "predictions")
     _require_room(config, problem)
@@ -221,7 +223,7 @@ def _require_room(config: Config, problem: Problem) -> None:
         needed_kernels(config),
         by_layer=any(case.scope == "layerwise" for case in config.clipping),
         whole=needs_whole_kernel(config, problem),
-        noisy=training.noisy and "recursion" in config.predictions,
+        noisy=training.moves_at_random and "recursion" in config.predictions,
         exact="exact" in config.predictions,
         n_seeds=training.n_seeds,
         n_drawn=training.n_predicted if training.is_random else 1,
@@ -264,7 +266,8 @@ def _measured(
 ) -> Measured:
     """Train and predict one case."""
     training = config.training
-    mechanism = Mechanism.of(config, case)
+    best = strategy_for(config, problem, kernels, case, rule)
+    mechanism = Mechanism.of(config, case, problem.n_params, best)
     key = jax.random.key(config.seed + 1)
 
     labels = _margins.labels_of(problem)
@@ -283,10 +286,8 @@ def _measured(
         rule,
         learning_rate=mechanism.learning_rate,
         steps=mechanism.steps,
-        noise_multiplier=mechanism.noise_multiplier,
-        batches=mechanism.batches,
-        noise=mechanism.noise,
-        adaptive=mechanism.adaptive,
+        **mechanism.parts,
+        public=problem.public,
         optimizer=training.as_optimizer,
         reduction=training.reduction,
         test_x=problem.test_x,

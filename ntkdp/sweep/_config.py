@@ -14,6 +14,7 @@ from ntkdp.experiment import (
     MechanismConfig,
     ModelConfig,
     ProblemConfig,
+    PublicConfig,
 )
 from ntkdp.noise import Noise
 from ntkdp.trajectory import MOST_STEPS
@@ -78,8 +79,8 @@ class SweepTrainingConfig(MechanismConfig):
     )
 
     def as_noise(self) -> Noise | None:
-        """How the noise is correlated over the steps; None if it is not."""
-        return self.noise.make(self.steps, self.as_batches, momentum=0.0)
+        """How the noise is correlated over the steps; None if it is not, or by cell."""
+        return self.noise.make(self.steps, self.as_batches, momentum=0.0, strategy_for=None)
 
     def sigma(self, epsilon: float, n_samples: int) -> float:
         """The noise multiplier that spends a budget on all steps."""
@@ -129,6 +130,11 @@ class SweepConfig(ProblemConfig):
     grid: GridConfig = Field(GridConfig(), description="the axes")
     training: SweepTrainingConfig = Field(SweepTrainingConfig(), description="the mechanism")
 
+    @property
+    def public(self) -> PublicConfig:
+        """Which of the training samples are public."""
+        return self.training.public
+
     @model_validator(mode="after")
     def _a_function_need_have_no_infinite_width(self) -> "SweepConfig":
         if self.model.kind == "function" and "prediction" not in self.model_fields_set:
@@ -144,6 +150,19 @@ class SweepConfig(ProblemConfig):
                 "grid.rules must not hold 'batch' with noise, whose sensitivity is unbounded; set "
                 "grid.noise_multipliers = [0.0]"
             )
+        if self.training.other_steps and self.kernels == "between times":
+            raise ValueError(
+                f"kernels must be 'auto' or 'frozen' with training.{self.training.other_steps[0]}, "
+                "which kernels between times do not know, got 'between times'"
+            )
+        for name in self.training.flat_steps:
+            if "layerwise" in self.grid.scopes:
+                raise ValueError(f"grid.scopes must be ['flat'] with training.{name}")
+            if "batch" in self.grid.rules and name == "zeroth_order":
+                raise ValueError(
+                    "grid.rules must not hold 'batch' with training.zeroth_order, whose rules clip "
+                    "each sample"
+                )
         if self.prediction == "empirical" and self.kernels == "between times":
             raise ValueError(
                 "kernels must be 'auto' or 'frozen' with prediction = 'empirical', which is the "
@@ -180,17 +199,20 @@ class Plane(NamedTuple):
 class Cell(NamedTuple):
     """One combination of the axes; ``plane`` is the index of its plane among the planes.
 
+    ``strategy`` has the coefficients of its noise if each cell has its own.
+
     An entry of ``cells`` in the results of :func:`ntkdp.sweep.run`.
     """
 
     plane: int
     learning_rate: float
     clip_norm: float
+    strategy: tuple[float, ...] | None = None
 
 
 def planes(config: SweepConfig) -> list[Plane]:
     """The maps of a sweep; the noise of a budget is spent on all the steps of a cell."""
-    grid, training, n = config.grid, config.training, config.data.n_train
+    grid, training, n = config.grid, config.training, config.data.n_train - config.public.rows
     try:
         noises = [(training.sigma(epsilon, n), epsilon) for epsilon in grid.budgets]
         noises += [

@@ -283,10 +283,10 @@ def _amount(name: str, value: float | None) -> str:
 
 def _summary(results: Results) -> list[str]:
     """Sentences about the whole sweep."""
-    data, model = results.config.data, results.config.model
+    model = results.config.model
     seconds = results.seconds
     lines = [
-        f"{data.name}, {data.n_train} training and {data.n_test} test samples; "
+        f"{results.config.samples}; "
         f"{model.words}; {results.config.loss}; "
         f"{results.config.training.steps} steps."
     ]

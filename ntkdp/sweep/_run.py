@@ -1,55 +1,37 @@
 """All cells of a sweep, predicted at once and observed one by one."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import jax
-import numpy as np
-
-from ntkdp import advisor, gradient_flow, stochastic_flow
-from ntkdp._gradients import groups
+from ntkdp import advisor
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.experiment import (
-    Kernel,
     Problem,
-    compute_kernel,
     problem_of,
     require_infinite_width,
     require_memory,
 )
 from ntkdp.sweep import _cluster
 from ntkdp.sweep._config import Cell, Plane, SweepConfig, cells, planes
+from ntkdp.sweep._predictions import CellsPrediction, moves_at_random, predict_cells
 from ntkdp.sweep._workers import (
     Metrics,
     Observation,
+    Report,
     instructions,
     observe,
     observe_on_worker,
-    rule_of,
 )
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
-#: Called with a description of the current task and the fraction of it that is done.
-Report: TypeAlias = Callable[[str, float], None]
 #: Trains some cells, and gives the number and the content of each as it finishes.
 Observe: TypeAlias = Callable[[dict[int, Cell]], Iterator[tuple[int, Observation]]]
-
-
-class CellsPrediction(TypedDict):
-    """The predicted metrics of all cells, as a folder can hold them."""
-
-    metrics: list[Metrics]
-    kernels: list[str]
-    weight_noise: list[float]
-    kernel_seconds: float
-    prediction_seconds: float
 
 
 class Results(NamedTuple):
@@ -163,8 +145,12 @@ def run(
     with folder_cells.growing():
         predicted = folder_cells.find("predicted", partial(_prediction, initial, len(grid)))
         if predicted is None:
-            predicted = _predict(config, problem, maps, report)
+            predicted = predict_cells(config, problem, maps, report)
             folder_cells.write("predicted", predicted)
+        grid = [
+            cell if found is None else cell._replace(strategy=tuple(found))
+            for cell, found in zip(grid, predicted["strategies"], strict=True)
+        ]
         if observe_missing is not None:
             observations = _observations(grid, initial, folder_cells, observe_missing, report)
     seconds = {
@@ -233,7 +219,8 @@ def _observation(initial: CellMetrics, content: Observation) -> Observation:
 
 def _prediction(initial: CellMetrics, n_cells: int, content: CellsPrediction) -> CellsPrediction:
     """The prediction of all cells, read from a folder; raises if it is wrong."""
-    for part in (content["metrics"], content["kernels"], content["weight_noise"]):
+    strategies = content["strategies"]
+    for part in (content["metrics"], content["kernels"], content["weight_noise"], strategies):
         if len(part) != n_cells:
             raise ValueError(f"it has {len(part)} cells, not {n_cells}")
     for metrics in content["metrics"]:
@@ -242,6 +229,9 @@ def _prediction(initial: CellMetrics, n_cells: int, content: CellsPrediction) ->
         "metrics": content["metrics"],
         "kernels": [str(used) for used in content["kernels"]],
         "weight_noise": [float(noise) for noise in content["weight_noise"]],
+        "strategies": [
+            None if found is None else [float(c) for c in found] for found in strategies
+        ],
         "kernel_seconds": float(content["kernel_seconds"]),
         "prediction_seconds": float(content["prediction_seconds"]),
     }
@@ -296,7 +286,7 @@ def _initial(config: SweepConfig, problem: Problem) -> CellMetrics:
 
 def _require_room(config: SweepConfig, problem: Problem, maps: list[Plane]) -> None:
     training = config.training
-    noisy = any(plane.noise_multiplier > 0 for plane in maps)
+    noisy = moves_at_random(config, maps)
     require_memory(
         problem,
         {config.prediction},
@@ -307,109 +297,4 @@ def _require_room(config: SweepConfig, problem: Problem, maps: list[Plane]) -> N
         n_seeds=training.n_seeds if config.observe else 1,
         n_drawn=training.n_predicted if noisy or training.as_batches.is_random else 1,
         steps=1,
-    )
-
-
-def _predict(
-    config: SweepConfig, problem: Problem, maps: list[Plane], report: Report
-) -> CellsPrediction:
-    training, grid = config.training, config.grid
-    report(f"{config.prediction} kernel", 0.0)
-    kernel = compute_kernel(
-        problem,
-        config.prediction,
-        by_layer="layerwise" in grid.scopes,
-        whole=any(plane.noise_multiplier > 0 for plane in maps),
-        batch_size=config.batch_size,
-    )
-    start = time.perf_counter()
-    metrics: list[Metrics] = []
-    kernels: list[str] = []
-    weight_noise: list[float] = []
-    for number, plane in enumerate(maps):
-        report(f"predicting {plane.label}", number / len(maps))
-        random = plane.noise_multiplier > 0 or training.as_batches.is_random
-        n_drawn = training.n_predicted if random else 1
-        predicted = advisor.predict(
-            _flow(config, problem, kernel, plane),
-            (problem.outputs, problem.test_outputs),
-            learning_rates=grid.learning_rates,
-            clip_norms=grid.clip_norms,
-            steps=training.steps,
-            noise_multiplier=plane.noise_multiplier,
-            batches=training.as_batches,
-            noise=training.as_noise(),
-            noise_kernel=kernel.whole if plane.noise_multiplier > 0 else None,
-            between_times=_between_times(config, problem, plane),
-            kernels=config.kernels,
-            moving_from=config.kernels_move_from,
-            key=jax.random.split(jax.random.key(config.seed + 2), n_drawn),
-        )
-        metrics += [predicted.metrics.cell(i) for i in range(len(predicted.metrics.loss))]
-        products = np.multiply(*predicted.cells())
-        used = predicted.kernels
-        kernels += ["frozen"] * len(products) if used is None else used.tolist()
-        weight_noise += (_noise_of_one(config, problem, plane) * products**2).tolist()
-    return {
-        "metrics": metrics,
-        "kernels": kernels,
-        "weight_noise": weight_noise,
-        "kernel_seconds": kernel.seconds,
-        "prediction_seconds": time.perf_counter() - start,
-    }
-
-
-def _noise_of_one(config: SweepConfig, problem: Problem, plane: Plane) -> float:
-    """v(T) of a cell whose learning rate and clipping norm are one, relative to the weights."""
-    if plane.noise_multiplier == 0:
-        return 0.0
-    variance = stochastic_flow.weight_noise_variance(
-        rule_of(plane, 1.0),
-        len(problem.x),
-        learning_rate=1.0,
-        steps=config.training.steps,
-        noise_multiplier=plane.noise_multiplier,
-        batches=config.training.as_batches,
-        noise=config.training.as_noise(),
-        n_groups=groups.resolve(problem.params).size,
-        reduction=config.training.reduction,
-    )
-    relative = stochastic_flow.relative_weight_noise(
-        variance[-1], problem.model, problem.params, problem.x
-    )
-    return float(relative)
-
-
-def _between_times(
-    config: SweepConfig, problem: Problem, plane: Plane
-) -> stochastic_flow.TwoTimeFlow | None:
-    """The problem at infinite width, if there is noise and kernels may follow it."""
-    is_frozen = config.kernels == "frozen" or config.prediction == "empirical"
-    # Nothing moves the kernel of a linear head.
-    is_frozen |= config.kernels == "auto" and problem.model.features is not None
-    if is_frozen or plane.noise_multiplier == 0:
-        return None
-    return stochastic_flow.TwoTimeFlow(
-        problem.model,
-        problem.x,
-        problem.targets,
-        problem.loss,
-        rule_of(plane, 1.0),
-        reduction=config.training.reduction,
-        test_x=problem.test_x,
-        test_targets=problem.test_targets,
-    )
-
-
-def _flow(
-    config: SweepConfig, problem: Problem, kernel: Kernel, plane: Plane
-) -> gradient_flow.KernelFlow:
-    return gradient_flow.KernelFlow(
-        kernel.train,
-        problem.targets,
-        problem.loss,
-        rule_of(plane, 1.0),
-        reduction=config.training.reduction,
-        test_kernel=kernel.test,
-        test_targets=problem.test_targets,
     )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias, TypedDict
 
@@ -15,10 +16,14 @@ from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import measure
 from ntkdp.experiment import Problem, problem_of
 from ntkdp.losses import Reduction
+from ntkdp.noise import Correlated
 from ntkdp.sweep._config import Cell, Plane, SweepConfig
+from ntkdp.trajectory import Trajectory
 
 #: Metrics of one cell by name, as :meth:`ntkdp.comparison.CellMetrics.cell` gives them.
 Metrics: TypeAlias = dict[str, float | bool | None]
+#: Called with a description of the current task and the fraction of it that is done.
+Report: TypeAlias = Callable[[str, float], None]
 #: Rounding changes a mean loss by less than this, in single precision too.
 _SAME_DATA = 1e-5
 
@@ -26,7 +31,7 @@ _SAME_DATA = 1e-5
 class Observation(TypedDict):
     """A trained cell, as a folder can hold it."""
 
-    cell: dict[str, int | float | str]
+    cell: dict[str, int | float | str | tuple[float, ...]]
     metrics: Metrics
     seconds: float
 
@@ -119,7 +124,10 @@ def observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> 
         steps=training.steps,
         noise_multiplier=plane.noise_multiplier,
         batches=training.as_batches,
-        noise=training.as_noise(),
+        noise=training.as_noise() if cell.strategy is None else Correlated(cell.strategy),
+        public=problem.public,
+        sharpness_aware=training.sharpness_aware.make(problem.n_params),
+        zeroth_order=training.zeroth_order.make(),
         reduction=training.reduction,
         test_x=problem.test_x,
         test_targets=problem.test_targets,
@@ -127,22 +135,28 @@ def observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> 
         outputs=True,
         key=jax.random.split(jax.random.key(config.seed + 1), training.n_seeds),
     )
-    assert run.outputs is not None
-    assert run.test_outputs is not None
-    initial_loss = _reduced(problem, training.reduction)
-    metrics = measure(
-        problem.loss,
-        training.reduction,
-        initial_loss,
-        (run.outputs[None, :, -1], problem.targets),
-        (run.test_outputs[None, :, -1], problem.test_targets),
-    )
+    of_cell = {name: part for name, part in cell._asdict().items() if part is not None}
     return {
-        "cell": {**plane._asdict(), **cell._asdict()},
-        "metrics": metrics.cell(0),
+        "cell": {**plane._asdict(), **of_cell},
+        "metrics": metrics_of(problem, training.reduction, run),
         "seconds": time.perf_counter() - start,
     }
 
 
-def _reduced(problem: Problem, reduction: Reduction) -> float:
-    return float(losses.mean_or_sum(problem.loss, problem.outputs, problem.targets, reduction)[0])
+def metrics_of(problem: Problem, reduction: Reduction, path: Trajectory) -> Metrics:
+    """Metrics of the last outputs of a run or a prediction, of one seed or many."""
+    assert path.outputs is not None
+    assert path.test_outputs is not None
+    last, last_test = (
+        outputs[None, None, -1] if outputs.ndim == 3 else outputs[None, :, -1]
+        for outputs in (path.outputs, path.test_outputs)
+    )
+    initial = losses.mean_or_sum(problem.loss, problem.outputs, problem.targets, reduction)[0]
+    metrics = measure(
+        problem.loss,
+        reduction,
+        float(initial),
+        (last, problem.targets),
+        (last_test, problem.test_targets),
+    )
+    return metrics.cell(0)

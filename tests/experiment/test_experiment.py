@@ -305,7 +305,7 @@ def test_the_noise_of_weights_is_relative_to_their_own_variance() -> None:
             clipping=[{"clip_norm": 0.5}],
         )
         problem, (rule,) = experiment.problem_of(config), experiment.rules_of(config)
-        mechanism = _predictions.Mechanism.of(config, config.clipping[0])
+        mechanism = _predictions.Mechanism.of(config, config.clipping[0], problem.n_params)
         noise[kind] = known(_predictions.weight_noise(config, problem, rule, mechanism))
     assert noise["ntk"] == pytest.approx(5 * (0.1 * 2 * 0.5 / 8) ** 2)
     # W^2 / N is 4 / 64 for the 64 pixels, and 1 / 50 for the last layer.

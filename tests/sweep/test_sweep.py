@@ -335,7 +335,8 @@ def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
     assert _run._observation(INITIAL, good) == good
     of_all: Any = {
         "metrics": [CELL, CELL], "kernels": ["frozen", "between times"],
-        "weight_noise": [0.0, 1.0], "kernel_seconds": 1.0, "prediction_seconds": 2.0,
+        "weight_noise": [0.0, 1.0], "strategies": [None, [1.0, 0.5]],
+        "kernel_seconds": 1.0, "prediction_seconds": 2.0,
     }  # fmt: skip
     assert _run._prediction(INITIAL, 2, of_all) == of_all
     errors = (LookupError, TypeError, ValueError, AttributeError)

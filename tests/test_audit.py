@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import equinox as eqx
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import normal
-from scipy import stats
 
 from ntkdp import dp_sgd, losses, privacy
 from ntkdp.clipping import PSAC, Abadi, Automatic, ClippingRule, Custom, Global, Scope
@@ -175,13 +174,6 @@ CLIP_NORM, RATE, STEPS, FAR = 1.0, 0.1, 16, 1e3
 MECHANISMS = [(4.0, 1.0), (2.0, 0.5)]
 
 
-class Audit(NamedTuple):
-    """Lower bounds of epsilon that hold with probability `CONFIDENCE`."""
-
-    clopper_pearson: float
-    gaussian: float
-
-
 def scores(
     canary: bool, sigma: float, q: float, *, runs: int = RUNS, far: float = FAR, seed: int = 7
 ) -> np.ndarray:
@@ -224,51 +216,11 @@ def paths(canary: bool, sigma: float, q: float, key: Any, far: float = FAR) -> n
     return np.asarray(run.test_outputs[..., 0, 0])
 
 
-def at_most(successes: Any, trials: int) -> Any:
-    """Clopper and Pearson's upper limit of a probability, both errors sharing `CONFIDENCE`."""
-    level = 1 - (1 - CONFIDENCE) / 2
-    limit = stats.beta.ppf(level, successes + 1, np.maximum(trials - successes, 1))
-    return np.where(successes == trials, 1.0, limit)
+def audit(present: np.ndarray, absent: np.ndarray) -> privacy.Audit:
+    return privacy.audit(present, absent, DELTA, confidence=CONFIDENCE)
 
 
-def bounds(present: np.ndarray, absent: np.ndarray, thresholds: Any) -> tuple[Any, Any]:
-    """Lower bounds of epsilon and of mu by each threshold, above which "present" is guessed."""
-    false_positive = len(absent) - np.searchsorted(np.sort(absent), thresholds, side="right")
-    false_negative = np.searchsorted(np.sort(present), thresholds, side="right")
-    fp, fn = at_most(false_positive, len(absent)), at_most(false_negative, len(present))
-    forward = np.log(np.maximum(1 - fn - DELTA, 1e-300) / fp)
-    backward = np.log(np.maximum(1 - fp - DELTA, 1e-300) / fn)
-    return np.maximum(forward, backward), -stats.norm.ppf(fp) - stats.norm.ppf(fn)
-
-
-def best_thresholds(present: np.ndarray, absent: np.ndarray) -> tuple[float, float]:
-    """The quantiles of these scores that bound epsilon and mu best.
-
-    The bounds hold on scores that had no part in the choice.
-    """
-    tried = np.quantile(np.concatenate([present, absent]), np.linspace(1e-4, 1 - 1e-4, 1000))
-    for_epsilon, for_mu = (
-        float(tried[int(np.argmax(found))]) for found in bounds(present, absent, tried)
-    )
-    return for_epsilon, for_mu
-
-
-def audit(present: np.ndarray, absent: np.ndarray) -> Audit:
-    """Bounds by the threshold that the first half of the runs finds best, on the second half.
-
-    Epsilon: log of (1 - FNR - delta)/FPR, or with the errors changed over (Jagielski et al. 2020).
-    Gaussian: mu is at least the sum of the normal quantiles of both (Nasr et al. 2023), which is
-    sound where the mechanism is Gaussian, so with full batches.
-    """
-    half = len(present) // 2
-    for_epsilon, for_mu = best_thresholds(present[:half], absent[:half])
-    epsilon = float(bounds(present[half:], absent[half:], for_epsilon)[0])
-    mu = float(bounds(present[half:], absent[half:], for_mu)[1])
-    gaussian = privacy.epsilon(1 / mu, 1.0, 1, DELTA) if mu > 0 else 0.0
-    return Audit(max(epsilon, 0.0), gaussian)
-
-
-def audit_of(sigma: float, q: float, **options: Any) -> Audit:
+def audit_of(sigma: float, q: float, **options: Any) -> privacy.Audit:
     return audit(scores(True, sigma, q, **options), scores(False, sigma, q, **options))
 
 
@@ -281,9 +233,9 @@ def test_the_attacker_learns_no_more_than_promised_and_nearly_as_much(
     sigma: float, q: float
 ) -> None:
     found, bound = audit_of(sigma, q), promised(sigma, q)
-    assert (0.5 if q == 1 else 0.4) * bound < found.clopper_pearson < bound
+    assert (0.5 if q == 1 else 0.4) * bound < found.epsilon < bound
     if q == 1:
-        assert 0.7 * bound < found.gaussian < bound
+        assert 0.7 * bound < found.gaussian_epsilon < bound
 
 
 def test_runs_of_one_key_share_their_noise_and_hide_nothing_from_each_other() -> None:
@@ -295,8 +247,8 @@ def test_runs_of_one_key_share_their_noise_and_hide_nothing_from_each_other() ->
 
 def test_without_a_canary_there_is_nothing_to_find() -> None:
     found = audit(scores(False, 4.0, 1.0, runs=4000), scores(False, 4.0, 1.0, runs=4000, seed=8))
-    assert found.clopper_pearson < 0.2
-    assert found.gaussian < 0.2
+    assert found.epsilon < 0.2
+    assert found.gaussian_epsilon < 0.2
 
 
 @slow
@@ -310,7 +262,7 @@ def test_a_third_of_the_noise_is_found_out(
         return jax.tree.map(lambda leaf: leaf / 3, noise(*arguments))
 
     mutate(Algorithm, "_noise", third)
-    assert audit_of(sigma, q).clopper_pearson > 1.2 * promised(sigma, q)
+    assert audit_of(sigma, q).epsilon > 1.2 * promised(sigma, q)
 
 
 @pytest.mark.parametrize(("sigma", "q"), [MECHANISMS[0], pytest.param(*MECHANISMS[1], marks=slow)])
@@ -319,7 +271,7 @@ def test_a_gradient_that_is_not_clipped_is_found_out(
 ) -> None:
     mutate(Abadi, "_weight", lambda self, s, R: jnp.ones_like(s))
     found = audit_of(sigma, q, far=10 * CLIP_NORM, runs=4000)
-    assert found.clopper_pearson > 1.2 * promised(sigma, q)
+    assert found.epsilon > 1.2 * promised(sigma, q)
 
 
 # ---------------------------------------------------------------------------- cancellation
@@ -376,16 +328,16 @@ def test_views_that_cancel_give_no_sample_away(rule: ClippingRule) -> None:
     keys = jax.random.split(jax.random.key(1), (2, 2 * trials))
     present = steps_of_views(rule, seed, keys[0], sigma, with_it) @ direction
     absent = steps_of_views(rule, seed, keys[1], sigma, without_it) @ direction
-    assert audit(present, absent).clopper_pearson <= bound
+    assert audit(present, absent).epsilon <= bound
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "q"), MECHANISMS)
 def test_with_more_runs_the_bounds_close_in(sigma: float, q: float) -> None:
     found, bound = audit_of(sigma, q, runs=200_000), promised(sigma, q)
-    assert 0.65 * bound < found.clopper_pearson < bound
+    assert 0.65 * bound < found.epsilon < bound
     if q == 1:
-        assert 0.9 * bound < found.gaussian < bound
+        assert 0.9 * bound < found.gaussian_epsilon < bound
 
 
 def _print_table() -> None:
@@ -409,7 +361,7 @@ def _print_table() -> None:
             eqx.clear_caches()
             with mock.patch.object(*patched) if patched else nullcontext():
                 found = audit_of(sigma, q, **options)
-            print(f"  {name:<24} {found.clopper_pearson:.2f}  {found.gaussian:.2f}")
+            print(f"  {name:<24} {found.epsilon:.2f}  {found.gaussian_epsilon:.2f}")
 
 
 if __name__ == "__main__":

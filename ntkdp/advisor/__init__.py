@@ -6,7 +6,7 @@ norms ends with, and :func:`advise` picks one. :func:`allocate_clip_norms` share
 over the groups of layerwise clipping. :func:`ntkdp.comparison.agreement` and :func:`regret`
 compare that with runs of the same cells. :func:`decompose` says what limits a step: curvature, the
 noise of sampling, or that of privacy. :func:`plan_budget` chooses the number of steps, the sampling
-rate and the budget too.
+rate and the budget too. :func:`membership_advantage` says what an attack on a sample would find.
 
 .. warning::
    Looking at private data in order to choose costs privacy, and nothing here adds noise for it.
@@ -30,6 +30,7 @@ from ntkdp.advisor._gradient_norms import GradientNorms, gradient_norms
 from ntkdp.advisor._grid import MOVING_FROM as MOVING_FROM
 from ntkdp.advisor._grid import Grid, predict
 from ntkdp.advisor._grid import KernelChoice as KernelChoice
+from ntkdp.advisor._membership import membership_advantage
 from ntkdp.advisor._memory_plan import MethodCost as MethodCost
 from ntkdp.advisor._memory_plan import plan as plan
 from ntkdp.advisor._plan_budget import plan_budget
@@ -52,6 +53,7 @@ __all__ = [
     "decompose",
     "gradient_norms",
     "largest_stable_learning_rate",
+    "membership_advantage",
     "pareto_front",
     "plan_budget",
     "predict",

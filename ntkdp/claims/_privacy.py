@@ -152,8 +152,13 @@ def _last_weights(
     return np.asarray(path.test_outputs[:, -1, 0, 0])
 
 
-def _attack(R: float, sigma: float, sample_rate: float, epsilon: float) -> tuple[float, float]:
-    """Delta that the best test of one step attains in simulation, and its standard error."""
+def _attack(
+    R: float, sigma: float, sample_rate: float, epsilon: float
+) -> tuple[float, float, privacy.Audit]:
+    """Delta that the best test of one step attains in simulation, and its standard error.
+
+    The audit is at the delta that is promised with this epsilon.
+    """
     rule = clipping.Abadi(R)
     options = {"steps": 1, "noise_multiplier": sigma, "sample_rate": sample_rate}
     # An input of zero has no gradient: the sample is not there.
@@ -164,7 +169,9 @@ def _attack(R: float, sigma: float, sample_rate: float, epsilon: float) -> tuple
     # Where the likelihood ratio of the mixture exceeds exp(epsilon).
     cut = 0.5 + sigma**2 * math.log(1 + math.expm1(epsilon) / sample_rate)
     gains = (present > cut) - math.exp(epsilon) * (absent > cut)
-    return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+    promised = privacy.delta(sigma, sample_rate, 1, epsilon)
+    audit = privacy.audit(present, absent, promised, confidence=0.99)
+    return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)), audit
 
 
 @claim(
@@ -189,9 +196,14 @@ def epsilon_depends_on_neither_norm_nor_rule() -> list[Finding]:
     sigma, sample_rate = 0.7, 0.3
     bound = privacy.delta(sigma, sample_rate, 1, 1.0)
     for R in (0.05, 3.0):
-        delta, error = _attack(R, sigma, sample_rate, 1.0)
+        delta, error, audit = _attack(R, sigma, sample_rate, 1.0)
         what = f"delta that the best test attains at epsilon = 1, R = {R:g}"
-        findings.append(equal(what, delta, bound, within=4 * error))
+        proved = f"epsilon that an audit proves where 1 is promised, R = {R:g}"
+        findings += [
+            equal(what, delta, bound, within=4 * error),
+            at_most(proved, audit.epsilon, 1.0),
+            at_least(proved, audit.epsilon, 0.8),
+        ]
     return findings
 
 

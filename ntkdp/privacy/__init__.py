@@ -33,9 +33,11 @@ phases of training. A :class:`Budget` may stand where a run or a prediction asks
 which then follows from the number of steps; cyclic and shuffled batches and correlated noise have
 their accountant there. :func:`neighbours` says for which data sets a run's guarantee holds.
 :func:`individual` says what a run, or a prediction of one, costs each sample, and
-:func:`last_iterate` what the last weights alone give away.
+:func:`last_iterate` what the last weights alone give away. :func:`audit` says what an attack found,
+which bounds epsilon from below.
 """
 
+from ntkdp.privacy._audit import Advantage, Audit, advantage, audit, audit_one_run
 from ntkdp.privacy._budget import Budget, as_noise_multiplier
 from ntkdp.privacy._budget import spent as spent
 from ntkdp.privacy._epsilon import composed_epsilon, delta, epsilon, noise_multiplier
@@ -46,13 +48,18 @@ from ntkdp.privacy._report import GaussianDP, PrivacyReport, gaussian_dp, report
 from ntkdp.privacy._sensitivities import Sensitivities
 
 __all__ = [
+    "Advantage",
+    "Audit",
     "Budget",
     "GaussianDP",
     "GroupExposure",
     "IndividualPrivacy",
     "PrivacyReport",
     "Sensitivities",
+    "advantage",
     "as_noise_multiplier",
+    "audit",
+    "audit_one_run",
     "composed_epsilon",
     "delta",
     "epsilon",

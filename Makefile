@@ -72,6 +72,7 @@ figures:  ## Draw the figures of the pages in docs/ and print their tables (an h
 	uv run python docs/figures/two_times.py
 	uv run python docs/figures/responses.py
 	uv run python docs/figures/individual_privacy.py
+	uv run python docs/figures/step_terms.py
 	uv run --extra data python docs/figures/correlated_noise.py
 	uv run --extra data python docs/figures/fine_tuning.py
 

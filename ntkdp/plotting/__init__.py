@@ -15,6 +15,7 @@ from ntkdp.plotting._heat_maps import heat_maps, trade_off
 from ntkdp.plotting._individual import individual_epsilon
 from ntkdp.plotting._save import save
 from ntkdp.plotting._spectrum import kernel_spectrum
+from ntkdp.plotting._step_terms import step_terms
 
 __all__ = [
     "accuracy",
@@ -28,5 +29,6 @@ __all__ = [
     "loss_curves",
     "relative_error",
     "save",
+    "step_terms",
     "trade_off",
 ]

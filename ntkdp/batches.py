@@ -15,6 +15,7 @@ Gradients are summed over a batch and divided by q n (mean) or by q (sum), so th
 batches is the gradient on all samples.
 """
 
+import math
 from abc import abstractmethod
 from typing import TypeAlias, final
 
@@ -62,6 +63,28 @@ class Batches(eqx.Module):
         self, key: PRNGKeyArray, number: Array | int, carried: PyTree, n_samples: int
     ) -> tuple[Drawn, PyTree]:
         """The samples of a step, by its key and its number, and what is carried on."""
+
+    def draw_places(
+        self, key: PRNGKeyArray, number: Array | int, carried: PyTree, n_samples: int
+    ) -> tuple[Array, Array, PyTree]:
+        """The numbers of a step's samples in :meth:`largest` places, and which places are filled.
+
+        Batches have the law of :meth:`draw`, but perhaps not the same samples for a key.
+
+        Examples
+        --------
+        >>> import jax, ntkdp
+        >>> batches = ntkdp.batches.FixedSize(2)
+        >>> places, filled, _ = batches.draw_places(jax.random.key(0), 0, None, 10)
+        >>> places.shape, filled.tolist()
+        ((2,), [True, True])
+        """
+        n_places = self.largest(n_samples)
+        drawn, carried = self.draw(key, number, carried, n_samples)
+        if drawn is None:
+            return jnp.arange(n_samples), jnp.ones(n_samples, bool), carried
+        (places,) = jnp.nonzero(drawn, size=n_places, fill_value=0)
+        return places, jnp.arange(n_places) < jnp.sum(drawn), carried
 
     @property
     def takes_all(self) -> bool:
@@ -158,6 +181,18 @@ class Poisson(Batches):
         if self.q >= 1:
             return None, carried
         return jax.random.bernoulli(key, self.q, (n_samples,)), carried
+
+    def draw_places(
+        self, key: PRNGKeyArray, number: Array | int, carried: PyTree, n_samples: int
+    ) -> tuple[Array, Array, PyTree]:
+        """The gaps between heads of the coins, which are geometric, in place of all coins."""
+        if self.q >= 1:
+            return super().draw_places(key, number, carried, n_samples)
+        uniform = 1 - jax.random.uniform(key, (self.largest(n_samples),))
+        gaps = jnp.floor(jnp.log(uniform) / math.log1p(-self.q))
+        places = jnp.cumsum(jnp.minimum(gaps, n_samples).astype(jnp.int32) + 1) - 1
+        filled = places < n_samples
+        return jnp.where(filled, places, 0), filled, carried
 
 
 @final

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest, chisquare
+from scipy.stats import binomtest, chi2, chisquare
 
 from ntkdp import batches
 from ntkdp.batches import Batches, Cyclic, FixedSize, Full, Poisson, Shuffled
@@ -88,3 +88,33 @@ def test_counts_are_checked(make: type[FixedSize]) -> None:
         make(0)
     with pytest.raises(ValueError, match=r"q must be in"):
         Poisson(0.0)
+
+
+def test_places_of_poisson_batches_are_coins_for_each_sample() -> None:
+    """Heads of every sample and of every pair of neighbours, in 20,000 batches."""
+    q, n, draws = 0.3, 8, 20_000
+    one = batches.Poisson(q)
+    keys = jax.random.split(jax.random.key(0), draws)
+    places, filled, _ = jax.vmap(lambda key: one.draw_places(key, 0, None, n))(keys)
+    assert places.shape == (draws, one.largest(n))
+    drawn = np.zeros((draws, n), int)
+    rows = np.broadcast_to(np.arange(draws)[:, None], places.shape)
+    np.add.at(drawn, (rows[np.asarray(filled)], np.asarray(places)[np.asarray(filled)]), 1)
+    assert drawn.max() == 1
+    centred = (drawn - q) / (q * (1 - q)) ** 0.5
+    heads = (centred.sum(0) ** 2 / draws).sum()
+    pairs = (((centred[:, 1:] * centred[:, :-1]).sum(0)) ** 2 / draws).sum()
+    sizes = ((drawn.sum(1) - n * q) ** 2).mean() / (n * q * (1 - q))
+    assert 1e-3 < chi2.cdf(heads, n) < 1 - 1e-3
+    assert 1e-3 < chi2.cdf(pairs, n - 1) < 1 - 1e-3
+    assert abs(sizes - 1) < 4 * (2 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("one", [batches.Full(), batches.FixedSize(3), batches.Cyclic(4)], ids=repr)
+def test_places_hold_the_samples_that_are_drawn(one: batches.Batches) -> None:
+    key, n = jax.random.key(1), 8
+    places, filled, _ = one.draw_places(key, 2, one.start(n), n)
+    drawn, _ = one.draw(key, 2, one.start(n), n)
+    expected = np.arange(n) if drawn is None else np.flatnonzero(np.asarray(drawn))
+    assert np.asarray(places)[np.asarray(filled)].tolist() == expected.tolist()
+    assert len(places) == one.largest(n)

@@ -28,12 +28,14 @@ class _Listening:
     def __init__(self, callback: ProgressCallback) -> None:
         self.callback = callback
         self.done = -1.0
+        self.part, self.parts = 0, 1
         self.error: BaseException | None = None
         # Devices call from threads of their own.
         self.lock = threading.Lock()
 
     def hear(self, done: float) -> None:
         with self.lock:
+            done = (self.part + done) / self.parts
             if self.error is not None or done <= self.done:
                 return
             self.done = done
@@ -70,6 +72,14 @@ def _emit(number: ScalarLike, done: ScalarLike) -> None:
 def report(listener: Array, done: ScalarLike) -> None:
     """Tell the listener, from inside compiled code, which fraction is done."""
     jax.debug.callback(_emit, listener, done)
+
+
+def begin_part(listener: Listener, part: int, parts: int) -> None:
+    """From now on the listener is told of one part of the work, after the parts before it."""
+    if listener is not None:
+        jax.effects_barrier()
+        heard = _listening[int(listener)]
+        heard.part, heard.parts = part, parts
 
 
 @contextmanager

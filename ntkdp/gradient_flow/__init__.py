@@ -14,6 +14,7 @@ from ntkdp.gradient_flow._flow import LinearModelFlow as LinearModelFlow
 from ntkdp.gradient_flow._flow import check_linear_model_flow as check_linear_model_flow
 from ntkdp.gradient_flow._flow import setup_of as setup_of
 from ntkdp.gradient_flow._flow import with_steps as with_steps
+from ntkdp.gradient_flow._head_flow import HeadFlow as HeadFlow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow as KernelFlow
 from ntkdp.gradient_flow._kernel_flow import check_kernel_flow as check_kernel_flow
 from ntkdp.gradient_flow._kernel_matrix import BlockKernel as BlockKernel

@@ -22,6 +22,7 @@ from ntkdp._estimators.sharpness_aware import SharpnessAware, check_sharpness_aw
 from ntkdp._results.setup import Setup, adaptive_in_words
 from ntkdp.clipping import Adaptive, check_adaptive
 from ntkdp.gradient_flow._flow import LinearModelFlow, with_steps
+from ntkdp.gradient_flow._head_flow import HeadFlow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
 from ntkdp.gradient_flow._linearised_flow import LinearisedFlow
 from ntkdp.optimizers import OptimizerLike
@@ -183,6 +184,8 @@ def optimizer_steps(
             )
         at_zero = flow.at_zero_weights()
         return OptimizerSteps(flow, optimizer, learning_rate, at_zero, adaptive, sharpness_aware)
+    if isinstance(flow, HeadFlow):
+        return OptimizerSteps(flow, optimizer, learning_rate, None, adaptive, sharpness_aware)
     assert isinstance(flow, KernelFlow)
     if sharpness_aware is not None:
         _check_norms(flow)

@@ -281,7 +281,9 @@ def _with_kernel(training: Training, optimizer: Optimizer) -> _Frozen:
             lambda w: flow.outputs(w, flow.points), (flow.params,), (flow.params,)
         )
         at_zero = parted(outputs - moved)
-    noisy = has_test and training.noise_multiplier > 0
+    # The features of a head say how noise moves test points too.
+    factored = isinstance(kernel, FeatureKernel)
+    noisy = has_test and training.noise_multiplier > 0 and not factored
     initial = parted(flow.outputs(flow.params, flow.points))
     return _Frozen(kernel_flow, initial, kernel if noisy else None, at_zero)
 

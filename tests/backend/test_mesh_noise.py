@@ -294,7 +294,7 @@ def test_memory_of_a_root_falls_with_the_devices() -> None:
 
 @pytest.mark.parametrize("n_devices", [8])
 def test_a_head_over_devices(n_devices: int) -> None:
-    """Its features are spread, and the runs are those of one device."""
+    """Its features are spread, and the runs are those of one device in the outputs."""
     head = ntkdp.models.linear(3)
 
     def runs(mesh: Any) -> Any:
@@ -307,6 +307,7 @@ def test_a_head_over_devices(n_devices: int) -> None:
         return stochastic_flow.ensemble(
             flow, OUTPUTS, learning_rate=0.5, steps=3, noise_multiplier=0.5, outputs=True,
             optimizer=SGD(momentum=0.5), key=jax.random.key(0),
+            noise_kernel=None if mesh is not None else ntkdp.linear_ntk(head, EVERYTHING),
         )  # fmt: skip
 
     assert_same(runs(mesh_of(n_devices)), runs(None))

@@ -1,17 +1,21 @@
 """A head on features, by its factored kernel: against NumPy on its weights, and laws of noise."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import KEY, SOFTMAX, SQUARED, known, normal
 from scipy.stats import chi2
 
 import ntkdp
 from ntkdp import advisor, batches, clipping, models, optimizers, stochastic_flow
+from ntkdp.gradient_flow import HeadFlow
 from ntkdp.losses import Huber
+from ntkdp.stochastic_flow._ensemble import ensemble as ensembles
 
 N, M, D, K = 12, 5, 3, 2
 MODEL = models.linear(K, b_std=0.3, parameterization="ntk", W_std=1.5)
@@ -116,6 +120,62 @@ def test_one_draw_of_weights_moves_all_points(kind: str) -> None:
         W, rest = weights_that_move(known(runs.outputs)[run, -1], known(runs.test_outputs)[run, -1])
         assert float(np.abs(W).max()) > 0.01
         np.testing.assert_allclose(rest, 0, atol=1e-12)
+
+
+def test_adam_steps_the_weights() -> None:
+    """Without noise and sampling: optax on the clipped gradients of the weights."""
+    runs = stochastic_flow.ensemble(
+        flow_of(), (F, F_TEST), learning_rate=0.1, steps=STEPS, outputs=True, key=KEY,
+        optimizer=optimizers.Adam(),
+    )  # fmt: skip
+    adam, W = optax.adam(0.1), jnp.zeros((D + 1, K))
+    state = adam.init(W)
+    for _ in range(STEPS):
+        updates, state = adam.update(jnp.asarray(clipped_descent(np.asarray(W), N)), state)
+        W = W + updates
+    np.testing.assert_allclose(known(runs.outputs)[-1], F + PHI @ W, atol=1e-12)
+    np.testing.assert_allclose(known(runs.test_outputs)[-1], F_TEST + PHI_TEST @ W, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [ABADI, clipping.Batch(0.2)], ids=["abadi", "batch"])
+@pytest.mark.parametrize("kind", ["of a fixed size", "cyclic"])
+def test_a_batch_is_read_by_itself(rule: Any, kind: str, monkeypatch: Any) -> None:
+    """One step: some five of the twelve samples, in a sum over n, times n over five."""
+    drawn = batches.FixedSize(5) if kind == "of a fixed size" else batches.Cyclic(3)
+    monkeypatch.setattr(HeadFlow, "velocity_and_norms", None)  # that of all samples
+    runs = stochastic_flow.ensemble(
+        flow_of(rule), (F, F_TEST), learning_rate=RATE, steps=1, batches=drawn, outputs=True,
+        key=KEY,
+    )  # fmt: skip
+    W, rest = weights_that_move(known(runs.outputs)[-1], known(runs.test_outputs)[-1])
+    np.testing.assert_allclose(rest, 0, atol=1e-12)
+    a = softmax_gradient(np.asarray(F))
+    norms = np.linalg.norm(PHI, axis=1) * np.linalg.norm(a, axis=1)
+    size = round(drawn.share(N) * N)
+    possible = []
+    for chosen in map(list, itertools.combinations(range(N), size)):
+        total = PHI[chosen].T @ a[chosen]
+        factor = np.minimum(1, 0.5 / norms[chosen])
+        if rule is not ABADI:
+            factor = np.full(size, min(1, 0.2 / np.linalg.norm(total)))
+        possible.append(-RATE / size * PHI[chosen].T @ (factor[:, None] * a[chosen]))
+    assert min(float(np.abs(W - one).max()) for one in possible) < 1e-12
+
+
+def test_runs_in_groups_are_the_same_and_tell_their_progress(monkeypatch: Any) -> None:
+    """Seven runs, three at a time."""
+    asked: Any = {
+        "learning_rate": RATE, "steps": 4, "noise_multiplier": SIGMA, "sample_rate": 0.2,
+        "outputs": True, "key": jax.random.split(KEY, 7),
+    }  # fmt: skip
+    together = stochastic_flow.ensemble(flow_of(), (F, F_TEST), **asked)
+    monkeypatch.setattr(ensembles, "_OUTPUT_BYTES", 3 * (N + M) * K * 8)
+    heard: list[float] = []
+    in_groups = stochastic_flow.ensemble(flow_of(), (F, F_TEST), progress=heard.append, **asked)
+    for one, other in zip(jax.tree.leaves(in_groups), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+    assert heard == sorted(set(heard))
+    assert {round(done * 12) for done in heard} == set(range(13))
 
 
 def assert_noise_of_weights(W: np.ndarray, std: float) -> None:

@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ntkdp import privacy
+from ntkdp import optimizers, privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
-from ntkdp._backend.progress import Listener
+from ntkdp._backend.progress import Listener, begin_part
 from ntkdp._backend.types import (
     Array,
     Key,
@@ -26,6 +26,7 @@ from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.clipping import Adaptive
 from ntkdp.gradient_flow import (
+    HeadFlow,
     KernelFlow,
     KernelLike,
     LinearisedFlow,
@@ -49,6 +50,9 @@ from ntkdp.stochastic_flow._ensemble.step_noise import (
 from ntkdp.stochastic_flow._ensemble.zeroth_order import ZerothOrderSteps, zeroth_order_steps
 from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
 from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
+
+#: Outputs of the runs of a head that are drawn at once.
+_OUTPUT_BYTES = 2**25
 
 
 def ensemble(
@@ -129,8 +133,9 @@ def ensemble(
     *Derived* from the step of DP-SGD; exact in law for a model that is linear in its parameters, at
     any step size. A KernelFlow draws hundreds of runs in one batched product, with the full
     covariance. It takes the memory and, once, the time of the eigenvalues of an ``(n K, n K)``
-    matrix, or ``(n, n)`` if the kernel means ``(x) I_K``; a FeatureKernel takes neither, since its
-    noise is drawn in the D K weights of the head. A LinearisedFlow takes, for each run, the
+    matrix, or ``(n, n)`` if the kernel means ``(x) I_K``. A FeatureKernel takes neither: runs are
+    those of the D K weights of the head, of which a step on a small batch reads the features of its
+    samples alone, and Adam may step them too. A LinearisedFlow takes, for each run, the
     memory of its weights and of a batch, and, for each step, a velocity over all samples, also with
     Poisson sampling. With the same key its run is, up to rounding, the run that ``dp_sgd.run``
     makes of the linearised model.
@@ -156,20 +161,26 @@ def ensemble(
         noise=correlated,
         n_samples=flow.data.n_samples,
     )
+    of_outputs = (noise_kernel, outputs_at_zero, zeroth_order, sharpness_aware)
+    state: PyTree = flow.init(initial)
+    followed: LinearModelFlow = flow
+    if isinstance(flow, KernelFlow) and steps_weights(flow, optimizer, of_outputs):
+        followed = head = HeadFlow(flow, state)
+        state = head.init()
     walk = optimizer_steps(
-        flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
+        followed, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
     )
     of_sum = sigma
     if adaptive is not None:
-        _check_noise_adapts(flow, correlated, noise_per_group)
+        _check_noise_adapts(followed, correlated, noise_per_group)
         of_sum = adaptive.sum_noise_multiplier(sigma, flow.n_terms)
     order = check_zeroth_order(
         zeroth_order, flow.clipping, correlated, adaptive, flow.public, sharpness_aware
     )
-    start: Start = (flow.init(initial), None)
+    start: Start = (state, None)
     random: StepNoise | ZerothOrderSteps
     if order is None:
-        random = noise_of_step(flow, of_sum, drawn, noise_kernel, noise_per_group, correlated)
+        random = noise_of_step(followed, of_sum, drawn, noise_kernel, noise_per_group, correlated)
         if walk.sharpness_aware is not None:
             random = finding_norms(random, flow, start[0], walk.sharpness_aware)
     else:
@@ -178,9 +189,12 @@ def ensemble(
     has_noise = isinstance(random, StepNoise) and random.added is not None
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
-        _, measured = draw_within_memory(
-            walk, random, start, False, stepping, keys, outputs, listener
-        )
+        if isinstance(followed, HeadFlow):
+            measured = draw_in_groups(walk, random, start, stepping, keys, outputs, listener)
+        else:
+            _, measured = draw_within_memory(
+                walk, random, start, False, stepping, keys, outputs, listener
+            )
         share = drawn.share(flow.targets.shape[0])
         setup = walk.setup(stepping, sigma, share, noise_per_group)
         return from_measurements(
@@ -216,11 +230,54 @@ def _check_noise_adapts(flow: LinearModelFlow, noise: Noise, per_group: bool) ->
             "noise must be independent with adaptive clipping, since later steps take back noise "
             f"in proportion to another clipping norm, got {type(noise).__name__}"
         )
-    if per_group and not isinstance(flow, LinearisedFlow):
+    if per_group and isinstance(flow, KernelFlow):
         raise ValueError(
             "noise_per_group must be False with adaptive clipping and a KernelFlow, whose noise "
             "has one covariance for all steps; use a LinearisedFlow"
         )
+
+
+def steps_weights(
+    flow: KernelFlow, optimizer: OptimizerLike | None, of_outputs: tuple[object, ...]
+) -> bool:
+    """Whether runs of a head are drawn in its weights, and not in the outputs of all points.
+
+    ``of_outputs`` are options that are about outputs if they are given.
+    """
+    known = optimizers.recognised(optimizers.as_optimizer(optimizer))
+    is_known = isinstance(known, optimizers.Optimizer) and not known.decays_weights
+    return HeadFlow.follows(flow) and is_known and all(option is None for option in of_outputs)
+
+
+def draw_in_groups(
+    walk: OptimizerSteps,
+    noise: StepNoise | ZerothOrderSteps,
+    start: Start,
+    stepping: Stepping,
+    keys: Key[Array, "*seeds"],
+    outputs: bool,
+    listener: Listener,
+) -> Measurement:
+    """Runs of a head, so many at a time that their outputs take little memory."""
+    assert isinstance(walk.flow, HeadFlow)
+    largest = max(1, _OUTPUT_BYTES // program_memory.bytes_of(walk.flow.outputs))
+    n_groups = -(-keys.size // largest)
+    if keys.ndim == 0 or n_groups == 1:
+        return draw_within_memory(walk, noise, start, False, stepping, keys, outputs, listener)[1]
+    size = -(-keys.size // n_groups)
+    # The last group is filled up, so that all groups have one program.
+    number = jnp.minimum(jnp.arange(n_groups * size), keys.size - 1).reshape(n_groups, size)
+    parts = []
+    for group, own in enumerate(number):
+        begin_part(listener, group, n_groups)
+        _, measured = draw_within_memory(
+            walk, noise, start, False, stepping, keys[own], outputs, listener
+        )
+        parts.append(jax.block_until_ready(measured))
+    together: Measurement = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves)[: keys.size], *parts
+    )
+    return together
 
 
 def draw_within_memory(

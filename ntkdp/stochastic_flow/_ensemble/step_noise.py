@@ -14,7 +14,7 @@ from ntkdp._backend.types import Array, Float, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp._estimators.sharpness_aware import SharpnessAware
 from ntkdp.batches import Batches, Drawn
 from ntkdp.clipping import ClippingRule, rescaled
-from ntkdp.gradient_flow import KernelFlow, KernelLike, LinearisedFlow, LinearModelFlow
+from ntkdp.gradient_flow import HeadFlow, KernelFlow, KernelLike, LinearisedFlow, LinearModelFlow
 from ntkdp.noise import Independent, Noise
 from ntkdp.stochastic_flow._matrix_root import eigh
 from ntkdp.stochastic_flow._noise_covariance import has_features, noise_factor
@@ -22,6 +22,8 @@ from ntkdp.stochastic_flow._weight_noise import deviations
 
 #: Eigenvalues of a root that are below this part of the largest one are rounding errors of zero.
 _ROOT_OF_ZERO = 1e-2
+#: Share of the samples up to which a batch is gathered, rather than the others weighted by zero.
+_SMALL_BATCH = 0.5
 #: Outputs of training points, and of test points if there are any.
 _Outputs: TypeAlias = tuple[Array, Array | None]
 
@@ -196,10 +198,18 @@ class StepNoise(eqx.Module):
         """A random step, divided by the learning rate, what it saw, and what is carried on."""
         batch_key, noise_key = jax.random.split(key)
         of_batches, of_noise = carried
-        drawn, of_batches = self.batches.draw(batch_key, number, of_batches, flow.targets.shape[0])
-        dtype = jnp.result_type(*jax.tree.leaves(state))
-        weights = None if drawn is None else self.batches.weights(drawn, dtype)
-        drift, norms = flow.velocity_and_norms(state, weights)
+        n, dtype = flow.targets.shape[0], jnp.result_type(*jax.tree.leaves(state))
+        weights: Array | None = None
+        drawn: Drawn
+        drift: PyTree
+        if isinstance(flow, HeadFlow) and self.batches.largest(n) <= _SMALL_BATCH * n:
+            places, drawn, of_batches = self.batches.draw_places(batch_key, number, of_batches, n)
+            of_places = drawn.astype(dtype) / self.batches.share(n)
+            drift, norms = flow.velocity_of_batch(state, places, of_places)
+        else:
+            drawn, of_batches = self.batches.draw(batch_key, number, of_batches, n)
+            weights = None if drawn is None else self.batches.weights(drawn, dtype)
+            drift, norms = flow.velocity_and_norms(state, weights)
         velocity, noise = drift, None
         if self.added is not None:
             draw = partial(self.added.draw, flow.mesh, drift)
@@ -259,6 +269,8 @@ def noise_of_step(
     added: OutputNoise | NoiseByGroup | WeightNoise
     if isinstance(flow, LinearisedFlow):
         added = WeightNoise(stds / divisor, flow.weight_groups().leaf_to_group)
+    elif isinstance(flow, HeadFlow):
+        added = WeightNoise(stds / divisor, (0,))
     else:
         assert isinstance(flow, KernelFlow)
         apart = per_group and norms_move

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ntkdp._results.provenance import VERSION
-from ntkdp.cli import _compare, _compilation_cache, _privacy, _sweep, _verify
+from ntkdp.cli import _compare, _compilation_cache, _demo, _privacy, _sweep, _verify
 
 app = typer.Typer(
     name="ntkdp",
@@ -42,6 +42,7 @@ def _root(
         _compilation_cache.begin()
 
 
+app.command("demo")(_demo.demo)
 app.command("compare", epilog=_compare.epilog())(_compare.compare)
 app.command("sweep", epilog=_sweep.epilog())(_sweep.sweep)
 app.command("privacy")(_privacy.privacy)

@@ -45,6 +45,7 @@ def heat_maps(
     *,
     names: Sequence[str] = ("test_accuracy", "test_ece", "test_mce", "test_loss"),
     title: str | None = None,
+    chosen: int | None = None,
 ) -> Figure:
     """The end of training over learning rates and clipping norms, predicted next to observed.
 
@@ -61,6 +62,8 @@ def heat_maps(
         Metrics, each of which gets a row of panels; one that a side does not have is left out.
     title : str, optional
         Above all panels.
+    chosen : int, optional
+        Index of a cell that gets a star, such as ``Advice.index``.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def heat_maps(
     ------
     TypeError, ValueError
         If a side is not CellMetrics or does not have L R cells, rates or norms are not positive or
-        repeat, a name is unknown, or both sides have none of the names.
+        repeat, a name is unknown, both sides have none of the names, or there is no chosen cell.
 
     Notes
     -----
@@ -99,6 +102,7 @@ def heat_maps(
                 f"{norms.size} clipping norms, {rates.size * norms.size}, got {size}"
             )
     shown = _shown(names, sides)
+    _check_chosen(chosen, rates.size * norms.size)
 
     def as_grid(cells: np.ndarray) -> np.ndarray:
         """Cells by increasing learning rate and norm."""
@@ -124,6 +128,9 @@ def heat_maps(
             for ax, side in zip(row, sides, strict=True):
                 mesh = _draw_cells(ax, name, values[side], lost[side], scale, colours)
                 ax.set_title(f"{_label(name)}, {side}")
+                if chosen is not None:
+                    place = np.argwhere(as_grid(np.arange(rates.size * norms.size)) == chosen)[0]
+                    _star(ax, *map(int, place))
             bar = figure.colorbar(mesh, ax=list(row), pad=0.015, aspect=18)
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=2.5)
@@ -190,8 +197,7 @@ def trade_off(
     sizes = [check_cells(**{side: metrics}) for side, metrics in sides.items()]
     if len(set(sizes)) > 1:
         raise ValueError(f"observed must have the cells of predicted, {sizes[0]}, got {sizes[1]}")
-    if chosen is not None and not 0 <= chosen < sizes[0]:
-        raise ValueError(f"chosen must be in 0 .. {sizes[0] - 1} or None, got {chosen}")
+    _check_chosen(chosen, sizes[0])
     prefix, where = ("test_", "test ") if test else ("", "training ")
     fronts = {side: pareto_front(metrics, test=test)[0] for side, metrics in sides.items()}
     with mpl.rc_context(figure_style.LOOK):
@@ -219,6 +225,11 @@ def trade_off(
         figure_style.readable_log_ticks(ax)
         ax.legend(loc="best")
     return ax
+
+
+def _check_chosen(chosen: int | None, n_cells: int) -> None:
+    if chosen is not None and not 0 <= chosen < n_cells:
+        raise ValueError(f"chosen must be in 0 .. {n_cells - 1} or None, got {chosen}")
 
 
 def _axis(**named: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -282,6 +293,14 @@ def _draw_cells(
     for spine in ax.spines.values():
         spine.set_visible(False)
     return mesh
+
+
+def _star(ax: Axes, row: int, column: int) -> None:
+    """Mark a cell in its corner, where it hides no number."""
+    ax.plot(
+        column + 0.86, row + 0.74, "*", color="#D55E00", markersize=11, markeredgecolor="white",
+        markeredgewidth=0.8, clip_on=False,
+    )  # fmt: skip
 
 
 def _name_axes(grid: np.ndarray, rates: np.ndarray, norms: np.ndarray) -> None:

@@ -97,6 +97,22 @@ def test_every_panel_draws_what_was_given() -> None:
     assert figure.get_suptitle() == "a sweep"
 
 
+@pytest.mark.parametrize("chosen", [0, 5, len(RATES) * len(NORMS) - 1])
+def test_a_chosen_cell_has_a_star_in_every_panel(chosen: int) -> None:
+    figure = plotting.heat_maps(PREDICTED, OBSERVED, RATES, NORMS, chosen=chosen)
+    row, column = np.argwhere(by_rate(np.arange(len(RATES) * len(NORMS))) == chosen)[0]
+    for ax in panels(figure).values():
+        (star,) = ax.lines
+        (x,), (y,) = star.get_data()
+        assert (int(x), int(y)) == (column, row)
+
+
+@pytest.mark.parametrize("chosen", [-1, len(RATES) * len(NORMS)])
+def test_a_chosen_cell_is_one_of_the_cells(chosen: int) -> None:
+    with pytest.raises(ValueError, match=f"chosen must be in 0 .. 11 or None, got {chosen}"):
+        plotting.heat_maps(PREDICTED, OBSERVED, RATES, NORMS, chosen=chosen)
+
+
 def test_diverged_cells_are_hatched_and_grey() -> None:
     figure = plotting.heat_maps(PREDICTED, OBSERVED, RATES, NORMS)
     for title, ax in panels(figure).items():

@@ -1,0 +1,1 @@
+"""The work of ``ntkdp demo``: private training predicted before it is run."""

@@ -1,9 +1,12 @@
-"""``jax.jit`` that keeps the types of the function it compiles."""
+"""``jax.jit`` that keeps the types of the function it compiles, and NaN that passes its checks."""
 
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+
+from ntkdp._backend.types import Array
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result", covariant=True)
@@ -30,3 +33,13 @@ def jit(
         return cast(Compiled[_Arguments, _Result], made)
 
     return compiled
+
+
+def nan_unless(present: Array, values: Array) -> Array:
+    """The values that are present, and NaN in place of the others.
+
+    With ``jax_debug_nans`` such a NaN is no error. That switch checks the results of compiled
+    programs, so this function must be called outside of them.
+    """
+    with jax.debug_nans(False):
+        return jnp.where(present, values, jnp.nan)

@@ -45,8 +45,8 @@ class ZerothOrder(eqx.Module):
     ------
     ValueError, TypeError
         If a number is out of its range. Where it is used: with clipping by layer or of no single
-        sample, with noise that is not independent, and with adaptive clipping, public samples or
-        sharpness-aware steps.
+        sample, with noise that is not independent, and with a clipping norm that moves, public
+        samples or sharpness-aware steps.
 
     Notes
     -----
@@ -127,6 +127,7 @@ def check_zeroth_order(
     rule: ClippingRule,
     noise: Noise,
     adaptive: object,
+    clip_norm: object,
     public: object,
     sharpness_aware: object,
 ) -> ZerothOrder | None:
@@ -150,7 +151,12 @@ def check_zeroth_order(
             "noise must be independent with zeroth_order, whose directions change from step to "
             f"step, got {type(noise).__name__}"
         )
-    others = {"adaptive": adaptive, "public": public, "sharpness_aware": sharpness_aware}
+    others = {
+        "adaptive": adaptive,
+        "clip_norm": clip_norm,
+        "public": public,
+        "sharpness_aware": sharpness_aware,
+    }
     for name, other in others.items():
         if other is not None:
             raise ValueError(

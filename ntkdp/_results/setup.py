@@ -5,12 +5,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkdp._backend import schedules as _schedules
 from ntkdp._backend.types import LearningRate, ScalarLike, is_traced
 
 #: A rule or a loss by its fields: names, and numbers or text.
@@ -57,7 +59,8 @@ class Setup:
     ``time_scale`` is the number that times were multiplied by. ``adaptive`` says how the clipping
     norm moves, and is empty if it is constant. ``public`` says how many samples are public, and
     their weight. ``zeroth_order`` says what directions steps take, and is empty if they are those
-    of gradients. ``sharpness_aware`` says how far from the weights gradients are taken, and is
+    of gradients. ``noise_schedule`` says how the noise multiplier changes, which is None then.
+    ``sharpness_aware`` says how far from the weights gradients are taken, and is
     empty if they are taken there.
     """
 
@@ -81,6 +84,7 @@ class Setup:
     public: str = ""
     zeroth_order: str = ""
     sharpness_aware: str = ""
+    noise_schedule: str = ""
 
 
 def described(part: eqx.Module) -> Description:
@@ -104,11 +108,6 @@ def noise_in_words(noise: eqx.Module) -> str:
     return "" if type(noise).__name__ == "Independent" else _in_words(described(noise))
 
 
-def adaptive_in_words(adaptive: eqx.Module | None) -> str:
-    """How the clipping norm moves; nothing if it does not."""
-    return "" if adaptive is None else _in_words(described(adaptive))
-
-
 def _plain(value: object) -> str | tuple[float, ...]:
     if value is None or isinstance(value, str):
         return str(value)
@@ -124,6 +123,14 @@ def _name(function: object) -> str:
 def number(value: object) -> float | None:
     """A number if it is known by now."""
     return None if value is None or is_traced(value) else float(np.asarray(value))
+
+
+def noise_of(noise_multiplier: Any) -> dict[str, Any]:
+    """The fields of a setup for a noise multiplier that may change over the steps."""
+    if _schedules.is_schedule(noise_multiplier):
+        words = _schedules.in_words(noise_multiplier)
+        return {"noise_multiplier": None, "noise_schedule": words}
+    return {"noise_multiplier": number(noise_multiplier), "noise_schedule": ""}
 
 
 def rates(learning_rate: LearningRate, steps: int) -> tuple[float, ...]:
@@ -247,7 +254,7 @@ def differences(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> dict[s
 def neglected(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> tuple[str, ...]:
     """The parts of the run that the prediction leaves out by its nature: "noise", "sampling"."""
     has = {
-        "noise": any((phase.noise_multiplier or 0.0) > 0 for phase in run),
+        "noise": any((phase.noise_multiplier or 0.0) > 0 or phase.noise_schedule for phase in run),
         "sampling": any((phase.sample_rate or 1.0) < 1 for phase in run),
     }
     return tuple(
@@ -290,6 +297,13 @@ def _differing(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
 
 def _of_noise(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
     ours, theirs = prediction.noise_multiplier, run.noise_multiplier
+    schedules = (prediction.noise_schedule, run.noise_schedule)
+    if schedules[0] != schedules[1] and not {"?"} & set(schedules):
+        said, done = (
+            schedule or ("an unknown number" if constant is None else f"{constant:g}")
+            for schedule, constant in zip(schedules, (ours, theirs), strict=True)
+        )
+        yield "noise_multiplier", said, done
     if ours is None or theirs is None:
         return
     if not _same(ours, theirs):

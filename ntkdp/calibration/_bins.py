@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from ntkdp._backend import compiled, validate
-from ntkdp._backend.missing import nan_unless
+from ntkdp._backend.compiled import nan_unless
 from ntkdp._backend.types import Array, ArrayLike
 from ntkdp.calibration._probabilities import checked
 

@@ -25,16 +25,20 @@ Edge cases are treated alike by every rule. A norm of **zero** gives the limit o
 so that trouble is seen. (:mod:`ntkdp.dp_sgd` drops samples whose gradient norm is not finite.)
 A factor beyond the range of the norms' dtype becomes the largest number of that dtype.
 
-With `Adaptive` the clipping norm of a rule moves during a run.
+With `Adaptive` the clipping norm of a rule moves during a run. Where ``clip_norm`` is taken, it is
+set for each step beforehand. Either way the rule moves with it, :math:`w(s R_0/R)`.
 """
 
 from ntkdp.clipping._adaptive import Adaptive
 from ntkdp.clipping._adaptive import check_adaptive as check_adaptive
+from ntkdp.clipping._moving import MovingNorm as MovingNorm
 from ntkdp.clipping._names import class_of, from_name, name_of, names
 from ntkdp.clipping._rescaled import rescaled as rescaled
 from ntkdp.clipping._rule import SCOPES, ClippingRule, clip_fraction, norms_from_squares
 from ntkdp.clipping._rule import Scope as Scope
 from ntkdp.clipping._rules import PSAC, Abadi, Automatic, Batch, Custom, Global, NoClipping
+from ntkdp.clipping._scheduled import Scheduled as Scheduled
+from ntkdp.clipping._scheduled import moving_norm as moving_norm
 
 __all__ = [
     "PSAC",

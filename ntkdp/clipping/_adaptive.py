@@ -10,11 +10,12 @@ from jaxtyping import Bool
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, Float, PRNGKeyArray, ScalarLike, as_constant, is_traced
+from ntkdp.clipping._moving import MovingNorm
 from ntkdp.clipping._rule import ClippingRule, in_range
 
 
 @final
-class Adaptive(eqx.Module):
+class Adaptive(MovingNorm):
     r"""A clipping norm that moves until a given share of the samples is not clipped.
 
     After each step, :math:`R \leftarrow R\, e^{-\rho (b - \gamma)}`, where b estimates the share of
@@ -140,9 +141,12 @@ class Adaptive(eqx.Module):
             )
         return share
 
-    def start(self, rule: ClippingRule, n_groups: int) -> Float[Array, " R"]:
-        """The clipping norms of the groups before the first step: those of the rule."""
-        return jnp.asarray(rule.group_norms(n_groups), jnp.result_type(float))
+    @property
+    def in_words(self) -> str:
+        """Its numbers, for comparisons."""
+        numbers = {name: getattr(self, name) for name in ("quantile", "rate", "count_noise")}
+        shown = ("?" if is_traced(v) else f"{float(np.asarray(v)):g}" for v in numbers.values())
+        return f"Adaptive({', '.join(map('='.join, zip(numbers, shown, strict=True)))})"
 
     def next(
         self,
@@ -151,6 +155,7 @@ class Adaptive(eqx.Module):
         present: Bool[Array, " n"] | None = None,
         batch_size: float | None = None,
         key: PRNGKeyArray | None = None,
+        number: Array | int = 0,
     ) -> Float[Array, " R"]:
         """The clipping norms after a step, from those before it and the norms of gradients.
 

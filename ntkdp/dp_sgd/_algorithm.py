@@ -1,6 +1,7 @@
 """One step of DP-SGD: sample, clip, add noise, update."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 
 from ntkdp import optimizers
 from ntkdp._backend import devices, validate
-from ntkdp._backend.missing import nan_unless
+from ntkdp._backend.compiled import nan_unless
 from ntkdp._backend.norms import of_all, wide
+from ntkdp._backend.schedules import Schedule, at
 from ntkdp._backend.types import (
     ApplyFn,
     Array,
@@ -30,16 +32,15 @@ from ntkdp._gradients import groups as _groups
 from ntkdp._gradients.check_model import check_inputs
 from ntkdp._results.setup import (
     Setup,
-    adaptive_in_words,
     batches_in_words,
     described,
     noise_in_words,
-    number,
+    noise_of,
     optimizer_of,
     rates,
 )
 from ntkdp.batches import Batches
-from ntkdp.clipping import Adaptive
+from ntkdp.clipping import Adaptive, MovingNorm
 from ntkdp.dp_sgd import _plain_gradients, _zeroth_order
 from ntkdp.noise import Noise
 from ntkdp.optimizers import OptimizerLike
@@ -52,7 +53,7 @@ class State(NamedTuple):
     ``average`` is the moving average of the parameters, in float32 at least, if the optimizer
     keeps one; :meth:`Algorithm.measured_params` returns it in the dtypes of the parameters.
     ``batch_state`` is the order of an epoch and ``noise_state`` what correlated noise carries on.
-    ``clip_norm`` is the clipping norm by group ``(R,)`` if it is adaptive; flat has one group.
+    ``clip_norm`` is the clipping norm by group ``(R,)`` if it moves; flat has one group.
     ``ascent`` is the way from the trained parameters to where a sharpness-aware step takes its
     gradients.
     """
@@ -102,12 +103,12 @@ class Algorithm(HasTrainingSet):
     data: TrainingSet
     public: PublicRows | None
     learning_rate: LearningRate
-    noise_multiplier: ScalarLike
+    noise_multiplier: ScalarLike | Schedule
     groups: PyTree
     optimizer: OptimizerLike
     batches: Batches
     noise: Noise
-    adaptive: Adaptive | None
+    moving: MovingNorm | None
     zeroth_order: ZerothOrder | None
     sharpness_aware: SharpnessAware | None
     capacity: int = eqx.field(static=True)
@@ -127,12 +128,12 @@ class Algorithm(HasTrainingSet):
             reduction=self.reduction,
             learning_rate=rates(stepping.learning_rate, stepping.steps),
             steps=stepping.steps,
-            noise_multiplier=number(self.noise_multiplier),
+            **noise_of(self.noise_multiplier),
             noise_per_group=self.noise_per_group,
             sample_rate=self.sample_rate,
             batches=batches_in_words(self.batches),
             noise=noise_in_words(self.noise) if self.noisy else "",
-            adaptive=adaptive_in_words(self.adaptive),
+            adaptive="" if self.moving is None else self.moving.in_words,
             public="" if self.public is None else self.public.in_words,
             zeroth_order="" if self.zeroth_order is None else self.zeroth_order.in_words,
             sharpness_aware="" if self.sharpness_aware is None else self.sharpness_aware.in_words,
@@ -159,16 +160,16 @@ class Algorithm(HasTrainingSet):
             average = optimizers.start_average(self.optimizer, params)
         noise_state = None
         if self.noisy:
+            first = self._with_noise_of(0)
             like = jax.eval_shape(
-                lambda key: self._noise(key, trained, self._resolve(params)),
-                jax.random.key(0),
+                lambda key: first._noise(key, trained, self._resolve(params)), jax.random.key(0)
             )
             noise_state = self.noise.start(like)
         batch_state = self.batches.start(self.x.shape[0])
         step = jnp.zeros((), jnp.int32)
         clip_norm = None
-        if self.adaptive is not None:
-            clip_norm = self.adaptive.start(self.clipping, self._resolve(params).size)
+        if self.moving is not None:
+            clip_norm = self.moving.start(self.clipping, self._resolve(params).size)
         ascent = None
         if self.sharpness_aware is not None:
             ascent = jax.tree.map(jnp.zeros_like, trained)
@@ -204,8 +205,10 @@ class Algorithm(HasTrainingSet):
     def _check(self, params: Params) -> None:
         n_groups = self._resolve(params).size
         self.clipping.check_groups(n_groups)
-        if self.adaptive is not None:
-            self.adaptive.sum_noise_multiplier(self.noise_multiplier, n_groups)
+        if isinstance(self.moving, Adaptive):
+            self.moving.sum_noise_multiplier(at(self.noise_multiplier, 0), n_groups)
+        elif self.moving is not None:
+            self.moving.start(self.clipping, n_groups)
         x = check_inputs(self.apply_fn, params, self.x)
         if self.test_x is not None:
             check_inputs(self.apply_fn, params, self.test_x, "test_x")
@@ -259,12 +262,16 @@ class Algorithm(HasTrainingSet):
         self, key: PRNGKeyArray, state: State
     ) -> tuple[State, Info, Array, Array]:
         """State, diagnostics with the norms of all places, outputs, and which places are filled."""
-        after, info, outputs, present = self.at_clip_norm(state.clip_norm)._step(key, state)
-        if self.adaptive is not None and state.clip_norm is not None:
-            norms, batch_size = jnp.atleast_2d(info.norms), self.sample_rate * self.x.shape[0]
-            clip_norm = self.adaptive.next(state.clip_norm, norms, present, batch_size, key)
+        now = self.at_clip_norm(state.clip_norm)._with_noise_of(state.step)
+        after, info, outputs, present = now._step(key, state)
+        if self.moving is not None and state.clip_norm is not None:
+            seen = (jnp.atleast_2d(info.norms), present, self.sample_rate * self.x.shape[0], key)
+            clip_norm = self.moving.next(state.clip_norm, *seen, after.step)
             after = after._replace(clip_norm=clip_norm)
         return after, info, outputs, present
+
+    def _with_noise_of(self, step: Array | int) -> "Algorithm":
+        return replace(self, noise_multiplier=at(self.noise_multiplier, step))
 
     def _step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info, Array, Array]:
         """The same with the clipping norm of the rule, and as yet without the next one."""
@@ -289,7 +296,8 @@ class Algorithm(HasTrainingSet):
             def draw(noise_key: PRNGKeyArray) -> Params:
                 if order is None:
                     return self._noise(noise_key, trained, groups)
-                deviation = jnp.asarray(order.noise_deviation(self.clipping, self.noise_multiplier))
+                sigma = at(self.noise_multiplier, state.step)
+                deviation = jnp.asarray(order.noise_deviation(self.clipping, sigma))
                 return _zeroth_order.noise(order, deviation, trained, key, noise_key)
 
             noise, noise_state = self.noise.next(draw, noise_key, state.step, noise_state)
@@ -357,9 +365,9 @@ class Algorithm(HasTrainingSet):
         else:
             scale = jnp.asarray(self.clipping.sensitivity(groups.size))
             scale_of = [scale] * len(groups.leaf_to_group)
-        sigma = self.noise_multiplier
-        if self.adaptive is not None:
-            sigma = self.adaptive.of_sum(sigma, groups.size)
+        sigma = at(self.noise_multiplier, 0)  # That of a step, by now.
+        if self.moving is not None:
+            sigma = self.moving.of_sum(sigma, groups.size)
         return [jnp.asarray(sigma * scale) for scale in scale_of]
 
     def _noise_variance(self, params: Params, groups: _groups.Groups, divisor: float) -> Params:

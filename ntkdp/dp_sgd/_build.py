@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
 from ntkdp import optimizers, privacy
 from ntkdp._backend import devices, validate
+from ntkdp._backend.schedules import Schedule, is_schedule, multiplier
 from ntkdp._backend.types import (
     ApplyFn,
     ArrayLike,
@@ -21,13 +23,20 @@ from ntkdp._estimators.sharpness_aware import SharpnessAware, check_sharpness_aw
 from ntkdp._estimators.zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp.batches import OVERFLOW_PROBABILITY, Batches, Poisson
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import Adaptive, ClippingRule, check_adaptive
+from ntkdp.clipping import Adaptive, ClippingRule, moving_norm
 from ntkdp.dp_sgd._algorithm import Algorithm
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.trajectory import PublicRows, TrainingSet, as_samples, as_trainable, check_public
+from ntkdp.trajectory import (
+    PublicRows,
+    TrainingSet,
+    as_samples,
+    as_trainable,
+    check_noise_moves,
+    check_public,
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,11 @@ class Mechanism:
 
     clipping: ClippingRule
     learning_rate: LearningRate
-    noise_multiplier: ScalarLike | privacy.Budget
+    noise_multiplier: ScalarLike | Schedule | privacy.Budget
     trainable: Iterable[str] | None = None
     adaptive: Adaptive | None = None
+    clip_norm: Schedule | None = None
+    steps: int | None = None
 
 
 def build(
@@ -79,10 +90,11 @@ def build(
     clipping: ClippingRule,
     *,
     learning_rate: LearningRate,
-    noise_multiplier: ScalarLike = 0.0,
+    noise_multiplier: ScalarLike | Schedule = 0.0,
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    clip_norm: Schedule | None = None,
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
     zeroth_order: ZerothOrder | None = None,
@@ -103,10 +115,11 @@ def build(
     Parameters
     ----------
     apply_fn, x, targets, loss, clipping, learning_rate, noise_multiplier, sample_rate, batches, \
-    noise, adaptive, public, zeroth_order, sharpness_aware, optimizer, groups, reduction, test_x, \
-    test_targets, gradients, noise_per_group, microbatch_size, mesh
+    noise, clip_norm, adaptive, public, zeroth_order, sharpness_aware, optimizer, groups, \
+    reduction, test_x, test_targets, gradients, noise_per_group, microbatch_size, mesh
         As for :func:`run`, except that ``noise_multiplier`` cannot be a budget, because the number
-        of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``.
+        of steps is not known here: give ``budget.noise_multiplier(steps, sample_rate)``. Past the
+        end of an array of noise multipliers or clipping norms its last number holds.
     trainable : sequence of str, optional
         Names of the groups that train, the others being frozen, as for :class:`ntkdp.Phase`.
 
@@ -144,7 +157,7 @@ def build(
         zeroth_order,
         sharpness_aware,
     )
-    mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable, adaptive)
+    mechanism = Mechanism(clipping, learning_rate, noise_multiplier, trainable, adaptive, clip_norm)
     return algorithm_of(problem, method, mechanism)
 
 
@@ -163,7 +176,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
     method.batches.check(x.shape[0])
     optimizer = optimizers.as_optimizer(method.optimizer)
     noise_multiplier = _noise_multiplier(mechanism)
-    noisy = is_traced(noise_multiplier) or bool(noise_multiplier > 0)
+    noisy = _is_noisy(noise_multiplier)
     if noisy and not rule.bounds_each_sample:
         raise ValueError(
             f"noise_multiplier must be 0 with {type(rule).__name__}, whose sensitivity is "
@@ -176,13 +189,9 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
             "noise must be independent with correct_noise=True, which subtracts the variance of a "
             f"step, got {type(method.noise).__name__}; take Adam(correct_noise=False)"
         )
-    adaptive = check_adaptive(mechanism.adaptive, rule)
-    if adaptive is not None and not isinstance(method.noise, Independent):
-        raise ValueError(
-            "noise must be independent with adaptive clipping, since later steps take back noise "
-            f"in proportion to another clipping norm, got {type(method.noise).__name__}"
-        )
-    _check_order(method, problem, rule, mechanism.adaptive, optimizer)
+    moving = moving_norm(mechanism.adaptive, mechanism.clip_norm, rule, mechanism.steps)
+    check_noise_moves(moving, noise_multiplier, method.noise)
+    _check_order(method, problem, mechanism, optimizer)
     mesh = devices.as_mesh(problem.mesh)
     devices.check_divides(mesh, x=x.shape[0])
     n_devices = 1 if mesh is None else mesh.size
@@ -200,7 +209,7 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
         optimizer=optimizer,
         batches=method.batches,
         noise=method.noise,
-        adaptive=adaptive,
+        moving=moving,
         zeroth_order=method.zeroth_order,
         sharpness_aware=check_sharpness_aware(method.sharpness_aware),
         capacity=_capacity(x.shape[0], method.batches, n_devices),
@@ -214,15 +223,17 @@ def algorithm_of(problem: Problem, method: Method, mechanism: Mechanism) -> Algo
 
 
 def _check_order(
-    method: Method,
-    problem: Problem,
-    rule: ClippingRule,
-    adaptive: Adaptive | None,
-    optimizer: OptimizerLike,
+    method: Method, problem: Problem, mechanism: Mechanism, optimizer: OptimizerLike
 ) -> None:
     """Raise unless zeroth-order steps, if they are asked for, fit the rest."""
     order = check_zeroth_order(
-        method.zeroth_order, rule, method.noise, adaptive, problem.public, method.sharpness_aware
+        method.zeroth_order,
+        mechanism.clipping,
+        method.noise,
+        mechanism.adaptive,
+        mechanism.clip_norm,
+        problem.public,
+        method.sharpness_aware,
     )
     if order is None:
         return
@@ -239,8 +250,17 @@ def _check_order(
         )
 
 
-def _noise_multiplier(mechanism: Mechanism) -> ScalarLike:
-    sigma = privacy.as_noise_multiplier(mechanism.noise_multiplier, steps=None)
+def _is_noisy(noise_multiplier: ScalarLike | Schedule) -> bool:
+    if callable(noise_multiplier) or is_traced(noise_multiplier):
+        return True
+    return bool(np.any(np.asarray(noise_multiplier) > 0))
+
+
+def _noise_multiplier(mechanism: Mechanism) -> ScalarLike | Schedule:
+    given = privacy.as_noise_multiplier(mechanism.noise_multiplier, steps=None, schedules=True)
+    sigma: Any = multiplier(mechanism.steps, given)
+    if is_schedule(sigma):
+        return sigma
     sigma = validate.non_negative(noise_multiplier=sigma)
     constant: ScalarLike = as_constant(validate.scalar(noise_multiplier=sigma))
     return constant

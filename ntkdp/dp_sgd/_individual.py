@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 
+from ntkdp._backend.schedules import is_schedule
 from ntkdp._backend.types import Array
 from ntkdp.batches import Full, Poisson
+from ntkdp.clipping import Adaptive
 from ntkdp.dp_sgd._algorithm import Algorithm, Info, State
 from ntkdp.noise import Independent
 from ntkdp.privacy import Sensitivities
@@ -19,7 +21,12 @@ def check_individual(algorithm: Algorithm) -> None:
     if not algorithm.clipping.bounds_each_sample:
         rule = type(algorithm.clipping).__name__
         wrong.append(("clipping must bound each sample, e.g. Abadi,", rule))
-    for name in ("adaptive", "zeroth_order", "sharpness_aware"):
+    if algorithm.moving is not None:
+        name = "adaptive" if isinstance(algorithm.moving, Adaptive) else "clip_norm"
+        wrong.append((f"{name} must be None", algorithm.moving.in_words))
+    if is_schedule(algorithm.noise_multiplier):
+        wrong.append(("noise_multiplier must be one number", "a schedule"))
+    for name in ("zeroth_order", "sharpness_aware"):
         if getattr(algorithm, name) is not None:
             wrong.append((f"{name} must be None", getattr(algorithm, name)))
     for needed, found in wrong:

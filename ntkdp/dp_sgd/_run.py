@@ -12,6 +12,7 @@ from jaxtyping import UInt32
 from ntkdp import privacy
 from ntkdp._backend import devices, validate
 from ntkdp._backend import progress as _progress
+from ntkdp._backend.schedules import Schedule
 from ntkdp._backend.types import (
     ApplyFn,
     Array,
@@ -58,10 +59,11 @@ def run(
     *,
     learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: ScalarLike | privacy.Budget = 0.0,
+    noise_multiplier: ScalarLike | Schedule | privacy.Budget = 0.0,
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    clip_norm: Schedule | None = None,
     adaptive: Adaptive | None = None,
     public: PublicRows | None = None,
     zeroth_order: ZerothOrder | None = None,
@@ -99,10 +101,12 @@ def run(
         Step size of the reduced loss's gradient; a schedule maps the step number to it.
     steps : int
         At least 1.
-    noise_multiplier : float or privacy.Budget
+    noise_multiplier : float, privacy.Budget, callable or array
         :math:`\sigma`: the noise of the summed gradient has standard deviation
         :math:`\sigma S` on every weight, S the sensitivity (R flat,
-        :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is spent on all the steps.
+        :math:`\sqrt{\sum_r R_r^2}` layerwise). A budget is spent on all the steps. A function of
+        the step, or ``(steps,)``, has a :math:`\sigma` for each step, with independent noise;
+        ``budget.noise_multiplier(steps, relative=...)`` finds its scale.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it Poisson sampling.
     batches : batches.Batches, optional
@@ -110,6 +114,11 @@ def run(
     noise : noise.Noise, optional
         One of :mod:`ntkdp.noise`; by default independent. Correlated noise is :math:`\sigma S`
         times the rows of :math:`C^{-1} Z`, from a buffer of a few noise vectors.
+    clip_norm : callable or array, optional
+        Clipping norm of each step in place of the rule's, a function of the step, ``(steps,)``, or
+        ``(steps, R)`` by group: the factors become :math:`w(s R_0/R_k)`, and the noise of the step
+        is in proportion to its sensitivity. It costs no privacy. It needs independent noise and a
+        rule that bounds each sample.
     adaptive : clipping.Adaptive, optional
         How the clipping norm moves, from that of the rule; by default it is constant. The noise
         multiplier is then that of the summed gradient and the count together. It needs independent
@@ -166,7 +175,8 @@ def run(
         If shapes do not fit, numbers are NaN or infinite, sigma is negative or given with a rule of
         unbounded sensitivity, the sampling rate is outside (0, 1], the learning rate or clipping
         norm is not positive, there are no steps, or the model couples the samples of a batch; if
-        the count of adaptive clipping has too little noise.
+        the count of adaptive clipping has too little noise; if a schedule has another number of
+        steps, or meets correlated noise.
 
     Notes
     -----
@@ -188,7 +198,12 @@ def run(
     drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
     x = as_samples(x=x)
     sigma = privacy.as_noise_multiplier(
-        noise_multiplier, stepping.steps, batches=drawn, noise=added, n_samples=x.shape[0]
+        noise_multiplier,
+        stepping.steps,
+        batches=drawn,
+        noise=added,
+        n_samples=x.shape[0],
+        schedules=True,
     )
     problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
     method = Method(
@@ -202,7 +217,14 @@ def run(
         zeroth_order,
         sharpness_aware,
     )
-    mechanism = Mechanism(clipping, learning_rate, sigma, adaptive=adaptive)
+    mechanism = Mechanism(
+        clipping,
+        learning_rate,
+        sigma,
+        adaptive=adaptive,
+        clip_norm=clip_norm,
+        steps=stepping.steps,
+    )
     algorithm = algorithm_of(problem, method, mechanism)
     if validate.flag(individual=individual):
         check_individual(algorithm)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ntkdp._backend import validate
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike, as_constant
-from ntkdp._results.setup import Setup, adaptive_in_words
+from ntkdp._results.setup import Setup
 from ntkdp.clipping import Adaptive, check_adaptive
 from ntkdp.gradient_flow._flow import TrainingFlow, WrappedFlow
 from ntkdp.trajectory import Measurement
@@ -97,7 +97,7 @@ class AdaptiveFlow(WrappedFlow):
 
     def setup(self) -> Setup | None:
         """The training that the flow predicts, with how its clipping norm moves."""
-        return replace(self.flow.setup(), adaptive=adaptive_in_words(self.adaptive))
+        return replace(self.flow.setup(), adaptive=self.adaptive.in_words)
 
     def _clip_norm(self, moved: Float[Array, " R"]) -> Float[Array, " R"]:
         return self.adaptive.start(self.flow.clipping, moved.size) * jnp.exp(moved)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import equinox as eqx
 from jax.sharding import Mesh
 
+from ntkdp._backend.schedules import Schedule
 from ntkdp._backend.types import Array, Float, PyTree, ScalarLike
-from ntkdp._results.setup import Setup, described, number, optimizer_of, rates
+from ntkdp._results.setup import Setup, described, noise_of, number, optimizer_of, rates
 from ntkdp.clipping import ClippingRule
 from ntkdp.losses import Loss, Reduction
 from ntkdp.optimizers import OptimizerLike
@@ -128,7 +129,7 @@ def setup_of(
 def with_steps(
     setup: Setup,
     stepping: Stepping,
-    noise_multiplier: ScalarLike | None = None,
+    noise_multiplier: ScalarLike | Schedule | None = None,
     sample_rate: ScalarLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -142,7 +143,7 @@ def with_steps(
         setup,
         learning_rate=rates(stepping.learning_rate, stepping.steps),
         steps=stepping.steps,
-        noise_multiplier=number(noise_multiplier),
+        **noise_of(noise_multiplier),
         sample_rate=number(sample_rate),
         noise_per_group=bool(noise_per_group),
         neglects=() if has_noise else setup.neglects,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ntkdp import optimizers
+from ntkdp._backend.schedules import Schedule
 from ntkdp._backend.types import (
     Array,
     ArrayLike,
@@ -19,8 +20,8 @@ from ntkdp._backend.types import (
     ScalarLike,
 )
 from ntkdp._estimators.sharpness_aware import SharpnessAware, check_sharpness_aware
-from ntkdp._results.setup import Setup, adaptive_in_words
-from ntkdp.clipping import Adaptive, check_adaptive
+from ntkdp._results.setup import Setup
+from ntkdp.clipping import MovingNorm
 from ntkdp.gradient_flow._flow import LinearModelFlow, with_steps
 from ntkdp.gradient_flow._head_flow import HeadFlow
 from ntkdp.gradient_flow._kernel_flow import KernelFlow
@@ -43,7 +44,7 @@ _HOW_TO_FIND = (
 class Walked(NamedTuple):
     """The state of a flow, the optimizer's, and the average of the first if there is one.
 
-    ``clip_norm`` is the clipping norm by group if it is adaptive, and ``ascent`` the way from the
+    ``clip_norm`` is the clipping norm by group if it moves, and ``ascent`` the way from the
     position to where a sharpness-aware step takes its gradients.
     """
 
@@ -66,13 +67,13 @@ class OptimizerSteps(eqx.Module):
     optimizer: OptimizerLike
     learning_rate: LearningRate
     at_zero: PyTree | None
-    adaptive: Adaptive | None = None
+    moving: MovingNorm | None = None
     sharpness_aware: SharpnessAware | None = None
 
     def setup(
         self,
         stepping: Stepping,
-        noise_multiplier: ScalarLike | None = None,
+        noise_multiplier: ScalarLike | Schedule | None = None,
         sample_rate: ScalarLike | None = None,
         noise_per_group: bool = False,
     ) -> Setup:
@@ -87,7 +88,7 @@ class OptimizerSteps(eqx.Module):
                 noise_per_group,
                 self.optimizer,
             ),
-            adaptive=adaptive_in_words(self.adaptive),
+            adaptive="" if self.moving is None else self.moving.in_words,
             sharpness_aware="" if sharpness is None else sharpness.in_words,
         )
 
@@ -96,8 +97,8 @@ class OptimizerSteps(eqx.Module):
         if average is None:
             average = optimizers.start_average(self.optimizer, position)
         clip_norm = None
-        if self.adaptive is not None:
-            clip_norm = self.adaptive.start(self.flow.clipping, self.flow.n_terms)
+        if self.moving is not None:
+            clip_norm = self.moving.start(self.flow.clipping, self.flow.n_terms)
         ascent = None
         if self.sharpness_aware is not None:
             ascent = jax.tree.map(jnp.zeros_like, position)
@@ -136,15 +137,16 @@ class OptimizerSteps(eqx.Module):
     def adapt(
         self,
         walked: Walked,
+        number: Array | int,
         norms: Float[Array, "R n"],
         drawn: Array | None = None,
         batch_size: float | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Walked:
-        """With the clipping norm that follows from the gradients' norms, if it is adaptive."""
-        if self.adaptive is None or walked.clip_norm is None:
+        """With the clipping norm of step ``number``, from the gradients' norms in the last one."""
+        if self.moving is None or walked.clip_norm is None:
             return walked
-        clip_norm = self.adaptive.next(walked.clip_norm, norms, drawn, batch_size, key)
+        clip_norm = self.moving.next(walked.clip_norm, norms, drawn, batch_size, key, number)
         return walked._replace(clip_norm=clip_norm)
 
     def measure(self, walked: Walked, outputs: bool) -> Measurement:
@@ -169,11 +171,10 @@ def optimizer_steps(
     optimizer: OptimizerLike | None,
     learning_rate: LearningRate,
     outputs_at_zero: OutputsAtZero | None,
-    adaptive: Adaptive | None = None,
+    moving: MovingNorm | None = None,
     sharpness_aware: SharpnessAware | None = None,
 ) -> OptimizerSteps:
     """The steps, checked: a kernel flow takes linear optimizers alone."""
-    adaptive = check_adaptive(adaptive, flow.clipping)
     sharpness_aware = check_sharpness_aware(sharpness_aware)
     optimizer = optimizers.recognised(optimizers.as_optimizer(optimizer))
     if isinstance(flow, LinearisedFlow):
@@ -183,9 +184,9 @@ def optimizer_steps(
                 f"{type(outputs_at_zero).__name__}"
             )
         at_zero = flow.at_zero_weights()
-        return OptimizerSteps(flow, optimizer, learning_rate, at_zero, adaptive, sharpness_aware)
+        return OptimizerSteps(flow, optimizer, learning_rate, at_zero, moving, sharpness_aware)
     if isinstance(flow, HeadFlow):
-        return OptimizerSteps(flow, optimizer, learning_rate, None, adaptive, sharpness_aware)
+        return OptimizerSteps(flow, optimizer, learning_rate, None, moving, sharpness_aware)
     assert isinstance(flow, KernelFlow)
     if sharpness_aware is not None:
         _check_norms(flow)
@@ -204,7 +205,7 @@ def optimizer_steps(
             "outputs_at_zero must be given with weight decay and a KernelFlow, got None; it is "
             + _HOW_TO_FIND
         )
-    return OptimizerSteps(flow, linear, learning_rate, at_zero, adaptive, sharpness_aware)
+    return OptimizerSteps(flow, linear, learning_rate, at_zero, moving, sharpness_aware)
 
 
 def _check_norms(flow: KernelFlow) -> None:

@@ -12,6 +12,7 @@ from jax import lax
 from ntkdp._backend import program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
+from ntkdp._backend.schedules import Schedule
 from ntkdp._backend.types import (
     Array,
     ArrayLike,
@@ -22,7 +23,7 @@ from ntkdp._backend.types import (
     as_constant,
 )
 from ntkdp._estimators.sharpness_aware import SharpnessAware, ahead
-from ntkdp.clipping import Adaptive
+from ntkdp.clipping import Adaptive, moving_norm
 from ntkdp.gradient_flow._flow import Flow, LinearModelFlow, check_linear_model_flow
 from ntkdp.gradient_flow._optimizer_steps import (
     OptimizerSteps,
@@ -258,6 +259,7 @@ def recursion(
     steps: int,
     optimizer: OptimizerLike | None = None,
     outputs_at_zero: OutputsAtZero | None = None,
+    clip_norm: Schedule | None = None,
     adaptive: Adaptive | None = None,
     sharpness_aware: SharpnessAware | None = None,
     record_every: int = 1,
@@ -288,6 +290,8 @@ def recursion(
         Needed for weight decay of a KernelFlow: the outputs of the linear model at zero weights,
         :math:`f(w_0) - J w_0`, ``(n, K)`` or a (train, test) pair. One Jacobian-vector product
         gives :math:`J w_0`.
+    clip_norm : callable or array, optional
+        Clipping norm of each step in place of the rule's, as for ``dp_sgd.run``.
     adaptive : clipping.Adaptive, optional
         How the clipping norm moves, as for ``dp_sgd.run``; the noise of the count is left out.
     sharpness_aware : SharpnessAware, optional
@@ -311,7 +315,7 @@ def recursion(
     ValueError, TypeError
         If the learning rate is not positive, there are no steps, or the flow is of another kind;
         with a KernelFlow, if the optimizer is not linear, or decays weights without
-        ``outputs_at_zero``; with adaptive clipping, if the rule bounds no single sample; with
+        ``outputs_at_zero``; if a clipping norm moves whose rule bounds no single sample; with
         sharpness-aware steps of a KernelFlow, if it clips by layer or is preconditioned.
 
     Notes
@@ -330,8 +334,9 @@ def recursion(
     """
     flow = check_linear_model_flow(flow, way_out="; use solve")
     stepping = Stepping(learning_rate, steps, record_every)
+    moving = moving_norm(adaptive, clip_norm, flow.clipping, stepping.steps)
     walk = optimizer_steps(
-        flow, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
+        flow, optimizer, stepping.learning_rate, outputs_at_zero, moving, sharpness_aware
     )
     start: Start = (flow.init(initial), None)
     with _progress.listening(progress, "stepping the kernel") as listener:
@@ -365,7 +370,7 @@ def _recur(
         flow, point = walk.flow_at(walked), ahead(walked.position, walked.ascent)
         velocity, norms = flow.velocity_and_norms(point)
         norm = None if walked.ascent is None else flow.gradient_norm(point, None, velocity)
-        return walk.adapt(walk.step(walked, velocity, gradient_norm=norm), norms)
+        return walk.adapt(walk.step(walked, velocity, gradient_norm=norm), k + 1, norms)
 
     end, measured = stepping.walk_to_end(
         step, lambda walked: walk.measure(walked, outputs), walk.start(*start), listener

@@ -80,15 +80,17 @@ def delta_of(mechanism: Mechanism, epsilon: float, accountant: str) -> float:
     return min(bound, _grid_delta(mechanisms, epsilon))
 
 
-def noise_for(budget: float, of_one: Mechanism, delta: float, accountant: str) -> float | None:
-    """Noise multiplier that keeps a budget, or None if none does; of one, it is the mechanism."""
+def noise_for(
+    budget: float, of_one: Sequence[Mechanism], delta: float, accountant: str
+) -> float | None:
+    """Noise multiplier that keeps a budget, or None if none does; of one, these are all steps."""
 
     def least(method: str, start: float) -> float | None:
         def figure(sigma: float) -> float:
-            scaled = of_one._replace(sigma=sigma * of_one.sigma)
-            return epsilon_of([scaled], delta, method)
+            scaled = [m._replace(sigma=sigma * m.sigma) for m in of_one]
+            return epsilon_of(scaled, delta, method)
 
-        return _least_sigma(figure, budget, start)
+        return least_sigma(figure, budget, start)
 
     # RDP is fast and needs more noise than PLD, so it gives a starting point.
     sigma = least("rdp", 1.0)
@@ -323,7 +325,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     return float(brentq(excess, low, high, xtol=1e-12 * low)) * (1 - 2e-12)
 
 
-def _least_sigma(figure: Callable[[float], float], budget: float, start: float) -> float | None:
+def least_sigma(figure: Callable[[float], float], budget: float, start: float) -> float | None:
     """Least noise multiplier, to the tolerance of the search, whose epsilon keeps the budget."""
     from scipy.optimize import brentq
 

@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, cast
 
 from ntkdp._backend import validate
+from ntkdp._backend.schedules import Schedule, is_schedule
 from ntkdp.batches import Batches, Cyclic, FixedSize, Shuffled
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.noise import Independent, Noise
 from ntkdp.noise import resolve as resolve_noise
-from ntkdp.privacy import _bounds
+from ntkdp.privacy import _bounds, _schedules
 from ntkdp.privacy._arguments import (
     ACCOUNTANTS,
     Accountant,
@@ -94,6 +95,7 @@ class Budget:
         batches: Batches | None = None,
         noise: Noise | None = None,
         n_samples: int | None = None,
+        relative: Schedule | None = None,
     ) -> float:
         r"""Noise multiplier that spends the budget on so many steps.
 
@@ -114,6 +116,9 @@ class Budget:
             One of :mod:`ntkdp.noise`; by default independent.
         n_samples : int, optional
             Number of samples, of which batches of a fixed size are drawn. Others do not ask for it.
+        relative : callable or array, optional
+            A schedule :math:`r_k > 0` of noise, a function of the step or ``(steps,)``: the result
+            is then the scale c for which the noise multipliers :math:`c\, r_k` spend the budget.
 
         Raises
         ------
@@ -125,7 +130,10 @@ class Budget:
         -----
         If it is certain in which steps a sample takes part, the whole run is one Gaussian
         mechanism: :math:`\sigma` is the sensitivity of the noise's strategy over :math:`\mu`. For
-        shuffled batches that is an upper bound, without amplification.
+        shuffled batches that is an upper bound, without amplification. With a schedule a sample
+        moves step k by :math:`1/r_k` of the noise: with full batches
+        :math:`c = \sqrt{\sum_k r_k^{-2}}/\mu`. Sampled steps are composed, see
+        :func:`composed_epsilon`.
 
         Examples
         --------
@@ -138,6 +146,8 @@ class Budget:
         >>> batches = ntkdp.batches.FixedSize(64)
         >>> round(budget.noise_multiplier(100, batches=batches, n_samples=1000), 2)
         2.62
+        >>> budget.noise_multiplier(2, relative=[1.0, 2.0]) * budget.mu  # sqrt(1 + 1/4)
+        1.118033988749895
         """
         drawn, added = resolve_batches(batches, sample_rate), resolve_noise(noise)
         if not _has_accountant(drawn, added):
@@ -145,10 +155,36 @@ class Budget:
                 f"there is no accountant of {drawn!r} with {type(added).__name__} noise; take "
                 "independent noise, or full, cyclic or shuffled batches"
             )
+        if relative is not None:
+            return self._of_schedule(relative, drawn, added, n_samples, steps)
         if _is_one_mechanism(drawn, added):
             assert self.mu is not None
             return added.sensitivity(drawn, validate.count(steps=steps)) / self.mu
         return self._of_independent_noise(*_drawing(drawn, n_samples), steps)
+
+    def _of_schedule(
+        self, relative: Schedule, drawn: Batches, added: Noise, n_samples: int | None, steps: int
+    ) -> float:
+        assert self.mu is not None
+        if not isinstance(added, Independent):
+            raise ValueError(f"noise must be independent with relative, got {type(added).__name__}")
+        numbers = _schedules.numbers_of(steps, relative=relative)
+        if not numbers.all():
+            raise ValueError("relative must be positive in all steps, got 0")
+        if not drawn.is_random or isinstance(drawn, Shuffled):
+            return _schedules.sensitivity(numbers, drawn) / self.mu
+        sampling, q = _drawing(drawn, n_samples)
+        of_one = _schedules.pieces(numbers, q, sampling)
+        if self.epsilon is None or self.delta is None:
+            scale = _schedules.scale_for_mu(self.mu, of_one)
+        else:
+            scale = _bounds.noise_for(self.epsilon, of_one, self.delta, self.accountant)
+        if scale is None:
+            raise ValueError(
+                f"{self} cannot be kept over {steps} steps with this schedule: its scale would "
+                f"exceed {_bounds.LARGEST_SIGMA:g}; allow more, or train for fewer steps"
+            )
+        return scale
 
     def _of_independent_noise(self, sampling: Sampling, q: float, steps: int) -> float:
         of_one = checked_mechanism(1.0, q, steps, sampling)
@@ -167,7 +203,7 @@ class Budget:
 
 
 def spent(
-    noise_multiplier: float,
+    noise_multiplier: float | Schedule,
     steps: int,
     delta: float,
     *,
@@ -180,7 +216,14 @@ def spent(
     if not _has_accountant(batches, added):
         return math.inf
     if _is_one_mechanism(batches, added):
-        return epsilon(noise_multiplier / added.sensitivity(batches, steps), 1.0, 1, delta)
+        if is_schedule(noise_multiplier):
+            if not isinstance(added, Independent):
+                return math.inf
+            sigmas = _schedules.numbers_of(steps, noise_multiplier=noise_multiplier)
+            moved = _schedules.sensitivity(sigmas, batches)
+            return epsilon(1 / moved, 1.0, 1, delta)
+        sigma = cast(float, noise_multiplier)
+        return epsilon(sigma / added.sensitivity(batches, steps), 1.0, 1, delta)
     sampling, q = _drawing(batches, n_samples)
     return epsilon(noise_multiplier, q, steps, delta, sampling=sampling)
 
@@ -214,6 +257,7 @@ def as_noise_multiplier(
     batches: Batches | None = None,
     noise: Noise | None = None,
     n_samples: int | None = None,
+    schedules: bool = False,
 ) -> Any:
     """The noise multiplier of a :class:`Budget` for ``steps`` steps at ``sample_rate``.
 
@@ -223,7 +267,8 @@ def as_noise_multiplier(
     Raises
     ------
     TypeError
-        If the number of steps of a budget is not known (None).
+        If the number of steps of a budget is not known (None), or it is a schedule where
+        ``schedules`` are not taken.
 
     Examples
     --------
@@ -231,6 +276,11 @@ def as_noise_multiplier(
     >>> privacy.as_noise_multiplier(privacy.Budget(mu=0.5), 100)
     20.0
     """
+    if callable(noise_multiplier) and not schedules:
+        raise TypeError(
+            "noise_multiplier must be one number here, got a schedule; dp_sgd.run, "
+            "stochastic_flow.ensemble and stochastic_flow.moments take a number for each step"
+        )
     if not isinstance(noise_multiplier, Budget):
         return noise_multiplier
     if steps is None:

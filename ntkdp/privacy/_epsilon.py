@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from ntkdp._backend import validate
+from ntkdp._backend.schedules import Schedule, is_schedule
 from ntkdp._backend.types import ScalarLike
 from ntkdp.privacy import _bounds
 from ntkdp.privacy._arguments import (
@@ -13,10 +14,11 @@ from ntkdp.privacy._arguments import (
     number,
     probability,
 )
+from ntkdp.privacy._schedules import numbers_of, pieces
 
 
 def epsilon(
-    noise_multiplier: float,
+    noise_multiplier: float | Schedule,
     sample_rate: float,
     steps: int,
     delta: float,
@@ -28,9 +30,11 @@ def epsilon(
 
     Parameters
     ----------
-    noise_multiplier : float
+    noise_multiplier : float, callable or array
         :math:`\sigma \ge 0`: standard deviation of the summed gradient's noise over the
-        sensitivity. Zero gives infinity.
+        sensitivity. Zero gives infinity. A function of the step, or an array with a number for each
+        step, is composed: with full batches :math:`\mu^2 = \sum_k \sigma_k^{-2}`, with sampling
+        as by :func:`composed_epsilon`, where more than 64 different numbers are rounded down to 64.
     sample_rate : float
         q in (0, 1]: 1 for full batches, below it the share of the samples in a batch.
     steps : int
@@ -74,9 +78,13 @@ def epsilon(
     >>> round(ntkdp.privacy.epsilon(2.2, 256 / 60000, 14063, 1e-5, sampling="fixed_size"), 2)
     3.07
     """
-    mechanism = checked_mechanism(noise_multiplier, sample_rate, steps, sampling)
     delta = probability(delta=delta)
     validate.choice(ACCOUNTANTS, accountant=accountant)
+    if is_schedule(noise_multiplier):
+        of_one = checked_mechanism(1.0, sample_rate, steps, sampling)
+        sigmas = numbers_of(of_one.steps, noise_multiplier=noise_multiplier)
+        return _bounds.epsilon_of(pieces(sigmas, of_one.q, sampling), delta, accountant)
+    mechanism = checked_mechanism(noise_multiplier, sample_rate, steps, sampling)
     return _bounds.epsilon_of([mechanism], delta, accountant)
 
 
@@ -166,7 +174,7 @@ def noise_multiplier(
     delta = probability(delta=delta)
     validate.choice(ACCOUNTANTS, accountant=accountant)
 
-    found = _bounds.noise_for(budget, of_one, delta, accountant)
+    found = _bounds.noise_for(budget, [of_one], delta, accountant)
     if found is None:
         other = ", or use accountant='pld'" if accountant == "rdp" else ""
         raise ValueError(

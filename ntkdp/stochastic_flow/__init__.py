@@ -44,7 +44,8 @@ from ntkdp.stochastic_flow._ensemble.ensemble import ensemble
 from ntkdp.stochastic_flow._ensemble.final_loss import FinalLoss as FinalLoss
 from ntkdp.stochastic_flow._ensemble.final_loss import final_loss as final_loss
 from ntkdp.stochastic_flow._final_outputs import FinalOutputs, final_outputs
-from ntkdp.stochastic_flow._moments.moments import Moments, fixed_privacy_flow, moment_flow, moments
+from ntkdp.stochastic_flow._moments.moments import fixed_privacy_flow, moment_flow, moments
+from ntkdp.stochastic_flow._moments.result import Moments
 from ntkdp.stochastic_flow._moments.sampling import Sampling as Sampling
 from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_noise
 from ntkdp.stochastic_flow._noise_covariance import noise_variances as noise_variances

@@ -9,6 +9,7 @@ from jax import lax
 
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
+from ntkdp._backend.schedules import Schedule
 from ntkdp._backend.types import Array, Float, LearningRate, ScalarLike
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
@@ -22,6 +23,8 @@ from ntkdp.trajectory import check_learning_rate, check_steps, times_of_steps
 
 #: Noise over sensitivity, or a budget that fixes it.
 NoiseMultiplier: TypeAlias = ScalarLike | privacy.Budget
+#: The same, or one for each step.
+NoiseMultipliers: TypeAlias = NoiseMultiplier | Schedule
 #: Arrays over steps and groups that are alive at once.
 _ARRAYS = 4
 

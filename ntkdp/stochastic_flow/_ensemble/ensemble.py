@@ -10,6 +10,7 @@ from ntkdp import optimizers, privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener, begin_part
+from ntkdp._backend.schedules import Schedule, largest, multiplier
 from ntkdp._backend.types import (
     Array,
     Key,
@@ -24,7 +25,7 @@ from ntkdp._estimators.zeroth_order import ZerothOrder, check_zeroth_order
 from ntkdp._results.setup import batches_in_words, noise_in_words
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import Adaptive
+from ntkdp.clipping import Adaptive, moving_norm
 from ntkdp.gradient_flow import (
     HeadFlow,
     KernelFlow,
@@ -38,7 +39,7 @@ from ntkdp.gradient_flow import (
     check_linear_model_flow,
     optimizer_steps,
 )
-from ntkdp.noise import Independent, Noise
+from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
 from ntkdp.optimizers import OptimizerLike
 from ntkdp.stochastic_flow._ensemble.step_noise import (
@@ -48,8 +49,14 @@ from ntkdp.stochastic_flow._ensemble.step_noise import (
     noise_of_step,
 )
 from ntkdp.stochastic_flow._ensemble.zeroth_order import ZerothOrderSteps, zeroth_order_steps
-from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
-from ntkdp.trajectory import Measurement, Stepping, Trajectory, from_measurements
+from ntkdp.stochastic_flow._weight_noise import NoiseMultipliers
+from ntkdp.trajectory import (
+    Measurement,
+    Stepping,
+    Trajectory,
+    check_noise_moves,
+    from_measurements,
+)
 
 #: Outputs of the runs of a head that are drawn at once.
 _OUTPUT_BYTES = 2**25
@@ -61,10 +68,11 @@ def ensemble(
     *,
     learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: NoiseMultiplier = 0.0,
+    noise_multiplier: NoiseMultipliers = 0.0,
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    clip_norm: Schedule | None = None,
     adaptive: Adaptive | None = None,
     zeroth_order: ZerothOrder | None = None,
     sharpness_aware: SharpnessAware | None = None,
@@ -89,14 +97,14 @@ def ensemble(
         Step size of the reduced loss's gradient.
     steps : int
         At least 1.
-    noise_multiplier : float or privacy.Budget
+    noise_multiplier : float, privacy.Budget, callable or array
         :math:`\sigma`: the noise of the summed gradient has standard deviation :math:`\sigma S` on
         every weight, with S the sensitivity (R flat, :math:`\sqrt{\sum_r R_r^2}` layerwise). A
-        budget is spent on all the steps.
+        budget is spent on all the steps; a schedule has a number for each step.
     sample_rate : float
         q in (0, 1]: 1 for full batches, less for Poisson sampling.
-    batches, noise, adaptive, zeroth_order, sharpness_aware
-        Other batches, correlated noise, a clipping norm that moves, steps along random directions,
+    batches, noise, clip_norm, adaptive, zeroth_order, sharpness_aware
+        Other batches, correlated noise, clipping norms that move, steps along random directions,
         and gradients taken a little way up the last noisy one, as for ``dp_sgd.run``. With noise
         and a KernelFlow the last needs ``n_params``, and noise that is independent.
     noise_kernel : array, LayerwiseKernel or FeatureKernel, optional
@@ -160,7 +168,11 @@ def ensemble(
         batches=drawn,
         noise=correlated,
         n_samples=flow.data.n_samples,
+        schedules=True,
     )
+    sigma = multiplier(stepping.steps, sigma)
+    moving = moving_norm(adaptive, clip_norm, flow.clipping, stepping.steps)
+    check_noise_moves(moving, sigma, correlated)
     of_outputs = (noise_kernel, outputs_at_zero, zeroth_order, sharpness_aware)
     state: PyTree = flow.init(initial)
     followed: LinearModelFlow = flow
@@ -168,14 +180,14 @@ def ensemble(
         followed = head = HeadFlow(flow, state)
         state = head.init()
     walk = optimizer_steps(
-        followed, optimizer, stepping.learning_rate, outputs_at_zero, adaptive, sharpness_aware
+        followed, optimizer, stepping.learning_rate, outputs_at_zero, moving, sharpness_aware
     )
-    of_sum = sigma
-    if adaptive is not None:
-        _check_noise_adapts(followed, correlated, noise_per_group)
-        of_sum = adaptive.sum_noise_multiplier(sigma, flow.n_terms)
+    of_sum, sizes = largest(sigma)
+    if moving is not None:
+        _check_noise_of_groups(followed, noise_per_group)
+        of_sum = moving.sum_noise_multiplier(of_sum, flow.n_terms)
     order = check_zeroth_order(
-        zeroth_order, flow.clipping, correlated, adaptive, flow.public, sharpness_aware
+        zeroth_order, flow.clipping, correlated, adaptive, clip_norm, flow.public, sharpness_aware
     )
     start: Start = (state, None)
     random: StepNoise | ZerothOrderSteps
@@ -185,7 +197,8 @@ def ensemble(
             random = finding_norms(random, flow, start[0], walk.sharpness_aware)
     else:
         _check_directions(flow, noise_per_group, walk.optimizer)
-        random = zeroth_order_steps(flow, order, sigma, drawn, noise_kernel)
+        random = zeroth_order_steps(flow, order, of_sum, drawn, noise_kernel)
+    random = replace(random, sizes=sizes)
     has_noise = isinstance(random, StepNoise) and random.added is not None
     keys = devices.everywhere(flow.mesh, validate.keys(key=key))
     with _progress.listening(progress, "drawing runs") as listener:
@@ -223,17 +236,12 @@ def _check_directions(flow: LinearModelFlow, per_group: bool, optimizer: Optimiz
         )
 
 
-def _check_noise_adapts(flow: LinearModelFlow, noise: Noise, per_group: bool) -> None:
-    """Raise unless the noise can follow a clipping norm that moves."""
-    if not isinstance(noise, Independent):
-        raise ValueError(
-            "noise must be independent with adaptive clipping, since later steps take back noise "
-            f"in proportion to another clipping norm, got {type(noise).__name__}"
-        )
+def _check_noise_of_groups(flow: LinearModelFlow, per_group: bool) -> None:
+    """Raise unless the noise can follow clipping norms that may move apart."""
     if per_group and isinstance(flow, KernelFlow):
         raise ValueError(
-            "noise_per_group must be False with adaptive clipping and a KernelFlow, whose noise "
-            "has one covariance for all steps; use a LinearisedFlow"
+            "noise_per_group must be False with adaptive clipping or a schedule of clip_norm, and "
+            "a KernelFlow, whose noise has one covariance for all steps; use a LinearisedFlow"
         )
 
 
@@ -325,11 +333,12 @@ def draw(
             walked, carried = state
             number = jnp.asarray(stepping.number(k))
             own = jax.random.fold_in(key, number)
-            flow, added = walk.flow_at(walked), noise.at_clip_norm(walked.clip_norm, rule)
+            flow = walk.flow_at(walked)
+            added = noise.at_clip_norm(walked.clip_norm, rule).at_step(k)
             point = ahead(walked.position, walked.ascent)
             velocity, seen, carried = added.velocity(flow, point, own, number, carried)
             after = walk.step(walked, velocity, added.variance(velocity), seen.gradient_norm)
-            return walk.adapt(after, seen.norms, seen.drawn, batch_size, own), carried
+            return walk.adapt(after, k + 1, seen.norms, seen.drawn, batch_size, own), carried
 
         walked = walk.start(*start)
         (end, _), measured = stepping.walk_to_end(

@@ -156,13 +156,23 @@ class Seen(NamedTuple):
 
 
 class StepNoise(eqx.Module):
-    """The randomness of steps: batches, and the noise of the outputs or of the weights."""
+    """The randomness of steps: batches, and the noise of the outputs or of the weights.
+
+    ``sizes`` are those of the noise in each step, relative to that of ``added``.
+    """
 
     added: OutputNoise | NoiseByGroup | WeightNoise | None
     batches: Batches
     noise: Noise
     per_group: bool = eqx.field(static=True)
     finds_norm: bool = eqx.field(static=True, default=False)
+    sizes: Float[Array, " T"] | None = None
+
+    def at_step(self, k: Array | int) -> "StepNoise":
+        """The same with the noise of a step, if it changes."""
+        if self.sizes is None or self.added is None:
+            return self
+        return replace(self, added=self.added.times(self.sizes[k][None]))
 
     def at_clip_norm(self, clip_norm: Array | None, rule: ClippingRule) -> "StepNoise":
         """The same for a rule at the clipping norms of its groups, in proportion to them."""

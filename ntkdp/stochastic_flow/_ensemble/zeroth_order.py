@@ -1,12 +1,14 @@
 """Zeroth-order steps of an ensemble: random directions in the outputs or in the weights."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ntkdp._backend.norms import wide
-from ntkdp._backend.types import Array, PRNGKeyArray, PyTree, ScalarLike
+from ntkdp._backend.types import Array, Float, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp._estimators.zeroth_order import ZerothOrder
 from ntkdp.batches import Batches
 from ntkdp.clipping import ClippingRule
@@ -30,6 +32,13 @@ class ZerothOrderSteps(eqx.Module):
     batches: Batches
     deviation: ScalarLike
     divisor: ScalarLike
+    sizes: Float[Array, " T"] | None = None
+
+    def at_step(self, k: Array | int) -> "ZerothOrderSteps":
+        """The same with the noise of a step, if it changes."""
+        if self.sizes is None:
+            return self
+        return replace(self, deviation=self.deviation * self.sizes[k])
 
     def at_clip_norm(self, clip_norm: Array | None, rule: ClippingRule) -> "ZerothOrderSteps":
         """The same: the clipping norm does not move."""

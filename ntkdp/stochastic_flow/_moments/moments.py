@@ -1,7 +1,5 @@
 """Mean and spread of noisy training, without drawing a run."""
 
-from typing import NamedTuple
-
 import diffrax
 import equinox as eqx
 import jax
@@ -11,8 +9,9 @@ import numpy as np
 from ntkdp import privacy
 from ntkdp._backend import devices, program_memory, validate
 from ntkdp._backend import progress as _progress
-from ntkdp._backend.missing import nan_unless
+from ntkdp._backend.compiled import nan_unless
 from ntkdp._backend.progress import Listener
+from ntkdp._backend.schedules import Schedule, largest, multiplier
 from ntkdp._backend.types import (
     Array,
     ArrayLike,
@@ -24,7 +23,7 @@ from ntkdp._backend.types import (
 )
 from ntkdp.batches import Batches, Shuffled
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.clipping import Batch, Global
+from ntkdp.clipping import Batch, Global, Scheduled, moving_norm
 from ntkdp.gradient_flow import (
     KernelFlow,
     KernelLike,
@@ -39,87 +38,23 @@ from ntkdp.optimizers import OptimizerLike, as_linear, size_of_state
 from ntkdp.stochastic_flow._moments import full_covariance, gaussian_closure, low_rank_covariance
 from ntkdp.stochastic_flow._moments.covariance import CovarianceForm
 from ntkdp.stochastic_flow._moments.gaussian_closure import Closure, Statistics
-from ntkdp.stochastic_flow._moments.optimizer_steps import JointState, MomentSteps
+from ntkdp.stochastic_flow._moments.optimizer_steps import (
+    JointState,
+    MomentSteps,
+    sizes_of_noise,
+)
+from ntkdp.stochastic_flow._moments.result import MAX_STEPS, Moments
 from ntkdp.stochastic_flow._moments.sampling import Sampling
 from ntkdp.stochastic_flow._noise_covariance import noise_covariance, noise_in_features
-from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier
-from ntkdp.trajectory import Outcome, Stepping, message, succeeded
+from ntkdp.stochastic_flow._weight_noise import NoiseMultiplier, NoiseMultipliers
+from ntkdp.trajectory import Outcome, Stepping, check_noise_moves
 
 #: Number of outputs, over all points, up to which the whole covariance is kept by default.
 _LARGEST_FULL = 3000
-#: Steps of the solver before it gives up.
-_MAX_STEPS = 100_000
-#: How a solve may end early, and what to do about it.
-_ADVICE = {
-    Outcome.MAX_STEPS: (
-        f"the solver made {_MAX_STEPS:,} steps before the last time; loosen rtol and atol, shorten "
-        "the horizon, or use stochastic_flow.moments, which makes steps of the learning rate"
-    ),
-    Outcome.STEP_TOO_SMALL: (
-        "the solver's step size shrank to rounding; the moments may blow up near there, or the "
-        "tolerances are below what this dtype resolves: loosen rtol and atol, or use float64"
-    ),
-    Outcome.SOLVER_FAILED: "the solver gave up; loosen rtol and atol, or shorten the horizon",
-}
 _WAYS_OUT = (
     "use fewer samples, a smaller rank, float32, fewer recorded steps or no outputs, or "
     "stochastic_flow.ensemble"
 )
-
-
-class Moments(NamedTuple):
-    """Predicted statistics over time; a pytree.
-
-    ``loss`` and ``loss_std`` are the mean and standard deviation of the reduced training loss and
-    ``accuracy`` is the mean accuracy; ``test_loss``, ``test_loss_std`` and ``test_accuracy`` are
-    those of the test points. ``mean`` ``(T, N, K)`` and ``covariance`` ``(T, N K, N K)`` are those
-    of the outputs, train before test, on request. ``truncation`` is the share of the variance whose
-    correlations are dropped, 0 with the whole covariance. ``steps`` is None in flow time.
-    ``outcome`` is a :class:`ntkdp.trajectory.Outcome`; at times that a solver did not reach the
-    statistics are NaN, and ``message`` says what to do.
-
-    Made by :func:`moments`, :func:`moment_flow` and :func:`fixed_privacy_flow`.
-    """
-
-    times: Array
-    steps: Array | None
-    loss: Array
-    loss_std: Array
-    accuracy: Array | None
-    test_loss: Array | None
-    test_loss_std: Array | None
-    test_accuracy: Array | None
-    mean: Array | None
-    covariance: Array | None
-    truncation: Array
-    outcome: Array | int = int(Outcome.SUCCESS)
-
-    @property
-    def successful(self) -> bool:
-        """Whether all times were reached."""
-        return succeeded(self.outcome)
-
-    @property
-    def message(self) -> str:
-        """Why times were not reached and what to do about it, or ``"success"``."""
-        return message(self.outcome, _ADVICE)
-
-    def band(self, level: float = 0.9, *, test: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper quantile of the loss, by the gamma law with its mean and deviation."""
-        from scipy.stats import gamma
-
-        level = float(validate.fraction(level=level))
-        chosen = (self.test_loss, self.test_loss_std) if test else (self.loss, self.loss_std)
-        if chosen[0] is None:
-            raise ValueError("test=True needs a flow with test targets")
-        mean, std = (np.asarray(values) for values in chosen)
-        certain = std <= 0
-        shape = (mean / np.where(certain, 1.0, std)) ** 2
-        low, high = (
-            np.where(certain, mean, gamma.ppf(part, shape, scale=mean / shape))
-            for part in ((1 - level) / 2, (1 + level) / 2)
-        )
-        return low, high
 
 
 def moments(
@@ -128,10 +63,11 @@ def moments(
     *,
     learning_rate: LearningRate,
     steps: int,
-    noise_multiplier: NoiseMultiplier = 0.0,
+    noise_multiplier: NoiseMultipliers = 0.0,
     sample_rate: float = 1.0,
     batches: Batches | None = None,
     noise: Noise | None = None,
+    clip_norm: Schedule | None = None,
     noise_kernel: KernelLike | None = None,
     noise_per_group: bool = False,
     optimizer: OptimizerLike | None = None,
@@ -145,8 +81,8 @@ def moments(
 
     Parameters
     ----------
-    flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise, noise_kernel, \
-    noise_per_group, optimizer, outputs_at_zero, record_every, progress
+    flow, initial, learning_rate, steps, noise_multiplier, sample_rate, noise, clip_norm, \
+    noise_kernel, noise_per_group, optimizer, outputs_at_zero, record_every, progress
         As for :func:`ensemble`.
     batches : batches.Batches, optional
         Any but shuffled ones, in place of a sampling rate.
@@ -201,12 +137,23 @@ def moments(
         batches=drawn,
         noise=correlated,
         n_samples=flow.data.n_samples,
+        schedules=True,
     )
+    sigma = multiplier(stepping.steps, sigma)
+    scheduled = moving_norm(None, clip_norm, flow.clipping, stepping.steps)
+    check_noise_moves(scheduled, sigma, correlated)
+    sigma, sizes = largest(sigma)
     closure, mean = _closure(flow, initial, sigma, drawn, noise_kernel, noise_per_group, rank)
     recursion = correlated.recursion(stepping.steps)
+    norms = None
+    if isinstance(scheduled, Scheduled):
+        norms, moved = sizes_of_noise(scheduled, flow, stepping.steps, noise_per_group)
+        sizes = moved if sizes is None else sizes * moved
+    if sizes is not None:
+        recursion = recursion._replace(draws=recursion.draws * sizes)
     walk = optimizer_steps(closure.flow, optimizer, stepping.learning_rate, outputs_at_zero)
     at_zero = None if walk.at_zero is None else _all_points(walk.at_zero)
-    steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero, drawn, recursion)
+    steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero, drawn, recursion, norms)
     size = size_of_state(steps_of.optimizer) + len(recursion.enters)
     with _progress.listening(progress, "stepping the moments") as listener:
         statistics = program_memory.call(
@@ -479,7 +426,7 @@ def _solve_moments(
             dtmin=4 * jnp.finfo(times.dtype).eps * jnp.maximum(jnp.abs(start), jnp.abs(times[-1])),
             force_dtmin=False,
         ),
-        max_steps=_MAX_STEPS,
+        max_steps=MAX_STEPS,
         throw=False,
     )
     outcome = jnp.select(

@@ -1,5 +1,6 @@
 """Discrete steps of the moments by a linear optimizer."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 
 from ntkdp._backend.types import Array, Float
 from ntkdp.batches import Batches
+from ntkdp.clipping import Scheduled
+from ntkdp.gradient_flow import KernelFlow
 from ntkdp.noise import Recursion
 from ntkdp.optimizers import (
     Optimizer,
@@ -46,6 +49,7 @@ class MomentSteps(eqx.Module):
     at_zero: Float[Array, "N K"] | None
     batches: Batches
     noise: Recursion
+    clip_norms: Float[Array, "T R"] | None = None
 
     def start(self, mean: Array) -> JointState:
         """The state of outputs that are known exactly, at rest."""
@@ -58,7 +62,7 @@ class MomentSteps(eqx.Module):
 
     def step(self, state: JointState, number: Array, rate: Array) -> JointState:
         """The state after a step of this number at a learning rate."""
-        closure, outputs = self.closure, self._part(state, 0)
+        closure, outputs = self._closure_of(number), self._part(state, 0)
         own = closure.form.own_blocks(outputs.covariance)
         integrals = self._weighted(closure.integrals(outputs.mean, own), number)
         alone, together = closure.sampling
@@ -80,6 +84,13 @@ class MomentSteps(eqx.Module):
             ),
             excess=factors**2 * state.excess + effective * source,
         )
+
+    def _closure_of(self, number: Array) -> Closure:
+        """The closure with the clipping norms of a step."""
+        if self.clip_norms is None:
+            return self.closure
+        flow = self.closure.flow.at_clip_norm(self.clip_norms[number])
+        return replace(self.closure, flow=flow)
 
     def _weighted(self, integrals: Integrals, number: Array) -> Integrals:
         """Integrals of clipped gradients in a batch, if it is certain which samples are in it."""
@@ -135,3 +146,16 @@ def _of_outputs_alone(step: Transition) -> tuple[Array, Array]:
     )
     through = M[0, 1:] @ caught_up
     return M[0, 0] + through[0], -(b[0] + through[1])
+
+
+def sizes_of_noise(
+    scheduled: Scheduled, flow: KernelFlow, steps: int, per_group: bool
+) -> tuple[Float[Array, "T R"], Float[Array, " T"]]:
+    """Clipping norms of all steps by group, and sizes of their noise next to that of the rule."""
+    if per_group:
+        raise ValueError(
+            "noise_per_group must be False with a schedule of clip_norm, since the noise has one "
+            "covariance for all steps; use stochastic_flow.ensemble with a LinearisedFlow"
+        )
+    norms = jax.vmap(lambda k: scheduled.of_step(k, flow.n_terms))(jnp.arange(steps))
+    return norms, jnp.linalg.norm(norms, axis=1) / flow.clipping.sensitivity(flow.n_terms)

@@ -1,6 +1,5 @@
 """Runs of DP-SGD, of one phase or several, for one seed or many."""
 
-import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
@@ -45,6 +44,7 @@ from ntkdp.trajectory import (
     as_samples,
     check_phases,
     from_measurements,
+    joined,
     steppings,
 )
 
@@ -323,6 +323,9 @@ def run_phases(
                 phase.learning_rate,
                 phase.mechanism(sample_rate)[0],
                 phase.trainable,
+                phase.adaptive,
+                phase.clip_norm,
+                phase.steps,
             ),
         )
         for phase in phases
@@ -354,4 +357,4 @@ def _recorded(
             recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
             path = from_measurements(stepping.times, measured, steps=recorded, setup=setup)
             paths.append(replace(path, sensitivities=record))
-        return functools.reduce(Trajectory.then, paths)
+        return joined(paths, (algorithm.clipping for algorithm, _ in phases))

@@ -21,7 +21,7 @@ from ntkdp.gradient_flow._solve import solve, step_and_record
 from ntkdp.losses import Loss, Reduction, SampleLoss
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.optimizers import Optimizer, OptimizerLike, as_optimizer, recognised
-from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, steppings
+from ntkdp.trajectory import Phase, Stepping, Trajectory, check_phases, joined, steppings
 
 #: One kernel for all phases, or one for each, as :class:`ntkdp.KernelFlow` takes them.
 KernelOfPhases: TypeAlias = KernelLike | Sequence[KernelLike]
@@ -104,7 +104,7 @@ def recursion_phases(
         for walk, stepping in zip(walks, steps_of, strict=True):
             start, path = step_and_record(walk, start, stepping, outputs, listener)
             paths.append(path)
-    return functools.reduce(Trajectory.then, paths)
+    return joined(paths, (phase.clipping for phase in phases))
 
 
 def solve_phases(
@@ -166,6 +166,10 @@ def solve_phases(
         )
 
     phases = check_phases(phases)
+    if any(phase.moving is not None for phase in phases):
+        raise ValueError(
+            "phases must have constant clipping norms in flow time; use recursion_phases"
+        )
     flows = flows_of_phases(kernel, targets, loss, phases, reduction, test_kernel, test_targets)
     return _one_after_another(flows, initial, steppings(phases, record_every), advance, outputs)
 
@@ -181,8 +185,8 @@ def walks_of_phases(
     """The optimizer's steps in each phase; all are checked before the first begins."""
     _check_decay(optimizer, phases, kernel)
     return [
-        optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero)
-        for flow, stepping in zip(flows, steps_of, strict=True)
+        optimizer_steps(flow, optimizer, stepping.learning_rate, outputs_at_zero, phase.moving)
+        for flow, phase, stepping in zip(flows, phases, steps_of, strict=True)
     ]
 
 

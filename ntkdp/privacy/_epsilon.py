@@ -1,6 +1,7 @@
 """Epsilon, delta and the noise multiplier of DP-SGD, one from the others."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from ntkdp._backend import validate
 from ntkdp._backend.schedules import Schedule, is_schedule
@@ -14,6 +15,7 @@ from ntkdp.privacy._arguments import (
     number,
     probability,
 )
+from ntkdp.privacy._mechanism import Mechanism
 from ntkdp.privacy._schedules import numbers_of, pieces
 
 
@@ -80,12 +82,8 @@ def epsilon(
     """
     delta = probability(delta=delta)
     validate.choice(ACCOUNTANTS, accountant=accountant)
-    if is_schedule(noise_multiplier):
-        of_one = checked_mechanism(1.0, sample_rate, steps, sampling)
-        sigmas = numbers_of(of_one.steps, noise_multiplier=noise_multiplier)
-        return _bounds.epsilon_of(pieces(sigmas, of_one.q, sampling), delta, accountant)
-    mechanism = checked_mechanism(noise_multiplier, sample_rate, steps, sampling)
-    return _bounds.epsilon_of([mechanism], delta, accountant)
+    of_steps = _steps_of(noise_multiplier, sample_rate, steps, sampling)
+    return _bounds.epsilon_of(of_steps, delta, accountant)
 
 
 def delta(
@@ -186,7 +184,7 @@ def noise_multiplier(
 
 
 def composed_epsilon(
-    mechanisms: Iterable[tuple[ScalarLike, float, int]],
+    mechanisms: Iterable[tuple[ScalarLike | Schedule, float, int]],
     delta: float,
     accountant: Accountant = "pld",
     *,
@@ -200,7 +198,8 @@ def composed_epsilon(
     Parameters
     ----------
     mechanisms : sequence of (noise_multiplier, sample_rate, steps)
-        :math:`\sigma_p`, :math:`q_p` and :math:`K_p` of each piece, as for :func:`epsilon`;
+        :math:`\sigma_p`, :math:`q_p` and :math:`K_p` of each piece, as for :func:`epsilon`, where
+        :math:`\sigma_p` may be a schedule;
         ``phase.mechanism(sample_rate)`` is the triple of a :class:`ntkdp.Phase`. Their order does
         not matter.
     delta, accountant, sampling
@@ -236,16 +235,27 @@ def composed_epsilon(
             "mechanisms must be a sequence of (noise_multiplier, sample_rate, steps), "
             f"got {mechanisms!r}"
         )
-    pieces = []
+    found: list[Mechanism] = []
     for piece in mechanisms:
         if not isinstance(piece, tuple | list) or len(piece) != 3:
             raise ValueError(
                 "mechanisms must hold (noise_multiplier, sample_rate, steps) of each piece, "
                 f"got {piece!r}"
             )
-        pieces.append(checked_mechanism(*piece, sampling))
-    if not pieces:
+        found += _steps_of(*piece, sampling)
+    if not found:
         raise ValueError("mechanisms must hold at least one piece, got none")
     delta = probability(delta=delta)
     validate.choice(ACCOUNTANTS, accountant=accountant)
-    return _bounds.epsilon_of(pieces, delta, accountant)
+    return _bounds.epsilon_of(found, delta, accountant)
+
+
+def _steps_of(
+    noise_multiplier: Any, sample_rate: Any, steps: Any, sampling: Any
+) -> list[Mechanism]:
+    """The mechanisms of steps whose noise multiplier may change."""
+    if not is_schedule(noise_multiplier):
+        return [checked_mechanism(noise_multiplier, sample_rate, steps, sampling)]
+    of_one = checked_mechanism(1.0, sample_rate, steps, sampling)
+    sigmas = numbers_of(of_one.steps, noise_multiplier=noise_multiplier)
+    return pieces(sigmas, of_one.q, sampling)

@@ -1,13 +1,14 @@
 """Ensembles over phases of training."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import jax.numpy as jnp
 
 from ntkdp._backend import progress as _progress
 from ntkdp._backend import validate
+from ntkdp._backend.schedules import largest
 from ntkdp._backend.types import Array, ArrayLike, KeyLike, Progress, PyTree
 from ntkdp.batches import resolve
 from ntkdp.gradient_flow import (
@@ -21,9 +22,9 @@ from ntkdp.gradient_flow import (
 from ntkdp.losses import Loss, Reduction
 from ntkdp.noise import Independent
 from ntkdp.optimizers import OptimizerLike
-from ntkdp.stochastic_flow._ensemble.ensemble import draw_within_memory
+from ntkdp.stochastic_flow._ensemble.ensemble import check_noise_of_groups, draw_within_memory
 from ntkdp.stochastic_flow._ensemble.step_noise import noise_of_step
-from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, steppings
+from ntkdp.trajectory import Phase, Trajectory, check_phases, from_measurements, joined, steppings
 
 #: One kernel for all phases, or one for each.
 _Kernels: TypeAlias = KernelLike | Sequence[KernelLike]
@@ -119,9 +120,14 @@ def ensemble_phases(
         ):
             flow = walk.flow
             sigma, _, _ = phase.mechanism(sample_rate)
+            of_sum, sizes = largest(sigma)
+            if walk.moving is not None:
+                check_noise_of_groups(flow, noise_per_group)
+                of_sum = walk.moving.sum_noise_multiplier(of_sum, flow.n_terms)
             noise = noise_of_step(
-                flow, sigma, drawn, phase_noise_kernel, noise_per_group, Independent()
+                flow, of_sum, drawn, phase_noise_kernel, noise_per_group, Independent()
             )
+            noise = replace(noise, sizes=sizes)
             per_seed = bool(paths) and keys.ndim > 0
             start, measured = draw_within_memory(
                 walk, noise, start, per_seed, stepping, keys, outputs, listener
@@ -129,4 +135,4 @@ def ensemble_phases(
             steps = jnp.asarray(stepping.recorded)
             setup = walk.setup(stepping, sigma, sample_rate, noise_per_group)
             paths.append(from_measurements(stepping.times, measured, steps=steps, setup=setup))
-        return functools.reduce(Trajectory.then, paths)
+        return joined(paths, (phase.clipping for phase in phases))

@@ -7,6 +7,7 @@ from ntkdp.trajectory._outcome import succeeded as succeeded
 from ntkdp.trajectory._phase import Phase as Phase
 from ntkdp.trajectory._phase import as_trainable as as_trainable
 from ntkdp.trajectory._phase import check_phases as check_phases
+from ntkdp.trajectory._phase import joined as joined
 from ntkdp.trajectory._phase import steppings as steppings
 from ntkdp.trajectory._public_rows import PublicRows as PublicRows
 from ntkdp.trajectory._public_rows import check_public as check_public

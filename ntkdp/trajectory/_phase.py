@@ -1,16 +1,23 @@
 """A phase of training: which groups train, with what rule, learning rate and noise, how long."""
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import equinox as eqx
+import jax.numpy as jnp
 
 from ntkdp import privacy
 from ntkdp._backend import validate
+from ntkdp._backend.schedules import Schedule, is_schedule, multiplier
 from ntkdp._backend.types import LearningRate, ScalarLike
-from ntkdp.clipping import ClippingRule
+from ntkdp.clipping import Adaptive, ClippingRule, MovingNorm, moving_norm
+from ntkdp.noise import Independent
+from ntkdp.trajectory._moving_noise import check_noise_moves
 from ntkdp.trajectory._stepping import Stepping, check_learning_rate
 from ntkdp.trajectory._training_set import check_clipping
+from ntkdp.trajectory._trajectory import Trajectory
 
 
 def as_trainable(names: object) -> tuple[str, ...] | None:
@@ -47,12 +54,16 @@ class Phase(eqx.Module):
     learning_rate : float or optax schedule
         Step size of the reduced loss's gradient; a schedule maps the step number *within the phase*
         to it.
-    noise_multiplier : float or privacy.Budget
-        :math:`\sigma`, in units of the sensitivity of this phase. A budget is spent on the steps of
-        this phase alone; phases on the same data compose, see
-        :func:`ntkdp.privacy.composed_epsilon`.
+    noise_multiplier : float, privacy.Budget, callable or array
+        :math:`\sigma`, in units of the sensitivity of this phase, one number or one for each step
+        within the phase. A budget is spent on the steps of this phase alone; phases on the same
+        data compose, see :func:`ntkdp.privacy.composed_epsilon`.
     trainable : sequence of str, optional
         Names of the groups that train, as in ``LayerwiseKernel.names``; by default all.
+    clip_norm : callable or array, optional
+        Clipping norm of each step within the phase, as for ``dp_sgd.run``.
+    adaptive : clipping.Adaptive, optional
+        How the clipping norm moves in this phase, from that of its rule.
 
     Raises
     ------
@@ -80,29 +91,46 @@ class Phase(eqx.Module):
     steps: int = eqx.field(static=True)
     clipping: ClippingRule
     learning_rate: LearningRate
-    noise_multiplier: ScalarLike | privacy.Budget
+    noise_multiplier: ScalarLike | Schedule | privacy.Budget
     trainable: tuple[str, ...] | None = eqx.field(static=True)
+    clip_norm: Schedule | None
+    adaptive: Adaptive | None
 
     def __init__(
         self,
         steps: int,
         clipping: ClippingRule,
         learning_rate: LearningRate,
-        noise_multiplier: ScalarLike | privacy.Budget = 0.0,
+        noise_multiplier: ScalarLike | Schedule | privacy.Budget = 0.0,
         trainable: Iterable[str] | None = None,
+        clip_norm: Schedule | None = None,
+        adaptive: Adaptive | None = None,
     ) -> None:
         self.steps = validate.count(steps=steps)
         self.clipping = check_clipping(clipping)
         self.learning_rate = check_learning_rate(learning_rate, self.steps)
         self.noise_multiplier = noise_multiplier
         if not isinstance(noise_multiplier, privacy.Budget):
-            sigma = validate.non_negative(noise_multiplier=noise_multiplier)
-            self.noise_multiplier = validate.scalar(noise_multiplier=sigma)
+            sigma = multiplier(self.steps, noise_multiplier)
+            if not is_schedule(sigma):
+                sigma = validate.scalar(
+                    noise_multiplier=validate.non_negative(noise_multiplier=sigma)
+                )
+            self.noise_multiplier = sigma
         self.trainable = as_trainable(trainable)
+        self.clip_norm, self.adaptive = clip_norm, adaptive
+        check_noise_moves(self.moving, self.noise_multiplier, Independent())
 
-    def mechanism(self, sample_rate: float = 1.0) -> tuple[ScalarLike, float, int]:
+    @property
+    def moving(self) -> MovingNorm | None:
+        """How the clipping norm moves, or None if it does not."""
+        return moving_norm(self.adaptive, self.clip_norm, self.clipping, self.steps)
+
+    def mechanism(self, sample_rate: float = 1.0) -> tuple[ScalarLike | Schedule, float, int]:
         """Noise multiplier, sampling rate and steps, for the accounting of privacy."""
-        sigma = privacy.as_noise_multiplier(self.noise_multiplier, self.steps, sample_rate)
+        sigma = privacy.as_noise_multiplier(
+            self.noise_multiplier, self.steps, sample_rate, schedules=True
+        )
         return sigma, sample_rate, self.steps
 
 
@@ -117,6 +145,30 @@ def check_phases(phases: object) -> tuple[Phase, ...]:
         if not isinstance(phase, Phase):
             raise TypeError(f"phases must be a sequence of Phase, got one {type(phase).__name__}")
     return checked
+
+
+def joined(paths: Sequence[Trajectory], rules: Iterable[ClippingRule]) -> Trajectory:
+    """The trajectories of all phases as one; if a clipping norm moves, that of all is recorded."""
+    sizes = {path.clip_norm.shape[-1] for path in paths if path.clip_norm is not None}
+    if sizes:
+        n_groups, *others = sorted(sizes)
+        if others:
+            raise ValueError(
+                "phases whose clipping norms move must have one number of groups, got "
+                f"{sorted(sizes)}"
+            )
+        paths = [
+            _with_clip_norm(path, rule, n_groups) for path, rule in zip(paths, rules, strict=True)
+        ]
+    return functools.reduce(Trajectory.then, paths)
+
+
+def _with_clip_norm(path: Trajectory, rule: ClippingRule, n_groups: int) -> Trajectory:
+    if path.clip_norm is not None:
+        return path
+    norms = rule.group_norms(n_groups) if rule.bounds_each_sample else jnp.inf
+    constant = jnp.broadcast_to(jnp.asarray(norms, path.loss.dtype), (*path.loss.shape, n_groups))
+    return replace(path, clip_norm=constant)
 
 
 def steppings(phases: tuple[Phase, ...], record_every: int) -> list[Stepping]:

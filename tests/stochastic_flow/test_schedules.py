@@ -286,3 +286,64 @@ def test_rules_and_predictions_without_schedules_are_named() -> None:
     for predict in (stochastic_flow.moments, partial(stochastic_flow.ensemble, key=KEYS[0])):
         with pytest.raises(ValueError, match="noise_per_group must be False"):
             predict(by_layer, X @ W, clip_norm=NORMS, noise_per_group=True, **TRAINING)
+
+
+HALVES = (slice(0, 4), slice(4, STEPS))
+
+
+def in_phases(**options: Any) -> list[ntkdp.Phase]:
+    return [
+        ntkdp.Phase(
+            len(NORMS[half]), clipping.Abadi(1.0), RATE,
+            **{name: schedule[half] for name, schedule in options.items()},
+        )
+        for half in HALVES
+    ]  # fmt: skip
+
+
+def test_schedules_go_on_from_phase_to_phase() -> None:
+    """Two phases with the halves of a schedule are one run with the whole."""
+    key = jax.random.split(jax.random.key(4), 3)
+    phases = in_phases(**BOTH)
+    data = (linear, W, X, Y, SQUARED)
+    parts = dp_sgd.run_phases(*data, phases, key=key, outputs=True)
+    whole = run(key=key, **BOTH)
+    np.testing.assert_allclose(known(parts.outputs), known(whole.outputs), rtol=1e-12)
+    np.testing.assert_allclose(known(parts.clip_norm), known(whole.clip_norm), rtol=1e-12)
+    predicted = stochastic_flow.ensemble_phases(KERNEL, Y, SQUARED, phases, X @ W, key=key)
+    at_once = stochastic_flow.ensemble(flow(), X @ W, key=key, **TRAINING, **BOTH)
+    # The covariance has rank 3 of 12, and roots of zero round.
+    np.testing.assert_allclose(predicted.loss, at_once.loss, rtol=1e-7)
+    norms = in_phases(clip_norm=NORMS)
+    stepped = ntkdp.gradient_flow.recursion_phases(KERNEL, Y, SQUARED, norms, X @ W)
+    once = ntkdp.recursion(flow(), X @ W, clip_norm=NORMS, **TRAINING)
+    np.testing.assert_allclose(stepped.loss, once.loss, rtol=1e-12)
+    mechanisms = [phase.mechanism() for phase in phases]
+    assert ntkdp.privacy.composed_epsilon(mechanisms, 1e-5) == pytest.approx(
+        ntkdp.privacy.epsilon(SIGMAS, 1.0, STEPS, 1e-5), rel=1e-9
+    )
+    with pytest.raises(ValueError, match="use recursion_phases"):
+        ntkdp.gradient_flow.solve_phases(KERNEL, Y, SQUARED, norms, X @ W)
+
+
+def test_a_clipping_norm_adapts_within_a_phase() -> None:
+    """The first phase is a run that adapts, the second has the rule's own norm."""
+    adaptive = clipping.Adaptive(0.5, rate=0.3, count_noise=4.0)
+    rule = clipping.Abadi(3.0)
+    key = jax.random.split(jax.random.key(4), 3)
+    phases = [
+        ntkdp.Phase(5, rule, RATE, noise_multiplier=0.5, adaptive=adaptive),
+        ntkdp.Phase(2, rule, RATE, noise_multiplier=0.5),
+    ]
+    parts = dp_sgd.run_phases(linear, W, X, Y, SQUARED, phases, key=key)
+    once = run(rule, adaptive=adaptive, noise_multiplier=0.5, key=key, steps=5)
+    np.testing.assert_array_equal(parts.loss[:, :6], once.loss)
+    np.testing.assert_array_equal(known(parts.clip_norm)[:, :5], known(once.clip_norm)[:, :5])
+    np.testing.assert_array_equal(known(parts.clip_norm)[:, 5:], 3.0)
+    predicted = stochastic_flow.ensemble_phases(KERNEL, Y, SQUARED, phases, X @ W, key=key)
+    drawn = stochastic_flow.ensemble(
+        flow(rule), X @ W, adaptive=adaptive, noise_multiplier=0.5, key=key,
+        learning_rate=RATE, steps=5,
+    )  # fmt: skip
+    np.testing.assert_array_equal(predicted.loss[:, :6], drawn.loss)
+    assert not ntkdp.compare(predicted, parts).differences

@@ -184,7 +184,7 @@ def ensemble(
     )
     of_sum, sizes = largest(sigma)
     if moving is not None:
-        _check_noise_of_groups(followed, noise_per_group)
+        check_noise_of_groups(followed, noise_per_group)
         of_sum = moving.sum_noise_multiplier(of_sum, flow.n_terms)
     order = check_zeroth_order(
         zeroth_order, flow.clipping, correlated, adaptive, clip_norm, flow.public, sharpness_aware
@@ -236,7 +236,7 @@ def _check_directions(flow: LinearModelFlow, per_group: bool, optimizer: Optimiz
         )
 
 
-def _check_noise_of_groups(flow: LinearModelFlow, per_group: bool) -> None:
+def check_noise_of_groups(flow: LinearModelFlow, per_group: bool) -> None:
     """Raise unless the noise can follow clipping norms that may move apart."""
     if per_group and isinstance(flow, KernelFlow):
         raise ValueError(

@@ -5,7 +5,16 @@ from typing import Annotated
 import typer
 
 from ntkdp._results.provenance import VERSION
-from ntkdp.cli import _compare, _compilation_cache, _demo, _privacy, _sweep, _verify
+from ntkdp.cli import (
+    _advise,
+    _compare,
+    _compilation_cache,
+    _demo,
+    _predict,
+    _privacy,
+    _sweep,
+    _verify,
+)
 
 app = typer.Typer(
     name="ntkdp",
@@ -43,6 +52,8 @@ def _root(
 
 
 app.command("demo")(_demo.demo)
+app.command("predict", epilog=_predict.epilog())(_predict.predict)
+app.command("advise", epilog=_advise.epilog())(_advise.advise)
 app.command("compare", epilog=_compare.epilog())(_compare.compare)
 app.command("sweep", epilog=_sweep.epilog())(_sweep.sweep)
 app.command("privacy")(_privacy.privacy)

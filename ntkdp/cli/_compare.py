@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ntkdp import experiment
+from ntkdp.cli import _predict
 from ntkdp.cli._terminal import announce, explained, fields_help, output_folder, progress, silent
 
 
@@ -29,6 +30,10 @@ def compare(
             "--overwrite", help="Replace the run that the folder holds, and nothing else."
         ),
     ] = False,
+    predict_only: Annotated[
+        bool,
+        typer.Option("--predict-only", help="Train nothing and write nothing: as ntkdp predict."),
+    ] = False,
 ) -> None:
     """Predict training under each clipping rule, run it, and show how far apart they are.
 
@@ -42,6 +47,14 @@ def compare(
 
     with explained():
         settings = experiment.Config() if config is None else experiment.load_config(config)
+        if predict_only and (out is not None or resume or overwrite):
+            raise experiment.ConfigError(
+                "--predict-only writes nothing: leave out --out, --resume and --overwrite"
+            )
+    if predict_only:
+        _predict.show(settings)
+        return
+    with explained():
         if resume and out is None:
             raise experiment.ConfigError("--resume needs --out, the folder of the run")
         settings_tree = settings.model_dump(mode="json")

@@ -3,6 +3,9 @@ from ._config import Config as Config
 from ._config import ConfigError as ConfigError
 from ._config import config as config
 from ._config import load_config as load_config
+from ._features import fields_of_features as fields_of_features
+from ._forecast import Forecast as Forecast
+from ._forecast import forecast as forecast
 from ._memory import require_memory as require_memory
 from ._predictions import KERNEL_OF as KERNEL_OF
 from ._predictions import LABELS as LABELS
@@ -32,11 +35,14 @@ __all__ = [
     "Case",
     "Config",
     "ConfigError",
+    "Forecast",
     "Kernel",
     "Prediction",
     "Problem",
     "Results",
     "config",
+    "fields_of_features",
+    "forecast",
     "kernel_of",
     "load_config",
     "noise_free",

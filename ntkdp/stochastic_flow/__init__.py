@@ -51,6 +51,7 @@ from ntkdp.stochastic_flow._noise_covariance import bytes_of_noise as bytes_of_n
 from ntkdp.stochastic_flow._noise_covariance import noise_variances as noise_variances
 from ntkdp.stochastic_flow._optimal_noise import optimal_noise
 from ntkdp.stochastic_flow._phases import ensemble_phases
+from ntkdp.stochastic_flow._predict import Method as Method
 from ntkdp.stochastic_flow._predict import predict
 from ntkdp.stochastic_flow._relative_noise import relative_weight_noise
 from ntkdp.stochastic_flow._response.ensemble import response_ensemble

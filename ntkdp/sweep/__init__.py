@@ -14,6 +14,7 @@ __all__ = [
     "Plane",
     "Results",
     "SweepConfig",
+    "advice_in_words",
     "config",
     "load_config",
     "run",

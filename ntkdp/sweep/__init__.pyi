@@ -10,12 +10,14 @@ from ._report import print_table as print_table
 from ._report import write_report as write_report
 from ._run import Results as Results
 from ._run import run as run
+from ._sentences import advice_in_words as advice_in_words
 
 __all__ = [
     "Cell",
     "Plane",
     "Results",
     "SweepConfig",
+    "advice_in_words",
     "config",
     "load_config",
     "run",

@@ -11,9 +11,10 @@ from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.progress import part_of
 from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
+from ntkdp._subgroups import Labels
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
-from ntkdp.comparison import CellMetrics, measure
+from ntkdp.comparison import CellMetrics, GroupMetrics, by_group, measure
 from ntkdp.gradient_flow import KernelFlow, KernelLike, check_kernel_flow
 from ntkdp.noise import Noise
 from ntkdp.noise import resolve as resolve_noise
@@ -49,7 +50,8 @@ class Grid(NamedTuple):
     ``noise_multiplier``, so they cost the same privacy, whatever their learning rate and norm are.
     ``kernels`` ``(L R,)`` says which kernels predicted a cell, "frozen" or "between times", and
     ``weight_noise`` ``(L R,)`` its v(T), relative to the weights' own variance; both are None
-    unless kernels between times were given.
+    unless kernels between times were given. ``by_group`` and ``test_by_group`` have losses and
+    accuracies of subgroups ``(L R, G)``, averaged over keys, if labels were given.
 
     Made by :func:`predict`, with an example.
     """
@@ -61,6 +63,8 @@ class Grid(NamedTuple):
     noise_multiplier: float
     kernels: np.ndarray | None = None
     weight_noise: np.ndarray | None = None
+    by_group: GroupMetrics | None = None
+    test_by_group: GroupMetrics | None = None
 
     def cells(self) -> tuple[np.ndarray, np.ndarray]:
         """Learning rate and clipping norm of each cell, each ``(L R,)``."""
@@ -84,6 +88,8 @@ def predict(
     between_times: TwoTimeFlow | None = None,
     kernels: KernelChoice = "auto",
     moving_from: float = MOVING_FROM,
+    subgroups: Labels | None = None,
+    test_subgroups: Labels | None = None,
     progress: Progress = False,
     key: Array | None = None,
 ) -> Grid:
@@ -106,6 +112,9 @@ def predict(
         ``between_times`` is given, and the kernel of ``flow`` the others.
     moving_from : float
         The v(T), relative to the weights' own variance, from which noise moves the kernel too far.
+    subgroups, test_subgroups : array, optional
+        ``(n,)`` and ``(m,)``, labels of subgroups of the training and the test samples, to measure
+        each of them too.
     key : PRNG key
         One, or an array of S keys, over which metrics are averaged; needed with noise or sampling.
 
@@ -169,7 +178,7 @@ def predict(
         parts.append(np.flatnonzero(moving))
         if keys is None and (sigma > 0 or drawn.is_random):
             raise ValueError("key must be given with noise or sampling, got None")
-    measured = []
+    measured, of_groups = [], []
     for number, part in enumerate(parts):
         options: _Options = {
             "learning_rates": by_rate[part],
@@ -188,10 +197,12 @@ def predict(
         else:
             final = final_outputs(flow, initial, noise_kernel=noise_kernel, key=keys, **options)
         measured.append(_measured(flow, final, initial_loss, keys is None))
+        of_groups.append(_by_group(flow, final, subgroups, test_subgroups))
     order = np.argsort(np.concatenate(parts))
     metrics = jax.tree.map(lambda *pieces: np.concatenate(pieces)[order], *measured)
+    on_train, on_test = (_in_order(pieces, order) for pieces in zip(*of_groups, strict=True))
     used = None if variance is None else np.where(moving, "between times", "frozen")
-    return Grid(rates, norms, metrics, initial_loss, sigma, used, variance)
+    return Grid(rates, norms, metrics, initial_loss, sigma, used, variance, on_train, on_test)
 
 
 class _Options(TypedDict):
@@ -283,6 +294,45 @@ def _measured(
         test_pair = (final.test, flow.test_targets)
     train_pair = (final.train, flow.targets)
     return measure(flow.loss, flow.reduction, initial_loss, train_pair, test_pair)
+
+
+def _by_group(
+    flow: KernelFlow, final: FinalOutputs, labels: Labels | None, test_labels: Labels | None
+) -> tuple[GroupMetrics | None, GroupMetrics | None]:
+    """Losses and accuracies of subgroups of both parts ``(C, G)``, for labels that are given."""
+    found: list[GroupMetrics | None] = []
+    for outputs, targets, own in (
+        (final.train, flow.targets, labels),
+        (final.test, flow.test_targets, test_labels),
+    ):
+        if own is None:
+            found.append(None)
+            continue
+        if outputs is None or targets is None:
+            raise ValueError(
+                "test_subgroups must be None without test samples: give the flow a test_kernel and "
+                "test_targets"
+            )
+        metrics = by_group(outputs, targets, flow.loss, own)
+        loss, accuracy = (
+            None if part is None else part.reshape(len(part), -1, part.shape[-1]).mean(axis=1)
+            for part in (metrics.loss, metrics.accuracy)
+        )
+        assert loss is not None
+        found.append(metrics._replace(loss=loss, accuracy=accuracy))
+    return found[0], found[1]
+
+
+def _in_order(pieces: tuple[GroupMetrics | None, ...], order: np.ndarray) -> GroupMetrics | None:
+    """Numbers of all cells, from those of parts of them."""
+    known = [piece for piece in pieces if piece is not None]
+    if not known:
+        return None
+    accuracies = [piece.accuracy for piece in known if piece.accuracy is not None]
+    return known[0]._replace(
+        loss=np.concatenate([piece.loss for piece in known])[order],
+        accuracy=np.concatenate(accuracies)[order] if accuracies else None,
+    )
 
 
 def _axis(**named: ArrayLike) -> Float[np.ndarray, " N"]:

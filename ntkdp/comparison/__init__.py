@@ -3,7 +3,7 @@ r"""How far a prediction is from a run: relative errors at the times that both r
 The error of a prediction is :math:`\sup_t |L_{pred}(t) - L_{obs}(t)| / L_{obs}(t)` over the
 recorded times after the start. Step k of a run is at the time t = learning_rate * k of a flow.
 If the prediction is an ensemble of runs, its distribution is compared too: its band, how often
-runs are inside, and its CRPS.
+runs are inside, and its CRPS. :func:`by_group` has losses and accuracies of subgroups.
 """
 
 from ntkdp.comparison._agreement import agreement
@@ -15,6 +15,7 @@ from ntkdp.comparison._agreement import pareto_front as pareto_front
 from ntkdp.comparison._agreement import prefix_of as prefix_of
 from ntkdp.comparison._agreement import regret as regret
 from ntkdp.comparison._agreement import value_of as value_of
+from ntkdp.comparison._by_group import GroupMetrics, by_group
 from ntkdp.comparison._cells import HIGHER_IS_BETTER as HIGHER_IS_BETTER
 from ntkdp.comparison._cells import CellMetrics as CellMetrics
 from ntkdp.comparison._cells import Number as Number
@@ -32,9 +33,11 @@ __all__ = [
     "Comparison",
     "Coverage",
     "Errors",
+    "GroupMetrics",
     "agreement",
     "band",
     "band_coverage",
+    "by_group",
     "compare",
     "crps",
     "last_value",

@@ -46,6 +46,8 @@ class Dataset:
     class_names : tuple of str, or None for regression
         ``class_names[label]`` is the label as the source wrote it.
     feature_names : tuple of str, or None where the source names none
+    groups_train, groups_test : array of str, or None
+        The subgroup that each sample is in, ``(n,)`` and ``(m,)``, where the source says so.
     target_mean, target_scale : float
         Regression targets are :math:`(y - \text{mean}) / \text{scale}` of the source's y, by the
         mean and the standard deviation of the training part; 0 and 1 where nothing was done.
@@ -67,6 +69,8 @@ class Dataset:
     n_outputs: int
     class_names: tuple[str, ...] | None = None
     feature_names: tuple[str, ...] | None = field(default=None, repr=False)
+    groups_train: np.ndarray | None = field(default=None, repr=False)
+    groups_test: np.ndarray | None = field(default=None, repr=False)
     target_mean: float = 0.0
     target_scale: float = 1.0
 
@@ -100,6 +104,7 @@ def from_arrays(
     task: str | None = None,
     class_names: Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
+    groups: npt.ArrayLike | None = None,
     n_train: int | None = None,
     n_test: int | None = None,
     seed: int = 0,
@@ -122,6 +127,8 @@ def from_arrays(
         With it, ``y`` must already be in 0..K-1. Default: the labels as text.
     feature_names : sequence of str, optional
         What the inputs are, one name for each column.
+    groups : array (n,), optional
+        Labels of subgroups, numbers or text, by which results may be shown. They are no inputs.
     n_train, n_test : int, optional
         Sizes of the parts. One alone leaves all other samples to the other part; without both a
         fifth of the samples, rounded down, is the test part.
@@ -165,7 +172,7 @@ def from_arrays(
     (('no', 'yes'), 'classification')
     """
     split = Split(n_train=n_train, n_test=n_test, seed=seed, standardise=standardise)
-    return build(x, y, name, task, class_names, feature_names, impute=False, **split)
+    return build(x, y, name, task, class_names, feature_names, impute=False, groups=groups, **split)
 
 
 def build(
@@ -177,6 +184,7 @@ def build(
     feature_names: Sequence[str] | None,
     *,
     impute: bool,
+    groups: npt.ArrayLike | None = None,
     n_train: int | None = None,
     n_test: int | None = None,
     seed: int = 0,
@@ -191,6 +199,7 @@ def build(
     choice(TASKS, task=task)
     y = _vector(y, task)
     _check_inputs(x, len(y), feature_names, impute)
+    labels = None if groups is None else _subgroups(groups, len(x))
     if task == "regression":
         y, class_names = _real(y, "y"), None
     elif class_names is None:
@@ -224,9 +233,21 @@ def build(
         n_outputs=1 if class_names is None else len(class_names),
         class_names=None if class_names is None else tuple(class_names),
         feature_names=None if feature_names is None else tuple(feature_names),
+        groups_train=None if labels is None else labels[train],
+        groups_test=None if labels is None else labels[test],
         target_mean=mean,
         target_scale=scale,
     )
+
+
+def _subgroups(groups: npt.ArrayLike, n_samples: int) -> np.ndarray:
+    """Labels of subgroups as text, one for each sample."""
+    labels = _array(groups, "groups")
+    if labels.shape != (n_samples,):
+        raise ValueError(
+            f"groups must have shape ({n_samples},), one label for each sample, got {labels.shape}"
+        )
+    return np.asarray([str(label) for label in labels.tolist()])
 
 
 def _label(y: np.ndarray) -> Array:

@@ -170,11 +170,13 @@ def from_npz(
     x: str = "x",
     y: str = "y",
     task: str | None = None,
+    groups: str | None = None,
     **split: Unpack[Split],
 ) -> Dataset:
     """A data set of the arrays ``x`` and ``y`` of a NumPy archive; nothing is unpickled.
 
-    By default each feature is standardised over the training part; ``task`` and the other arguments
+    ``groups`` is the name of an array with labels of subgroups, if there is one. By default each
+    feature is standardised over the training part; ``task`` and the other arguments
     are those of :func:`from_arrays`.
 
     Raises
@@ -188,10 +190,11 @@ def from_npz(
     --------
     >>> from_npz("measured.npz", x="inputs", y="targets")  # doctest: +SKIP
     """
-    inputs, targets = read_npz(path, x, y)
+    inputs, targets, *labels = read_npz(path, x, y, *([] if groups is None else [groups]))
     return from_arrays(
         inputs,
         targets,
+        groups=labels[0] if labels else None,
         name=_stem(path),
         task=task,
         **split,
@@ -209,6 +212,7 @@ def from_csv(
     thousands: str | None = None,
     categorical: Sequence[str] = (),
     missing: str = "error",
+    groups: str | None = None,
     **split: Unpack[Split],
 ) -> Dataset:
     """A data set from a table in a text file whose first line names the columns, gzipped or not.
@@ -244,6 +248,10 @@ def from_csv(
         What to do about rows that lack a value (an empty field, ``NA``, ``NaN``, ``?``, ...):
         refuse them, leave them out, or fill in the mean of the column over the training part (for a
         text column the frequency of each category). A missing target is never filled in.
+    groups : str, optional
+        A column whose entries divide the samples into subgroups, by which results are shown. It is
+        no feature unless ``features`` names it. Rows without an entry are a group of their own,
+        ``"missing"``.
     **split
         ``n_train``, ``n_test``, ``seed``, ``standardise``: as in :func:`from_arrays`.
 
@@ -269,7 +277,7 @@ def from_csv(
     choice(MISSING_POLICIES, missing=missing)
     notations(decimal, thousands)  # a bad option before a file is read
     frame, as_written = read_csv(_read_text(path), source, delimiter)
-    chosen = select_columns(frame, target, features, source)
+    chosen = select_columns(frame, target, features, source, groups)
     inputs, targets = in_numbers(
         chosen, as_written, target, categorical, decimal=decimal, thousands=thousands, source=source
     )
@@ -280,6 +288,7 @@ def from_csv(
         missing=missing,
         name=_stem(path),
         task=task,
+        groups=None if groups is None else frame[groups],
         **split,
     )
 

@@ -28,6 +28,8 @@ class Table(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     feature_names: tuple[str, ...]
+    #: Which rows of the source it has.
+    rows: np.ndarray
 
 
 def _sniff_delimiter(text: str) -> str:
@@ -201,8 +203,8 @@ def encode_table(
             f"{source} lacks values in {int(incomplete.sum())} of {len(features)} rows, in columns "
             f"{_counts(columns)}, and missing={missing!r}; pass {ways}"
         )
-    if missing == "drop":
-        features, target = features[~incomplete], target[~incomplete]
+    rows = ~incomplete.to_numpy() if missing == "drop" else np.ones(len(features), bool)
+    features, target = features[rows], target[rows]
     blocks, names = [], []
     for name in features.columns:
         column = _as_numbers(features[name])
@@ -217,7 +219,7 @@ def encode_table(
         raise ValueError(f"{source} has no feature column besides the target {target.name!r}")
     if task is None and not pd.api.types.is_numeric_dtype(target.dtype):
         _check_text(target, str(target.name))
-    return Table(np.concatenate(blocks, axis=1), _target_values(target), tuple(names))
+    return Table(np.concatenate(blocks, axis=1), _target_values(target), tuple(names), rows)
 
 
 def _target_values(target: "pandas.Series") -> np.ndarray:
@@ -230,16 +232,22 @@ def _target_values(target: "pandas.Series") -> np.ndarray:
 
 
 def select_columns(
-    frame: "pandas.DataFrame", target: str, features: Sequence[str] | None, source: str
+    frame: "pandas.DataFrame",
+    target: str,
+    features: Sequence[str] | None,
+    source: str,
+    groups: str | None = None,
 ) -> "tuple[pandas.DataFrame, pandas.Series]":
-    """The feature columns (all but the target, or those named) and the target column."""
+    """The feature columns (all but target and groups, or those named) and the target column."""
     names = [str(name) for name in frame.columns]
-    for name in (target, *(features or ())):
+    for name in (target, *(features or ()), *([] if groups is None else [groups])):
         if name not in names:
             raise ValueError(f"{source} has no column {name!r}{did_you_mean(str(name), names)}")
     if features is not None and target in features:
         raise ValueError(f"features must not name the target column {target!r}, got {features!r}")
-    chosen = list(features) if features is not None else [n for n in names if n != target]
+    chosen = (
+        list(features) if features is not None else [n for n in names if n not in (target, groups)]
+    )
     return frame[chosen], frame[target]
 
 
@@ -251,10 +259,23 @@ def from_table(
     missing: str,
     name: str,
     task: str | None,
+    groups: "pandas.Series | None" = None,
     **split: Unpack[Split],
 ) -> Dataset:
     table = encode_table(features, target, source=source, missing=missing, task=task)
     if task is None:
         task = "classification" if table.y.dtype.kind == "U" else "regression"
-    impute = missing == "mean"
-    return build(table.x, table.y, name, task, None, table.feature_names, impute=impute, **split)
+    labels = None
+    if groups is not None:
+        labels = groups[table.rows].astype(object).where(groups.notna()[table.rows], "missing")
+    return build(
+        table.x,
+        table.y,
+        name,
+        task,
+        None,
+        table.feature_names,
+        impute=missing == "mean",
+        groups=None if labels is None else labels.to_numpy(),
+        **split,
+    )

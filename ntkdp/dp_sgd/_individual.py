@@ -38,10 +38,15 @@ def start_of_record(algorithm: Algorithm) -> Sensitivities:
     return Sensitivities.start(algorithm.x.shape[0], jnp.result_type(float))
 
 
-def sensitivities(algorithm: Algorithm, state: State, info: Info) -> Array:
-    """What each sample adds to a step, or would if it were drawn, over the sensitivity ``(n,)``."""
+def sensitivities(algorithm: Algorithm, state: State, info: Info) -> tuple[Array, Array]:
+    """What each sample adds to a step, or would if it were drawn, over the sensitivity ``(n,)``.
+
+    The second result is the share of its groups that are clipped.
+    """
     norms = info.norms
     if not algorithm.batches.takes_all:
         # Whether it is drawn or not: the coin is part of the mechanism.
         _, _, norms, _, _ = algorithm.clipped_sum(state.params, None)
-    return algorithm.clipping.shares(jnp.atleast_2d(norms), algorithm.noise_per_group)
+    rule, by_group = algorithm.clipping, jnp.atleast_2d(norms)
+    clipped = jnp.mean(rule.by_group(by_group) < 1, axis=0)
+    return rule.shares(by_group, algorithm.noise_per_group), clipped

@@ -79,13 +79,13 @@ def run(
             if record is None:
                 return algorithm.step(key_of(k), state)[0], None
             after, info, _, _ = algorithm.step_with_outputs(key_of(k), state)
-            return after, record.after(sensitivities(algorithm, state, info))
+            return after, record.after(*sensitivities(algorithm, state, info))
 
         def step_and_measure(k: Array | int, walked: _Walked) -> tuple[_Walked, Measurement]:
             state, record = walked
             after, info, train, _ = algorithm.step_with_outputs(key_of(k), state)
             if record is not None:
-                record = record.after(sensitivities(algorithm, state, info))
+                record = record.after(*sensitivities(algorithm, state, info))
             measured = algorithm.measure(state, train, info.clip_fraction, outputs)
             return (after, record), measured
 

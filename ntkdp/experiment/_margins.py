@@ -24,10 +24,11 @@ def labels_of(problem: Problem) -> Real[np.ndarray, " n"] | None:
 
 
 def keeps_outputs(problem: Problem, n_runs: int, n_recorded: int) -> bool:
-    """Whether outputs can be recorded for margins."""
+    """Whether outputs can be recorded, for margins and for numbers by subgroup."""
     n_points = len(problem.outputs) + len(problem.test_outputs)
     size = n_points * problem.outputs.shape[1] * problem.outputs.dtype.itemsize
-    return labels_of(problem) is not None and n_runs * n_recorded * size <= _MOST_BYTES
+    wanted = labels_of(problem) is not None or problem.groups is not None
+    return wanted and n_runs * n_recorded * size <= _MOST_BYTES
 
 
 def margins(

@@ -24,7 +24,8 @@ from ntkdp.trajectory import PublicRows
 class Problem(NamedTuple):
     """Model, data and loss, and the network's outputs at the start.
 
-    If some of the training samples are public, they are not among ``x``.
+    If some of the training samples are public, they are not among ``x``. ``groups`` and
+    ``test_groups`` are the labels of subgroups, if results are shown by them.
 
     Made by :func:`ntkdp.experiment.problem_of`.
     """
@@ -40,6 +41,8 @@ class Problem(NamedTuple):
     test_outputs: Array
     public: PublicRows | None = None
     public_outputs: Array | None = None
+    groups: np.ndarray | None = None
+    test_groups: np.ndarray | None = None
 
     @property
     def n_public(self) -> int:
@@ -126,6 +129,7 @@ def problem_of(config: ProblemConfig) -> Problem:
             "field 'dtype': float64 needs JAX's 64-bit mode, call ntkdp.enable_x64() first"
         )
     data_config = config.data
+    column = data_config.groups
     try:
         data = datasets.load(
             data_config.name,
@@ -134,10 +138,12 @@ def problem_of(config: ProblemConfig) -> Problem:
             standardise=data_config.standardise,
             seed=config.seed,
             **({"flat": False} if _wants_images(config) else {}),
+            **({} if column in (None, "class") else {"groups": column}),
             **data_config.options,
         )
     except (OSError, TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"field 'data': {error}") from error
+    groups, test_groups = _groups_of(data, column)
     options = {"delta": config.huber_delta} if config.loss == "huber" else {}
     loss = losses.from_name(config.loss, **options)
     # One output tells two classes apart for the logistic loss.
@@ -184,7 +190,24 @@ def problem_of(config: ProblemConfig) -> Problem:
         test_outputs=model.apply(params, test_x),
         public=public,
         public_outputs=public_outputs,
+        groups=None if groups is None else groups[n_public:],
+        test_groups=test_groups,
     )
+
+
+def _groups_of(
+    data: datasets.Dataset, column: str | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Labels of the subgroups of training and test samples: classes, or what the source says."""
+    if column != "class":
+        return data.groups_train, data.groups_test
+    if data.class_names is None:
+        raise ConfigError(
+            f"field 'data.groups': must not be 'class' with the {data.task} data {data.name!r}, "
+            "which have none; name a column of the file"
+        )
+    names = np.asarray(data.class_names)
+    return names[np.asarray(data.y_train)], names[np.asarray(data.y_test)]
 
 
 def require_infinite_width(problem: Problem, field: str) -> None:

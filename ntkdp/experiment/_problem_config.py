@@ -26,6 +26,11 @@ class DataConfig(Section):
         description="feature: mean 0, deviation 1 over the training part; unit: each sample "
         "scaled to norm sqrt(d); none",
     )
+    groups: str | None = Field(
+        None,
+        description="show results by subgroup as well: 'class', or the column of a .csv or the "
+        "array of an .npz whose entries divide the samples",
+    )
     options: dict[str, Any] = Field(
         {}, description="further options of the loader, e.g. {target = 'quality'} for a .csv"
     )

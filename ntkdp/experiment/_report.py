@@ -23,6 +23,7 @@ from ntkdp._results.page import render
 from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
+from ntkdp.experiment import _by_group
 from ntkdp.experiment._margins import error_of_margins
 from ntkdp.experiment._predictions import KERNEL_OF, LABELS
 from ntkdp.experiment._run import Results
@@ -61,6 +62,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "mean_relative_error": float(prediction.comparison.mean_relative_error),
                     "error_of_fall": prediction.comparison.error_of_fall,
                     "error_of_margins": error_of_margins(prediction.margins, case.run_margins),
+                    "subgroups": _by_group.as_entries(case.by_group, name),
                     "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
@@ -172,6 +174,26 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                 )
             )
     return rows
+
+
+def _group_rows(results: Results) -> list[tuple[str, ...]]:
+    """Rows of the table by subgroup, of cases that have one."""
+    lines: list[tuple[str, ...]] = []
+    for case in results.cases:
+        if case.by_group is not None:
+            labels = {name: LABELS[name] for name in case.predictions}
+            lines += _by_group.rows(case.clipping.label, labels, case.by_group)
+    return lines
+
+
+def _group_words(results: Results) -> str:
+    """What the epsilon of a subgroup is."""
+    found = [case.by_group for case in results.cases if case.by_group is not None]
+    if not found or not results.config.training.noisy:
+        return ""
+    return (
+        f"Epsilon is the mean over the samples of a subgroup, at delta = {found[0]['delta']:.3g}."
+    )
 
 
 def _percent(error: float | None) -> str:
@@ -406,6 +428,9 @@ def _page(
         warnings=_warnings(results),
         columns=_COLUMNS,
         rows=_rows(results),
+        group_columns=_by_group.COLUMNS,
+        group_rows=_group_rows(results),
+        group_words=_group_words(results),
         pictures=[(folder / file, caption) for file, caption in pictures],
         config=json.dumps(measured["config"], indent=2),
     )

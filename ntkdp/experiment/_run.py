@@ -19,10 +19,12 @@ from ntkdp._results import setup as setups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
-from ntkdp.experiment import _margins
+from ntkdp.experiment import _by_group, _margins
+from ntkdp.experiment._by_group import ByGroup, OfGroups
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._memory import require_memory
 from ntkdp.experiment._predictions import (
+    KERNEL_OF,
     LABELS,
     Kernel,
     Mechanism,
@@ -62,6 +64,7 @@ class Measured(TypedDict):
     run_margins: np.ndarray | None
     run_seconds: float
     predictions: dict[str, MeasuredPrediction]
+    by_group: ByGroup | None
 
 
 class Prediction(NamedTuple):
@@ -87,7 +90,8 @@ class Case(NamedTuple):
     ``weight_noise`` the variance v(T) that noise has added to weights by the end, relative to the
     weights' own variance at the start, the largest over the layers. Compared with 1, it shows how
     far the noise moves the kernel; it is None where it is not known, as under Adam.
-    ``run_margins`` are those of the runs, as in :class:`Prediction`.
+    ``run_margins`` are those of the runs, as in :class:`Prediction`. ``by_group`` has numbers by
+    subgroup, if ``data.groups`` asks for them and outputs do not take too much memory.
 
     Part of what :func:`run` returns.
     """
@@ -100,6 +104,7 @@ class Case(NamedTuple):
     predictions: dict[str, Prediction]
     learning_rate: float
     run_margins: np.ndarray | None = None
+    by_group: ByGroup | None = None
 
     @property
     def title(self) -> str:
@@ -274,6 +279,7 @@ def _measured(
     n_runs = max(training.n_seeds, training.n_predicted)
     n_recorded = -(-mechanism.steps // training.record_every) + 1
     outputs = _margins.keeps_outputs(problem, n_runs, n_recorded)
+    by_group = outputs and problem.groups is not None
     is_long = _is_long(problem, mechanism.steps, n_runs)
     progress = _begin(report, f"{case.label}: training", is_long=is_long)
     start = time.perf_counter()
@@ -294,13 +300,16 @@ def _measured(
         test_targets=problem.test_targets,
         record_every=training.record_every,
         outputs=outputs,
+        individual=by_group and _by_group.is_known_one_by_one(mechanism, rule),
         progress=progress,
         key=key if training.n_seeds == 1 else jax.random.split(key, training.n_seeds),
     )
     jax.block_until_ready(observed.loss)
     run_seconds = time.perf_counter() - start
 
+    delta = _by_group.delta_of(training.delta, problem)
     predictions: dict[str, MeasuredPrediction] = {}
+    groups_predicted: dict[str, OfGroups] = {}
     for name in config.predictions:
         progress = _begin(report, f"{case.label}: {LABELS[name]}", is_long=is_long)
         predicted, seconds = predict(
@@ -319,6 +328,23 @@ def _measured(
             "margins": _margins.margins(predicted, labels),
             "seconds": seconds,
         }
+        if by_group:
+            assert observed.steps is not None
+            kernel = kernels.get(KERNEL_OF[name] or "")
+            groups_predicted[name] = _by_group.of_prediction(
+                problem, mechanism, rule, delta, kernel, observed.steps, predicted
+            )
+    groups_found: ByGroup | None = None
+    if by_group:
+        names = _by_group.names_of(problem)
+        groups_found = {
+            "names": names,
+            "counts": _by_group.counts_of(names, problem.groups),
+            "test_counts": _by_group.counts_of(names, problem.test_groups),
+            "delta": delta,
+            "run": _by_group.of_run(problem, mechanism, delta, observed),
+            "predictions": groups_predicted,
+        }
     return {
         "noise_multiplier": mechanism.noise_multiplier,
         "weight_noise": weight_noise(config, problem, rule, mechanism),
@@ -326,6 +352,7 @@ def _measured(
         "run_margins": _margins.margins(observed, labels),
         "run_seconds": run_seconds,
         "predictions": predictions,
+        "by_group": groups_found,
     }
 
 
@@ -339,6 +366,7 @@ def _checked_case(config: Config, case: ClippingConfig, content: Measured) -> Ca
     n_times = len(np.asarray(content["run"]["times"]))
     for margins in (content["run_margins"], *(prediction["margins"] for prediction in predictions)):
         _margins.check(margins, n_times)
+    _by_group.check(content["by_group"], list(config.predictions), n_times)
     return _case(config, case, content)
 
 
@@ -362,12 +390,13 @@ def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
         predictions,
         case.learning_rate_in(config.training),
         measured["run_margins"],
+        measured["by_group"],
     )
 
 
 def _fields(path: Trajectory) -> Fields:
-    # Outputs take much room, and have served for the margins.
-    path = dataclasses.replace(path, outputs=None, test_outputs=None)
+    # Outputs take much room, and have served for margins and subgroups.
+    path = dataclasses.replace(path, outputs=None, test_outputs=None, sensitivities=None)
     recorded = {name: value for name, value in vars(path).items() if name != "setup"}
     fields: dict[str, np.ndarray | str | None] = {"setup": setups.to_json(path.setup)}
     for name, value in recorded.items():

@@ -260,6 +260,26 @@ class KernelFlow(LinearModelFlow):
         found: Array = jax.lax.map(of_state, states)
         return found.reshape(outputs.shape[:-1])
 
+    def clipped(self, outputs: Float[Array, "*states n K"]) -> Float[Array, "*states n"]:
+        """Whether each sample is clipped at these outputs; layerwise, the share of its groups.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> flow = ntkdp.KernelFlow(jnp.eye(2), jnp.zeros((2, 1)), ntkdp.losses.SquaredError(),
+        ...                         ntkdp.clipping.Abadi(2.0))
+        >>> flow.clipped(jnp.array([[5.0], [1.0]])).tolist()
+        [1.0, 0.0]
+        """
+        states = jnp.reshape(outputs, (-1, *outputs.shape[-2:]))
+
+        def of_state(train: Array) -> Array:
+            factors = self._factors(self.loss.output_gradient(train, self.targets))
+            return jnp.mean(jnp.atleast_2d(factors) < 1, axis=0, dtype=outputs.dtype)
+
+        found: Array = jax.lax.map(of_state, states)
+        return found.reshape(outputs.shape[:-1])
+
     def through(self, kernel: KernelMatrix, weighted: Float[Array, "R n K"]) -> Float[Array, "m K"]:
         """The change of the outputs that clipped gradients of the training samples cause."""
         return devices.everywhere(self.mesh, kernel.push(weighted))

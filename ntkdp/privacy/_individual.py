@@ -278,11 +278,11 @@ def _alike(mu: np.ndarray, n_bounds: int) -> list[np.ndarray]:
     indices = np.flatnonzero(mu > 0)
     if not indices.size:
         return []
-    logs = np.log(mu[indices])
-    width = np.ptp(logs) / n_bounds
+    width = np.ptp(mu[indices]) / n_bounds
     places = np.zeros(len(indices), np.int64)
     if width > 0:
-        places = np.minimum((logs - logs.min()) / width, n_bounds - 1).astype(np.int64)
+        places = (mu[indices] - mu[indices].min()) / width
+        places = np.minimum(places, n_bounds - 1).astype(np.int64)
     return [indices[places == place] for place in np.unique(places)]
 
 

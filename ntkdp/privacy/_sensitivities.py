@@ -33,6 +33,8 @@ class Sensitivities(eqx.Module):
         ``(n, 64)``, the number of steps by level of :math:`C_{ik} \|g_{ik}\| / S`, rounded up to
         levels a factor of :math:`2^{1/8}` apart, the last of which is 1. Steps in which a sample
         adds nothing are in none.
+    clipped : array
+        ``(n,)``, the number of steps in which the sample was clipped, or the share of its groups.
     steps : array
         The number of steps.
 
@@ -40,23 +42,26 @@ class Sensitivities(eqx.Module):
     --------
     >>> import jax.numpy as jnp, ntkdp
     >>> record = ntkdp.privacy.Sensitivities.start(2, float)
-    >>> record = record.after(jnp.array([1.0, 0.0])).after(jnp.array([1.0, 0.5]))
+    >>> record = record.after(jnp.array([1.0, 0.0]), jnp.array([True, False]))
+    >>> record = record.after(jnp.array([1.0, 0.5]), jnp.array([True, False]))
     >>> record.squares.tolist(), record.counts.sum(axis=1).tolist()
     ([2.0, 0.25], [2, 1])
     """
 
     squares: Array
     counts: Array
+    clipped: Array
     steps: Array
 
     @classmethod
     def start(cls, n_samples: int, dtype: np.dtype | type) -> "Sensitivities":
         """Nothing yet, for so many samples."""
         counts = jnp.zeros((n_samples, len(LEVELS)), jnp.int32)
-        return cls(jnp.zeros(n_samples, dtype), counts, jnp.zeros((), jnp.int32))
+        zeros = jnp.zeros(n_samples, dtype)
+        return cls(zeros, counts, zeros, jnp.zeros((), jnp.int32))
 
-    def after(self, sensitivities: Array) -> "Sensitivities":
-        """With one step more, in which samples have these sensitivities ``(n,)``."""
+    def after(self, sensitivities: Array, clipped: Array) -> "Sensitivities":
+        """With one step more: what samples add to it ``(n,)``, and which of them are clipped."""
         s = jnp.minimum(sensitivities, 1.0)
         levels = jnp.asarray(LEVELS, s.dtype)
         # Rounding must not put a sensitivity below itself.
@@ -64,5 +69,8 @@ class Sensitivities(eqx.Module):
         place = jnp.minimum(place, len(LEVELS) - 1)
         counts = self.counts.at[jnp.arange(len(s)), place].add((s > 0).astype(jnp.int32))
         return Sensitivities(
-            self.squares + (s * s).astype(self.squares.dtype), counts, self.steps + 1
+            self.squares + (s * s).astype(self.squares.dtype),
+            counts,
+            self.clipped + clipped.astype(self.clipped.dtype),
+            self.steps + 1,
         )

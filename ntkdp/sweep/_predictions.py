@@ -10,10 +10,19 @@ import numpy as np
 from ntkdp import advisor, gradient_flow, stochastic_flow
 from ntkdp._backend.types import Array
 from ntkdp._gradients import groups
+from ntkdp.comparison import GroupMetrics
 from ntkdp.experiment import ConfigError, Kernel, Problem, compute_kernel, least_noise
 from ntkdp.noise import Correlated, Noise
 from ntkdp.sweep._config import Plane, SweepConfig
-from ntkdp.sweep._workers import Metrics, Report, metrics_of, rule_of
+from ntkdp.sweep._workers import (
+    GroupNumbers,
+    Metrics,
+    Report,
+    groups_of,
+    metrics_of,
+    numbers_of,
+    rule_of,
+)
 
 
 class CellsPrediction(TypedDict):
@@ -23,6 +32,7 @@ class CellsPrediction(TypedDict):
     """
 
     metrics: list[Metrics]
+    by_group: list[GroupNumbers | None]
     kernels: list[str]
     weight_noise: list[float]
     strategies: list[list[float] | None]
@@ -34,6 +44,7 @@ class _Cell(NamedTuple):
     """The prediction of one cell."""
 
     metrics: Metrics
+    by_group: GroupNumbers | None
     kernel: str
     weight_noise: float
     strategy: list[float] | None = None
@@ -79,6 +90,7 @@ def predict_cells(
         found += _cells_of(sweep, plane)
     return {
         "metrics": [cell.metrics for cell in found],
+        "by_group": [cell.by_group for cell in found],
         "kernels": [cell.kernel for cell in found],
         "weight_noise": [cell.weight_noise for cell in found],
         "strategies": [cell.strategy for cell in found],
@@ -94,8 +106,8 @@ def _cells_of(sweep: _Sweep, plane: Plane) -> Iterator[_Cell]:
         of_one = _noise_of_one(sweep, plane, training.as_noise())
         for rate in grid.learning_rates:
             for norm in grid.clip_norms:
-                metrics = _cell_of_other_steps(sweep, plane, rate, norm)
-                yield _Cell(metrics, "frozen", of_one * (rate * norm) ** 2)
+                found = _cell_of_other_steps(sweep, plane, rate, norm)
+                yield _Cell(*found, "frozen", of_one * (rate * norm) ** 2)
     elif training.noise.kind == "kernel_optimal" and plane.noise_multiplier > 0:
         for rate in grid.learning_rates:
             for norm in grid.clip_norms:
@@ -125,6 +137,7 @@ def _at_once(
         between_times=_between_times(sweep, plane),
         kernels=config.kernels,
         moving_from=config.kernels_move_from,
+        test_subgroups=problem.test_groups,
         key=_keys(config, plane),
     )
     products = np.multiply(*predicted.cells())
@@ -132,11 +145,21 @@ def _at_once(
     used = predicted.kernels
     kernels = ["frozen"] * len(products) if used is None else used.tolist()
     for number, of_cell in enumerate(zip(kernels, weight_noise, strict=True)):
-        yield _Cell(predicted.metrics.cell(number), *of_cell)
+        groups_of_cell = None
+        if predicted.test_by_group is not None:
+            groups_of_cell = numbers_of(_cell_of(predicted.test_by_group, number))
+        yield _Cell(predicted.metrics.cell(number), groups_of_cell, *of_cell)
 
 
-def _cell_of_other_steps(sweep: _Sweep, plane: Plane, rate: float, norm: float) -> Metrics:
-    """Metrics of a cell whose steps are not those of private gradients alone."""
+def _cell_of(found: GroupMetrics, number: int) -> GroupMetrics:
+    accuracy = None if found.accuracy is None else found.accuracy[number]
+    return found._replace(loss=found.loss[number], accuracy=accuracy)
+
+
+def _cell_of_other_steps(
+    sweep: _Sweep, plane: Plane, rate: float, norm: float
+) -> tuple[Metrics, GroupNumbers | None]:
+    """Metrics, also by subgroup, of a cell whose steps are not private gradients alone."""
     config, problem, kernel = sweep
     training = config.training
     flow = _flow(sweep, plane, norm)
@@ -161,7 +184,7 @@ def _cell_of_other_steps(sweep: _Sweep, plane: Plane, rate: float, norm: float) 
         )
     else:
         path = gradient_flow.recursion(flow, problem.start, **options)
-    return metrics_of(problem, training.reduction, path)
+    return metrics_of(problem, training.reduction, path), groups_of(problem, path)
 
 
 def _best_noise(sweep: _Sweep, plane: Plane, rate: float, norm: float) -> Correlated:

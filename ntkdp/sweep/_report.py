@@ -18,7 +18,6 @@ from ntkdp._results.page import render
 from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import provenance
 from ntkdp.comparison import CellMetrics
-from ntkdp.sweep._config import Plane
 from ntkdp.sweep._run import Results
 from ntkdp.sweep._workers import Metrics
 
@@ -93,6 +92,7 @@ def metrics(results: Results) -> dict[str, Any]:
                         "kernels": results.kernels[i],
                         "predicted": predicted.cell(index),
                         "observed": None if observed is None else observed.cell(index),
+                        "by_group": _groups_of_cell(results, i),
                     }
                     for index, i in enumerate(numbers)
                 ],
@@ -110,8 +110,20 @@ def metrics(results: Results) -> dict[str, Any]:
         "initial": results.initial.cell(0),
         "initial_gradient_norms": {f"quantile_{q:g}": float(norm) for q, norm in quantiles},
         "notes": results.notes,
+        "subgroups": None
+        if results.groups is None
+        else dict(zip(results.groups.names, results.groups.counts, strict=True)),
         "planes": entries,
     }
+
+
+def _groups_of_cell(results: Results, number: int) -> dict[str, Any] | None:
+    """Numbers of the subgroups in a cell, in the order of their names."""
+    found = results.groups
+    if found is None:
+        return None
+    observed = None if found.observed is None else found.observed[number]
+    return {"predicted": found.predicted[number], "observed": observed}
 
 
 def _agreement(predicted: CellMetrics, observed: CellMetrics) -> dict[str, Any]:
@@ -229,6 +241,14 @@ def _draw(
 _SHOWN = ("test_accuracy", "test_ece", "test_mce", "test_loss")
 _AGREEMENT_COLUMNS = ("metric", "rank correlation", "median difference", "largest difference")
 _ADVICE_COLUMNS = ("best in", "learning rate", "clip norm", "predicted", "observed", "regret")
+_GROUP_COLUMNS = (
+    "subgroup",
+    "tested",
+    "test loss, predicted",
+    "observed",
+    "test accuracy, predicted",
+    "observed",
+)
 
 
 def _agreement_rows(agreement: AgreementEntry) -> list[tuple[str, ...]]:
@@ -260,6 +280,25 @@ def _advice_rows(entry: PlaneEntry) -> list[tuple[str, ...]]:
                 "" if observed is None else _amount(objective, advised["regret"]),
             )
         )
+    return rows
+
+
+def _group_rows(results: Results, plane: int, entry: PlaneEntry) -> list[tuple[str, ...]]:
+    """Rows of subgroups in the cell that is advised for the objective of the configuration."""
+    found = results.groups
+    index = entry["advice"].get(f"test_{results.config.objective}", {}).get("index")
+    if found is None or index is None:
+        return []
+    cells = [number for number, cell in enumerate(results.cells) if cell.plane == plane]
+    sides = [found.predicted, *([] if found.observed is None else [found.observed])]
+    rows = []
+    for group, (name, count) in enumerate(zip(found.names, found.counts, strict=True)):
+        numbers = []
+        for metric in ("loss", "accuracy"):
+            of_sides = [side[cells[index]][metric] for side in sides]
+            shown = ["" if v is None else _amount(f"test_{metric}", v[group]) for v in of_sides]
+            numbers += [*shown, ""][:2]
+        rows.append((name, str(count), *numbers))
     return rows
 
 
@@ -345,12 +384,18 @@ class _Section(NamedTuple):
     at_the_edge: list[str]
     agreement: list[tuple[str, ...]] | None
     divergence: str
+    groups: list[tuple[str, ...]]
     pictures: list[tuple[Path, str]]
 
 
 def _section(
-    plane: Plane, entry: PlaneEntry, pictures: list[tuple[str, str]], folder: Path
+    results: Results,
+    number: int,
+    entry: PlaneEntry,
+    pictures: list[tuple[str, str]],
+    folder: Path,
 ) -> _Section:
+    plane = results.planes[number]
     agreement = entry["agreement"]
     return _Section(
         plane.label,
@@ -358,6 +403,7 @@ def _section(
         _at_the_edge(entry),
         None if agreement is None else _agreement_rows(agreement),
         "" if agreement is None else _divergence(agreement),
+        _group_rows(results, number, entry),
         [(folder / name, caption) for name, caption in pictures],
     )
 
@@ -369,14 +415,17 @@ def _page(
     folder: Path,
 ) -> str:
     name = results.config.name
-    planes = zip(results.planes, measured["planes"], pictures, strict=True)
+    planes = enumerate(zip(measured["planes"], pictures, strict=True))
     return render(
         "sweep/_report.html",
         title=f"ntkdp sweep: {name}",
         heading=f"{name}: learning rate and clipping norm",
         summary=_summary(results),
         notes=results.notes,
-        planes=[_section(plane, entry, drawn, folder) for plane, entry, drawn in planes],
+        planes=[
+            _section(results, number, entry, drawn, folder) for number, (entry, drawn) in planes
+        ],
+        group_columns=_GROUP_COLUMNS,
         advice_columns=_ADVICE_COLUMNS,
         agreement_columns=_AGREEMENT_COLUMNS,
         neighbours=privacy.neighbours(results.config.training.as_batches),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ntkdp import advisor
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
+from ntkdp._subgroups import subgroups
 from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.experiment import (
     Problem,
@@ -18,6 +19,7 @@ from ntkdp.sweep import _cluster
 from ntkdp.sweep._config import Cell, Plane, SweepConfig, cells, planes
 from ntkdp.sweep._predictions import CellsPrediction, moves_at_random, predict_cells
 from ntkdp.sweep._workers import (
+    GroupNumbers,
     Metrics,
     Observation,
     Report,
@@ -34,6 +36,20 @@ if TYPE_CHECKING:
 Observe: TypeAlias = Callable[[dict[int, Cell]], Iterator[tuple[int, Observation]]]
 
 
+class Groups(NamedTuple):
+    """Subgroups of the test samples, and their losses and accuracies in each cell.
+
+    ``predicted`` and ``observed`` are in the order of the cells; the latter is None without runs.
+
+    Part of what :func:`run` returns.
+    """
+
+    names: list[str]
+    counts: list[int]
+    predicted: list[GroupNumbers]
+    observed: list[GroupNumbers] | None
+
+
 class Results(NamedTuple):
     """Maps of a sweep, one entry for each plane, with cells in the order of ``cells``.
 
@@ -41,7 +57,8 @@ class Results(NamedTuple):
     ``weight_noise`` how much noise adds to the weights by the end, v(T), relative to their own
     variance. ``seconds`` has the times of the kernel, of the prediction, and of all observed cells
     together, compilation included. ``initial`` has the metrics before training. ``notes`` name the
-    problems that were met on the way and solved.
+    problems that were met on the way and solved. ``groups`` has numbers by subgroup, if
+    ``data.groups`` asks for them.
 
     Made by :func:`run`.
     """
@@ -57,6 +74,7 @@ class Results(NamedTuple):
     gradient_norms: advisor.GradientNorms
     seconds: dict[str, float]
     notes: list[str]
+    groups: Groups | None = None
 
 
 def run(
@@ -176,6 +194,22 @@ def run(
         ),
         seconds,
         folder_cells.notes,
+        _groups(problem, predicted, observations),
+    )
+
+
+def _groups(
+    problem: Problem, predicted: CellsPrediction, observations: list[Observation]
+) -> Groups | None:
+    if problem.test_groups is None:
+        return None
+    found = subgroups(problem.test_groups, len(problem.test_x))
+    observed = [one["by_group"] for one in observations if one["by_group"] is not None]
+    return Groups(
+        list(found.names),
+        found.counts.tolist(),
+        [numbers for numbers in predicted["by_group"] if numbers is not None],
+        observed or None,
     )
 
 
@@ -213,20 +247,35 @@ def _observation(initial: CellMetrics, content: Observation) -> Observation:
     return {
         "cell": content["cell"],
         "metrics": content["metrics"],
+        "by_group": _checked_groups(content["by_group"]),
         "seconds": float(content["seconds"]),
+    }
+
+
+def _checked_groups(content: GroupNumbers | None) -> GroupNumbers | None:
+    """Numbers of subgroups that were read from a folder; raises if they are wrong."""
+    if content is None:
+        return None
+    if set(content) != {"loss", "accuracy"}:
+        raise ValueError("the numbers by subgroup have other names")
+    return {
+        name: None if values is None else [float(value) for value in values]
+        for name, values in content.items()
     }
 
 
 def _prediction(initial: CellMetrics, n_cells: int, content: CellsPrediction) -> CellsPrediction:
     """The prediction of all cells, read from a folder; raises if it is wrong."""
     strategies = content["strategies"]
-    for part in (content["metrics"], content["kernels"], content["weight_noise"], strategies):
+    of_cells = ("metrics", "by_group", "kernels", "weight_noise")
+    for part in (*(content[name] for name in of_cells), strategies):  # type: ignore[literal-required]
         if len(part) != n_cells:
             raise ValueError(f"it has {len(part)} cells, not {n_cells}")
     for metrics in content["metrics"]:
         check_cell(metrics, initial.cell(0))
     return {
         "metrics": content["metrics"],
+        "by_group": [_checked_groups(found) for found in content["by_group"]],
         "kernels": [str(used) for used in content["kernels"]],
         "weight_noise": [float(noise) for noise in content["weight_noise"]],
         "strategies": [

@@ -13,13 +13,15 @@ from ntkdp import clipping, dp_sgd, losses
 from ntkdp._backend.config_files import check_as
 from ntkdp._results.provenance import VERSION
 from ntkdp.clipping import ClippingRule
-from ntkdp.comparison import measure
+from ntkdp.comparison import GroupMetrics, by_group, measure
 from ntkdp.experiment import Problem, problem_of
 from ntkdp.losses import Reduction
 from ntkdp.noise import Correlated
 from ntkdp.sweep._config import Cell, Plane, SweepConfig
 from ntkdp.trajectory import Trajectory
 
+#: Test losses and accuracies of the subgroups of a cell; None without subgroups, or accuracies.
+GroupNumbers: TypeAlias = dict[str, list[float] | None]
 #: Metrics of one cell by name, as :meth:`ntkdp.comparison.CellMetrics.cell` gives them.
 Metrics: TypeAlias = dict[str, float | bool | None]
 #: Called with a description of the current task and the fraction of it that is done.
@@ -33,6 +35,7 @@ class Observation(TypedDict):
 
     cell: dict[str, int | float | str | tuple[float, ...]]
     metrics: Metrics
+    by_group: GroupNumbers | None
     seconds: float
 
 
@@ -139,7 +142,26 @@ def observe(config: SweepConfig, problem: Problem, plane: Plane, cell: Cell) -> 
     return {
         "cell": {**plane._asdict(), **of_cell},
         "metrics": metrics_of(problem, training.reduction, run),
+        "by_group": groups_of(problem, run),
         "seconds": time.perf_counter() - start,
+    }
+
+
+def groups_of(problem: Problem, path: Trajectory) -> GroupNumbers | None:
+    """Test losses and accuracies of subgroups at the end, means over seeds."""
+    if problem.test_groups is None:
+        return None
+    assert path.test_outputs is not None
+    last = path.test_outputs[..., -1, :, :]
+    found = by_group(last, problem.test_targets, problem.loss, problem.test_groups)
+    return numbers_of(found)
+
+
+def numbers_of(found: GroupMetrics) -> GroupNumbers:
+    """Plain numbers of subgroups, means over all leading axes."""
+    return {
+        name: None if part is None else part.reshape(-1, part.shape[-1]).mean(axis=0).tolist()
+        for name, part in (("loss", found.loss), ("accuracy", found.accuracy))
     }
 
 

@@ -307,6 +307,7 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
 _RECORD: dict[str, tuple[str, ...]] = {
     "squares": ("sample",),
     "counts": ("sample", "level"),
+    "clipped": ("sample",),
     "steps": (),
 }
 

@@ -493,7 +493,21 @@ def whole_case() -> dict[str, Any]:
         "predictions": {
             "recursion": {"trajectory": dict(path), "margins": np.ones((3, 2)), "seconds": 1.0}
         },
+        "by_group": {
+            "names": ["a", "b"],
+            "counts": [1, 2],
+            "test_counts": [0, 1],
+            "delta": 0.5,
+            "run": of_groups(),
+            "predictions": {"recursion": of_groups()},
+        },
     }
+
+
+def of_groups() -> dict[str, Any]:
+    """Numbers of two subgroups as a folder holds them."""
+    of_times = dict.fromkeys(("loss", "accuracy", "test_loss", "test_accuracy"), np.ones((3, 2)))
+    return {**of_times, "clipped": np.ones(2), "epsilon": np.ones(2)}
 
 
 OF_CASE = experiment.config(**{"predictions": ["recursion"], "clipping": [{"clip_norm": 0.2}]})
@@ -517,6 +531,11 @@ OTHERS: list[Any] = [
         ("run", "clip_fraction"),
         ("run_margins",),
         ("predictions", "recursion", "margins"),
+        ("by_group",),
+        ("by_group", "names"),
+        ("by_group", "run"),
+        ("by_group", "run", "loss"),
+        ("by_group", "predictions", "recursion"),
         ("predictions", "recursion", "trajectory", "times"),
     ],
     ids="/".join,
@@ -535,7 +554,7 @@ def test_other_content_of_a_case_is_an_error(where: tuple[str, ...], other: Any)
     judged = np.shape(other) != (3,) or np.asarray(other).dtype != float
     if where[-1] in ("loss", "clip_fraction") and not judged:
         return
-    if "margins" in where[-1] and other is None:  # of a regression
+    if ("margins" in where[-1] or where == ("by_group",)) and other is None:  # not asked for
         return
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
         _run._checked_case(OF_CASE, OF_CASE.clipping[0], content)

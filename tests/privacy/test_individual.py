@@ -155,7 +155,9 @@ def test_epsilon_with_sampling_is_an_upper_bound_and_nearly_tight() -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_levels_round_up(dtype: Any) -> None:
     s = np.concatenate([np.logspace(-6, 0, 200), [0.0], 2.0 ** (-np.arange(40) / 8)])
-    record = privacy.Sensitivities.start(len(s), dtype).after(jnp.asarray(s, dtype))
+    record = privacy.Sensitivities.start(len(s), dtype)
+    record = record.after(jnp.asarray(s, dtype), jnp.asarray(s >= 1))
+    assert record.clipped.tolist() == (s >= 1).astype(float).tolist()
     counts = np.asarray(record.counts)
     assert counts.sum(axis=1).tolist() == (s > 0).astype(int).tolist()
     levels = 2.0 ** (-np.arange(64)[::-1] / 8)

@@ -331,16 +331,23 @@ INITIAL = CellMetrics.of_cells([CELL])
     ],
 )
 def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
-    good: Any = {"cell": {}, "metrics": CELL, "seconds": 1.0}
+    groups = {"loss": [0.5, 0.1], "accuracy": None}
+    good: Any = {"cell": {}, "metrics": CELL, "by_group": groups, "seconds": 1.0}
     assert _run._observation(INITIAL, good) == good
     of_all: Any = {
-        "metrics": [CELL, CELL], "kernels": ["frozen", "between times"],
+        "metrics": [CELL, CELL], "by_group": [None, groups], "kernels": ["frozen", "between times"],
         "weight_noise": [0.0, 1.0], "strategies": [None, [1.0, 0.5]],
         "kernel_seconds": 1.0, "prediction_seconds": 2.0,
     }  # fmt: skip
     assert _run._prediction(INITIAL, 2, of_all) == of_all
     errors = (LookupError, TypeError, ValueError, AttributeError)
-    contents: tuple[Any, ...] = (good | {"metrics": metrics}, {}, good | {"seconds": None})
+    contents: tuple[Any, ...] = (
+        good | {"metrics": metrics},
+        {},
+        good | {"seconds": None},
+        good | {"by_group": {"loss": ["x"], "accuracy": None}},
+        good | {"by_group": {"loss": [0.5]}},
+    )
     for content in contents:
         with pytest.raises(errors):
             _run._observation(INITIAL, content)
@@ -350,6 +357,7 @@ def test_other_content_of_a_cell_is_an_error(metrics: Any) -> None:
         of_all | {"metrics": [CELL]},
         of_all | {"kernel_seconds": []},
         of_all | {"kernels": ["frozen"]},
+        of_all | {"by_group": [None]},
         of_all | {"weight_noise": [0.0, None]},
     ):
         with pytest.raises(errors):

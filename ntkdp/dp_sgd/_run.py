@@ -240,6 +240,7 @@ def run_phases(
     phases: Iterable[Phase],
     *,
     sample_rate: float = 1.0,
+    public: PublicRows | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
     reduction: Reduction = "mean",
@@ -265,8 +266,8 @@ def run_phases(
         Groups of layerwise clipping, and those that a phase may freeze; by default the layers.
     record_every : int
         Record each phase after every ``record_every`` steps, and its first and last state.
-    apply_fn, params, x, targets, loss, sample_rate, optimizer, reduction, test_x, test_targets, \
-    outputs, gradients, noise_per_group, microbatch_size, mesh, progress, key
+    apply_fn, params, x, targets, loss, sample_rate, public, optimizer, reduction, test_x, \
+    test_targets, outputs, gradients, noise_per_group, microbatch_size, mesh, progress, key
         As for :func:`run`. Steps draw their noise and batches by their number in the whole: a
         single phase is :func:`run`, to the last bit.
 
@@ -304,7 +305,7 @@ def run_phases(
     """
     keys = validate.keys(key=key)
     phases = check_phases(phases)
-    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh)
+    problem = Problem(apply_fn, x, targets, loss, reduction, test_x, test_targets, mesh, public)
     method = Method(
         resolve_batches(None, sample_rate),
         Independent(),

@@ -277,7 +277,7 @@ class Config(ProblemConfig):
             return (
                 f"predictions must not hold {prediction!r} with training."
                 f"{training.other_steps[0]}; use "
-                + ("frozen or recursion" if self._follows("frozen") else "recursion")
+                + ("exact, frozen or recursion" if self._follows("frozen") else "recursion")
             )
         return (
             f"predictions must not hold {prediction!r} with training.optimizer = "
@@ -289,7 +289,8 @@ class Config(ProblemConfig):
         """Whether a prediction knows the optimizer, and the steps that it is given."""
         training = self.training
         if training.other_steps:  # by an optimizer that is linear, as is checked
-            flows = prediction == "frozen" or (prediction == "infinite" and not training.noisy)
+            flows = prediction in ("exact", "frozen")
+            flows |= prediction == "infinite" and not training.noisy
             has_flow = training.has_flow and training.other_steps == ["public"]
             return prediction == "recursion" or (has_flow and flows)
         if training.optimizer == "adam":

@@ -409,6 +409,7 @@ def _solved(
             reduction=config.training.reduction,
             test_x=problem.test_x,
             test_targets=problem.test_targets,
+            public=problem.public,
         )
     else:
         initial = problem.start

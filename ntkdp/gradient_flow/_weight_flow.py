@@ -15,7 +15,7 @@ from ntkdp._results.setup import Setup
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow._flow import TrainingFlow, setup_of
 from ntkdp.losses import Loss, Reduction, SampleLoss
-from ntkdp.trajectory import Measurement, TrainingSet, as_samples
+from ntkdp.trajectory import Measurement, PublicRows, TrainingSet, as_samples, check_public
 
 
 class WeightFlow(TrainingFlow):
@@ -35,6 +35,8 @@ class WeightFlow(TrainingFlow):
         Groups of layerwise clipping; by default the layers.
     test_x, test_targets : array, optional
         Measured along the way.
+    public : PublicRows, optional
+        Public samples, as for ``dp_sgd.run``.
     preconditioner : pytree, optional
         Diagonal of M in the shape of the parameters, positive.
     mesh : jax.sharding.Mesh, optional
@@ -63,6 +65,7 @@ class WeightFlow(TrainingFlow):
     data: TrainingSet
     groups: PyTree
     test_x: Array | None
+    public: PublicRows | None
     preconditioner: Params | None
     mesh: Mesh | None = eqx.field(static=True)
 
@@ -78,6 +81,7 @@ class WeightFlow(TrainingFlow):
         reduction: Reduction = "mean",
         test_x: ArrayLike | None = None,
         test_targets: ArrayLike | None = None,
+        public: PublicRows | None = None,
         preconditioner: Params | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -91,13 +95,16 @@ class WeightFlow(TrainingFlow):
         data = TrainingSet(targets, loss, clipping, reduction, test_targets)
         data = data.fit(x.shape[0], None if test_x is None else test_x.shape[0], None)
         self.data = data.place(mesh, spread=True)
+        public = check_public(public)
+        public = public.fit(data.loss, None) if public is not None and public.counts else None
+        self.public = devices.everywhere(mesh, public)
         self.groups = groups
         self.preconditioner = devices.everywhere(mesh, preconditioner)
 
     def setup(self) -> Setup:
         """The training that it predicts, for comparisons."""
         optimizer = "sgd" if self.preconditioner is None else "preconditioned"
-        return setup_of(self.clipping, self.loss, self.reduction, optimizer)
+        return setup_of(self.clipping, self.loss, self.reduction, optimizer, self.public)
 
     def init(self, initial: Params) -> Params:
         """The state at initial parameters."""
@@ -107,7 +114,11 @@ class WeightFlow(TrainingFlow):
         x = check_inputs(self.apply_fn, params, self.x)
         if self.test_x is not None:
             check_inputs(self.apply_fn, params, self.test_x, "test_x")
-        self.data.check_outputs(jax.eval_shape(self.apply_fn, params, x).shape[1])
+        n_outputs = jax.eval_shape(self.apply_fn, params, x).shape[1]
+        self.data.check_outputs(n_outputs)
+        if self.public is not None:
+            check_inputs(self.apply_fn, params, self.public.x, "public.x")
+            self.public.fit(self.loss, n_outputs)
         if self.preconditioner is not None:
             check_preconditioner(params, self.preconditioner)
         return params
@@ -150,12 +161,21 @@ class WeightFlow(TrainingFlow):
         """The same, and the norms of the gradients by group (flat: R = 1)."""
         clipped, _, _, norms = self._clipped_sum(state)
         scale = -1.0 / self.data.divisor
+        drift = jax.tree.map(lambda g: scale * g, clipped)
+        if self.public is not None:
+            drift = self.public.mixed(drift, self._public_velocity(self.public, state))
         if self.preconditioner is None:
-            return jax.tree.map(lambda g, w: (scale * g).astype(w.dtype), clipped, state), norms
+            return jax.tree.map(lambda v, w: v.astype(w.dtype), drift, state), norms
         velocity = jax.tree.map(
-            lambda g, m, w: (scale * g / m).astype(w.dtype), clipped, self.preconditioner, state
+            lambda v, m, w: (v / m).astype(w.dtype), drift, self.preconditioner, state
         )
         return velocity, norms
+
+    def _public_velocity(self, public: PublicRows, params: Params) -> Params:
+        """Minus the gradient of the reduced loss of the public samples."""
+        outputs, pull = jax.vjp(lambda params: self.apply_fn(params, public.x), params)
+        velocity: Params = pull(-public.output_gradient(self.loss, outputs, self.reduction))[0]
+        return velocity
 
     def measure(self, state: Params, outputs: bool) -> Measurement:
         """Losses, accuracies and clip fraction at parameters."""

@@ -80,8 +80,10 @@ def test_steps_without_noise_are_those_of_a_linear_model(training: dict[str, Any
 
 def test_flows_of_one_kernel_follow_public_samples() -> None:
     training = PUBLIC | {"steps": 200, "learning_rate": 0.005, "record_every": 50}
-    case = only_case(training, predictions=["frozen"])
+    case = only_case(training, predictions=["exact", "frozen"])
+    exact, frozen = (case.predictions[name].trajectory for name in ("exact", "frozen"))
     assert case.predictions["frozen"].comparison.sup_relative_error < 0.01
+    np.testing.assert_allclose(exact.loss, frozen.loss, rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", often_or_slow([ZEROTH, PUBLIC, SHARP], [ZEROTH]))
@@ -149,7 +151,7 @@ def test_the_best_noise_is_scaled_and_not_changed() -> None:
         (BEST | SHARP, {}, "must be independent with training.sharpness_aware"),
         (BEST | {"batches": {}, "sample_rate": 0.5}, {}, "must not be 'kernel_optimal' with bat"),
         (SHARP, {"predictions": ["response"]}, "'response' with training.sharpness_aware; use rec"),
-        (PUBLIC, {"predictions": ["exact"]}, "'exact' with training.public; use frozen or recurs"),
+        (PUBLIC, {"predictions": ["response"]}, "'response' with training.public; use exact, fro"),
         (SHARP, {"clipping": [{"scope": "layerwise"}]}, "clipping.0.scope must be 'flat' with tr"),
         (ZEROTH, {"clipping": [{"rule": "batch"}]}, "clipping.0.rule must clip each sample"),
         ({"public": {"weight": 0.1}}, {}, "weight must be left out without training.public.rows"),

@@ -144,11 +144,35 @@ def test_without_noise_outputs_make_the_steps_of_the_run(scope: Scope) -> None:
 @pytest.mark.parametrize("scope", ["flat", "layerwise"])
 def test_outputs_and_weights_flow_alike(scope: Scope) -> None:
     rule = Abadi(1.0, scope=scope)
-    in_time = [
-        ntkdp.solve(flow, start, [0.0, 1.0], rtol=1e-9).loss
-        for flow, start in ((kernel_flow(rule, 0.3), START), (linearised(rule, 0.3), W))
-    ]
+    exact = ntkdp.WeightFlow(linear, X, Y, LOSS, rule, public=public(0.3))
+    flows = ((kernel_flow(rule, 0.3), START), (linearised(rule, 0.3), W), (exact, W))
+    in_time = [ntkdp.solve(flow, start, [0.0, 1.0], rtol=1e-9).loss for flow, start in flows]
     np.testing.assert_allclose(in_time[0], in_time[1], rtol=1e-6)
+    np.testing.assert_allclose(in_time[0], in_time[2], rtol=1e-6)
+
+
+def test_weights_flow_along_the_mixed_gradient() -> None:
+    """Without clipping that is the gradient of the mixed loss."""
+    exact = ntkdp.WeightFlow(linear, X, Y, LOSS, Abadi(1e3), public=public(0.3))
+
+    def mixed(w: Any) -> jax.Array:
+        own, other = (
+            jnp.mean(LOSS(linear(w, x), jnp.asarray(y))) for x, y in ((X, Y), (PUBLIC_X, PUBLIC_Y))
+        )
+        return 0.7 * own + 0.3 * other
+
+    expected = jax.tree.map(jnp.negative, jax.grad(mixed)(W))
+    for name, velocity in exact.velocity(exact.init(W)).items():
+        np.testing.assert_allclose(velocity, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_phases_with_public_samples_are_a_run_with_them() -> None:
+    rule = Abadi(1.0)
+    phases = [ntkdp.Phase(steps, rule, 0.3, noise_multiplier=0.5) for steps in (2, 3)]
+    parts = dp_sgd.run_phases(linear, W, X, Y, LOSS, phases, public=public(0.3), key=KEY)
+    whole = run(rule, 0.3, steps=5, noise_multiplier=0.5)
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-12)
+    assert parts.setup[1].public == whole.setup[0].public
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from typer.testing import CliRunner
 
-from ntkdp import clipping, dp_sgd, experiment, losses
+from ntkdp import clipping, dp_sgd, experiment, losses, sweep
 from ntkdp.cli import app
 from ntkdp.comparison import standardised_error
 
@@ -149,3 +149,12 @@ def test_the_command_advises_from_a_file_of_features(features: Path) -> None:
     assert "epsilon 3: train at learning rate" in done.stdout
     assert "expect a test accuracy of" in done.stdout
     assert "no epsilon here counts that" in done.stdout
+
+
+def test_advice_names_the_map_that_has_no_cell_to_train_at(features: Path) -> None:
+    fields = experiment.fields_of_features(features)
+    grid = {"learning_rates": [1e6], "clip_norms": [1e3], "epsilons": [1.0]}
+    config = sweep.config(**fields, grid=grid, training={"steps": 3}, observe=False)
+    first, warning = sweep.advice_in_words(sweep.run(config))
+    assert "grid must have a cell that converges" in first
+    assert "pay for looking" in warning

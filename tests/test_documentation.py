@@ -216,6 +216,7 @@ SLOW = {
     "noise.md",
     "noise_and_batches.md",
     "cluster.md",
+    "features.md",
     "large_data.md",
     "several_machines.md",
 }

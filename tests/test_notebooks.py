@@ -48,15 +48,17 @@ def texts(node: Any) -> list[str]:
     return []
 
 
-def test_there_are_nine_in_order() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"0{k}_" for k in range(1, 10)]
+def test_there_are_ten_in_order() -> None:
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{k:02}_" for k in range(1, 11)]
 
 
-def test_starts_with_what_it_shows_and_how_long_it_takes(notebook: dict[str, Any]) -> None:
+def test_starts_with_what_it_shows_and_how_long_it_takes(
+    path: Path, notebook: dict[str, Any]
+) -> None:
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown"
     text = "".join(first["source"])
-    assert text.startswith("# 0")
+    assert text.startswith(f"# {path.name[:2]} ")
     assert "**What you will see.**" in text
     assert "**How long it takes.**" in text
 

@@ -15,6 +15,7 @@ from ntkdp.ntk._empirical import (
     preconditioned_ntk,
 )
 from ntkdp.ntk._feature_kernel import FeatureKernel, linear_ntk
+from ntkdp.ntk._fewer_features import fewer_features
 from ntkdp.ntk._infinite import infinite_ntk, layerwise_infinite_ntk
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 from ntkdp.ntk._matrices import as_matrices as as_matrices
@@ -30,6 +31,7 @@ __all__ = [
     "between_times",
     "check_two_time",
     "empirical_ntk",
+    "fewer_features",
     "gradient_structure",
     "infinite_ntk",
     "layerwise_infinite_ntk",

@@ -457,6 +457,8 @@ def _cautions(
             f"the learning rate {largest:.3g} is above the largest stable one, {stable:.3g}: at "
             "the edge of stability small differences grow, and runs differ from predictions."
         )
+    if training.model is not None and training.model.features is not None:
+        return tuple(cautions)  # what follows is about what moves the kernel, and about responses
     if noise is not None and noise > _STRONG_NOISE:
         cautions.append(
             f"v(T) is {noise:.2g}: noise of the size of the weights themselves makes each run a "

@@ -27,11 +27,11 @@ import numpy as np
 import ntkdp
 from ntkdp import dp_sgd
 from ntkdp._backend import devices as _mesh
-from ntkdp._backend import distributed_eigh
 from ntkdp._backend.files import replacing
 from ntkdp.advisor import MethodCost
 from ntkdp.dp_sgd import _seeds
 from ntkdp.gradient_flow import Flow, _solve, optimizer_steps
+from ntkdp.stochastic_flow import _distributed_eigh as distributed_eigh
 from ntkdp.stochastic_flow import _noise_covariance
 from ntkdp.stochastic_flow._ensemble.ensemble import draw
 from ntkdp.stochastic_flow._ensemble.step_noise import noise_of_step

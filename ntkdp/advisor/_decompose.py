@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp._backend import validate
+from ntkdp._backend.subgroups import Labels, subgroups
 from ntkdp._backend.types import Array, ArrayLike, ScalarLike
-from ntkdp._subgroups import Labels, subgroups
 from ntkdp.batches import Batches, FixedSize, Full, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.gradient_flow import KernelFlow, KernelLike, KernelMatrix, check_kernel_flow

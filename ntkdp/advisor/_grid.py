@@ -10,8 +10,8 @@ import numpy as np
 from ntkdp import losses, privacy
 from ntkdp._backend import memory, validate
 from ntkdp._backend.progress import part_of
+from ntkdp._backend.subgroups import Labels
 from ntkdp._backend.types import Array, ArrayLike, Float, Progress, ScalarLike
-from ntkdp._subgroups import Labels
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.comparison import CellMetrics, GroupMetrics, by_group, measure

@@ -225,6 +225,6 @@ def largest_difference(tree: PyTree, reference: PyTree) -> float:
 
 
 def stored(name: str) -> Array:
-    """An array of ``instances.npz``, which has the random problems whose numbers are quoted."""
-    with files("ntkdp.claims").joinpath("instances.npz").open("rb") as file:
+    """An array of the random problems whose numbers are quoted."""
+    with files("ntkdp.claims").joinpath("_data", "instances.npz").open("rb") as file:
         return jnp.asarray(np.load(file)[name])

@@ -8,8 +8,8 @@ import numpy as np
 
 from ntkdp._backend import validate
 from ntkdp._backend.precision import at_least_single
+from ntkdp._backend.subgroups import Labels, subgroups
 from ntkdp._backend.types import Array, ArrayLike
-from ntkdp._subgroups import Labels, subgroups
 from ntkdp.losses import Loss, SampleLoss, as_loss
 
 

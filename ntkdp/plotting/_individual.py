@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 
 from ntkdp import privacy
 from ntkdp._backend import validate
+from ntkdp._backend.subgroups import Labels, subgroups
 from ntkdp._results import figure_style
-from ntkdp._subgroups import Labels, subgroups
 from ntkdp.privacy import IndividualPrivacy
 
 #: How high the histogram of a group is, in rows.

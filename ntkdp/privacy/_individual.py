@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ntkdp._backend import validate
+from ntkdp._backend.subgroups import Labels, subgroups
 from ntkdp._backend.types import ArrayLike
-from ntkdp._subgroups import Labels, subgroups
 from ntkdp.batches import Batches, Full, Poisson
 from ntkdp.batches import resolve as resolve_batches
 from ntkdp.privacy import _bounds

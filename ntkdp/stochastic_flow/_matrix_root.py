@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp._backend import compiled, devices, distributed_eigh
+from ntkdp._backend import compiled, devices
 from ntkdp._backend.types import Array, Float
+from ntkdp.stochastic_flow import _distributed_eigh as distributed_eigh
 
 #: Eigenvalues between zero and minus this part of the largest one are rounding errors of zero.
 _NEGATIVE = 1e-6

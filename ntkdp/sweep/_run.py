@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ntkdp import advisor
+from ntkdp._backend.subgroups import subgroups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
-from ntkdp._subgroups import subgroups
 from ntkdp.comparison import CellMetrics, check_cell, measure
 from ntkdp.experiment import (
     Problem,

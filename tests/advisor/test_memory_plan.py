@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import ntkdp
 from ntkdp import clipping, gradient_flow
 from ntkdp._backend import devices as _mesh
-from ntkdp._backend import distributed_eigh
 from ntkdp.gradient_flow import _solve
+from ntkdp.stochastic_flow import _distributed_eigh as distributed_eigh
 from ntkdp.stochastic_flow._ensemble import ensemble, step_noise
 from ntkdp.trajectory._stepping import Stepping
 

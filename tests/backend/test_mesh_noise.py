@@ -29,10 +29,11 @@ from mesh_problem import (
 
 import ntkdp
 from ntkdp import stochastic_flow
-from ntkdp._backend import devices, distributed_eigh
+from ntkdp._backend import devices
 from ntkdp.batches import FixedSize, Full
 from ntkdp.noise import Independent
 from ntkdp.optimizers import SGD
+from ntkdp.stochastic_flow import _distributed_eigh as distributed_eigh
 from ntkdp.stochastic_flow._matrix_root import square_root
 from ntkdp.stochastic_flow._moments import moments
 from ntkdp.stochastic_flow._moments.optimizer_steps import MomentSteps

@@ -39,8 +39,5 @@ def demo(
             run.write(shown, path)
     for sentence in run.sentences(shown).values():
         announce(f"- {sentence}")
-    announce(
-        f"{shown.seconds:.0f} s, of which compilation took {shown.compiling:.0f} s, summed over "
-        "two threads."
-    )
+    announce(run.in_seconds(shown))
     announce(f"written to {folder.path}: open {folder.path / 'report.html'}")

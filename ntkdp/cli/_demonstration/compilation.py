@@ -1,12 +1,12 @@
-"""The seconds that JAX spends on tracing and compiling."""
+"""The seconds that JAX spends on compiling."""
 
 from types import TracebackType
 
 import jax
 
-#: The parts of a compilation: tracing, lowering, and XLA.
+#: The parts of a compilation. Tracing is left out: its seconds are told several times, for a
+#: program and for those inside it.
 _EVENTS = (
-    "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )

@@ -1,5 +1,6 @@
 """The demonstration: four parts at once, their sentences, and the folder that shows them."""
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -186,13 +187,20 @@ def metrics(demo: Demonstration) -> dict[str, object]:
     }
 
 
+def in_seconds(demo: Demonstration) -> str:
+    """How long all parts took, and how much of that was compilation."""
+    return (
+        f"{demo.seconds:.0f} s on {os.cpu_count()} cores, with {demo.compiling:.0f} s of "
+        "compilation in two threads."
+    )
+
+
 def _summary(demo: Demonstration) -> str:
     return (
         f"Handwritten digits, {problem.N_TRAIN} training and {problem.N_TEST} test samples, one "
         f"hidden layer of {problem.WIDTH}, cross-entropy, full batches, clipping norm "
         f"{problem.RULE.R:g} unless said. The guarantee is for data sets that differ in one "
-        f"sample, added or removed. {demo.seconds:.0f} s, of which compilation took "
-        f"{demo.compiling:.0f} s, summed over two threads. ntkdp {VERSION}."
+        f"sample, added or removed. {in_seconds(demo)} ntkdp {VERSION}."
     )
 
 

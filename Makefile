@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free responses cost bench figures experiments sensitivity docs package pins clean
+.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free responses plans cost bench figures experiments sensitivity docs package pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ responses:  ## Responses of twelve networks to noise held against runs, into doc
 	uv run python benchmarks/responses.py
 	uv run python benchmarks/response_narrow.py
 	uv run python benchmarks/response_cost.py --observed-steps 50
+
+plans:  ## Plans of private runs on four data sets held against runs (hours); DATA is the folder of two of them
+	uv run --extra data python benchmarks/plan.py --wine $(DATA)/winequality-red.csv.gz --housing $(DATA)/california_housing.csv.gz
 
 cost:  ## Predicted memory and time held against measured, into docs/cost.md (about five minutes)
 	uv run python benchmarks/cost.py

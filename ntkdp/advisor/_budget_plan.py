@@ -27,7 +27,8 @@ class PlannedCells(NamedTuple):
     ``epsilon``, with the ``noise_multiplier`` that spends it and the ``compute`` in gradients of
     samples, :math:`q n` a step. ``metrics`` are those at the end, means over seeds. ``spread`` is
     the deviation of the objective from run to run. ``weight_noise`` is v(T), relative to the
-    weights' own variance. ``steps_made`` is how many steps predicted the cell, and ``change`` by
+    weights' own variance, and ``kernels`` says which predicted the cell, "frozen" or "between
+    times". ``steps_made`` is how many steps predicted the cell, and ``change`` by
     how much its loss changed when these were halved; zero if they are the run's own.
 
     Made by :func:`plan_budget`.
@@ -43,6 +44,7 @@ class PlannedCells(NamedTuple):
     metrics: CellMetrics
     spread: np.ndarray
     weight_noise: np.ndarray
+    kernels: np.ndarray
     steps_made: np.ndarray
     change: np.ndarray
 

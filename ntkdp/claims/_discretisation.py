@@ -1,14 +1,14 @@
-"""Claims C19-C21 and C43: steps against flow, and what one step does to the loss."""
+"""Claims C19-C21, C43 and C46: steps against flow, and what steps do at one budget."""
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ntkdp
-from ntkdp import advisor, clipping, dp_sgd, gradient_flow, losses
+from ntkdp import advisor, clipping, dp_sgd, gradient_flow, losses, privacy, stochastic_flow
 from ntkdp._backend.types import Array, ArrayLike, PRNGKeyArray, PyTree
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
@@ -239,3 +239,120 @@ def _mean_over_all_batches(
         )
         after += chance * 0.5 * np.sum((a - rate * moved / (q * n)) ** 2)
     return float(after - before) / n
+
+
+class _Horizon(NamedTuple):
+    """A linear problem that is trained up to a time, at a budget of mu."""
+
+    x: Array
+    y: Array
+    clip_norm: float
+    horizon: float
+    mu: float
+
+    @property
+    def variance(self) -> float:
+        """What the noise of full batches adds to each weight, (T S/(n mu))^2."""
+        return (self.horizon * self.clip_norm / (len(self.x) * self.mu)) ** 2
+
+    @property
+    def start(self) -> Array:
+        return jnp.zeros((len(self.x), 1))
+
+    def flow(self) -> gradient_flow.KernelFlow:
+        rule = clipping.Abadi(self.clip_norm)
+        return gradient_flow.KernelFlow(self.x @ self.x.T, self.y, losses.SquaredError(), rule)
+
+    def training(self, q: float, steps: int) -> dict[str, Any]:
+        """Steps up to the horizon, with the noise that spends the budget on them."""
+        sigma = privacy.Budget(mu=self.mu).noise_multiplier(steps, q)
+        rate = self.horizon / steps
+        return {
+            "learning_rate": rate, "steps": steps, "noise_multiplier": sigma, "sample_rate": q,
+        }  # fmt: skip
+
+    def loss(self, q: float, steps: int) -> float:
+        """The predicted mean loss at the end."""
+        training = self.training(q, steps)
+        found = stochastic_flow.moments(self.flow(), self.start, **training, record_every=steps)
+        return float(found.loss[-1])
+
+    def noise_free(self, steps: int) -> float:
+        """The loss at the end of full-batch descent without noise."""
+        x, y = np.asarray(self.x), np.asarray(self.y)
+        curvature, slope = x.T @ x / len(x), x.T @ y / len(x)
+        best = np.linalg.lstsq(curvature, slope)[0]
+        left = np.eye(len(curvature)) - self.horizon / steps * curvature
+        residual = x @ (best - np.linalg.matrix_power(left, steps) @ best) - y
+        return float(np.mean(residual**2) / 2)
+
+    def weight_noise(self, q: float, steps: int) -> float:
+        """v(T), as the library has it."""
+        found = stochastic_flow.weight_noise_variance(
+            clipping.Abadi(self.clip_norm), len(self.x), **self.training(q, steps)
+        )
+        return float(found[-1, 0])
+
+    def runs(self, q: float, steps: int, n_keys: int) -> np.ndarray:
+        """Losses at the end of real runs."""
+        run = dp_sgd.run(
+            lambda w, x: x @ w,
+            jnp.zeros((self.x.shape[1], 1)),
+            self.x,
+            self.y,
+            losses.SquaredError(),
+            clipping.Abadi(self.clip_norm),
+            **self.training(q, steps),
+            record_every=steps,
+            gradients="vmap",
+            key=jax.random.split(jax.random.key(2), n_keys),
+        )
+        return np.asarray(run.loss[:, -1])
+
+
+@claim(
+    "C46",
+    statement="At a fixed budget mu and a fixed horizon T, if sigma is large, noise adds v(T) = "
+    "(T S/(n mu))^2 to each weight, whatever the sampling rate and the number of steps are, so the "
+    "loss is the same for all of them, until the noise of sampling matters: its variance is "
+    "n mu^2 (1 - q) E g^2 / (q K S^2) times that of privacy.",
+    assumptions="mu by the central limit theorem, for which v(T) is 1 + 1/(2 sigma^2) times that; "
+    "Poisson sampling, no sample clipped, squared loss. A linear model with 24 samples, mu = 1, "
+    "T = 2; the end with one weight and 64 samples, mu = 2, T = 2",
+    source="derived",
+)
+def the_budget_decides_whatever_the_batch_is() -> list[Finding]:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (24, 3))
+    y = x @ jnp.array([[1.0], [-1.0], [0.5]]) + 0.3 * jax.random.normal(keys[1], (24, 1))
+    flat = _Horizon(x, y, clip_norm=12.0, horizon=2.0, mu=1.0)
+    cells = [(1.0, 256), (0.5, 256), (0.25, 1024)]
+    findings = []
+    for q, steps in cells:
+        sigma = flat.training(q, steps)["noise_multiplier"]
+        more = 1 + (1 / (2 * sigma**2) if q < 1 else 0.0)
+        measured = flat.weight_noise(q, steps) / flat.variance
+        what = f"v(T) / (T S/(n mu))^2, q = {q:g}, K = {steps}"
+        findings.append(equal(what, measured, more, within=1 / sigma**4))
+    predicted = [flat.loss(q, steps) for q, steps in cells]
+    due = [one - flat.noise_free(steps) for one, (_, steps) in zip(predicted, cells, strict=True)]
+    for (q, steps), one in zip(cells[1:], due[1:], strict=True):
+        what = f"loss that is due to noise, q = {q:g}, K = {steps}, over q = 1, K = 256"
+        findings.append(equal(what, one / due[0], 1.0, within=0.02))
+    findings.append(at_least("part of the loss that is due to noise", due[0] / predicted[0], 0.5))
+    for (q, steps), one in zip(cells[:2], predicted[:2], strict=True):
+        seen = flat.runs(q, steps, 400)
+        error = seen.std(ddof=1) / np.sqrt(len(seen))
+        what = f"mean loss of runs less the predicted one, q = {q:g}, K = {steps}, vmap"
+        findings.append(equal(what, seen.mean() - one, 0.0, within=4 * error))
+    # Targets that one weight cannot fit: gradients do not vanish, and neither does their sampling.
+    ones = jnp.ones((64, 1))
+    rough = _Horizon(ones, jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)[:, None], 2.0, 2.0, 2.0)
+    q, steps = 0.25, 1024
+    sampling = 64 * 2.0**2 * (1 - q) / (q * steps * 2.0**2)
+    sigma = rough.training(q, steps)["noise_multiplier"]
+    sampled, whole = (rough.loss(part, steps) - rough.noise_free(steps) for part in (q, 1.0))
+    what = "the same where sampling matters, q = 0.25 over q = 1, K = 1024"
+    expected = 1 + sampling + 1 / (2 * sigma**2)
+    findings.append(equal(what, sampled / whole, expected, within=0.01))
+    return findings

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SQUARED, known, linear
+from helpers import SQUARED, known, linear, often_or_slow
 
 import ntkdp
 from ntkdp import advisor, clipping, losses, models, optimizers, privacy
 from ntkdp.advisor._planning.cells import Accounts, Cell, axes_of
-from ntkdp.advisor._planning.ends import Problem, _refined, ends
+from ntkdp.advisor._planning.ends import Problem, Steps, _refined, ends
 from ntkdp.advisor._planning.features import Features, features_of
 from ntkdp.advisor._planning.more_data import extrapolated
 from ntkdp.advisor._planning.prediction import Setting, predict, steps_of
@@ -27,9 +27,20 @@ START, Y = RNG.normal(size=(N + M, K)), 2 * RNG.normal(size=(N, K))
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
+def frozen(phi: np.ndarray, left: np.ndarray) -> Features:
+    """Features of a kernel that noise does not move."""
+    own, modes = np.sum(phi**2, axis=1) + left, phi.shape[1] + 1
+    still = (np.ones((1, 1, modes - 1)), np.ones((1, modes)), np.ones(1), np.zeros((1, modes)))
+    return Features(*map(jnp.asarray, (phi, left, np.zeros(1), own[None], *still)))
+
+
+def ends_of(problem: Problem, made: Steps, keys: Any, merged: bool = False) -> np.ndarray:
+    return np.asarray(ends(problem, made, keys, jnp.asarray(0), merged))
+
+
 def problem_of(**changes: Any) -> Problem:
     parts: dict[str, Any] = {
-        "features": Features(jnp.asarray(PHI), jnp.asarray(LEFT)),
+        "features": frozen(PHI, LEFT),
         "start": jnp.asarray(START),
         "targets": jnp.asarray(Y),
         "loss": SQUARED,
@@ -75,7 +86,7 @@ def by_hand(rate: float, clip_norm: float, steps: int, momentum: float, average:
 def test_ends_without_noise_are_those_of_a_loop(momentum: float, average: float | None) -> None:
     problem = problem_of(optimizer=optimizers.SGD(momentum, average=average))
     cells = [Cell(0.3, 0.7, 5, 1.0, 1.0), Cell(0.2, 50.0, 3, 1.0, 1.0)]
-    made = ends(problem, steps_for(setting_of(problem), cells), KEYS, jnp.asarray(0), False)
+    made = ends_of(problem, steps_for(setting_of(problem), cells), KEYS)
     assert made.shape == (2, 2, N + M, K)
     for outputs, cell in zip(made, cells, strict=True):
         expected = by_hand(cell.learning_rate, cell.clip_norm, cell.steps, momentum, average or 0.0)
@@ -95,13 +106,13 @@ def law(rate: float, steps: int, variance: float) -> tuple[np.ndarray, np.ndarra
     return mean, covariance
 
 
-@pytest.mark.parametrize("counts", [None, [6]])
+@pytest.mark.parametrize("counts", often_or_slow([None, [6]], [None]))
 def test_noise_has_the_law_of_private_descent(counts: list[int] | None) -> None:
     rate, clip_norm, steps, sigma = 0.02, 1e4, 24, 2e-3
     problem, cell = problem_of(), Cell(0.02, clip_norm, steps, 1.0, 1.0)
     keys = jax.random.split(jax.random.key(1), 3000)
     made = steps_for(setting_of(problem, sigma), [cell], counts)
-    outputs = np.asarray(ends(problem, made, keys, jnp.asarray(0), counts is not None))[0]
+    outputs = ends_of(problem, made, keys, counts is not None)[0]
     mean, covariance = law(rate, steps, (sigma * clip_norm / N) ** 2)
     deviation = np.sqrt(np.diag(covariance))[:, None]
     # Four steps in one move the mean a little; its error has a share 1/sqrt(3000) of the deviation.
@@ -130,13 +141,14 @@ def test_merged_steps_keep_what_noise_and_sampling_add() -> None:
     np.testing.assert_allclose(made.total * made.rate, 60 * 0.3, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_samples_keeps_the_noise_of_all() -> None:
     # At the targets nothing descends, so that only noise moves the outputs: by v(T) H.
     problem = problem_of(start=jnp.asarray(np.concatenate([Y, START[N:]])))
     cell, sigma, all_samples = Cell(1e-3, 0.01, 20, 0.5, 1.0), 3.0, 5 * N
     setting = setting_of(problem, sigma, all_samples)
     keys = jax.random.split(jax.random.key(2), 2000)
-    outputs = ends(problem, steps_for(setting, [cell]), keys, jnp.asarray(0), False)[0]
+    outputs = ends_of(problem, steps_for(setting, [cell]), keys)[0]
     v = ntkdp.stochastic_flow.weight_noise_variance(
         clipping.Abadi(0.01), all_samples, learning_rate=1e-3, steps=20, noise_multiplier=sigma,
         sample_rate=0.5,
@@ -151,17 +163,11 @@ def test_sampling_has_the_variance_of_a_mean_over_all_samples() -> None:
     phi = np.zeros((N + M, R))
     phi[:, 0] = 1.0
     problem = problem_of(
-        features=Features(jnp.asarray(phi), jnp.zeros(N + M)),
+        features=frozen(phi, np.zeros(N + M)),
         start=jnp.zeros((N + M, K)), targets=-jnp.ones((N, K)),
     )  # fmt: skip
     keys = jax.random.split(jax.random.key(3), 4000)
-    outputs = ends(
-        problem,
-        steps_for(setting_of(problem, 0.0, all_samples), [cell]),
-        keys,
-        jnp.asarray(0),
-        False,
-    )[0]
+    outputs = ends_of(problem, steps_for(setting_of(problem, 0.0, all_samples), [cell]), keys)[0]
     moved = np.asarray(outputs[:, N, 0])
     assert abs(moved.mean() + 0.1) < 5 * moved.std() / np.sqrt(4000)
     np.testing.assert_allclose(moved.var(), 0.1**2 * (1 - q) / (q * all_samples), rtol=0.1)
@@ -189,14 +195,13 @@ def test_levels_of_merged_steps_follow_one_path() -> None:
     assert abs(fine.std() - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_correlated_noise_passes_through_its_strategy() -> None:
     noise = Correlated([1.0, 0.5])
     problem = problem_of(noise=noise, start=jnp.asarray(np.concatenate([Y, START[N:]])))
     cell = Cell(1e-3, 0.01, 4, 1.0, 1.0)
     keys = jax.random.split(jax.random.key(4), 3000)
-    outputs = ends(
-        problem, steps_for(setting_of(problem, 2.0), [cell]), keys, jnp.asarray(0), False
-    )
+    outputs = ends_of(problem, steps_for(setting_of(problem, 2.0), [cell]), keys)
     # What all steps add up to: the columns of the inverse of the strategy.
     v = (1e-3 * 2.0 * 0.01 / N) ** 2 * np.sum(
         np.linalg.inv(noise.strategy_matrix(4)).sum(axis=0) ** 2
@@ -239,12 +244,12 @@ def test_few_samples_have_features_of_the_whole_kernel() -> None:
         model.apply, model.init(jax.random.key(0), x), x[:5], jnp.zeros((5, 1)), SQUARED,
         clipping.Abadi(1.0), test_x=x[5:], test_targets=jnp.zeros((2, 1)),
     )  # fmt: skip
-    found = features_of(flow, model, 10, 0)
+    found = features_of(flow, model, np.zeros(1), 10, 0)
     expected = ntkdp.infinite_ntk(model, x)
     whole = found.values @ found.values.T + jnp.diag(found.left)
     np.testing.assert_allclose(jnp.diag(whole), jnp.diag(expected), rtol=1e-6)
     np.testing.assert_allclose(whole[:, :5], expected[:, :5], rtol=2e-3, atol=1e-3)
-    few = features_of(flow, model, 2, 0)
+    few = features_of(flow, model, np.zeros(1), 2, 0)
     assert few.values.shape == (7, 2)
     np.testing.assert_allclose(
         jnp.sum(few.values**2, axis=1) + few.left, jnp.diag(expected), rtol=1e-6
@@ -260,9 +265,74 @@ def test_a_function_has_features_of_its_own_kernel() -> None:
     flow = ResponseFlow(
         linear, jnp.ones((3, 2)), x, jnp.zeros((5, 2)), SQUARED, clipping.Abadi(1.0)
     )
-    found = features_of(flow, None, 10, 0)
+    found = features_of(flow, None, np.zeros(1), 10, 0)
     np.testing.assert_allclose(found.values @ found.values.T, x @ x.T, atol=1e-8)
     np.testing.assert_allclose(found.left, 0, atol=1e-8)
+
+
+def on_circle(n: int) -> jax.Array:
+    angles = 2 * np.pi * np.arange(n) / n
+    return jnp.asarray(np.column_stack([np.cos(angles), np.sin(angles)]) * np.sqrt(2))
+
+
+@pytest.mark.parametrize("activation", often_or_slow(["relu", "erf"], ["erf"]))
+def test_kernels_between_times_are_exact_where_they_share_their_modes(activation: str) -> None:
+    # Equally spaced on a circle, all kernels are circulant.
+    x, nodes = on_circle(8), np.array([0.0, 0.5, 2.0])
+    model = models.mlp([8], 1, activation=activation)
+    flow = ResponseFlow(
+        model.apply, model.init(jax.random.key(0), x), x, jnp.zeros((8, 1)), SQUARED,
+        clipping.Abadi(1.0),
+    )  # fmt: skip
+    found = features_of(flow, model, nodes, 8, 0)
+    for later, v in enumerate(nodes):
+        for earlier, w in enumerate(nodes):
+            kernel = ntkdp.two_time_kernel(model, x, variance1=v, variance2=w).ntk.total
+            alpha = jnp.sum(found.parts[later] * found.parts[earlier], axis=0)
+            made = (found.values * alpha) @ found.values.T
+            np.testing.assert_allclose(made, kernel, rtol=0, atol=1e-2 * float(kernel.max()))
+            if later == earlier:
+                np.testing.assert_allclose(found.own[later], jnp.diag(kernel), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_noise_alone_spreads_outputs_as_that_of_the_weights() -> None:
+    # Of a wide network whose weights get noise by hand, without gradients.
+    x, v, width = on_circle(4), 2.0, 4096
+    model = models.mlp([width], 1, activation="erf", W_std=1.5)
+    params = model.init(jax.random.key(0), x)
+    flow = ResponseFlow(model.apply, params, x, jnp.zeros((4, 1)), SQUARED, clipping.Abadi(1.0))
+    nodes = np.array([0.0, 0.05, 0.15, 0.4, 1.0, 2.5])
+    start = model.apply(params, x)
+    # At the targets nothing descends at first, and a tiny clipping norm lets nothing later.
+    steps, clip_norm = 64, 1e-6
+    problem = problem_of(features=features_of(flow, model, nodes, 4, 0), start=start, targets=start)
+    deviation = np.sqrt(v / steps)
+    cell = Cell(1.0, clip_norm, steps, 1.0, 1.0)
+    made = steps_for(setting_of(problem, 4 * deviation / clip_norm, 4), [cell])
+    predicted = ends_of(problem, made, jax.random.split(jax.random.key(1), 2000))[0, :, :, 0]
+
+    def moved(key: jax.Array) -> jax.Array:
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        noisy = [
+            w + jnp.sqrt(v) * jax.random.normal(k, w.shape)
+            for w, k in zip(leaves, keys, strict=True)
+        ]
+        return model.apply(jax.tree.unflatten(tree, noisy), x)[:, 0]
+
+    real = np.asarray(jax.lax.map(moved, jax.random.split(jax.random.key(2), 2000), batch_size=50))
+    np.testing.assert_allclose(predicted.var(axis=0), real.var(axis=0), rtol=0.12)
+    np.testing.assert_allclose(
+        predicted.mean(axis=0), real.mean(axis=0), atol=5 * real.std() / np.sqrt(1000)
+    )
+    np.testing.assert_allclose(np.corrcoef(predicted.T), np.corrcoef(real.T), atol=0.1)
+    # A frozen kernel gives another spread.
+    assert np.all(np.abs(v * np.asarray(found_at_start(model, x)) / real.var(axis=0) - 1) > 0.2)
+
+
+def found_at_start(model: models.Model, x: jax.Array) -> jax.Array:
+    return jnp.diag(ntkdp.infinite_ntk(model, x))
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
@@ -290,13 +360,14 @@ def test_budgets_are_counted_with_the_sampling_of_their_cells() -> None:
 @pytest.fixture(scope="module")
 def plan() -> advisor.BudgetPlan:
     x = jnp.asarray(RNG.normal(size=(90, 5)))
-    y = (x[:, 0] > 0).astype(int)
+    y = (x[:, 0] + 0.8 * RNG.normal(size=90) > 0).astype(int)
     model = models.mlp([64], 2, activation="erf")
     return advisor.plan_budget(
         model, model.init(jax.random.key(1), x), (x[:60], y[:60], x[60:], y[60:]),
         losses.SoftmaxCrossEntropy(), clipping.Abadi(1.0), epsilons=[1.0, 8.0], delta=1e-3,
         learning_rates=[0.5, 4.0, 1e5], clip_norms=[0.1, 1.0], steps=[8, 16],
-        sample_rates=[0.5, 1.0], max_compute=12 * 60, refinements=1, key=jax.random.key(2),
+        sample_rates=[0.5, 1.0], max_compute=12 * 60, refinements=1, kernels="frozen",
+        n_runs=2, key=jax.random.key(2),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Claims C1-C21 and C43 hold, and fail where the library is made wrong."""
+"""Claims C1-C21, C43 and C46 hold, and fail where the library is made wrong."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import often_or_slow
 
-from ntkdp import claims, clipping
+from ntkdp import claims, clipping, privacy
 from ntkdp._backend import norms as _norms
 from ntkdp._gradients import per_sample
 from ntkdp.dp_sgd import _algorithm
@@ -58,6 +58,14 @@ MUTATIONS = {
     "no noise of sampling": (
         changed(Sampling, "of", lambda sampling, *_: Sampling(0.0, 0.0)),
         "C43",
+    ),
+    "no noise of sampling at a budget": (
+        changed(Sampling, "of", lambda sampling, *_: Sampling(0.0, 0.0)),
+        "C46",
+    ),
+    "noise of a budget as if batches were full": (
+        replaced(privacy.Budget, "noise_multiplier", lambda self, steps, *_: steps**0.5 / self.mu),
+        "C46",
     ),
     "kernel terms in reverse order": (
         changed(_blocks, "assemble", lambda terms, *_: terms[::-1]),

@@ -128,7 +128,7 @@ def test_a_number_that_is_not_finite_is_text_in_json() -> None:
 
 
 def test_every_claim_says_what_it_is() -> None:
-    numbers = (*range(1, 46), 47, 48, 49)
+    numbers = range(1, 50)
     assert claims.names() == tuple(f"C{number}" for number in numbers)
     for name in claims.names():
         claim = claims.get(name)

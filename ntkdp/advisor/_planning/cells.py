@@ -3,13 +3,18 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import equinox as eqx
 import numpy as np
 
 from ntkdp import privacy
 from ntkdp._backend import validate
-from ntkdp._backend.types import ArrayLike
+from ntkdp._backend.types import ArrayLike, Float
 from ntkdp.batches import Batches, Full, Poisson
+from ntkdp.clipping import ClippingRule
+from ntkdp.losses import Reduction
 from ntkdp.noise import Noise
+from ntkdp.optimizers import Optimizer
+from ntkdp.stochastic_flow import weight_noise_variance
 
 
 class Cell(NamedTuple):
@@ -105,6 +110,41 @@ class Accounts:
     def of_cells(self, cells: Iterable[Cell]) -> np.ndarray:
         """Noise multipliers ``(C,)``."""
         return np.array([self.noise_multiplier(cell) for cell in cells])
+
+
+class WeightNoise:
+    """Variances of the noise that weights have gathered by the end, v(T)."""
+
+    def __init__(
+        self, clipping: ClippingRule, noise: Noise, optimizer: Optimizer, reduction: Reduction
+    ) -> None:
+        self.clipping = eqx.tree_at(lambda rule: rule.R, clipping, np.asarray(1.0))
+        self.noise, self.optimizer, self.reduction = noise, optimizer, reduction
+        self._of_steps: dict[int, float] = {}
+
+    def of_cells(
+        self, cells: Sequence[Cell], sigmas: np.ndarray, n_samples: int
+    ) -> Float[np.ndarray, " C"]:
+        """Of cells with these noise multipliers, on so many samples."""
+        divisor = n_samples if self.reduction == "mean" else 1
+        sizes = np.array([cell.learning_rate * cell.clip_norm / cell.sample_rate for cell in cells])
+        of_one = np.array([self._of_one(cell.steps) for cell in cells])
+        return np.asarray(of_one * (sizes * sigmas / divisor) ** 2)
+
+    def _of_one(self, steps: int) -> float:
+        """With a learning rate, a clipping norm, a noise multiplier and one sample of one."""
+        if steps not in self._of_steps:
+            variance = weight_noise_variance(
+                self.clipping,
+                1,
+                learning_rate=1.0,
+                steps=steps,
+                noise_multiplier=1.0,
+                noise=self.noise,
+                optimizer=self.optimizer,
+            )
+            self._of_steps[steps] = variance[-1, 0].item()
+        return self._of_steps[steps]
 
 
 def batches_of(sample_rate: float) -> Batches:

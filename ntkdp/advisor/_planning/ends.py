@@ -1,8 +1,17 @@
-r"""Outputs that many runs end with, under a kernel of features and a diagonal.
+r"""Outputs that many runs end with, under kernels of features and a diagonal.
 
-The state of a run are weights of the features, and for each point an amount of its own, which the
-diagonal moves. Numbers of all cells and seeds lie in the last two axes, so that a step of all of
-them is two products of matrices. All cells draw the same numbers.
+With v the variance of the noise on the weights at a step, which adds dv, a run is
+
+.. math:: f &= \rho(v) f_0 + \Phi \Big[ \sum_m \psi_m(v)\, \theta_m + b \Big], \qquad
+    \theta_m^+ = \theta_m - \frac{\eta}{q n} \psi_m(v) \Phi^\top (s\, C a), \\
+    b^+ &= e^{\lambda(v) - \lambda(v + dv)} b + \sqrt{\alpha(v, v)\, dv}\; z,
+
+and the same for the diagonal, a feature that each sample has to itself, with the root of alpha for
+psi; psi, alpha, the share rho that noise leaves of the outputs at the start, and lambda, by which
+what noise has made fades, are those of `Features`. A frozen kernel is that of a linear model.
+
+Numbers of all cells and seeds lie in the last two axes, so that a step of all of them is two
+products of matrices. All cells draw the same numbers.
 """
 
 from collections.abc import Callable
@@ -52,14 +61,53 @@ class Steps(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """Weights of the features ``(s, r, K, C, S)`` and amounts of the points ``(s, N, K, C, S)``.
+    """What is followed, with what the optimizer remembers along the first axis.
 
-    The first axis is what the optimizer remembers; ``of_noise`` is what the noise does.
+    Gradients gather in ``of_features`` ``(s, M, r, K, C, S)``, the weights of the features, M for
+    the kernel between times, and in ``of_samples`` ``(s, n, K, C, S)``, those that a sample has to
+    itself. Noise gathers in ``noise`` ``(s, r, K, C, S)`` and ``own_noise`` ``(s, N, K, C, S)``.
+    ``variance`` ``(C,)`` is that of the noise on the weights, and ``of_noise`` what it carries on.
     """
 
     of_features: Array
-    of_points: Array
+    of_samples: Array
+    noise: Array
+    own_noise: Array
+    variance: Array
     of_noise: PyTree
+
+
+class _Kernel(NamedTuple):
+    """A kernel that noise has moved, by cell: as in `Features`, with cells along the last axis."""
+
+    own: Float[Array, "N C"]
+    parts: Float[Array, "M r C"]
+    sizes: Float[Array, "modes C"]
+    kept: Float[Array, " C"]
+    fades: Float[Array, "modes C"]
+
+    @classmethod
+    def at(cls, features: Features, variance: Float[Array, " C"]) -> "_Kernel":
+        """Between nodes, linear in the variance of the noise on the weights."""
+        arrays = (
+            features.own, features.parts, features.sizes, features.kept, features.fades,
+        )  # fmt: skip
+        last = len(features.nodes) - 1
+        if last == 0:
+            own, parts, sizes, kept, fades = (
+                jnp.repeat(array[0][..., None], len(variance), axis=-1) for array in arrays
+            )
+            return cls(own, parts, sizes, kept, fades)
+        place = jnp.searchsorted(features.nodes, variance, side="right") - 1
+        place = jnp.clip(place, 0, last - 1)
+        low, high = features.nodes[place], features.nodes[place + 1]
+        share = jnp.clip((variance - low) / (high - low), 0.0, 1.0)
+        own, parts, sizes, kept, fades = (
+            (1 - share) * jnp.moveaxis(array[place], 0, -1)
+            + share * jnp.moveaxis(array[place + 1], 0, -1)
+            for array in arrays
+        )
+        return cls(own, parts, sizes, kept, fades)
 
 
 @eqx.filter_jit
@@ -71,17 +119,19 @@ def ends(
     Merged steps of level l + 1 halve those of level l, and refine its Brownian path and weights.
     """
     n, (n_points, n_outputs) = len(problem.targets), problem.start.shape
-    phi, left = problem.features.values[:n], problem.features.left
-    dtype, rank = problem.start.dtype, problem.features.values.shape[1]
-    own = jnp.sum(phi**2, axis=1) + left[:n]
+    dtype, features = problem.start.dtype, problem.features
+    rank = features.values.shape[1]
     matrices, gradients, _ = jax.vmap(lambda rate: transition(problem.optimizer, rate, dtype))(
         steps.rate
     )
     size = size_of_state(problem.optimizer)
     is_in = jnp.arange(n)[:, None] < steps.rows
     divisor = steps.rows / steps.scale
+    last_step = jnp.max(steps.total)
+    # Noise of a step on a weight; only plain steps of noise of its own move the kernel.
+    added = jnp.square(steps.rate * steps.deviation)
 
-    def clipped(f: Array, clip_norm: Array, weights: Array) -> Array:
+    def clipped(f: Array, clip_norm: Array, weights: Array, own: Array) -> Array:
         """Weighted clipped output gradients ``(n, K)`` of one run."""
         a = problem.loss.output_gradient(f, problem.targets)
         rule = eqx.tree_at(lambda rule: rule.R, problem.clipping, clip_norm)
@@ -92,7 +142,7 @@ def ends(
         moved: Array = (rule.factors(norms) * weights)[:, None] * a
         return moved
 
-    over_runs = jax.vmap(jax.vmap(clipped, (-1, None, -1), -1), (-2, 0, -2), -2)
+    over_runs = jax.vmap(jax.vmap(clipped, (-1, None, -1, None), -1), (-2, 0, -2, -1), -2)
 
     def normal(key: PRNGKeyArray, number: Array, shape: tuple[int, ...]) -> Array:
         """Standard normal numbers of a step."""
@@ -132,49 +182,73 @@ def ends(
         over_seeds = jax.vmap(of_seed, (0, -1), -1)
         return over_seeds(of_step(number, 1), carried)
 
+    def outputs(carry: _Carry, kernel: _Kernel, state: int, rows: slice) -> Array:
+        """Outputs by what the optimizer holds at this place of its state."""
+        of_features = jnp.sum(kernel.parts[:, :, None, :, None] * carry.of_features[state], axis=0)
+        of_samples = kernel.sizes[-1, :, None] * carry.of_samples[state]
+        f = problem.start[rows, :, None, None] * kernel.kept[:, None]
+        f = f + carry.own_noise[state, rows]
+        f = f + jnp.einsum("nr,rkcs->nkcs", features.values[rows], of_features + carry.noise[state])
+        return f.at[:n].add(root[:n] * of_samples)
+
+    root = jnp.sqrt(features.left)[:, None, None, None]
+
     def step(number: Array, carry: _Carry) -> _Carry:
-        f = problem.start[:n, :, None, None] + carry.of_points[0, :n]
-        f = f + jnp.einsum("nr,rkcs->nkcs", phi, carry.of_features[0])
+        kernel = _Kernel.at(features, carry.variance)
         weights = weights_of(number) * is_in[..., None]
-        charges = over_runs(f, steps.clip_norm, weights) / divisor[:, None]
-        drawn, of_noise = noise_of(number, carry.of_noise)
-        noise, own_noise = (steps.deviation[:, None] * part[..., None, :] for part in drawn)
-        of_features = jnp.einsum("nr,nkcs->rkcs", phi, charges) + noise
-        root = jnp.sqrt(left)[:, None, None, None]
-        of_points = root * own_noise
-        of_points = of_points.at[:n].add(left[:n, None, None, None] * charges)
+        f = outputs(carry, kernel, 0, slice(n))
+        charges = over_runs(f, steps.clip_norm, weights, kernel.own[:n]) / divisor[:, None]
+        gathered = jnp.einsum("nr,nkcs->rkcs", features.values[:n], charges)
+        (normals, own_normals), of_noise = noise_of(number, carry.of_noise)
         going = number < steps.total
+        variance = carry.variance + jnp.where(going, added, 0.0)
+        fade = jnp.exp(kernel.fades - _Kernel.at(features, variance).fades)
+        deviation = steps.deviation[:, None]
 
         def moved(state: Array, gradient: Array) -> Array:
-            kept = jnp.moveaxis(matrices, 0, -1)[:, :, None, None, :, None] * state
-            after = jnp.sum(kept, axis=1) + gradients.T[:, None, None, :, None] * gradient
-            return jnp.where(going[:, None], after, state)
+            by_axes = (1,) * (gradient.ndim - 2)
+            held = matrices.transpose(1, 2, 0).reshape(size, size, *by_axes, -1, 1) * state
+            pushed = gradients.T.reshape(size, *by_axes, -1, 1) * gradient
+            return jnp.where(going[:, None], jnp.sum(held, axis=1) + pushed, state)
 
         return _Carry(
-            moved(carry.of_features, of_features), moved(carry.of_points, of_points), of_noise
+            moved(carry.of_features, kernel.parts[:, :, None, :, None] * gathered),
+            moved(carry.of_samples, kernel.sizes[-1, :, None] * root[:n] * charges),
+            moved(
+                fade[:-1, None, :, None] * carry.noise,
+                deviation * kernel.sizes[:-1, None, :, None] * normals[:, :, None],
+            ),
+            moved(
+                fade[-1, :, None] * carry.own_noise,
+                deviation * kernel.sizes[-1, :, None] * root * own_normals[:, :, None],
+            ),
+            variance,
+            of_noise,
         )
 
-    runs = (len(steps.rate), len(keys))
+    n_parts, runs = features.parts.shape[1], (len(steps.rate), len(keys))
     like = (
         jnp.zeros((rank, n_outputs, len(keys)), dtype),
         jnp.zeros((n_points, n_outputs, len(keys)), dtype),
     )
     carry = _Carry(
+        jnp.zeros((size, n_parts, rank, n_outputs, *runs), dtype),
+        jnp.zeros((size, n, n_outputs, *runs), dtype),
         jnp.zeros((size, rank, n_outputs, *runs), dtype),
         jnp.zeros((size, n_points, n_outputs, *runs), dtype),
+        jnp.zeros(len(steps.rate), dtype),
         jax.vmap(problem.noise.start, -1, -1)(like),
     )
-    last = lax.fori_loop(0, jnp.max(steps.total), step, carry)
+    last = lax.fori_loop(0, last_step, step, carry)
     # The average of the weights, if there is one, comes last.
     measured = 0 if problem.optimizer.average is None else -1
-    f = problem.start[..., None, None] + last.of_points[measured]
-    f = f + jnp.einsum("nr,rkcs->nkcs", problem.features.values, last.of_features[measured])
+    f = outputs(last, _Kernel.at(features, last.variance), measured, slice(None))
     return jnp.moveaxis(f, (2, 3), (0, 1))
 
 
-def may_merge(problem: Problem) -> bool:
-    """Whether steps may be merged: plain ones, with noise of their own."""
-    return size_of_state(problem.optimizer) == 1 and isinstance(problem.noise, Independent)
+def is_plain(optimizer: Optimizer, noise: Noise) -> bool:
+    """Whether steps are plain and have noise of their own: then they may be merged."""
+    return size_of_state(optimizer) == 1 and isinstance(noise, Independent)
 
 
 def _folded(keys: Key[Array, " S"], number: Array | int) -> Key[Array, " S"]:

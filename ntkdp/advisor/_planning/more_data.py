@@ -53,9 +53,11 @@ def with_twice_the_data(setting: Setting, cell: Cell, keys: Key[Array, " S"]) ->
     sign = 1 if HIGHER_IS_BETTER[setting.objective] else -1
     best = int(np.nanargmax(sign * values[-1]))
     quarter, half, whole = values[:, best]
+    value = float(extrapolated(quarter, half, whole))
+    most = np.inf if setting.objective.endswith("loss") else 1.0
     return MoreData(
         2 * setting.n_samples,
-        float(extrapolated(quarter, half, whole)),
+        float(np.clip(value, 0.0, most)),
         float(whole),
         cells[best].learning_rate,
     )

@@ -21,7 +21,7 @@ import numpy as np
 
 from ntkdp._backend.types import Array, Float, Key
 from ntkdp.advisor._planning.cells import Accounts, Cell
-from ntkdp.advisor._planning.ends import Problem, Steps, ends, may_merge
+from ntkdp.advisor._planning.ends import Problem, Steps, ends, is_plain
 from ntkdp.comparison import CellMetrics, measure, value_of
 from ntkdp.losses import Loss, Reduction
 
@@ -98,7 +98,9 @@ def predict(
         made = steps_of(setting, chosen, sigmas[numbers], counts, n_samples, rows)
         return _run(setting, made, keys, level)
 
-    exact = np.flatnonzero((steps <= _SHORT) | (not may_merge(setting.problem)))
+    exact = np.flatnonzero(
+        (steps <= _SHORT) | (not is_plain(setting.problem.optimizer, setting.problem.noise))
+    )
     left = np.setdiff1d(np.arange(len(cells)), exact)
     before: dict[int, Ends] = {}
     level = 0
@@ -176,17 +178,15 @@ def _compared(before: Ends, now: Ends) -> tuple[Ends, bool]:
 def _run(setting: Setting, steps: Steps, keys: Key[Array, " S"], level: int | None) -> list[Ends]:
     """Ends of cells, each by itself, at a level of merged steps or with steps of their own."""
     n_cells, n_seeds = len(steps.total), len(keys)
-    if not n_cells:
-        return []
     counts = np.asarray(steps.total)
     size = setting.problem.start.size * n_seeds
     at_once = int(np.clip(_AT_ONCE // size, 1, _MOST_CELLS))
-    order = np.argsort(counts, kind="stable")
     found: list[Ends | None] = [None] * n_cells
+    order = np.argsort(counts, kind="stable")
     for start in range(0, n_cells, at_once):
         part = order[start : start + at_once]
-        # All parts are filled up to one size, so that one program makes their steps.
-        filled = np.append(part, np.full(_size_of(n_cells, at_once) - len(part), part[0]))
+        # Parts are filled up to few sizes, so that few programs make their steps.
+        filled = np.append(part, np.full(_size_of(len(part), at_once) - len(part), part[0]))
         chosen: Steps = jax.tree.map(lambda values, at=filled: values[at], steps)
         outputs = ends(
             setting.problem,

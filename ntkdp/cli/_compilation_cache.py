@@ -3,15 +3,16 @@
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-#: The most bytes that the folder holds; the programs used longest ago go first.
+#: The most bytes that the folder holds when a command begins. JAX's own limit reads the whole
+#: folder for each new program, which took longer than to compile thousands of them.
 _MOST_BYTES = 2**30
 #: Settings of JAX by name. Reading a program costs less than compiling any.
 _SETTINGS: dict[str, str | int | float] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    "jax_compilation_cache_max_size": _MOST_BYTES,
     # A further cache is for GPUs; with it, a program's key would depend on the folder.
     "jax_persistent_cache_enable_xla_caches": "none",
 }
@@ -40,6 +41,7 @@ def begin() -> None:
         return
     if not os.access(place, os.W_OK):
         return
+    make_room(place, _MOST_BYTES)
     settings = {**_SETTINGS, "jax_compilation_cache_dir": str(place)}
     for name, value in settings.items():
         os.environ.setdefault(name.upper(), str(value))
@@ -48,6 +50,24 @@ def begin() -> None:
 
         for name, value in settings.items():
             jax.config.update(name, value)
+
+
+def make_room(place: Path, most: int) -> None:
+    """Remove the oldest programs, if all take more bytes than this, until half of it is free."""
+    found = []
+    for path in place.glob("*-cache"):
+        with suppress(OSError):  # another command may have removed it
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    if total <= most:
+        return
+    for _, size, path in sorted(found):
+        with suppress(OSError):
+            path.unlink()
+        total -= size
+        if total <= most // 2:
+            return
 
 
 def _is_chosen() -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ntkdp.cli._compilation_cache import make_room
+
 #: A command's beginning, and a program that it compiles.
 _COMMAND = """
 import sys
@@ -66,3 +68,14 @@ def test_a_folder_chosen_for_jax_stays(tmp_path: Path) -> None:
 def test_without_a_folder_commands_compile_anew(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert programs(tmp_path / "file") == set()
+
+
+def test_the_oldest_programs_make_room(tmp_path: Path) -> None:
+    for age in range(5):
+        path = tmp_path / f"program{age}-cache"
+        path.write_bytes(bytes(10))
+        os.utime(path, (1000 - age, 1000 - age))
+    make_room(tmp_path, 50)
+    assert len(list(tmp_path.iterdir())) == 5
+    make_room(tmp_path, 49)
+    assert {path.name for path in tmp_path.iterdir()} == {"program0-cache", "program1-cache"}

@@ -25,11 +25,12 @@ class PlannedCells(NamedTuple):
 
     Each has a ``learning_rate``, a ``clip_norm``, a number of ``steps``, a ``sample_rate`` and an
     ``epsilon``, with the ``noise_multiplier`` that spends it and the ``compute`` in gradients of
-    samples, :math:`q n` a step. ``metrics`` are those at the end, means over seeds. ``spread`` is
-    the deviation of the objective from run to run. ``weight_noise`` is v(T), relative to the
-    weights' own variance, and ``kernels`` says which predicted the cell, "frozen" or "between
-    times". ``steps_made`` is how many steps predicted the cell, and ``change`` by
-    how much its loss changed when these were halved; zero if they are the run's own.
+    samples, :math:`q n` a step. ``metrics`` are those at the end, means over seeds, and ``spread``
+    is the deviation of the objective from run to run, zero where the search made a single one.
+    ``weight_noise`` is v(T), relative to the weights' own variance, and ``kernels`` says which
+    predicted the cell, "frozen" or "between times". ``steps_made`` is how many steps predicted the
+    cell, and ``change`` by how much its loss changed when these were halved; zero if they are the
+    run's own.
 
     Made by :func:`plan_budget`.
     """

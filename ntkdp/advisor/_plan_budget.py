@@ -33,8 +33,8 @@ from ntkdp.stochastic_flow import (
 
 #: Variances of the noise on the weights, relative to the weights' own, at which kernels are taken.
 _NODES = (0.0, 0.1, 0.35, 1.2, 5.0, 20.0, 100.0)
-#: Runs of a cell in the search.
-_RUNS_OF_SEARCH = 2
+#: Outputs from which on one run of a cell will do in the search, where two are made of others.
+_MANY_OUTPUTS = 10_000
 
 
 def plan_budget(
@@ -60,7 +60,7 @@ def plan_budget(
     more_data: bool = True,
     kernels: Literal["auto", "frozen"] = "auto",
     rank: int = 512,
-    max_samples: int = 20_000,
+    max_samples: int = 10_000,
     most_steps: int = 512,
     progress: Told | None = None,
     key: KeyLike,
@@ -252,7 +252,7 @@ def plan_budget(
         axes,
         most_compute,
         validate.count(0, refinements=refinements),
-        jax.random.split(of_search, _RUNS_OF_SEARCH),
+        jax.random.split(of_search, 1 if len(start) * start.shape[1] > _MANY_OUTPUTS else 2),
         last_keys,
         (lambda done: None) if progress is None else progress,
     )

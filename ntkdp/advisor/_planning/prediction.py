@@ -109,14 +109,17 @@ def predict(
             found[number] = end
         count = _FIRST << level
         now = dict(zip(left.tolist(), run(left, np.full(left.size, count), level), strict=True))
-        compared = {i: _compared(before[i], now[i]) for i in now if i in before}
-        for number, (end, is_same) in compared.items():
-            if is_same or count >= setting.most_steps:
+        # What is left of a change halves with every level: so many steps would make it small.
+        needed = np.full(len(cells), 2.0 * count)
+        for number in now.keys() & before.keys():
+            end, excess = _compared(before[number], now[number])
+            if excess <= 1 or count >= setting.most_steps:
                 found[number] = end
+            elif steps[number] <= setting.most_steps:
+                needed[number] = max(2.0 * count, count * excess)
         before, level = now, level + 1
         left = np.array([i for i in left if found[i] is None], int)
-        exact = left[steps[left] <= _FIRST << level]
-        left = left[steps[left] > _FIRST << level]
+        exact, left = left[steps[left] <= needed[left]], left[steps[left] > needed[left]]
         told(1 - (left.size + exact.size) / len(cells))
     return joined([end for end in found if end is not None])
 
@@ -159,20 +162,29 @@ def steps_of(
     )
 
 
-def _compared(before: Ends, now: Ends) -> tuple[Ends, bool]:
-    """The later end with the change that halved steps brought, and whether it is small."""
-    changes = {
-        name: float(np.abs(value_of(now.metrics, name) - value_of(before.metrics, name))[0])
+def _compared(before: Ends, now: Ends) -> tuple[Ends, float]:
+    """The later end with the change that halved steps brought, and its size over the tolerance."""
+
+    def changed(name: str) -> float:
+        values = (value_of(end.metrics, name)[0] for end in (before, now))
+        earlier, later = (float(value) for value in values)
+        size = abs(later - earlier)
+        return size / abs(later) if name.endswith("loss") else size
+
+    known = [
+        name
         for name in ("loss", "test_loss", "accuracy", "test_accuracy")
         if getattr(now.metrics, name) is not None
-    }
-    sizes = {name: abs(float(value_of(now.metrics, name)[0])) for name in changes}
-    relative = [changes[name] / sizes[name] for name in changes if name.endswith("loss")]
-    is_same = all(change <= _SAME_LOSS for change in relative)
-    for name, change in changes.items():
-        is_same &= name.endswith("loss") or change <= _SAME_ACCURACY
-    is_same &= bool(before.metrics.diverged[0] == now.metrics.diverged[0])
-    return now._replace(change=np.array([max(relative)])), is_same
+    ]
+    changes = {name: changed(name) for name in known}
+    excess = max(
+        change / (_SAME_LOSS if name.endswith("loss") else _SAME_ACCURACY)
+        for name, change in changes.items()
+    )
+    if before.metrics.diverged[0] != now.metrics.diverged[0] or not np.isfinite(excess):
+        excess = np.inf
+    relative = max(change for name, change in changes.items() if name.endswith("loss"))
+    return now._replace(change=np.array([relative])), excess
 
 
 def _run(setting: Setting, steps: Steps, keys: Key[Array, " S"], level: int | None) -> list[Ends]:

@@ -50,7 +50,7 @@ class PlanConfig(Section):
     n_runs: int = Field(8, ge=2, description="runs that the recommended value comes from")
     more_data: bool = Field(True, description="predict what twice the data would give")
     rank: int = Field(512, ge=1, description="the most features of the kernel")
-    max_samples: int = Field(20_000, ge=4, description="the most training samples that predict")
+    max_samples: int = Field(10_000, ge=4, description="the most training samples that predict")
 
     @model_validator(mode="after")
     def _each_value_once(self) -> "PlanConfig":

@@ -12,7 +12,7 @@ from ntkdp.advisor._planning.prediction import Ends, Setting, Told, joined, pred
 from ntkdp.comparison import HIGHER_IS_BETTER, CellMetrics, candidates, value_of
 
 #: Cells of each budget that the last round decides between, with runs of their own.
-_FINALISTS = 4
+_FINALISTS = 3
 #: Ratio of neighbouring values on an axis that has a single one.
 _ALONE = 4.0
 #: Accuracy that a cell may give up for a better calibration error.

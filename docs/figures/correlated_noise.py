@@ -1,7 +1,7 @@
 """Independent against correlated noise over 1, 4 and 20 epochs: the figure of noise_and_batches.md.
 
 `make figures` runs this file, which draws docs/images/correlated_noise.png and prints the numbers.
-Every point is 400 runs of a network of width 1024 on digits, or 100 on MNIST, against 1600 or 400
+Every point is 200 runs of a network of width 1024 on digits, or 100 on MNIST, against 400 or 200
 draws by its infinite-width kernels between times; nothing is fitted. All have epsilon 3 and 200
 steps, whose batches take turns. Both kinds of noise are made of the same normal numbers, which
 steadies the gain; every number of epochs has its own. With `--cache FILE` the numbers are kept in a
@@ -25,7 +25,7 @@ from ntkdp.noise import Correlated, Independent, Noise
 DATA, EPOCHS, STEPS, BANDS = ("digits", "mnist5k"), (1, 4, 20), 200, 16
 KINDS, SAMPLES = ("independent", "correlated"), 600
 #: Observed runs of a point. Those on MNIST draw ten times the noise.
-RUNS = {"digits": 400, "mnist5k": 100}
+RUNS = {"digits": 200, "mnist5k": 100}
 #: Runs at once, so that memory stays small.
 AT_ONCE = 50
 #: Fewer epochs have smaller batches, whose noise allows for smaller steps.
@@ -75,7 +75,7 @@ class Problem:
             "batches": drawn_in(epochs), "noise": noise, "record_every": STEPS,
         }  # fmt: skip
         flow = stochastic_flow.TwoTimeFlow(self.model, self.x, self.labels, LOSS, RULE)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), epochs), 4 * runs)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), epochs), 2 * runs)
         predicted = stochastic_flow.two_time_ensemble(
             flow, self.start, nodes=8, rank=64, key=keys, **options
         )

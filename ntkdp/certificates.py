@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.scipy as jsp
 from jax import lax
 from jaxtyping import Bool
 
 from ntkdp import clipping, losses
-from ntkdp._backend import validate
+from ntkdp._backend import decompositions, validate
 from ntkdp._backend.types import Array, ArrayLike, Float
 from ntkdp.clipping import ClippingRule, NoClipping, Scope
 from ntkdp.losses import Loss, SampleLoss
@@ -228,7 +227,7 @@ def _along(
         return (
             _safe(matrices, norms),
             _bound(matrices, norms),
-            jnp.linalg.eigvalsh(symmetric)[0],
+            decompositions.eigvalsh(symmetric)[0],
             is_positive_definite(symmetric),
         )
 
@@ -253,10 +252,10 @@ def _safe(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[
     upper, lower = downwards[k], downwards[k + 1]
     slope = _symmetric(matrices, jnp.where(norms >= upper, 1 / norms, 0.0))
     scaled, scale = to_unit_diagonal(symmetric_at(upper))
-    factor = jnp.linalg.cholesky(scaled)
-    half = jsp.linalg.solve_triangular(factor, slope * scale[:, None] * scale[None], lower=True)
-    pencil = jsp.linalg.solve_triangular(factor, half.T, lower=True)
-    root = upper - 1 / jnp.linalg.eigvalsh(pencil)[-1]
+    factor = decompositions.cholesky(scaled)
+    half = decompositions.solve_lower(factor, slope * scale[:, None] * scale[None])
+    pencil = decompositions.solve_lower(factor, half.T)
+    root = upper - 1 / decompositions.eigvalsh(pencil)[-1]
     # Cancellation may leave a root at the end, or past it.
     safe = jnp.where(root - lower > size * eps * upper, root, lower)
     # Below the least of positive norms all factors are R/s, and R changes no sign.
@@ -268,14 +267,14 @@ def _safe(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[
 @eqx.filter_jit
 def _bound(matrices: Float[Array, "R N N"], norms: Float[Array, "R n"]) -> Float[Array, ""]:
     terms = _to_identity_blocks(matrices, norms.shape[1])
-    spectrum = jnp.linalg.eigvalsh(jnp.sum(terms, axis=0))
+    spectrum = decompositions.eigvalsh(jnp.sum(terms, axis=0))
     if len(terms) == 1:
         root = jnp.sqrt(spectrum[-1] / spectrum[0])
         ratio = ((root + 1) / (root - 1)) ** 2
         largest, smallest = jnp.max(norms), jnp.min(norms)
         bound = jnp.where(largest < ratio * smallest, 0.0, largest / ratio)
     else:
-        tops = jnp.linalg.eigvalsh(terms)[:, -1]
+        tops = decompositions.eigvalsh(terms)[:, -1]
         largest = jnp.max(norms, axis=1)
         R = jnp.append(0.0, jnp.sort(largest))
         largest, R_of = largest[None], R[:, None]
@@ -345,6 +344,6 @@ def _to_identity_blocks(matrices: Array, n: int) -> Array:
     blocks = _blocks(matrices, n)
     total = jnp.einsum("riaib->iab", blocks)
     identity = jnp.broadcast_to(jnp.eye(total.shape[-1], dtype=total.dtype), total.shape)
-    inverse = jsp.linalg.solve_triangular(jnp.linalg.cholesky(total), identity, lower=True)
+    inverse = decompositions.solve_lower(decompositions.cholesky(total), identity)
     scaled = jnp.einsum("iab,ribjc,jdc->riajd", inverse, blocks, inverse)
     return scaled.reshape(matrices.shape)

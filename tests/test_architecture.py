@@ -68,3 +68,14 @@ def test_files_and_folders_stay_small() -> None:
 
 def test_the_list_of_rooms_fits_on_a_screen() -> None:
     assert len({path.name for path in PACKAGE.iterdir()} - {"__pycache__"}) <= 34
+
+
+def test_decompositions_of_possibly_many_matrices_cannot_wait_for_ever() -> None:
+    # One device of a mesh decomposes one matrix of its own.
+    exempt = {"decompositions.py", "_distributed_eigh.py"}
+    batched = {"eigh", "eigvalsh", "eig", "eigvals", "cholesky", "pinv", "qr"}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in batched:
+                of_jax = ast.unparse(node.value) in ("jnp.linalg", "jsp.linalg", "jax.lax.linalg")
+                assert not of_jax or path.name in exempt, (path, ast.unparse(node))

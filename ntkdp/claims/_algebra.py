@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ntkdp import certificates, clipping, dp_sgd, ntk, spectrum
-from ntkdp._backend import compiled
+from ntkdp._backend import compiled, decompositions
 from ntkdp._backend.types import Array, ScalarLike
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
@@ -165,7 +165,7 @@ def close_factors_keep_the_form_positive() -> list[Finding]:
     @jax.vmap
     def measure(kernel: Array, a: Array, above: Array) -> tuple[Array, Array, Array, list[Array]]:
         # Factors as far apart as the condition allows; R beyond it is safe as well.
-        values = jnp.linalg.eigvalsh(spectrum.clipped_operator(kernel))
+        values = decompositions.eigvalsh(spectrum.clipped_operator(kernel))
         root = jnp.sqrt(values[-1] / values[0])
         allowed = ((root + 1) / (root - 1)) ** 2
         norms = jnp.sqrt(jnp.einsum("ik,iikl,il->i", a, kernel, a))

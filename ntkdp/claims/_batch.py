@@ -11,6 +11,7 @@ import optax
 from scipy.linalg import expm
 
 from ntkdp import clipping, gradient_flow, losses
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, Params
 from ntkdp.claims import _instances
 from ntkdp.claims._claim import Finding, at_least, at_most, claim, equal
@@ -157,7 +158,7 @@ def large_norms_give_the_linear_flow() -> list[Finding]:
         equal("clip fraction", jnp.max(path.clip_fraction), 0.0, within=0.0),
     ]
     # The bound is attained when only the slowest mode is there.
-    slowest = jnp.linalg.eigh(rising.kernel)[1][:, :1]
+    slowest = decompositions.eigh(rising.kernel)[1][:, :1]
     zero = jnp.zeros((3, 1))
     rates: list[tuple[losses.Reduction, float]] = [("sum", 0.2), ("mean", 0.2 / 3)]
     for reduction, rate in rates:

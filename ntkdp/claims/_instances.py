@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, dp_sgd, gradient_flow, losses, models
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, ArrayLike, Params, PRNGKeyArray, PyTree, ScalarLike
 from ntkdp.ntk import LayerwiseKernel
 from ntkdp.trajectory import Trajectory
@@ -78,7 +79,7 @@ def terms_of(kernel: Array | LayerwiseKernel) -> Array:
 
 def _root(term: Array) -> Array:
     n = round(term.size**0.5)
-    values, vectors = jnp.linalg.eigh(term.reshape(n, n))
+    values, vectors = decompositions.eigh(term.reshape(n, n))
     root: Array = vectors * jnp.sqrt(jnp.maximum(values, 0))
     return root
 

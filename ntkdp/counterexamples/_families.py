@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, losses
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, Float, Key, PyTree
 from ntkdp.clipping import ClippingRule
 from ntkdp.counterexamples._search import Problem
@@ -190,7 +191,7 @@ class Equilibrium(OverKernels):
         kernel = terms.sum(0)
         size = jnp.trace(kernel)
         # Samples that are masked out must not give the smallest eigenvalue.
-        eigenvalues = jnp.linalg.eigvalsh(kernel + size * jnp.diag(1 - mask))
+        eigenvalues = decompositions.eigvalsh(kernel + size * jnp.diag(1 - mask))
         ratio = eigenvalues[0] / jnp.maximum(size, jnp.finfo(terms.dtype).tiny)
         stillness = 1 - state.speed() - jnp.maximum(_CONDITION - ratio, 0) / _CONDITION
         # Well inside the clipped zone: at its edge equilibria are not those of a smooth flow.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, Float
 from ntkdp.clipping import ClippingRule, norms_from_squares
 from ntkdp.gradient_flow import KernelFlow
@@ -121,7 +122,7 @@ def settled(
 
     def step(_: Array | int, outputs: Array) -> Array:
         velocity = flow.velocity((outputs, None))[0].reshape(-1)
-        inverse = jnp.linalg.pinv(velocity_jacobian(flow, outputs), rtol=1e-8)
+        inverse = decompositions.pinv(velocity_jacobian(flow, outputs), rtol=1e-8)
         moved = outputs - (inverse @ velocity).reshape(outputs.shape)
         # Where clipping saturates, the nearest equilibrium may lie at infinity.
         return jnp.where(jnp.max(jnp.abs(moved)) <= limit, moved, outputs)

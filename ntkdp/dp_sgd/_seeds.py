@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 
 from ntkdp import clipping
-from ntkdp._backend import program_memory
+from ntkdp._backend import compiled
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, Key, Params, PRNGKeyArray
 from ntkdp.dp_sgd._algorithm import Algorithm, State
@@ -37,13 +37,13 @@ def trained(
         data = (algorithm.x, algorithm.test_x)
         return [algorithm.apply_fn(params, x) for x in data if x is not None]
 
-    result: tuple[Start, Measurement, Sensitivities | None] = program_memory.call(
+    result: tuple[Start, Measurement, Sensitivities | None] = compiled.call(
         run, algorithm, start, per_seed, keys, stepping, outputs, individual, listener,
         what=f"training {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="train fewer runs at a time (keys), set a microbatch_size, record fewer steps or "
         "without outputs, or use float32",
         results=stepping.bytes_of_record(measure, single, outputs),
-        work=program_memory.bytes_of(single), n_runs=keys.size,
+        work=compiled.bytes_of(single), n_runs=keys.size,
     )  # fmt: skip
     return result
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import jax
 
-from ntkdp._backend import memory, program_memory
+from ntkdp._backend import compiled, memory
 from ntkdp._gradients import groups
 from ntkdp.experiment._problem import Problem
 
@@ -63,7 +63,7 @@ def require_memory(
         if noisy:
             rows = n_points if whole else n
             root_entries = max(root_entries, _ROOT_MATRICES * block * rows**2)
-    params = program_memory.bytes_of(problem.params)
+    params = compiled.bytes_of(problem.params)
     outputs = problem.outputs.nbytes + problem.test_outputs.nbytes
     work = max(
         (matrix_entries + root_entries) * itemsize + n_drawn * _DRAW_COPIES * outputs,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp._backend import compiled, devices, memory, program_memory, validate
+from ntkdp._backend import compiled, devices, memory, validate
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, ArrayLike, Float, is_traced
 from ntkdp.clipping import ClippingRule
@@ -136,7 +136,7 @@ def require_room(layered: bool, mesh: Mesh | None, *kernels: object) -> None:
         n_summed = 1
         if isinstance(kernel, LayerwiseKernel) and not layered:
             n_summed = len(kernel.names)
-        needed += program_memory.bytes_of(kernel) // n_summed
+        needed += compiled.bytes_of(kernel) // n_summed
     memory.require(
         devices.bytes_on_host(mesh, needed),
         "a KernelFlow, which keeps its kernels as matrices besides the given ones,",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._backend import program_memory, validate
+from ntkdp._backend import compiled, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.schedules import Schedule
@@ -185,11 +185,11 @@ def solve(
             f"adjoint must be a diffrax adjoint, e.g. diffrax.ForwardMode(), got {adjoint!r}"
         )
     with _progress.listening(progress, "solving the flow") as listener:
-        measured, outcome = program_memory.call(
+        measured, outcome = compiled.call(
             _integrate, flow, state, start, times, solver, adjoint, (rtol, atol), max_steps,
             outputs, listener,
             what=f"a solve of a {type(flow).__name__}", ways_out=_WAYS_OUT,
-            results=program_memory.bytes_of_record(len(times), flow.measure, state, outputs),
+            results=compiled.bytes_of_record(len(times), flow.measure, state, outputs),
         )  # fmt: skip
         return from_measurements(times, measured, outcome=outcome, start=start, setup=flow.setup())
 
@@ -348,7 +348,7 @@ def step_and_record(
 ) -> tuple[Start, Trajectory]:
     """Where the steps end, and what they pass."""
     flow = walk.flow
-    end, measured = program_memory.call(
+    end, measured = compiled.call(
         _recur, walk, start, stepping, outputs, listener,
         what=f"{stepping.steps:,} steps of a {type(flow).__name__}", ways_out=_WAYS_OUT,
         results=stepping.bytes_of_record(flow.measure, start[0], outputs),

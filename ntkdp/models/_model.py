@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, TypeAlias, final, runtime_checkable
 
 import jax
 
-from ntkdp._backend import memory, program_memory, validate
+from ntkdp._backend import compiled, memory, validate
 from ntkdp._backend.types import ApplyFn, Array, Float, Outputs, Params, PRNGKeyArray, is_traced
 from ntkdp.models._stax_types import KernelFn
 
@@ -171,9 +171,9 @@ def _sizes(init: InitFn, key: PRNGKeyArray, x: Array) -> Params:
 def _require_room(params: Params) -> None:
     """Raise unless parameters fit, and the random numbers that the largest is made from."""
     leaves = jax.tree.leaves(params)
-    largest = max(map(program_memory.bytes_of, leaves), default=0)
+    largest = max(map(compiled.bytes_of, leaves), default=0)
     memory.require(
-        program_memory.bytes_of(params) + largest,
+        compiled.bytes_of(params) + largest,
         f"a network of {sum(leaf.size for leaf in leaves):,} parameters",
         "use smaller widths or float32",
     )

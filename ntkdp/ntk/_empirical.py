@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import compiled, devices, validate
 from ntkdp._backend.types import ApplyFn, Array, ArrayLike, Float, Params, Real
 from ntkdp._gradients import groups as _groups
 from ntkdp._gradients import per_sample
@@ -267,7 +267,7 @@ def _kernel(
     # The parts of several devices have no diagonal in common to mirror.
     others = None if x2 is None and mesh is None else columns
     params, others = devices.everywhere(mesh, (params, others))
-    kernel: Array = program_memory.call(
+    kernel: Array = compiled.call(
         _kernel_in_blocks,
         apply_fn,
         params,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ntkdp._backend import compiled, validate
+from ntkdp._backend import compiled, decompositions, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, KeyLike
 
 #: Share of the new features that stand for the directions that are left out.
@@ -64,7 +64,7 @@ def fewer_features(
     if validate.count(n_features=n_features) >= arrays[0].shape[1]:
         return tuple(arrays)
     n_sketched = round(_SKETCHED * n_features)
-    _, vectors = jnp.linalg.eigh(arrays[0].T @ arrays[0])
+    _, vectors = decompositions.eigh(arrays[0].T @ arrays[0])
     rest, leading = jnp.split(vectors, [vectors.shape[1] - (n_features - n_sketched)], axis=1)
     shape = (rest.shape[1], n_sketched)
     random = jax.random.normal(validate.key(key=key), shape, vectors.dtype)

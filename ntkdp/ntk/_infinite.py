@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ntkdp._backend import devices, memory, program_memory, validate
+from ntkdp._backend import compiled, devices, memory, validate
 from ntkdp._backend.precision import in_double
 from ntkdp._backend.types import Array, ArrayLike, Float, Real, common_dtype, is_traced
 from ntkdp._gradients import groups
@@ -153,7 +153,7 @@ def _called(
     """The kernel, if there is room for the work, which for images may be all pairs of positions."""
     shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0])
     pairs = math.prod(shape) * math.prod(x1.shape[1:-1]) ** 2
-    kernels: Kernels = program_memory.call(
+    kernels: Kernels = compiled.call(
         _compiled, kernel_fn, mesh, x1, x2, *get,
         what=f"the work for a kernel of shape {shape}", ways_out=_WAYS_OUT,
         work=pairs * x1.dtype.itemsize,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Inexact
 
 from ntkdp import ntk
-from ntkdp._backend import validate
+from ntkdp._backend import decompositions, validate
 from ntkdp._backend.precision import at_least_single
 from ntkdp._backend.types import Array, ArrayLike, Float, is_traced
 from ntkdp.ntk import LayerwiseKernel
@@ -86,9 +86,9 @@ def eigenvalues(
     """
     terms, weights = _terms_and_factors(kernel, factors)
     if len(terms) == 1 and not _by_group(factors):
-        real: Array = jnp.linalg.eigvalsh(_congruent(terms[0], weights[0]))
+        real: Array = decompositions.eigvalsh(_congruent(terms[0], weights[0]))
         return real
-    values: Array = jnp.linalg.eigvals(_operator(terms, weights))
+    values: Array = decompositions.eigvals(_operator(terms, weights))
     return values[jnp.argsort(values.real)]
 
 
@@ -122,7 +122,7 @@ def symmetric_eigenvalues(
     >>> [round(2 * v, 3) for v in ntkdp.spectrum.symmetric_eigenvalues(kernel, factors).tolist()]
     [-0.334, 2.354]
     """
-    values: Array = jnp.linalg.eigvalsh(symmetric_part(clipped_operator(kernel, factors)))
+    values: Array = decompositions.eigvalsh(symmetric_part(clipped_operator(kernel, factors)))
     return values
 
 
@@ -293,7 +293,7 @@ def is_positive_definite(matrix: Float[Array, "N N"]) -> Bool[Array, ""]:
     norm = jnp.max(jnp.sum(jnp.abs(scaled), axis=1))
     margin = len(scaled) * jnp.finfo(scaled.dtype).eps * norm
     # Cholesky's factor is NaN where there is none.
-    factor = jnp.linalg.cholesky(scaled - margin * jnp.eye(len(scaled), dtype=scaled.dtype))
+    factor = decompositions.cholesky(scaled - margin * jnp.eye(len(scaled), dtype=scaled.dtype))
     return jnp.all(jnp.diagonal(matrix) > 0) & jnp.all(jnp.isfinite(factor))
 
 

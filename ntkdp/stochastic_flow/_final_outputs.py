@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ntkdp._backend import compiled, devices, program_memory, validate
+from ntkdp._backend import compiled, devices, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import (
@@ -174,12 +174,12 @@ def final_outputs(
         # An array, so that strategies of one shape share a program.
         unit = _unit_noise(flow, noise_kernel, noise_per_group, jnp.asarray(of_sum, state.dtype))
     with _progress.listening(progress, "predicting the cells") as listener:
-        final: FinalOutputs = program_memory.call(
+        final: FinalOutputs = compiled.call(
             _final, flow, unit, (state, test), cells, keys, stepping, (drawn, added), divisor,
             listener,
             what=f"predicting {len(cells[0]):,} cells with {keys.size:,} keys",
             ways_out="predict fewer cells at once, use fewer keys or samples, or float32",
-            results=program_memory.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
+            results=compiled.bytes_of((state, test)), n_runs=len(cells[0]) * keys.size,
         )  # fmt: skip
         return devices.whole(final)
 

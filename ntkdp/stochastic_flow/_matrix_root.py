@@ -1,9 +1,8 @@
 """Square roots and eigenvectors of covariances, on one device or on all of a mesh."""
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ntkdp._backend import compiled, devices
+from ntkdp._backend import compiled, decompositions, devices
 from ntkdp._backend.types import Array, Float
 from ntkdp.stochastic_flow import _distributed_eigh as distributed_eigh
 
@@ -29,7 +28,7 @@ def square_root(matrix: Float[Array, "N N"], mesh: Mesh | None = None) -> Float[
 def eigh(matrix: Array, mesh: Mesh | None = None) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:
     """Eigenvalues, ascending, and vectors; the devices of a mesh find them together."""
     if mesh is None:
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = decompositions.eigh(matrix)
         return values, vectors
     return distributed_eigh.eigh(mesh, devices.spread(mesh, matrix))
 

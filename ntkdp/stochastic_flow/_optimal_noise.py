@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkdp._backend import validate
+from ntkdp._backend import decompositions, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, LearningRate
 from ntkdp.batches import Batches
 from ntkdp.gradient_flow import (
@@ -152,6 +152,6 @@ def _products(
 def _root_of_second_derivative(walk: OptimizerSteps, outputs: Array) -> Float[Array, "n K K"]:
     """A root of the second derivative of each sample's loss, where it bends upwards."""
     second = walk.flow.loss.output_hessian(outputs, walk.flow.targets)
-    squares, directions = jnp.linalg.eigh(second)
+    squares, directions = decompositions.eigh(second)
     root: Array = directions * jnp.sqrt(jnp.maximum(squares, 0.0))[:, None]
     return root

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import clipping, counterexamples, spectrum
-from ntkdp._backend import validate
+from ntkdp._backend import decompositions, validate
 from ntkdp.clipping import ClippingRule, Scope
 from ntkdp.counterexamples import Counterexample
 from ntkdp.ntk import LayerwiseKernel
@@ -275,7 +275,7 @@ def _small_layerwise(key: jax.Array) -> Row:
             added="Every layer's kernel is singular here, and must be: if one of them is positive "
             "definite, training stops at zero gradient only.",
             added_holds=all(
-                float(jnp.linalg.eigvalsh(term)[0]) < 1e-9 * scale for term in stuck.terms
+                float(decompositions.eigvalsh(term)[0]) < 1e-9 * scale for term in stuck.terms
             ),
             example=stuck,
         ),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, losses, ntk, spectrum
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, Float, Key, Params, PRNGKeyArray
 from ntkdp.clipping import ClippingRule
 from ntkdp.gradient_flow import KernelFlow, WeightFlow, recursion
@@ -198,7 +199,7 @@ def circling_network(clip_norm: float = 1.0, horizon: float = 60.0) -> Circling:
     def observe(t: Array, weights: Params, args: None) -> tuple[Array, Array, Array]:
         kernel = ntk.empirical_ntk(_circling, weights, x)[:, :, 0, 0]
         total = jnp.sum(loss(_circling(weights, x), targets))
-        return total, jnp.linalg.eigvalsh(kernel)[0], weights["clock"]
+        return total, decompositions.eigvalsh(kernel)[0], weights["clock"]
 
     # `solve` keeps no weights, and the kernel is a function of those.
     solution = diffrax.diffeqsolve(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._backend import memory, program_memory, progress, validate
+from ntkdp._backend import compiled, memory, progress, validate
 from ntkdp._backend.progress import Listener
 from ntkdp._backend.types import Array, LearningRate, PyTree, ScalarLike, is_traced
 
@@ -89,7 +89,7 @@ class Stepping(eqx.Module):
     def bytes_of_record(self, measure: Callable[..., PyTree], state: PyTree, outputs: bool) -> int:
         """Bytes of all that ``measure(state, outputs)`` returns at the recorded steps."""
         n_recorded = -(-self.steps // self.record_every) + 1
-        return program_memory.bytes_of_record(n_recorded, measure, state, outputs)
+        return compiled.bytes_of_record(n_recorded, measure, state, outputs)
 
     def rate(self, k: Array | int) -> ScalarLike:
         """Learning rate of step k."""

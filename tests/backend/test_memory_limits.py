@@ -12,7 +12,7 @@ import pytest
 from helpers import linear
 
 import ntkdp
-from ntkdp._backend import memory, program_memory
+from ntkdp._backend import compiled, memory
 from ntkdp.experiment import _run
 from ntkdp.trajectory._stepping import Stepping
 
@@ -278,8 +278,8 @@ def test_flows_and_noise_ask_for_their_matrices(monkeypatch: pytest.MonkeyPatch)
 def test_programs_on_a_mesh_are_asked_for_on_all_devices_of_a_host() -> None:
     mesh = jax.make_mesh((8,), ("samples",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("samples"))
-    assert program_memory._devices_that_share(jax.device_put(jnp.zeros(16), spread)) == 8
-    assert program_memory._devices_that_share((np.zeros(16), jnp.zeros(3))) == 1
+    assert compiled._devices_that_share(jax.device_put(jnp.zeros(16), spread)) == 8
+    assert compiled._devices_that_share((np.zeros(16), jnp.zeros(3))) == 1
 
 
 SMALL: dict[str, Any] = {

@@ -19,6 +19,11 @@ def verify(*arguments: str) -> Any:
     return CliRunner().invoke(cli.app, ["verify", *arguments])
 
 
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify without workers, which would not know what was replaced here."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
 def a_failing_claim() -> claims.Claim:
     return claims.Claim(
         "C6", "One is two.", "none", "derived", lambda: [_claim.equal("one", 1.0, 2.0, within=0.5)]
@@ -60,6 +65,7 @@ def test_a_line_a_claim_and_nothing_written_unless_asked(
 def test_a_claim_that_fails_is_shown_and_sets_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_this_process(monkeypatch)
     monkeypatch.setitem(_registry._CLAIMS, "C6", a_failing_claim())
     monkeypatch.chdir(tmp_path)
     done = verify(*QUICK, "--out", "found")
@@ -80,6 +86,7 @@ def test_an_unknown_claim_names_the_nearest() -> None:
 def test_a_whole_verification_has_the_table_in_every_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_this_process(monkeypatch)
     cell = table_one.Cell("symmetric", False, False, "asymmetry <of> a state", 0.5, True)
     noted = table_one.Cell("monotone", None, True, "rate", -1.0, True, added="More & more.")
     broken = table_one.Cell("to zero loss", True, True, "loss", 1.0, False)

@@ -1,9 +1,18 @@
 """Verification of the theory: run the claims and the table, show them, and keep them."""
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,15 +45,16 @@ class Verification(NamedTuple):
 def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
     """Verify the named claims, which must exist, and rebuild the table if requested.
 
-    Most of the time is spent on compilation, which uses one core, so several claims are verified
-    at a time, in threads.
+    Most of the time is spent on tracing programs, which uses one core and Python's lock, so several
+    claims are verified at a time, in processes.
     """
     start = time.perf_counter()
     report("compiling the first claims", 0.0)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    n_tasks = len(names) + table
+    with _workers(n_tasks) as workers:
         # The table takes longest: it starts first.
-        rebuilt = threads.submit(table_one.compute) if table else None
-        verdicts = [threads.submit(claims.verify, name) for name in names]
+        rebuilt = workers.submit(table_one.compute) if table else None
+        verdicts = [workers.submit(claims.verify, name) for name in names]
         tasks: dict[Future[Any], str] = dict(zip(verdicts, names, strict=True))
         if rebuilt is not None:
             tasks[rebuilt] = "Table 1, computed"
@@ -53,13 +63,36 @@ def run(names: Sequence[str], *, table: bool, report: Report) -> Verification:
                 done.result()
                 report(f"{tasks[done]} done", (number + 1) / len(tasks))
         except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
             raise
     return Verification(
         tuple(verdict.result() for verdict in verdicts),
         None if rebuilt is None else rebuilt.result(),
         time.perf_counter() - start,
     )
+
+
+def _workers(n_tasks: int) -> Executor:
+    """One process a core, or this one if there is nothing to divide."""
+    n_workers = min(os.cpu_count() or 1, n_tasks)
+    if n_workers < 2:
+        return ThreadPoolExecutor(1)
+    # Threads of JAX do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_end_with_the_command)
+
+
+def _end_with_the_command() -> None:
+    """Let a worker end without a word when the command does, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if command is not None:
+            command.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def as_json(verdicts: Sequence[Verdict]) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import optimizers, privacy
-from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import compiled, devices, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.progress import Listener, begin_part
 from ntkdp._backend.schedules import Schedule, largest, multiplier
@@ -268,7 +268,7 @@ def draw_in_groups(
 ) -> Measurement:
     """Runs of a head, so many at a time that their outputs take little memory."""
     assert isinstance(walk.flow, HeadFlow)
-    largest = max(1, _OUTPUT_BYTES // program_memory.bytes_of(walk.flow.outputs))
+    largest = max(1, _OUTPUT_BYTES // compiled.bytes_of(walk.flow.outputs))
     n_groups = -(-keys.size // largest)
     if keys.ndim == 0 or n_groups == 1:
         return draw_within_memory(walk, noise, start, False, stepping, keys, outputs, listener)[1]
@@ -301,13 +301,13 @@ def draw_within_memory(
     """:func:`draw`, if there is memory for it."""
     single = jax.tree.map(lambda leaf: leaf[0], start) if per_seed else start
     walked = jax.eval_shape(walk.start, *single)
-    end, measured = program_memory.call(
+    end, measured = compiled.call(
         draw, walk, noise, start, per_seed, stepping, keys, outputs, listener,
         what=f"drawing {keys.size:,} runs of {stepping.steps:,} steps",
         ways_out="draw fewer runs at a time (keys), record fewer steps or without outputs, or use "
         "float32",
         results=stepping.bytes_of_record(walk.measure, walked, outputs),
-        work=program_memory.bytes_of(walked), n_runs=keys.size,
+        work=compiled.bytes_of(walked), n_runs=keys.size,
     )  # fmt: skip
     return end, measured
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ntkdp import privacy
-from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import compiled, devices, validate
 from ntkdp._backend.types import Array, ArrayLike, Float, Key, KeyLike, LearningRate, PyTree
 from ntkdp.batches import Batches
 from ntkdp.batches import resolve as resolve_batches
@@ -56,12 +56,12 @@ class FinalLoss(eqx.Module):
     def value_and_gradient(self, clip_norms: ArrayLike) -> tuple[Array, Float[Array, " R"]]:
         """The loss, and its derivative by the norms in forward mode, which stores no steps."""
         norms = jnp.asarray(clip_norms, jax.tree.leaves(self.start)[0].dtype)
-        found: tuple[Array, Array] = program_memory.call(
+        found: tuple[Array, Array] = compiled.call(
             _value_and_gradient, self, norms,
             what=f"the final loss of {self.keys.size:,} runs and its derivative by {norms.size} "
             "clipping norms",
             ways_out="use fewer keys, fewer samples or float32",
-            work=(1 + norms.size) * program_memory.bytes_of(self.start), n_runs=self.keys.size,
+            work=(1 + norms.size) * compiled.bytes_of(self.start), n_runs=self.keys.size,
         )  # fmt: skip
         return found
 

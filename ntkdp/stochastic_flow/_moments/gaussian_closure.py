@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntkdp._backend import devices
+from ntkdp._backend import decompositions, devices
 from ntkdp._backend.norms import through_kernel
 from ntkdp._backend.types import Array, Float, PyTree
 from ntkdp.gradient_flow import KernelFlow
@@ -338,7 +338,7 @@ class Closure(eqx.Module):
 
 def _principal_axes(covariance: Float[Array, "K K"]) -> tuple[Array, Array]:
     """Axes as columns of unit length, and the standard deviations along them."""
-    values, vectors = jnp.linalg.eigh(covariance)
+    values, vectors = decompositions.eigh(covariance)
     return vectors, jnp.sqrt(jnp.maximum(values, 0))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import privacy
-from ntkdp._backend import devices, program_memory, validate
+from ntkdp._backend import compiled, devices, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.compiled import nan_unless
 from ntkdp._backend.progress import Listener
@@ -156,7 +156,7 @@ def moments(
     steps_of = MomentSteps(closure, as_linear(walk.optimizer), at_zero, drawn, recursion, norms)
     size = size_of_state(steps_of.optimizer) + len(recursion.enters)
     with _progress.listening(progress, "stepping the moments") as listener:
-        statistics = program_memory.call(
+        statistics = compiled.call(
             _step_moments, steps_of, mean, stepping, outputs, listener,
             what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,
             results=len(stepping.recorded) * _bytes_at_a_time(mean, outputs),
@@ -231,7 +231,7 @@ def moment_flow(
     closure, mean = _closure(
         flow, initial, noise_multiplier, batches, noise_kernel, noise_per_group, rank
     )
-    statistics, outcome = program_memory.call(
+    statistics, outcome = compiled.call(
         _solve_moments, closure, mean, start, times, rate, as_constant(rtol), as_constant(atol),
         outputs,
         what=f"moments of {mean.size:,} outputs", ways_out=_WAYS_OUT,

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ntkdp._backend import decompositions
 from ntkdp._backend.types import Array, Float
 from ntkdp.batches import Batches
 from ntkdp.clipping import Scheduled
@@ -141,7 +142,7 @@ def _of_outputs_alone(step: Transition) -> tuple[Array, Array]:
     makes in the end, :math:`\eta / (1 - \beta)`.
     """
     M, b = step.of_state, step.of_gradient
-    caught_up = jnp.linalg.solve(
+    caught_up = decompositions.solve(
         jnp.eye(len(b) - 1, dtype=b.dtype) - M[1:, 1:], jnp.stack([M[1:, 0], b[1:]], axis=1)
     )
     through = M[0, 1:] @ caught_up

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ntkdp import optimizers, privacy
-from ntkdp._backend import memory, program_memory, validate
+from ntkdp._backend import compiled, decompositions, memory, validate
 from ntkdp._backend import progress as _progress
 from ntkdp._backend.types import Array, Float, KeyLike, LearningRate, Progress
 from ntkdp._results.setup import batches_in_words, noise_in_words
@@ -312,7 +312,7 @@ def _roots(covariance: Float[Array, "nodes NK NK"]) -> Float[Array, "M NK NK"]:
     largest = jnp.max(jnp.diagonal(within, axis1=1, axis2=2), axis=1)
     jitter = _JITTER * jnp.finfo(within.dtype).eps * largest
     eye = jnp.eye(size, dtype=within.dtype)
-    roots: Array = jnp.linalg.cholesky(within + jitter[:, None, None] * eye)
+    roots: Array = decompositions.cholesky(within + jitter[:, None, None] * eye)
     return roots
 
 
@@ -390,7 +390,7 @@ def _require_room(
         kernels += _FILTERS * stepping.steps * carried * (carried + n_nodes)
     memory.require(
         ((states + kept) * rows * n_runs + kernels) * np.dtype(flow.dtype).itemsize
-        + networks * program_memory.bytes_of(flow.params),
+        + networks * compiled.bytes_of(flow.params),
         f"the response of {n_runs:,} runs with {n_kernels} kernels of {rows:,} x {columns:,}",
         "use fewer samples, fewer nodes, fewer keys at a time, or float32",
     )

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ntkdp._backend import devices
+from ntkdp._backend import decompositions, devices
 from ntkdp._backend.types import Array, Float, Key
 from ntkdp.models import WeightLaw
 from ntkdp.stochastic_flow._matrix_root import eigh
@@ -308,7 +308,7 @@ def _roots(matrices: Array) -> Array:
     while jitter < 1e-2:
         # A matrix that is not positive definite gives NaN, and is tried again with more jitter.
         with jax.debug_nans(False):
-            roots = jnp.linalg.cholesky(matrices / scale + jitter * eye)
+            roots = decompositions.cholesky(matrices / scale + jitter * eye)
         if bool(jnp.all(jnp.isfinite(roots))):
             return jnp.where((largest > 0)[:, None, None], roots * jnp.sqrt(scale), 0.0)
         jitter *= 10

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +127,7 @@ def map_of_cells(problem: Problem) -> Map:
     keys = jax.random.split(jax.random.key(4), RUNS_OF_A_CELL)
     cells = []
     for rate, norm in zip(rates, norms, strict=True):
-        rule = eqx.tree_at(lambda rule: rule.R, RULE, float(norm))
+        rule = ntkdp.clipping.Abadi(float(norm))
         run = _run(problem, rule, float(rate), keys, record_every=STEPS, outputs=True)
         assert run.outputs is not None
         assert run.test_outputs is not None

@@ -5,6 +5,7 @@ Every function ends in :func:`from_arrays`, which states how samples are split (
 """
 
 from ntkdp.datasets._dataset import Dataset, from_arrays
+from ntkdp.datasets._file_content import read_text as read_text
 from ntkdp.datasets._files import from_csv, from_idx, from_npz
 from ntkdp.datasets._named import (
     diabetes,
@@ -16,6 +17,7 @@ from ntkdp.datasets._named import (
     openml,
     separable,
 )
+from ntkdp.datasets._tables import sniff_delimiter as sniff_delimiter
 
 __all__ = [
     "Dataset",

@@ -55,6 +55,14 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise ValueError(f"{str(path)!r} is truncated or damaged: {error}") from error
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, unpacked if it is gzipped; errors as of :func:`read_bytes`."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+
+
 def require_room(path: str | os.PathLike[str], size: int) -> None:
     """Raise ``MemoryError`` unless so many bytes of a file may be read."""
     if size > (most := _most()):

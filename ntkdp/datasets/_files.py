@@ -14,7 +14,7 @@ import numpy as np
 
 from ntkdp._backend.validate import choice, did_you_mean
 from ntkdp.datasets._dataset import Dataset, Split, from_arrays
-from ntkdp.datasets._file_content import existing_file, read_bytes, require_room
+from ntkdp.datasets._file_content import existing_file, read_bytes, read_text, require_room
 from ntkdp.datasets._number_notation import notations
 from ntkdp.datasets._tables import (
     MISSING_POLICIES,
@@ -28,13 +28,6 @@ from ntkdp.datasets._tables import (
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 #: More axes than this are no images.
 _MAX_RANK = 8
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from error
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -276,7 +269,7 @@ def from_csv(
     source = repr(str(path))
     choice(MISSING_POLICIES, missing=missing)
     notations(decimal, thousands)  # a bad option before a file is read
-    frame, as_written = read_csv(_read_text(path), source, delimiter)
+    frame, as_written = read_csv(read_text(path), source, delimiter)
     chosen = select_columns(frame, target, features, source, groups)
     inputs, targets = in_numbers(
         chosen, as_written, target, categorical, decimal=decimal, thousands=thousands, source=source

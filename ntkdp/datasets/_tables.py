@@ -32,7 +32,7 @@ class Table(NamedTuple):
     rows: np.ndarray
 
 
-def _sniff_delimiter(text: str) -> str:
+def sniff_delimiter(text: str) -> str:
     """The delimiter that splits the first line into most fields."""
     fields = {d: len(next(csv.reader(io.StringIO(text), delimiter=d), [])) for d in _DELIMITERS}
     return max(_DELIMITERS, key=fields.__getitem__)
@@ -63,7 +63,7 @@ def read_csv(
     if not text.strip():
         raise ValueError(f"{source} is empty")
     try:
-        separator = _sniff_delimiter(text) if delimiter is None else delimiter
+        separator = sniff_delimiter(text) if delimiter is None else delimiter
     except csv.Error as error:
         raise ValueError(f"{source} is not a table: {error}") from error
     frame = _parsed(text, source, separator)

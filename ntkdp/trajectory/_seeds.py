@@ -77,8 +77,15 @@ def mean_over_seeds(trajectory: Trajectory, name: str) -> np.ndarray | None:
     if value is None:
         return None
     array = np.asarray(value, np.float64)
+    if name == "clip_fraction" and _is_unrecorded(array, np.asarray(trajectory.loss)):
+        return None
     with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
         return np.mean(array, axis=0) if trajectory.loss.ndim == 2 else array
+
+
+def _is_unrecorded(clip_fraction: np.ndarray, loss: np.ndarray) -> bool:
+    """Whether clip fractions are NaN throughout, though the run did not diverge."""
+    return bool(np.all(np.isnan(clip_fraction)) and np.any(np.isfinite(loss)))
 
 
 def last_value(trajectory: Trajectory, name: str) -> float | None:

@@ -1,6 +1,7 @@
 """The record of a prediction or a run over time."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ import numpy as np
 from ntkdp._backend import devices, validate
 from ntkdp._backend.files import replacing
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, is_traced
+from ntkdp._backend.types import Array, LearningRate, is_traced
 from ntkdp._results import setup as setups
 from ntkdp._results.setup import Setup
 from ntkdp.privacy import Sensitivities
+from ntkdp.trajectory._from_csv import read_log
 from ntkdp.trajectory._outcome import ADVICE, Outcome, message, succeeded
 from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
 from ntkdp.trajectory._training_set import Measurement
@@ -39,7 +41,8 @@ class Trajectory(eqx.Module):
         ``(T,)``, training loss, reduced over samples as the flow or run was told to. Runs and flows
         in half precision are measured and recorded in float32.
     clip_fraction : array
-        ``(T,)``, share of samples (layerwise: of samples and groups) whose factor is below one.
+        ``(T,)``, share of samples (layerwise: of samples and groups) whose factor is below one; NaN
+        throughout if it was not recorded.
     steps : array, optional
         ``(T,)``, step numbers, for what proceeds in steps.
     accuracy, test_loss, test_accuracy : array, optional
@@ -230,6 +233,63 @@ class Trajectory(eqx.Module):
             return cls.from_xarray(dataset)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        learning_rate: LearningRate | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        delimiter: str | None = None,
+    ) -> "Trajectory":
+        """Read a log of training that anything may have written: a row for each recorded step.
+
+        A row of step k holds the state after k steps, step 0 the initial one. Losses are those of
+        the whole training set, reduced as the prediction's, and not of a batch. A log that begins
+        later starts at time 0 all the same: predict it by ``solve(..., start=0.0)``.
+
+        Parameters
+        ----------
+        path : path
+            CSV text whose first line names the columns, gzipped or not. It has a column ``loss``,
+            ``step`` or ``time`` (learning rate x step), and perhaps ``accuracy``, ``test_loss``,
+            ``test_accuracy``, ``clip_fraction`` (shares from 0 to 1) and ``seed``, which tells runs
+            apart: they become the leading axis, in the order of the file. Others are left out.
+        learning_rate : float or optax schedule, optional
+            Turns steps into times, where there is no column of times.
+        columns : mapping of str to str, optional
+            The file's own name of a column, e.g. ``{"loss": "train/loss"}``; None leaves it out.
+        delimiter : str, optional
+            Default: whichever of comma, semicolon, tab and bar splits the first line into most.
+
+        Returns
+        -------
+        Trajectory
+            Without ``setup``, so that :func:`ntkdp.compare` cannot check that it is of the training
+            that was predicted. Without a column of clip fractions they are NaN, which
+            :func:`ntkdp.compare` leaves out.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError, TypeError
+            If it is no table, lacks a column or an entry, holds what is no number or out of order,
+            or seeds differ in their steps: naming the column, the line and the value.
+
+        Examples
+        --------
+        >>> import ntkdp, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.csv"
+        >>> _ = path.write_text("step,train/loss\\n0,2.0\\n10,1.5\\n20,1.25\\n")
+        >>> run = ntkdp.Trajectory.from_csv(
+        ...     path, learning_rate=0.5, columns={"loss": "train/loss"})
+        >>> run.times.tolist(), run.loss.tolist()
+        ([0.0, 5.0, 10.0], [2.0, 1.5, 1.25])
+        """
+        log = read_log(path, learning_rate, columns, delimiter)
+        return from_measurements(log.times, log.measured, log.steps, start=log.start)
 
     @classmethod
     def from_xarray(cls, dataset: "xarray.Dataset") -> "Trajectory":

@@ -15,6 +15,27 @@ from ntkdp._backend import validate
 #: A kind of configuration.
 Kind = TypeVar("Kind", bound=BaseModel)
 
+#: Words of PyTorch, Opacus and their like: the field that is meant, and how it is found from them.
+_WORDS = {
+    "batch_size": ("sample_rate", "batch_size / n_train"),
+    "expected_batch_size": ("sample_rate", "expected_batch_size / n_train"),
+    "criterion": ("loss", ""),
+    "epochs": ("steps", "epochs / sample_rate"),
+    "iterations": ("steps", ""),
+    "l2_norm_clip": ("clip_norm", ""),
+    "loss_fn": ("loss", ""),
+    "loss_reduction": ("reduction", ""),
+    "lr": ("learning_rate", ""),
+    "max_grad_norm": ("clip_norm", ""),
+    "max_steps": ("steps", ""),
+    "n_epochs": ("steps", "n_epochs / sample_rate"),
+    "num_epochs": ("steps", "num_epochs / sample_rate"),
+    "num_steps": ("steps", ""),
+    "sigma": ("noise_multiplier", ""),
+    "target_delta": ("delta", ""),
+    "target_epsilon": ("epsilon", ""),
+}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and its value.
@@ -63,7 +84,8 @@ def _explain(kind: type[BaseModel], item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"] if part not in ("float", "list[float]"))
     if item["type"] == "extra_forbidden":
         section = _section(kind, item["loc"][:-1])
-        hint = validate.did_you_mean(str(item["loc"][-1]), section.model_fields)
+        word = str(item["loc"][-1])
+        hint = _place_of(kind, word) or validate.did_you_mean(word, section.model_fields)
         return f"unknown field {where!r}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not where:
@@ -75,6 +97,27 @@ def _explain(kind: type[BaseModel], item: ErrorDetails) -> str:
         expected = [name for part in expected for name in part.replace("'", "").split(" or ")]
         hint = validate.did_you_mean(item["input"], expected)
     return f"field {where!r}: {message}, got {value[:80]}{hint}"
+
+
+def _place_of(kind: type[BaseModel], word: str) -> str:
+    """The tail of an error message: where the field is that a word means; empty if not known."""
+    field, value = _WORDS.get(word.lower(), (word, ""))
+    names = (field, f"{field}s")
+    places = [path for path in _paths(kind) if path.rpartition(".")[2] in names]
+    if not places:
+        return ""
+    of_value = f", which is {value}" if value else ""
+    return f"; did you mean {' or '.join(map(repr, places))}{of_value}?"
+
+
+def _paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every section and field by its place in the file."""
+    for name, field in kind.model_fields.items():
+        yield f"{prefix}{name}"
+        nested = next(_models_in(field.annotation), None)
+        if nested is not None:
+            repeated = "[]" if typing.get_origin(field.annotation) is list else ""
+            yield from _paths(nested, f"{prefix}{name}{repeated}.")
 
 
 def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

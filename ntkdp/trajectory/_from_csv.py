@@ -110,6 +110,8 @@ def _read_table(
         split = [(reader.line_num, fields) for fields in reader if any(map(str.strip, fields))]
     except csv.Error as error:
         raise ValueError(f"{source} is not a table: {error}") from error
+    if not split:
+        raise ValueError(f"{source} is not a table: all its lines are empty")
     (_, header), rows = split[0], split[1:]
     header = [name.strip() for name in header]
     if not rows:
@@ -229,7 +231,8 @@ def _way_out(name: str, must: str) -> str:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        # Python reads 1_000 too, which another program may not have meant as a number.
+        return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
 

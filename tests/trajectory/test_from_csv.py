@@ -172,6 +172,8 @@ def test_clip_fractions_of_runs_that_diverged_are_compared() -> None:
     ("text", "options", "message"),
     [
         ("", {}, "run.csv' is empty"),
+        (",\n,\n", {}, "run.csv' is not a table: all its lines are empty"),
+        ("step,loss\n0,1_0\n", {}, "column 'loss' must hold plain numbers, got '1_0' in line 2"),
         ("step,loss\n", {}, "has no rows after its first line, which names ['step', 'loss']"),
         ("step,loss\n0,1,2\n", {}, "line 2 has 3 fields when split at ',', and the first line nam"),
         ('step,loss\n0,"' + "1" * 200_000 + '"\n', {}, "is not a table: field larger than"),

@@ -22,6 +22,7 @@ from . import spectrum as spectrum
 from . import stochastic_flow as stochastic_flow
 from . import sweep as sweep
 from . import table_one as table_one
+from . import torch as torch
 from . import trajectory as trajectory
 from ._backend.precision import enable_x64 as enable_x64
 from ._estimators.sharpness_aware import SharpnessAware as SharpnessAware

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -157,6 +158,14 @@ def _meshes_compile_anew(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Examples with PyTorch need it."""
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.path == _PACKAGE / "torch.py":
+                item.add_marker(pytest.mark.skip(reason="PyTorch is not installed"))
 
 
 @pytest.fixture

@@ -308,9 +308,9 @@ class Comparison:
         >>> len(ntkdp.compare(run, run).plot().lines)
         2
         """
-        from ntkdp import _curves
+        from ntkdp.comparison import curves
 
-        return _curves.loss_curves(self.predicted, self.observed, ax=ax)
+        return curves.loss_curves(self.predicted, self.observed, ax=ax)
 
 
 def _mean_crps_of(reference: object, comparison: Comparison) -> float:

@@ -7,7 +7,7 @@ times steps. Functions draw on the Axes that they are given, or on a new figure;
 ``rcParams`` is touched.
 """
 
-from ntkdp._curves import accuracy, clip_fraction, loss_curves
+from ntkdp.comparison.curves import accuracy, clip_fraction, loss_curves
 from ntkdp.plotting._certificates import certificate
 from ntkdp.plotting._clip_norm import clipping_norm_curve
 from ntkdp.plotting._errors import comparison_grid, relative_error

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ntkdp._curves import TIME
 from ntkdp._results import figure_style
 from ntkdp.certificates import Certificates
+from ntkdp.comparison.curves import TIME
 
 #: Inches.
 _SIZE = (5.2, 5.0)

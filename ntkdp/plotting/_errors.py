@@ -9,9 +9,16 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ntkdp._curves import TIME, Predictions, check_trajectory, draw, named_predictions, recorded
 from ntkdp._results import figure_style
 from ntkdp.comparison import compare
+from ntkdp.comparison.curves import (
+    TIME,
+    Predictions,
+    check_trajectory,
+    draw,
+    named_predictions,
+    recorded,
+)
 from ntkdp.trajectory import Trajectory
 
 

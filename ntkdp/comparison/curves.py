@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ntkdp._results import figure_style
-from ntkdp.trajectory import Trajectory, band
+from ntkdp.trajectory import Trajectory, band, mean_over_seeds
 
 #: Label of the time axis.
 TIME = r"time $t$ = learning rate × step"
@@ -44,7 +44,7 @@ def draw(
     if run is not None:
         check_trajectory("run", run)
         values, quantiles = _over_seeds(recorded(run, name, "run"))
-        label = "observed"
+        label = "observed" if mean_over_seeds(run, name) is not None else "observed: not recorded"
         if quantiles is not None:
             label += f", mean of {len(run.loss)}"
             figure_style.run_band(ax, run.times, *quantiles, label=f"{_BAND_TITLE} of runs")

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import ntkdp
-from ntkdp import Trajectory
+from ntkdp import Trajectory, plotting
 from ntkdp.trajectory import Outcome
 
 #: Writes text to a file and gives its path.
@@ -160,6 +160,9 @@ def test_clip_fractions_that_were_not_recorded_are_not_compared(write: Write) ->
         compared = ntkdp.compare(*pair)
         assert compared.clip_fraction_error is None
         assert compared.sup_relative_error == 0.0
+    ax = plotting.clip_fraction(prediction, run)
+    assert [line.get_label() for line in ax.lines] == ["observed: not recorded", "predicted"]
+    assert plotting.loss_curves(prediction, run).lines[0].get_label() == "observed"
 
 
 def test_clip_fractions_of_runs_that_diverged_are_compared() -> None:

@@ -6,6 +6,7 @@ threads, in one program or in programs of several Python threads, every thread w
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 
 import jax
@@ -31,7 +32,8 @@ def _one_at_a_time(decompose: Callable[..., _Result], signature: str) -> Callabl
         value, derivative = jax.jvp(decompose, primals, tangents)
         return value, derivative
 
-    batched = jnp.vectorize(one, signature=signature)
+    # Outside of a program, a loop over matrices would be compiled anew at each call.
+    batched = jax.jit(jnp.vectorize(one, signature=signature))
 
     def apply(*matrices: Array) -> _Result:
         result: _Result = (batched if jax.default_backend() == "cpu" else decompose)(*matrices)
@@ -58,5 +60,9 @@ solve_lower = _one_at_a_time(
 
 def pinv(matrix: Array, rtol: float) -> Array:
     """The pseudoinverse without singular values below this part of the largest one."""
-    inverse = _one_at_a_time(lambda one: jnp.linalg.pinv(one, rtol=rtol), "(n,m)->(m,n)")
-    return inverse(matrix)
+    return _pinv(rtol)(matrix)
+
+
+@lru_cache
+def _pinv(rtol: float) -> Callable[..., Array]:
+    return _one_at_a_time(lambda matrix: jnp.linalg.pinv(matrix, rtol=rtol), "(n,m)->(m,n)")

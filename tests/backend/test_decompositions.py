@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax._src import test_util as jtu
 
 from ntkdp._backend import decompositions
 
@@ -82,3 +83,11 @@ def test_derivatives_are_those_of_the_decomposition() -> None:
     pair = jnp.stack([a, 2 * a])
     both = jax.vmap(jax.grad(lambda a: decompositions.eigvalsh(a)[-1]))(pair)
     np.testing.assert_allclose(both, np.stack([np.outer(top, top)] * 2), atol=1e-10)
+
+
+def test_a_batch_outside_of_programs_is_compiled_once() -> None:
+    a, _ = matrices(7)
+    decompositions.cholesky(a)
+    with jtu.count_jit_and_pmap_lowerings() as count:
+        decompositions.cholesky(2 * a)
+    assert count() <= 1  # the product

@@ -39,20 +39,17 @@ MOST_SECONDS = 15.0
 
 
 class Contender(NamedTuple):
-    """Who does the work, in which environment, and the goal for ntkdp relative to it."""
+    """Who does the work, in which environment and checkout."""
 
     label: str
     environment: tuple[str, ...]
     module: str
     case: str
-    goal: float | None = None
+    checkout: Path = HERE.parent
 
 
 def _kernel_peers(
-    case: str,
-    against_old: float,
-    against_new: float,
-    modes: tuple[str, ...] = ("jacobian contraction", "NTK-vector products"),
+    case: str, modes: tuple[str, ...] = ("jacobian contraction", "NTK-vector products")
 ) -> list[Contender]:
     peers = [
         Contender(
@@ -60,58 +57,56 @@ def _kernel_peers(
             OLD_JAX,
             "neural_tangents_",
             f"{case}, structured derivatives",
-            against_old,
         )
     ]
     for mode in modes:
         label = f"neural-tangents, {mode}, the JAX of ntkdp"
-        peers.append(Contender(label, OWN, "neural_tangents_", f"{case}, {mode}", against_new))
+        peers.append(Contender(label, OWN, "neural_tangents_", f"{case}, {mode}"))
     return peers
 
 
-def _step_peers(case: str, plain: float, noisy: float | None) -> list[Contender]:
+def _step_peers(case: str) -> list[Contender]:
     return [
-        Contender("step without privacy", OWN, "plain_jax", f"{case}, no privacy", plain),
-        Contender("step with the noise alone", OWN, "plain_jax", f"{case}, noise alone", noisy),
-        Contender("opacus, ghost clipping", OPACUS, "opacus_", f"{case}, ghost clipping", 1.0),
+        Contender("step without privacy", OWN, "plain_jax", f"{case}, no privacy"),
+        Contender("step with the noise alone", OWN, "plain_jax", f"{case}, noise alone"),
+        Contender("opacus, ghost clipping", OPACUS, "opacus_", f"{case}, ghost clipping"),
         Contender(
-            "opacus, per-sample gradients", OPACUS, "opacus_", f"{case}, per-sample gradients", 1.0
+            "opacus, per-sample gradients", OPACUS, "opacus_", f"{case}, per-sample gradients"
         ),
-        Contender("torch.func, mapped", OPACUS, "opacus_", f"{case}, torch.func", 1.0),
-        Contender("optax", OWN, "optax_", case, 1.0),
-        Contender("jax-privacy", JAX_PRIVACY, "jax_privacy_", case, 1.0),
+        Contender("torch.func, mapped", OPACUS, "opacus_", f"{case}, torch.func"),
+        Contender("optax", OWN, "optax_", case),
+        Contender("jax-privacy", JAX_PRIVACY, "jax_privacy_", case),
     ]
 
 
 COMPARISONS: dict[str, list[Contender]] = {
-    "kernel of an MLP, width 512": _kernel_peers("kernel of an MLP, width 512", 0.6, 1 / 150),
+    "kernel of an MLP, width 512": _kernel_peers("kernel of an MLP, width 512"),
     # The other mode would hold a Jacobian of 15 GB.
     "kernel of an MLP, width 2048": _kernel_peers(
-        "kernel of an MLP, width 2048", 0.75, 1 / 150, ("NTK-vector products",)
+        "kernel of an MLP, width 2048", ("NTK-vector products",)
     ),
-    problems.KERNEL_CNN: _kernel_peers(problems.KERNEL_CNN, 0.75, 1 / 20),
+    problems.KERNEL_CNN: _kernel_peers(problems.KERNEL_CNN),
     problems.TRANSFORMER: [
         Contender(
             f"per-sample Jacobians, {samples} samples at a time",
             OWN,
             "plain_jax",
             f"{problems.TRANSFORMER}, blocks of {samples}",
-            0.1,
         )
         for samples in (8, 16, 32)
     ],
-    problems.STEP_MLP: _step_peers(problems.STEP_MLP, 1.6, 1.15),
-    problems.STEP_CNN: _step_peers(problems.STEP_CNN, 1.5, None),
+    problems.STEP_MLP: _step_peers(problems.STEP_MLP),
+    problems.STEP_CNN: _step_peers(problems.STEP_CNN),
 }
 
 
 class Worker:
     """A process that times the cases of one module in one environment."""
 
-    def __init__(self, environment: tuple[str, ...], module: str) -> None:
+    def __init__(self, contender: Contender) -> None:
         command = [sys.executable]
-        if environment:
-            needed = [part for package in environment for part in ("--with", package)]
+        if contender.environment:
+            needed = [part for package in contender.environment for part in ("--with", package)]
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             command = [
                 "uv",
@@ -123,7 +118,7 @@ class Worker:
                 *needed,
                 "python",
             ]
-        command += [str(HERE / "worker.py"), module]
+        command += [str(contender.checkout / "benchmarks" / "worker.py"), contender.module]
         # Elsewhere than in the project, whose pinned versions uv would apply to the peers.
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name) / "log"
@@ -134,7 +129,11 @@ class Worker:
             stderr=self.log.open("w"),
             text=True,
             cwd=self.folder.name,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+            env={
+                **os.environ,
+                "OMP_WAIT_POLICY": "passive",
+                "PYTHONPATH": str(contender.checkout) if not contender.environment else "",
+            },
         )
         self._read()
 
@@ -167,7 +166,7 @@ def measure(contenders: list[Contender], console: Console) -> dict[str, list[flo
     for contender in contenders:
         console.print(f"  preparing {contender.label}")
         try:
-            workers[contender.label] = Worker(contender.environment, contender.module)
+            workers[contender.label] = Worker(contender)
             workers[contender.label].ask(contender.case)
             seconds[contender.label] = []
         except (RuntimeError, OSError) as error:
@@ -187,20 +186,19 @@ def measure(contenders: list[Contender], console: Console) -> dict[str, list[flo
 
 def table(case: str, contenders: list[Contender], seconds: dict[str, list[float] | str]) -> str:
     """Medians, and the time of ntkdp as a multiple of each, in Markdown."""
-    rows = [f"## {case[0].upper()}{case[1:]}", "", "| | median | fastest | ntkdp / this | goal |"]
-    rows.append("|---|---:|---:|---:|---:|")
+    rows = [f"## {case[0].upper()}{case[1:]}", "", "| | median | fastest | ntkdp / this |"]
+    rows.append("|---|---:|---:|---:|")
     own = seconds["ntkdp"]
     for contender in contenders:
         taken = seconds[contender.label]
         if isinstance(taken, str) or isinstance(own, str):
-            rows.append(f"| {contender.label} | {taken} | | | |")
+            rows.append(f"| {contender.label} | {taken} | | |")
             continue
         ratio = statistics.median(own) / statistics.median(taken)
-        goal = "" if contender.goal is None else f"{contender.goal:.3g}"
         rows.append(
             f"| {contender.label} | {_milliseconds(statistics.median(taken))} | "
             f"{_milliseconds(min(taken))} | "
-            f"{'' if contender.label == 'ntkdp' else f'{ratio:.3g}'} | {goal} |"
+            f"{'' if contender.label == 'ntkdp' else f'{ratio:.3g}'} |"
         )
     return "\n".join(rows)
 
@@ -220,20 +218,29 @@ def main() -> None:
     """Measure everything, print it, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this; writes nothing")
-    only = parser.parse_args().only
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="checkout of another version, in place of peers; writes nothing",
+    )
+    given = parser.parse_args()
+    only, writes = given.only, not (given.only or given.against)
     console = Console()
     parts = []
     for case, peers in COMPARISONS.items():
         if only in case:
             console.print(case)
+            if given.against:
+                other = given.against.resolve()
+                peers = [Contender("the other version", OWN, "ntkdp_", case, other)]
             contenders = [Contender("ntkdp", OWN, "ntkdp_", case), *peers]
             parts.append(table(case, contenders, measure(contenders, console)))
             console.print(Markdown(parts[-1]))
-    if only in "growth":
+    if only in "growth" and not given.against:
         console.print("growth")
         parts.append(growth.table())
         console.print(Markdown(parts[-1]))
-    if not only:
+    if writes:
         page = HEADER.format(machine=_machine()) + "\n\n".join(parts) + "\n"
         temporary = PAGE.with_suffix(".partial")
         temporary.write_text(page)

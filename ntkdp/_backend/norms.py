@@ -104,3 +104,15 @@ def through_kernel(
         squares = diagonal * jnp.sum(a**2, axis=1)[None]
     values = from_squares(squares)
     return Scaled(values, jnp.broadcast_to(exponent[:, 0], values.shape)).unscaled()
+
+
+def through_blocks(
+    blocks: Float[Array, "R n K K"], a: Float[Array, "n K S"]
+) -> Float[Array, "R n S"]:
+    """The same for S output gradients of each sample, by products of small matrices."""
+    a, exponent = scaled(a, (1,))
+    squares = jnp.stack(
+        [jnp.sum(jnp.einsum("nkl,nls->nks", group, a) * a, axis=1) for group in blocks]
+    )
+    values = from_squares(squares)
+    return Scaled(values, jnp.broadcast_to(exponent[:, 0], values.shape)).unscaled()

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from ntkdp._backend import norms
 from ntkdp._backend.types import Array, Params
 from ntkdp.optimizers import Adam, Optimizer, OptimizerLike, transition
 from ntkdp.stochastic_flow._response.flow import ResponseFlow
@@ -41,11 +42,12 @@ def curvatures(flow: ResponseFlow, params: Params, metrics: Params | None) -> Cu
 def _largest(flow: ResponseFlow, params: Params, metric: Params | None) -> Array:
     n, groups = flow.n_samples, flow.weight_groups()
     outputs = flow.outputs(params, flow.x)
-    _, factors = flow.clipped(outputs, diagonal_blocks(flow, params)[:, :n], None)
-    factors = factors / flow.data.divisor
 
     def gradient(f: Array) -> Array:
         return flow.loss.output_gradient(f, flow.targets)
+
+    lengths = norms.through_kernel(diagonal_blocks(flow, params)[:, :n], gradient(outputs))
+    factors = flow.clipping.by_group(lengths) / flow.data.divisor
 
     def forward(params: Params) -> Array:
         return flow.outputs(params, flow.x)

@@ -161,29 +161,33 @@ class ResponseFlow(HasTrainingSet):
 
     def clipped(
         self,
-        outputs: Float[Array, "n K"],
+        outputs: Float[Array, "n K S"],
         blocks: Float[Array, "T n K K"],
-        correction: Float[Array, "T n"] | None,
-    ) -> tuple[Float[Array, "T n K"], Float[Array, "T n"]]:
-        """Clipped output gradients by group, over the divisor of the reduction; and the factors.
+        corrections: Float[Array, "T n S"],
+    ) -> tuple[Float[Array, "T n K S"], Float[Array, "T n S"]]:
+        """Clipped output gradients of S runs, over the divisor of the reduction; and the factors.
 
         Norms are those of the kernel's blocks of the samples with themselves, times a correction.
+        The runs stay the last axis, since to move it takes longer than the work.
         """
-        a = self.loss.output_gradient(outputs, self.targets)
-        lengths = norms.through_kernel(blocks, a)
-        if correction is not None:
-            lengths = lengths * correction
-        factors = self.clipping.by_group(lengths)
+        a = jax.vmap(lambda f: self.loss.output_gradient(f, self.targets), -1, -1)(outputs)
+        lengths = norms.through_blocks(blocks, a) * corrections
+        factors = jax.vmap(self.clipping.by_group, -1, -1)(lengths)
         return factors[:, :, None] * a[None] / self.data.divisor, factors
 
     def measure(
-        self, outputs: Float[Array, "N K"], factors: Array, keep_outputs: bool
+        self, outputs: Float[Array, "N K S"], factors: Float[Array, "T n S"], keep_outputs: bool
     ) -> Measurement:
-        """Losses, accuracies and clip fraction at outputs of all points."""
+        """Losses, accuracies and clip fraction of S runs at their outputs of all points."""
         n = self.n_samples
-        test = None if self.test_x is None else outputs[n:]
-        clip_fraction = _clipping.clip_fraction(factors)
-        return self.data.measure(outputs[:n], test, clip_fraction, keep_outputs)
+
+        def of_run(outputs: Array, factors: Array) -> Measurement:
+            test = None if self.test_x is None else outputs[n:]
+            clip_fraction = _clipping.clip_fraction(factors)
+            return self.data.measure(outputs[:n], test, clip_fraction, keep_outputs)
+
+        measured: Measurement = jax.vmap(of_run, -1)(outputs, factors)
+        return measured
 
 
 def check_response_flow(flow: object) -> ResponseFlow:

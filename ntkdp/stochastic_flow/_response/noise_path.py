@@ -367,14 +367,26 @@ def at_nodes(law: NoisePath, keys: Key[Array, " S"]) -> SeenByRuns:
     # Steps fold their numbers in, and a split key is one that is folded in too: the nodes have the
     # number after all of those, or their noise would be that of the first steps between them.
     number = law.path.outputs.shape[0]
-    seen = lax.map(
-        lambda key: lax.map(
-            lambda at: law.seen(*at),
-            (law.draw(jax.random.fold_in(key, number)), law.directions),
-        ),
-        keys,
+
+    def of_run(key: PRNGKeyArray) -> tuple[Array, Array]:
+        noisy = jax.tree.map(lambda leaf: leaf[1:], law.draw(jax.random.fold_in(key, number)))
+        seen: tuple[Array, Array] = lax.map(lambda at: law.seen(*at), (noisy, law.directions[1:]))
+        return seen
+
+    # There is no noise at the first node, which all runs see alike.
+    start = jax.tree.map(lambda leaf: leaf[0], law.path.params)
+    parts = zip(law.seen(start, law.directions[0]), lax.map(of_run, keys), strict=True)
+    return SeenByRuns(
+        *(
+            jnp.concatenate(
+                [
+                    jnp.broadcast_to(first[None, ..., None], (1, *first.shape, len(keys))),
+                    jnp.moveaxis(later, 0, -1),
+                ]
+            )
+            for first, later in parts
+        )
     )
-    return SeenByRuns(*(jnp.moveaxis(part, 0, -1) for part in seen))
 
 
 @eqx.filter_jit

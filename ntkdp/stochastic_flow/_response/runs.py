@@ -220,19 +220,17 @@ class Runs(eqx.Module):
             kernels[number[cell + 1, cell + 1]],
         )
 
-    def by_run(self, f: Float[Array, "NK S"]) -> Float[Array, "S N K"]:
-        return jnp.moveaxis(f, -1, 0).reshape(self.keys.size, -1, self.flow.n_outputs)
+    def by_point(self, f: Float[Array, "NK S"]) -> Float[Array, "N K S"]:
+        return f.reshape(-1, self.flow.n_outputs, self.keys.size)
 
     def gradients(
         self, at: Steps, f: Array, norms: _Norms, order: PyTree
     ) -> tuple[Float[Array, "T nK S"], Array, PyTree]:
-        """Clipped gradients of the batches, the factors by run, and what batches carry on."""
+        """Clipped gradients of the batches, the factors, and what batches carry on."""
         n, ratios = self.flow.n_samples, norms.ratios
         if self.norms.corrections is not None:
             ratios = ratios * self.norms.corrections[at.number][:, :, None]
-        clipped, factors = jax.vmap(
-            lambda f, ratios: self.flow.clipped(f[:n], norms.blocks, ratios), (0, -1)
-        )(self.by_run(f), ratios)
+        clipped, factors = self.flow.clipped(self.by_point(f)[:n], norms.blocks, ratios)
 
         def draw(key: PRNGKeyArray, order: PyTree) -> tuple[Drawn, PyTree]:
             own = jax.random.split(jax.random.fold_in(key, at.number))[0]
@@ -240,12 +238,13 @@ class Runs(eqx.Module):
 
         drawn, after = jax.vmap(draw)(self.keys, order)
         if drawn is not None:
-            weights = jax.vmap(lambda drawn: self.batches.weights(drawn, clipped.dtype))(drawn)
-            clipped = clipped * weights[:, None, :, None]
+            weights = jax.vmap(lambda drawn: self.batches.weights(drawn, clipped.dtype), 0, 1)(
+                drawn
+            )
+            clipped = clipped * weights[None, :, None]
             # A place that fills a cell up is no step.
             after = jax.tree.map(lambda new, old: jnp.where(at.counts > 0, new, old), after, order)
-        by_row = jnp.moveaxis(clipped, 0, -1).reshape(clipped.shape[1], -1, self.keys.size)
-        return by_row, factors, after
+        return clipped.reshape(len(clipped), -1, self.keys.size), factors, after
 
     def responding(self, at: Steps, clipped: Float[Array, "T nK S"]) -> Array:
         """What the gradients differ by from those of the path, of samples that drive outputs."""
@@ -260,9 +259,7 @@ class Runs(eqx.Module):
         return jnp.concatenate([clipped, charges], axis=1)
 
     def measure(self, f: Array, factors: Array) -> Measurement:
-        return jax.vmap(lambda own, c: self.flow.measure(own, c, self.outputs))(
-            self.by_run(f), factors
-        )
+        return self.flow.measure(self.by_point(f), factors, self.outputs)
 
     def cell(
         self,
@@ -423,7 +420,7 @@ def run(
         runs.batches.start(runs.flow.n_samples),
     )
     measured = jax.eval_shape(
-        lambda f: runs.measure(f, jnp.zeros((count, n_groups, runs.flow.n_samples), dtype)),
+        lambda f: runs.measure(f, jnp.zeros((n_groups, runs.flow.n_samples, count), dtype)),
         jnp.zeros((rows, count), dtype),
     )
     # One more slot, where the steps that are not recorded are put.

@@ -1,8 +1,10 @@
 """Self-contained HTML pages with one style, from templates that escape all text."""
 
 import base64
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -10,6 +12,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 def render(template: str, *, title: str, heading: str, **values: object) -> str:
     """A page from the template at this path in ntkdp, which extends ``_results/page.html``."""
     return _templates().get_template(template).render(title=title, heading=heading, **values)
+
+
+def summary(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> str:
+    """A table with a title and sentences below it, as a part of a page, such as a notebook."""
+    parts: Any = _templates().get_template("_results/page_parts.html").module
+    return str(parts.summary(title, head, rows, notes)).strip()
 
 
 @cache

@@ -197,6 +197,27 @@ def _same_optimizer(one: Setup, other: Setup) -> bool:
     )
 
 
+def in_words(setup: Setup) -> str:
+    """The training in a line, as far as it is known."""
+    parts = [_in_words(setup.clipping), _in_words(setup.loss), f"reduction {setup.reduction}"]
+    if setup.learning_rate:
+        parts.append(f"learning rate {_numbers(dict.fromkeys(setup.learning_rate))}")
+    if setup.steps is not None:
+        parts.append(f"{setup.steps} steps")
+    noise = setup.noise_schedule or setup.noise_multiplier
+    if noise:
+        parts.append(f"noise multiplier {noise if isinstance(noise, str) else f'{noise:g}'}")
+    if setup.noise:
+        parts.append(setup.noise)
+    if setup.batches:
+        parts.append(setup.batches)
+    elif setup.sample_rate is not None:
+        parts.append(f"sample rate {setup.sample_rate:g}")
+    parts.append(_optimizer_in_words(setup))
+    parts += [setup.adaptive, setup.public, setup.zeroth_order, setup.sharpness_aware]
+    return ", ".join(part for part in parts if part)
+
+
 def rescaled(setups: tuple[Setup, ...], factor: ScalarLike) -> tuple[Setup, ...]:
     """The setups of a trajectory after its times are multiplied by ``factor``."""
     by = number(factor)
@@ -249,6 +270,13 @@ def differences(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> dict[s
         for name, predicted, observed in _differing(ours, theirs):
             found.setdefault(name, f"{predicted} predicted, {observed} in the run{where}")
     return found
+
+
+def steps_of(setups: tuple[Setup, ...]) -> int | None:
+    """How many steps all phases have together; None if that is not known, as of a flow."""
+    counts = [phase.steps for phase in setups]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
 
 
 def neglected(prediction: tuple[Setup, ...], run: tuple[Setup, ...]) -> tuple[str, ...]:

@@ -69,11 +69,15 @@ def compare(
     Notes
     -----
     Trajectories know the settings of their training (``setup``). A flow stands for every small
-    learning rate. Flows and recursions may be compared with noisy runs and with sampling, which
-    they leave out by nature: ``neglected`` and the table say so. A flow with a preconditioned
-    kernel may be compared with any optimizer, a flow with inertia with momentum. An optimizer of
-    your own is known by its name alone. A trajectory made elsewhere has no known settings, and is
-    compared without this check.
+    learning rate. Two numbers of steps are no obstacle, since the shared times are compared, but
+    ``steps`` and the table name them. Flows and recursions may be compared with noisy runs and with
+    sampling, which they leave out by nature: ``neglected`` and the table say so. A flow with a
+    preconditioned kernel may be compared with any optimizer, a flow with inertia with momentum. An
+    optimizer of your own is known by its name alone.
+
+    A trajectory made elsewhere has no known settings, and is compared without this check. But if
+    both recorded steps, a shared time must be that of the same step: otherwise the learning rates
+    differ.
 
     Where either side is not finite, the error is infinite: a prediction that failed or a run that
     diverged never looks close. Where the run's value is zero, the error is zero if the prediction's
@@ -94,9 +98,11 @@ def compare(
     """
     _check_trajectory("prediction", prediction)
     _check_trajectory("run", run)
-    differences = setups.differences(prediction.setup, run.setup)
-    _check_allowed(differences, allow)
     predicted_at, observed_at = _shared_times(prediction.times, run.times)
+    differences = setups.differences(prediction.setup, run.setup)
+    if not {"learning_rate", "time"} & set(differences):
+        differences |= _other_steps(prediction, predicted_at, run, observed_at)
+    _check_allowed(differences, allow)
     run_times = np.asarray(run.times, np.float64)
     start = min(_start(prediction), _start(run))
     after_start = run_times[observed_at] > start
@@ -120,7 +126,43 @@ def compare(
         coverage=len(times) / int(np.sum(run_times > start)),
         differences=differences,
         neglected=setups.neglected(prediction.setup, run.setup),
+        steps=_lengths(prediction, run),
     )
+
+
+def _other_steps(
+    prediction: Trajectory, predicted_at: np.ndarray, run: Trajectory, observed_at: np.ndarray
+) -> dict[str, str]:
+    """A shared time that the two reach after other numbers of steps, in words."""
+    if prediction.steps is None or run.steps is None:
+        return {}
+    sides = ((prediction, predicted_at), (run, observed_at))
+    steps = [np.asarray(side.steps)[places] for side, places in sides]
+    # While the learning rate is 0, several steps have one time.
+    once = [_are_single(np.asarray(side.times))[places] for side, places in sides]
+    differing = np.flatnonzero((steps[0] != steps[1]) & once[0] & once[1])
+    if not differing.size:
+        return {}
+    place = differing[-1]
+    time = float(run.times[observed_at[place]])
+    said, done = steps[0][place], steps[1][place]
+    return {"learning_rate": f"time {time:g} is step {said} predicted, step {done} in the run"}
+
+
+def _are_single(times: np.ndarray) -> np.ndarray:
+    """Which of the sorted times differ from those before and after them."""
+    rises = np.concatenate([[True], np.diff(times) > 0, [True]])
+    single: np.ndarray = rises[:-1] & rises[1:]
+    return single
+
+
+def _lengths(prediction: Trajectory, run: Trajectory) -> tuple[int, int] | None:
+    """The numbers of steps, if both are known and differ."""
+    said, done = (setups.steps_of(side.setup) for side in (prediction, run))
+    # A log that was made elsewhere has at least the steps that it records.
+    if said is not None and not run.setup and run.steps is not None:
+        done = int(run.steps[-1])
+    return None if said is None or done is None or said == done else (said, done)
 
 
 def _recorded_pairs(predicted: Trajectory, observed: Trajectory, after_start: np.ndarray) -> Pairs:

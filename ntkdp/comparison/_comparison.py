@@ -11,6 +11,7 @@ from ntkdp.comparison._scores import Coverage
 from ntkdp.trajectory import Band, Trajectory, band, last_value
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
     from rich.table import Table
 
@@ -69,6 +70,11 @@ class Comparison:
         The settings in which the two are known to differ, as allowed, with the difference in words.
     neglected : tuple
         Parts of the run that the prediction leaves out by nature: ``"noise"``, ``"sampling"``.
+    steps : tuple or None
+        How many steps the prediction and the run have, if both are known and differ: the shared
+        times are compared all the same. None otherwise.
+
+    ``print(comparison)`` is its table, and so is the comparison in a notebook.
 
     Examples
     --------
@@ -92,6 +98,19 @@ class Comparison:
     coverage: float
     differences: dict[str, str]
     neglected: tuple[str, ...]
+    steps: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """The table in plain text."""
+        from ntkdp.comparison import _table
+
+        return _table.as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        from ntkdp.comparison import _table
+
+        return _table.as_html(self)
 
     @property
     def relative_error(self) -> np.ndarray:
@@ -297,6 +316,29 @@ class Comparison:
         from ntkdp.comparison import _table
 
         return _table.table(self)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The compared quantities over time, as a data frame.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each of ``times``. Columns have two levels: the quantity, such as ``"loss"``,
+            and ``"predicted"``, ``"observed"`` or ``"error"``, as in ``errors``. Values are means
+            over seeds, and of outputs there is the error alone.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, ntkdp
+        >>> t, zero = jnp.arange(3.0), jnp.zeros(3)
+        >>> run = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.0, 1.0]), clip_fraction=zero)
+        >>> near = ntkdp.Trajectory(t, loss=jnp.array([4.0, 2.5, 1.0]), clip_fraction=zero)
+        >>> ntkdp.compare(near, run).to_pandas()["loss"].values.tolist()
+        [[2.5, 2.0, 0.25], [1.0, 1.0, 0.0]]
+        """
+        from ntkdp.comparison import _table
+
+        return _table.as_frame(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Predicted and observed training loss over time, by :func:`ntkdp.plotting.loss_curves`.

@@ -19,6 +19,7 @@ from ntkdp._results import setup as setups
 from ntkdp._results.setup import Setup
 from ntkdp.privacy import Sensitivities
 from ntkdp.trajectory._from_csv import read_log
+from ntkdp.trajectory._labelled import RECORD, check_dimensions, in_order, record_of, storable
 from ntkdp.trajectory._outcome import ADVICE, Outcome, message, succeeded
 from ntkdp.trajectory._stored_elsewhere import stored_elsewhere
 from ntkdp.trajectory._training_set import Measurement
@@ -87,6 +88,18 @@ class Trajectory(eqx.Module):
     setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
     clip_norm: Array | None = None
     sensitivities: Sensitivities | None = None
+
+    def __str__(self) -> str:
+        """What was recorded, in a table in plain text."""
+        from ntkdp.trajectory import _table
+
+        return _table.as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        from ntkdp.trajectory import _table
+
+        return _table.as_html(self)
 
     @property
     def successful(self) -> bool:
@@ -166,21 +179,21 @@ class Trajectory(eqx.Module):
             value = getattr(self, name)
             if value is None:
                 continue
-            array, attributes = _storable(value)
+            array, attributes = storable(value)
             leading = ("seed",) * (array.ndim - 1 - len(trailing))
             if len(leading) > 1:
                 raise ValueError(f"{name} must have one seed axis at most, got shape {array.shape}")
             data[name] = ((*leading, "time", *trailing), array, attributes)
-        coordinates: dict[str, Any] = {"time": ("time", *_storable(self.times))}
+        coordinates: dict[str, Any] = {"time": ("time", *storable(self.times))}
         if self.steps is not None:
             coordinates["step"] = ("time", np.asarray(self.steps))
         outcome = np.asarray(self.outcome)
         data["outcome"] = (("seed",) * outcome.ndim, outcome)
         if self.start is not None:
-            data["start"] = ((), *_storable(self.start))
+            data["start"] = ((), *storable(self.start))
         if self.sensitivities is not None:
             seeds = ("seed",) * jnp.ndim(self.sensitivities.steps)
-            for name, trailing in _RECORD.items():
+            for name, trailing in RECORD.items():
                 part = np.asarray(getattr(self.sensitivities, name))
                 data[f"sensitivity_{name}"] = ((*seeds, *trailing), part)
         attributes = {"message": self.message}
@@ -311,23 +324,23 @@ class Trajectory(eqx.Module):
         fields = {}
         for name, trailing in _DIMENSIONS.items():
             if name in dataset:
-                _check_dimensions(dataset, name, [(*seed, "time", *trailing)])
+                check_dimensions(dataset, name, [(*seed, "time", *trailing)])
                 fields[name] = validate.array(**{name: dataset[name].values})
         steps = None
         if "step" in dataset.coords:
-            _check_dimensions(dataset, "step", [("time",)])
-            steps = _in_order(step=dataset["step"].values)
-        _check_dimensions(dataset, "outcome", [seed, ()])
+            check_dimensions(dataset, "step", [("time",)])
+            steps = in_order(step=dataset["step"].values)
+        check_dimensions(dataset, "outcome", [seed, ()])
         outcome = dataset["outcome"].values
         if not np.all(np.isin(outcome, [int(known) for known in Outcome])):
             raise ValueError(
                 f"not a trajectory: outcome must be one of {[int(known) for known in Outcome]}, "
                 f"got {outcome.tolist()!r}"
             )
-        times = _in_order(time=dataset["time"].values)
+        times = in_order(time=dataset["time"].values)
         start = None
         if "start" in dataset:
-            _check_dimensions(dataset, "start", [()])
+            check_dimensions(dataset, "start", [()])
             start = validate.array(start=dataset["start"].values)
             if not np.all(start <= times[:1]):
                 raise ValueError(
@@ -335,7 +348,7 @@ class Trajectory(eqx.Module):
                 )
         record = None
         if "sensitivity_squares" in dataset:
-            record = _record(dataset, seed)
+            record = record_of(dataset, seed)
         setup: tuple[Setup, ...] = ()
         if "setup" in dataset.attrs:
             try:
@@ -363,58 +376,6 @@ _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "test_outputs": ("test_sample", "output"),
     "clip_norm": ("group",),
 }
-#: Parts of the record of sensitivities, which have no axis of time.
-_RECORD: dict[str, tuple[str, ...]] = {
-    "squares": ("sample",),
-    "counts": ("sample", "level"),
-    "clipped": ("sample",),
-    "steps": (),
-}
-
-
-def _record(dataset: "xarray.Dataset", seed: tuple[str, ...]) -> Sensitivities:
-    """The record of sensitivities in a data set that has one."""
-    parts = {}
-    for part, trailing in _RECORD.items():
-        name = f"sensitivity_{part}"
-        if name not in dataset:
-            raise ValueError(f"not a trajectory: lacks {name}")
-        _check_dimensions(dataset, name, [(*seed, *trailing)])
-        parts[part] = validate.array(**{name: dataset[name].values})
-    return Sensitivities(**parts)
-
-
-def _storable(value: Array) -> tuple[np.ndarray, dict[str, str]]:
-    """An array in a dtype of netCDF; an attribute keeps the dtype of one in half precision."""
-    array = np.asarray(value)
-    if array.dtype.itemsize >= 4 or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array, {}
-    return array.astype(np.float32), {"computed_in": str(array.dtype)}
-
-
-def _check_dimensions(dataset: "xarray.Dataset", name: str, allowed: list[tuple[str, ...]]) -> None:
-    found = tuple(map(str, dataset[name].dims))
-    if found not in allowed:
-        expected = " or ".join(map(str, dict.fromkeys(allowed)))
-        raise ValueError(
-            f"not a trajectory: {name} must have dimensions {expected}, got {found}; all have a "
-            "leading seed if loss has one"
-        )
-
-
-def _in_order(**named: np.ndarray) -> Array:
-    """Times or steps that do not go back; some are equal while the learning rate is 0."""
-    ((name, values),) = named.items()
-    found = validate.array(**named)
-    # Of NaN nothing holds.
-    ordered = np.append(values[:1] == values[:1], values[1:] >= values[:-1])
-    if not ordered.all():
-        place = int(np.argmin(ordered))
-        raise ValueError(
-            f"not a trajectory: {name} must not decrease or be NaN, got {values[place]} at place "
-            f"{place}"
-        )
-    return found
 
 
 def _with_its_start(other: Trajectory) -> Trajectory:

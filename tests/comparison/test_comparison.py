@@ -3,6 +3,7 @@
 import inspect
 import io
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from scipy import stats
 
 import ntkdp
 from ntkdp import compare, comparison
+from ntkdp._results import console, page
 from ntkdp.trajectory import Outcome
 
 TIMES = np.array([0.0, 1.0, 2.0, 4.0])
@@ -679,6 +681,61 @@ def test_table_shows_the_distribution() -> None:
     assert cells["runs in the band"] == ["0.3333", "0.5", "0.167", "", "1", "0.167"]
     assert cells["CRPS"] == ["", "", "1", "", "1", "1"]
     assert cells["error in std. errors"] == ["", "", "0.832", "", "1", "0.832"]
+
+
+def test_a_comparison_prints_as_its_table() -> None:
+    run = trajectory(RUN.loss, accuracy=[0.0, 0.25, 0.25, 0.5])
+    result = compare(trajectory([8.0, 6.0, 1.5, 1.25], accuracy=[0.0, 0.25, 0.5, 0.5]), run)
+    title, *lines = str(result).splitlines()
+    assert title == "Prediction against run at 3 times, t = 1 to 4"
+    assert lines == [
+        "                                        largest  of the          mean",
+        "                   predicted  observed    error    fall  at t   error",
+        "training loss           1.25         1     50 %  28.6 %     1  33.3 %",
+        "training accuracy        0.5       0.5     0.25             2  0.0833",
+        "clip fraction              0         0        0             1       0",
+    ]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), min_size=6, max_size=6))
+def test_a_printed_table_holds_its_cells(cells: list[str]) -> None:
+    """One line a row, and every cell of it, aligned to its column."""
+    cells = [re.sub(r"[\s\x00-\x1f\x7f-\x9f]", "_", cell) for cell in cells]
+    text = console.plain_table("title", ("a", "two words", "c"), [cells[:3], cells[3:]], ["note"])
+    lines = text.split("\n")
+    assert (lines[0], lines[-1]) == ("title", "note")
+    width = max(len("words"), len(cells[1]), len(cells[4]))
+    first = max(4, len(cells[0]), len(cells[3]))
+    for line, row in zip(lines[-3:-1], (cells[:3], cells[3:]), strict=True):
+        assert line.startswith(row[0])
+        assert line.ljust(first + 2 + width)[first + 2 : first + 2 + width] == row[1].rjust(width)
+        assert line.endswith(row[2])
+
+
+def test_a_comparison_in_a_notebook_escapes_what_it_shows() -> None:
+    shown = compare(trajectory([8.0, 6.0, 1.5, 1.25]), RUN)._repr_html_()
+    assert "<td>training loss</td><td class=number>1.25</td>" in shown
+    assert "html lang" not in shown
+    hostile = page.summary("<b>", ("<i>",), [("<script>",)], ["a & b"])
+    for tag in ("<b>", "<i>", "<script>"):
+        assert tag not in hostile
+    assert "&lt;script&gt;" in hostile
+    assert "a &amp; b" in hostile
+
+
+def test_a_comparison_as_a_frame() -> None:
+    """Means over seeds at the times after the start, and errors as the comparison has them."""
+    fields = {"clip_fraction": np.zeros((2, 4)), "outputs": np.ones((2, 4, 3, 1))}
+    prediction = trajectory([[8.0, 3.0, 2.0, 1.0], [8.0, 4.0, 2.0, 1.0]], **fields)
+    result = compare(prediction, trajectory(RUN.loss, outputs=2 * np.ones((4, 3, 1))))
+    frame = result.to_pandas()
+    assert frame.index.tolist() == [1.0, 2.0, 4.0]
+    assert frame["loss", "predicted"].tolist() == [3.5, 2.0, 1.0]
+    assert frame["loss", "observed"].tolist() == [4.0, 2.0, 1.0]
+    assert frame["loss", "error"].tolist() == [0.125, 0.0, 0.0]
+    assert frame["outputs"].columns.tolist() == ["error"]
+    assert frame["outputs", "error"].tolist() == [0.5] * 3
+    assert frame.columns.names == ["quantity", "value"]
 
 
 def test_plot_draws_both() -> None:

@@ -1,5 +1,6 @@
 """Trajectories know what they are of: what does not belong together is named, by every part."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,75 @@ def test_what_was_made_elsewhere_compares_as_it_is(run: Any) -> None:
     assert unknown.then(run).setup == ()
     with pytest.raises(ValueError, match="unknown allow 'cliping'; did you mean 'clipping'"):
         compare(other, unknown, allow="cliping")
+
+
+def test_other_numbers_of_steps_are_named(run: Any, stepped: Any) -> None:
+    """And the shared times are compared, from which nothing is missing."""
+    longer = ntkdp.recursion(flow(), START, **STEPS | {"steps": 12})
+    for predicted, observed_run, steps in ((longer, run, (12, 8)), (stepped, longer, (8, 12))):
+        found = compare(predicted, observed_run)
+        assert found.steps == steps
+        assert found.sup_relative_error < 1e-12
+        assert f"The prediction is of {steps[0]} steps, the run of {steps[1]}." in str(found)
+    for same in (stepped, solved(flow(), run)):
+        assert compare(same, run).steps is None
+        assert "steps, the run" not in str(compare(same, run))
+    assert compare(stepped.then(stepped), run.then(run)).steps is None
+    assert compare(stepped.then(longer), run.then(run)).steps == (20, 16)
+    log = dataclasses.replace(run, setup=())
+    assert compare(longer, log).steps == (12, 8)
+
+
+@pytest.mark.parametrize(("rate", "last"), [(0.2, "0.8 is step 8 predicted, step 4"), (0.05, None)])
+def test_a_log_of_another_learning_rate_is_named(stepped: Any, rate: float, last: Any) -> None:
+    """Some of its times are those of other steps."""
+    steps = jnp.arange(0, 9)
+    log = ntkdp.Trajectory(rate * steps, jnp.ones(9), jnp.zeros(9), steps=steps)
+    with pytest.raises(ValueError, match=f"learning_rate: time {last or '0.4 is step 4'}"):
+        compare(stepped, log)
+    assert list(compare(stepped, log, allow="learning_rate").differences) == ["learning_rate"]
+    times_alone = dataclasses.replace(log, steps=None)
+    assert compare(stepped, times_alone).differences == {}
+
+
+def test_steps_without_a_learning_rate_share_a_time() -> None:
+    """With other recorded steps too, which lie at the one time."""
+
+    def rate(step: Any) -> Any:
+        return jnp.where((step >= 2) & (step < 6), 0.0, 0.1)
+
+    options = STEPS | {"learning_rate": rate}
+    log = dataclasses.replace(observed(**options | {"record_every": 3}), setup=())
+    assert compare(ntkdp.recursion(flow(), START, **options), log).differences == {}
+
+
+def test_a_trajectory_prints_what_it_is_of(run: Any) -> None:
+    noisy = observed(noise_multiplier=0.5, sample_rate=0.5, optimizer=MOMENTUM)
+    title, *rows, last = str(noisy).splitlines()
+    assert title == "Trajectory of 5 times, t = 0 to 0.8, steps 0 to 8"
+    assert rows[1].split() == ["training", "loss", f"{noisy.loss[0]:.4g}", f"{noisy.loss[-1]:.4g}"]
+    for part in (
+        "Abadi(R=1, scope=flat)",
+        "SquaredError()",
+        "learning rate 0.1",
+        "8 steps",
+        "noise multiplier 0.5",
+        "sample rate 0.5",
+        "sgd(momentum=0.5)",
+    ):
+        assert part in last
+    assert "Phase 2: Abadi" in str(run.then(run))
+    assert "<td>training loss</td>" in run._repr_html_()
+    # What holds no numbers is shown by its fields.
+    assert "Trajectory(" in str(jax.tree.map(lambda leaf: None, run))
+    texts: list[str] = []
+
+    def traced(path: ntkdp.Trajectory) -> jax.Array:
+        texts.append(str(path))
+        return path.loss
+
+    jax.jit(traced)(run)
+    assert "Trajectory(" in texts[0]
 
 
 def test_files_and_cells_keep_it(tmp_path: Path) -> None:

@@ -79,8 +79,9 @@ class RunFolder:
 
     def _holds(self, config: Mapping[str, object]) -> bool:
         run = self._run()
-        same_version = run.get("ntkdp") == VERSION
-        return same_version and bool(run.get("config") == json.loads(json.dumps(config)))
+        # Runs that were recorded elsewhere are not those that the configuration trains.
+        same_kind = run.get("ntkdp") == VERSION and run.get("runs", "trained") == "trained"
+        return same_kind and bool(run.get("config") == json.loads(json.dumps(config)))
 
     def _check(self) -> None:
         files = OwnFiles(self.path)

@@ -21,6 +21,7 @@ from ._problem import rules_of as rules_of
 from ._problem_config import DataConfig as DataConfig
 from ._problem_config import ModelConfig as ModelConfig
 from ._problem_config import ProblemConfig as ProblemConfig
+from ._recorded import read_recorded as read_recorded
 from ._report import print_table as print_table
 from ._report import write_report as write_report
 from ._run import Case as Case

@@ -23,12 +23,12 @@ from ntkdp._results.page import render
 from ntkdp._results.plain_json import as_text
 from ntkdp._results.provenance import VERSION, provenance
 from ntkdp.comparison import Comparison
-from ntkdp.experiment import _by_group
-from ntkdp.experiment._margins import error_of_margins
+from ntkdp.experiment._of_outputs import by_group as _by_group
+from ntkdp.experiment._of_outputs.margins import error_of_margins
 from ntkdp.experiment._predictions import KERNEL_OF, LABELS
 from ntkdp.experiment._run import Results
 from ntkdp.ntk import FeatureKernel, LayerwiseKernel
-from ntkdp.trajectory import Trajectory
+from ntkdp.trajectory import Trajectory, mean_over_seeds
 
 #: Scope and rule of a case, its run, and its predictions by label.
 Panels = dict[tuple[str, str], tuple[Trajectory, dict[str, Trajectory]]]
@@ -66,7 +66,7 @@ def metrics(results: Results) -> dict[str, Any]:
                     "weight_noise_variance": case.weight_noise,
                     "noise_multiplier": case.noise_multiplier,
                     "band": _band(prediction.comparison),
-                    "initial_clip_fraction": _mean_at(case.run.clip_fraction, 0),
+                    "initial_clip_fraction": _clipped_at_start(case.run),
                     "final": {
                         "predicted": _final(prediction.trajectory),
                         "observed": _final(case.run),
@@ -85,6 +85,7 @@ def metrics(results: Results) -> dict[str, Any]:
     return {
         **provenance("jax", "diffrax", "neural-tangents"),
         "config": results.config.model_dump(mode="json"),
+        "runs": "recorded" if _are_recorded(results) else "trained",
         "neighbours": _neighbours(results),
         "kernel_seconds": {kind: kernel.seconds for kind, kernel in results.kernels.items()},
         "initial_gradient_norms": {
@@ -117,6 +118,19 @@ def _band(compared: Comparison) -> dict[str, Any] | None:
 def _mean_at(values: Array, index: int) -> float:
     """The mean over seeds of recorded values at one place in time."""
     return float(jnp.mean(values[..., index]))
+
+
+def _clipped_at_start(run: Trajectory) -> float | None:
+    """The share of clipped samples at the start; None if a log does not say it."""
+    start = run.times[0] if run.start is None else run.start
+    if mean_over_seeds(run, "clip_fraction") is None or run.times[0] > start:
+        return None
+    return _mean_at(run.clip_fraction, 0)
+
+
+def _are_recorded(results: Results) -> bool:
+    """Whether the runs were recorded elsewhere, and not trained here."""
+    return all(case.run_seconds is None for case in results.cases)
 
 
 def _final(path: Trajectory) -> dict[str, float | None]:
@@ -156,13 +170,14 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
     for case in results.cases:
         for name, prediction in case.predictions.items():
             compared = prediction.comparison
+            clipped, seconds = _clipped_at_start(case.run), case.run_seconds
             rows.append(
                 (
                     case.clipping.label,
                     f"{case.learning_rate:g}",
                     LABELS[name],
                     KERNEL_OF[name] or "",
-                    f"{float(jnp.mean(case.run.clip_fraction[..., 0])):.0%}",
+                    "" if clipped is None else f"{clipped:.0%}",
                     _percent(compared.sup_relative_error),
                     _percent(compared.error_of_fall),
                     _percent(error_of_margins(prediction.margins, case.run_margins)),
@@ -170,7 +185,7 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
                     _with_spread(prediction.trajectory.loss[..., -1]),
                     _with_spread(case.run.loss[..., -1]),
                     f"{prediction.seconds:.2f}",
-                    f"{case.run_seconds:.1f}",
+                    "" if seconds is None else f"{seconds:.1f}",
                 )
             )
     return rows
@@ -238,6 +253,11 @@ def print_table(results: Results) -> None:
 
 def _warnings(results: Results) -> list[str]:
     warnings = []
+    if _are_recorded(results):
+        warnings.append(
+            "The runs were recorded elsewhere. Their learning rate and steps are those of the "
+            "configuration; a log does not say what else they were made with."
+        )
     for case in results.cases:
         if not case.run.successful:
             warnings.append(f"{case.clipping.label}, run: {case.run.message}")
@@ -333,11 +353,12 @@ def _draw(results: Results, files: OwnFiles) -> list[tuple[str, str]]:
             _each(panels, plotting.clip_fraction),
             "Share of samples (layerwise: of samples and layers) that are clipped.",
         ),
-        "test_loss.png": (
+    }
+    if all(case.run.test_loss is not None for case in results.cases):
+        figures["test_loss.png"] = (
             _each(tested, partial(plotting.loss_curves, test=True)),
             "Test loss, predicted and observed.",
-        ),
-    }
+        )
     if all(case.run.test_accuracy is not None for case in results.cases):
         figures["test_accuracy.png"] = (
             _each(tested, partial(plotting.accuracy, test=True)),

@@ -19,10 +19,11 @@ from ntkdp._results import setup as setups
 from ntkdp._results.checkpoints import CellFolder, NoFolder, open_cells
 from ntkdp.clipping import ClippingRule
 from ntkdp.comparison import Comparison
-from ntkdp.experiment import _by_group, _margins
-from ntkdp.experiment._by_group import ByGroup, OfGroups
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._memory import require_memory
+from ntkdp.experiment._of_outputs import by_group as _by_group
+from ntkdp.experiment._of_outputs import margins as _margins
+from ntkdp.experiment._of_outputs.by_group import ByGroup, OfGroups
 from ntkdp.experiment._predictions import (
     KERNEL_OF,
     LABELS,
@@ -36,7 +37,8 @@ from ntkdp.experiment._predictions import (
     weight_noise,
 )
 from ntkdp.experiment._problem import Problem, problem_of, require_infinite_width, rules_of
-from ntkdp.trajectory import Trajectory
+from ntkdp.experiment._recorded import as_recorded, require_one_rule
+from ntkdp.trajectory import Trajectory, recorded_steps, times_of_steps
 
 #: Products of a weight and a number that one of the slower machines computes in a minute, forwards.
 _PRODUCTS_OF_A_MINUTE = 5e11
@@ -89,7 +91,8 @@ class Case(NamedTuple):
     ``learning_rate`` is the one that the case trained with. ``noise_multiplier`` is sigma, and
     ``weight_noise`` the variance v(T) that noise has added to weights by the end, relative to the
     weights' own variance at the start, the largest over the layers. Compared with 1, it shows how
-    far the noise moves the kernel; it is None where it is not known, as under Adam.
+    far the noise moves the kernel; it is None where it is not known, as under Adam. ``run_seconds``
+    is None if the run was recorded elsewhere.
     ``run_margins`` are those of the runs, as in :class:`Prediction`. ``by_group`` has numbers by
     subgroup, if ``data.groups`` asks for them and outputs do not take too much memory.
 
@@ -100,7 +103,7 @@ class Case(NamedTuple):
     noise_multiplier: float
     weight_noise: float | None
     run: Trajectory
-    run_seconds: float
+    run_seconds: float | None
     predictions: dict[str, Prediction]
     learning_rate: float
     run_margins: np.ndarray | None = None
@@ -131,6 +134,7 @@ def run(
     config: Config,
     report: Report | None = None,
     *,
+    observed: Trajectory | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -144,6 +148,12 @@ def run(
     report : callable, optional
         Called with a description of the current task and the fraction of it that is done. Without
         it, JAX's compilation cache can keep the programs.
+    observed : Trajectory, optional
+        Runs that were recorded elsewhere, as :meth:`ntkdp.Trajectory.from_csv` reads them: they
+        are compared, and nothing is trained. The configuration has one clipping rule, and describes
+        the training of the runs: its learning rate and steps, and more where ``observed`` knows
+        what it is of, are checked. Initial weights are drawn by its seed, so the runs should start
+        from the same ones, or the network be so wide that they do not matter.
     folder : path, optional
         Where each case is written as it finishes. Without a folder, nothing is written.
     resume : bool
@@ -161,11 +171,12 @@ def run(
     Raises
     ------
     TypeError
-        If ``config`` is no ``Config``.
+        If ``config`` is no ``Config``, or ``observed`` no ``Trajectory``.
     ConfigError
-        If a field does not fit the others; the message names it.
+        If a field does not fit the others, or the observed runs; the message names it.
     FileExistsError, FileNotFoundError, ValueError
-        If the folder holds something else, nothing to resume, or another run.
+        If the folder holds something else, nothing to resume, or another run, or is given with
+        observed runs, of which nothing is left to resume.
     MemoryError
         If the kernels, runs and predictions do not fit, before any of them is made.
 
@@ -185,6 +196,8 @@ def run(
             "config must be a Config, e.g. ntkdp.experiment.load_config(path), got "
             f"{type(config).__name__}"
         )
+    if observed is not None:
+        _check_observed(config, observed, folder, resume or overwrite)
     rules = rules_of(config)
     cells = open_cells(folder, config, "run", resume=resume, overwrite=overwrite)
     _begin(report, "loading data")
@@ -198,11 +211,28 @@ def run(
             raise ConfigError(f"field 'clipping.{number}.clip_norm': {error}") from error
         mechanism = Mechanism.of(config, config.clipping[number], problem.n_params)
         mechanism.check_adaptive(rule, n_groups)
+        if observed is not None:
+            observed = as_recorded(config, problem.loss, rule, mechanism, observed)
     if "infinite" in config.predictions:
         require_infinite_width(problem, "predictions")
     _require_room(config, problem)
     with cells.growing():
-        return _run(config, problem, rules, cells, report)
+        return _run(config, problem, rules, cells, report, observed)
+
+
+def _check_observed(config: Config, observed: object, folder: object, options: bool) -> None:
+    """Raise unless recorded runs may take the place of those that the configuration trains."""
+    if not isinstance(observed, Trajectory):
+        raise TypeError(
+            "observed must be a Trajectory, e.g. ntkdp.Trajectory.from_csv(path), got "
+            f"{type(observed).__name__}"
+        )
+    if folder is not None or options:
+        raise ValueError(
+            "folder, resume and overwrite must be left out with observed runs: nothing is trained, "
+            "so that there is nothing to resume"
+        )
+    require_one_rule(config)
 
 
 def _begin(report: Report | None, task: str, *, is_long: bool = False) -> Progress:
@@ -242,6 +272,7 @@ def _run(
     rules: list[ClippingRule],
     cells: CellFolder | NoFolder,
     report: Report | None,
+    observed: Trajectory | None,
 ) -> Results:
     kernels = {}
     for kind in sorted(needed_kernels(config)):
@@ -254,9 +285,11 @@ def _run(
         name = f"{number:05d}"
         finished = cells.find(name, partial(_checked_case, config, case))
         if finished is None:
-            measured = _measured(config, problem, kernels, case, rule, report)
+            measured = _measured(config, problem, kernels, case, rule, report, observed)
             cells.write(name, measured)
             finished = _case(config, case, measured)
+        if observed is not None:
+            finished = finished._replace(run_seconds=None)
         cases.append(finished)
     return Results(config, cases, kernels, norms, cells.notes)
 
@@ -268,43 +301,28 @@ def _measured(
     case: ClippingConfig,
     rule: ClippingRule,
     report: Report | None,
+    recorded: Trajectory | None,
 ) -> Measured:
-    """Train and predict one case."""
+    """Train one case, unless its runs are recorded, and predict it."""
     training = config.training
     best = strategy_for(config, problem, kernels, case, rule)
     mechanism = Mechanism.of(config, case, problem.n_params, best)
-    key = jax.random.key(config.seed + 1)
 
     labels = _margins.labels_of(problem)
     n_runs = max(training.n_seeds, training.n_predicted)
     n_recorded = -(-mechanism.steps // training.record_every) + 1
     outputs = _margins.keeps_outputs(problem, n_runs, n_recorded)
+    if recorded is not None:
+        outputs = outputs and recorded.outputs is not None
     by_group = outputs and problem.groups is not None
     is_long = _is_long(problem, mechanism.steps, n_runs)
-    progress = _begin(report, f"{case.label}: training", is_long=is_long)
     start = time.perf_counter()
-    observed = dp_sgd.run(
-        problem.model.apply,
-        problem.params,
-        problem.x,
-        problem.targets,
-        problem.loss,
-        rule,
-        learning_rate=mechanism.learning_rate,
-        steps=mechanism.steps,
-        **mechanism.parts,
-        public=problem.public,
-        optimizer=training.as_optimizer,
-        reduction=training.reduction,
-        test_x=problem.test_x,
-        test_targets=problem.test_targets,
-        record_every=training.record_every,
-        outputs=outputs,
-        individual=by_group and _by_group.is_known_one_by_one(mechanism, rule),
-        progress=progress,
-        key=key if training.n_seeds == 1 else jax.random.split(key, training.n_seeds),
-    )
-    jax.block_until_ready(observed.loss)
+    if recorded is None:
+        progress = _begin(report, f"{case.label}: training", is_long=is_long)
+        individual = by_group and _by_group.is_known_one_by_one(mechanism, rule)
+        observed = _trained(config, problem, rule, mechanism, outputs, individual, progress)
+    else:
+        observed = recorded
     run_seconds = time.perf_counter() - start
 
     delta = _by_group.delta_of(training.delta, problem)
@@ -319,7 +337,9 @@ def _measured(
             rule,
             mechanism,
             name,
-            observed.times,
+            times_of_steps(
+                mechanism.learning_rate, recorded_steps(mechanism.steps, training.record_every)
+            ),
             outputs,
             progress,
         )
@@ -354,6 +374,43 @@ def _measured(
         "predictions": predictions,
         "by_group": groups_found,
     }
+
+
+def _trained(
+    config: Config,
+    problem: Problem,
+    rule: ClippingRule,
+    mechanism: Mechanism,
+    outputs: bool,
+    individual: bool,
+    progress: Progress,
+) -> Trajectory:
+    """The runs of a case."""
+    training = config.training
+    key = jax.random.key(config.seed + 1)
+    observed = dp_sgd.run(
+        problem.model.apply,
+        problem.params,
+        problem.x,
+        problem.targets,
+        problem.loss,
+        rule,
+        learning_rate=mechanism.learning_rate,
+        steps=mechanism.steps,
+        **mechanism.parts,
+        public=problem.public,
+        optimizer=training.as_optimizer,
+        reduction=training.reduction,
+        test_x=problem.test_x,
+        test_targets=problem.test_targets,
+        record_every=training.record_every,
+        outputs=outputs,
+        individual=individual,
+        progress=progress,
+        key=key if training.n_seeds == 1 else jax.random.split(key, training.n_seeds),
+    )
+    jax.block_until_ready(observed.loss)
+    return observed
 
 
 def _checked_case(config: Config, case: ClippingConfig, content: Measured) -> Case:

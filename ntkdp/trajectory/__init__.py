@@ -1,5 +1,6 @@
 """Records of predictions and runs: losses, accuracies, clip fractions and outputs over time."""
 
+from ntkdp.trajectory._from_csv import has_times as has_times
 from ntkdp.trajectory._moving_noise import check_noise_moves as check_noise_moves
 from ntkdp.trajectory._outcome import Outcome
 from ntkdp.trajectory._outcome import message as message

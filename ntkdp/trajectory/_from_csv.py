@@ -95,6 +95,13 @@ def read_log(
     )
 
 
+def has_times(
+    path: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None
+) -> bool:
+    """Whether a log has a column of times, so that it is read without a learning rate."""
+    return "time" in _read_table(path, columns, None).texts
+
+
 def _read_table(
     path: str | os.PathLike[str], columns: Mapping[str, str | None] | None, delimiter: str | None
 ) -> _Table:

@@ -8,7 +8,7 @@ import pytest
 from helpers import often_or_slow
 
 import ntkdp
-from ntkdp.experiment import _margins
+from ntkdp.experiment._of_outputs import margins as _margins
 
 SMALL: dict[str, Any] = {
     "data": {"n_train": 12, "n_test": 6},

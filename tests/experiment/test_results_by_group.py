@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ntkdp import experiment, privacy
-from ntkdp.experiment import _by_group
+from ntkdp.experiment._of_outputs import by_group as _by_group
 from ntkdp.experiment._report import write_report
 
 

@@ -306,7 +306,7 @@ class Config(ProblemConfig):
 
     def _default_predictions(self, couples: bool) -> list[PredictionName]:
         names = [name for name in self.predictions if self._follows(name)]
-        if self.model.kind == "function":  # which need not have an infinite width
+        if self.model.is_own:  # which need not have an infinite width
             names = [name for name in names if name != "infinite"]
         if self._follows("response") and not couples and (self.training.noisy or not names):
             names.append("response")

@@ -11,7 +11,7 @@ from ntkdp._backend.config_files import ConfigError
 from ntkdp.clipping import ClippingRule
 from ntkdp.experiment._config import ClippingConfig, Config
 from ntkdp.experiment._predictions import Mechanism
-from ntkdp.experiment._problem import Problem, problem_of, rules_of
+from ntkdp.experiment._problem import ModelLike, Problem, problem_of, rules_of, with_model
 from ntkdp.experiment._run import Report
 from ntkdp.stochastic_flow import Method
 from ntkdp.trajectory import Band, Trajectory, band
@@ -55,7 +55,11 @@ class Forecast(NamedTuple):
 
 
 def forecast(
-    config: Config, report: Report | None = None, *, method: Method = "auto"
+    config: Config,
+    report: Report | None = None,
+    *,
+    method: Method = "auto",
+    model: ModelLike | None = None,
 ) -> list[Forecast]:
     """Predict a private run under each clipping rule by the method that may be trusted.
 
@@ -71,6 +75,8 @@ def forecast(
     method : str
         As for :func:`ntkdp.predict`: "auto" takes the one that may be trusted, which for a network
         may take minutes; "frozen" takes seconds.
+    model : Model, callable or str, optional
+        The network in place of ``config.model``, as for :func:`run`.
 
     Returns
     -------
@@ -102,11 +108,13 @@ def forecast(
             "config must be a Config, e.g. ntkdp.experiment.load_config(path), got "
             f"{type(config).__name__}"
         )
+    if model is not None:
+        config = with_model(config, model)
     rules = rules_of(config)
     _refuse_other_training(config)
     if report is not None:
         report("loading data", 0.0)
-    problem = problem_of(config)
+    problem = problem_of(config, model if config.model.kind == "given" else None)
     forecasts = []
     for number, (case, rule) in enumerate(zip(config.clipping, rules, strict=True)):
         if report is not None:

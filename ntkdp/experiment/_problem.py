@@ -3,22 +3,27 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntkdp import clipping, datasets, losses, models
-from ntkdp._backend.config_files import ConfigError
+from ntkdp._backend.config_files import ConfigError, check_as
 from ntkdp._backend.types import Array, Params
 from ntkdp.clipping import ClippingRule
 from ntkdp.experiment._config import Config
-from ntkdp.experiment._problem_config import ProblemConfig
+from ntkdp.experiment._problem_config import ModelConfig, ProblemConfig
 from ntkdp.losses import Loss
 from ntkdp.models import Model
 from ntkdp.trajectory import PublicRows
+
+#: A model of one's own: itself, a function of the number of outputs that makes it, or its name.
+ModelLike: TypeAlias = Model | Callable[[int], Model] | str
+Kind = TypeVar("Kind", bound=ProblemConfig)
 
 
 class Problem(NamedTuple):
@@ -109,8 +114,19 @@ def rules_of(config: Config) -> list[ClippingRule]:
     return rules
 
 
-def problem_of(config: ProblemConfig) -> Problem:
+def problem_of(config: ProblemConfig, model: ModelLike | None = None) -> Problem:
     """Load the data of ``config``, make the network and initialise it.
+
+    Parameters
+    ----------
+    config : Config
+        Of an experiment, or that of a sweep.
+    model : Model, callable or str, optional
+        The network in place of ``config.model``, as for :func:`ntkdp.experiment.run`.
+
+    Returns
+    -------
+    Problem
 
     Raises
     ------
@@ -124,6 +140,9 @@ def problem_of(config: ProblemConfig) -> Problem:
     >>> ntkdp.experiment.problem_of(config).outputs.shape
     (8, 10)
     """
+    given = model
+    if given is not None and config.model.kind != "given":
+        config = with_model(config, given)
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             "field 'dtype': float64 needs JAX's 64-bit mode, call ntkdp.enable_x64() first"
@@ -150,8 +169,10 @@ def problem_of(config: ProblemConfig) -> Problem:
     n_outputs = 1 if config.loss == "logistic" else data.n_outputs
     x, test_x = (jnp.asarray(part, config.dtype) for part in (data.x_train, data.x_test))
     try:
-        model = _model_of(config, n_outputs)
+        model = _model_of(config, n_outputs, given)
         params = model.init(jax.random.key(config.seed), x)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"field 'model': {config.model.kind} for samples of shape {x.shape[1:]}: {error}"
@@ -168,6 +189,11 @@ def problem_of(config: ProblemConfig) -> Problem:
             f"field 'loss': {config.loss} does not fit the {data.task} data {data.name!r}: {error}"
         ) from error
     outputs = model.apply(params, x)
+    if outputs.shape[1] != n_outputs:
+        raise ConfigError(
+            f"field 'model': must have {n_outputs} outputs for the {data.task} data {data.name!r} "
+            f"with the loss {config.loss}, got {outputs.shape[1]}"
+        )
     public = public_outputs = None
     n_public = config.public.rows
     if n_public >= len(x):
@@ -214,7 +240,7 @@ def require_infinite_width(problem: Problem, field: str) -> None:
     """Raise unless the model has kernels of infinite width, which ``field`` asks for."""
     if problem.model.kernel_fn is None:
         raise ConfigError(
-            f"field {field!r}: must not ask for 'infinite' with a model.function whose model has "
+            f"field {field!r}: must not ask for 'infinite' with a model of your own that has "
             "no kernel_fn; use the network's own kernel"
         )
 
@@ -231,13 +257,24 @@ def _as_targets(targets: Array, task: str, config: ProblemConfig, n_classes: int
     return targets
 
 
-def _made_by(function: str, n_outputs: int) -> Model:
-    """The model that ``function``, 'module:name', makes for so many outputs."""
+def with_model(config: Kind, model: ModelLike) -> Kind:
+    """The configuration with a model of one's own in place of its section of the network."""
+    if config.model != ModelConfig():
+        raise ConfigError(
+            "field 'model': must be left out where the argument model is given, got kind = "
+            f"{config.model.kind!r}"
+        )
+    section = model if isinstance(model, str) else {"kind": "given"}
+    return check_as(type(config), config.model_dump(exclude_unset=True) | {"model": section})
+
+
+def _imported(function: str) -> object:
+    """What 'module:name' names."""
     module, _, name = function.partition(":")
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
-        make = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"field 'model.function': {function!r} cannot be imported: {error}; modules are looked "
@@ -245,19 +282,39 @@ def _made_by(function: str, n_outputs: int) -> Model:
         ) from error
     finally:
         sys.path.remove(folder)
-    model = make(n_outputs)
+
+
+def _made_by(make: object, n_outputs: int, who: str) -> Model:
+    """The model that a function makes for so many outputs, or one that is made already."""
+    model = make
+    if not isinstance(model, Model):
+        if not callable(make):
+            raise ConfigError(
+                f"{who} must be a function of the number of outputs that returns an "
+                f"ntkdp.models.Model, or such a model, got {make!r} of type {type(make).__name__}"
+            )
+        model = make(n_outputs)
     if not isinstance(model, Model):
         raise ConfigError(
-            f"field 'model.function': {function!r} must return an ntkdp.models.Model, "
-            f"got {type(model).__name__}"
+            f"{who} must return an ntkdp.models.Model, got {type(model).__name__}; "
+            "ntkdp.models.Model(init, apply) makes one of functions, and from_flax and "
+            "from_equinox of modules"
         )
     return model
 
 
-def _model_of(config: ProblemConfig, n_outputs: int) -> Model:
+def _model_of(config: ProblemConfig, n_outputs: int, given: ModelLike | None) -> Model:
     settings = config.model
     if settings.function is not None:
-        return _made_by(settings.function, n_outputs)
+        made = _imported(settings.function)
+        return _made_by(made, n_outputs, f"field 'model.function': {settings.function!r}")
+    if settings.kind == "given":
+        if given is None:
+            raise ConfigError(
+                "field 'model.kind': 'given' stands for the argument model of "
+                "ntkdp.experiment.run, which is missing"
+            )
+        return _made_by(given, n_outputs, "model")
     build = models.mlp
     if settings.kind == "cnn":
         build = partial(models.cnn, pooling=settings.pooling)

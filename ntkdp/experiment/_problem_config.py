@@ -37,13 +37,21 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network, in infinite-width terms, or a function that makes it."""
+    """The network, in infinite-width terms, or a function that makes it.
 
-    kind: Literal["mlp", "cnn", "function"] = Field("mlp", description="mlp, cnn or function")
+    The name of a function, 'module:name', is short for the section of one.
+    """
+
+    kind: Literal["mlp", "cnn", "function", "given"] = Field(
+        "mlp",
+        description="mlp, cnn or function; given stands for the argument model of "
+        "ntkdp.experiment.run",
+    )
     function: str | None = Field(
         None,
         description="of kind function: 'module:name' of a function of the number of outputs that "
-        "returns an ntkdp.models.Model; the folder where the command is run is searched too",
+        "returns an ntkdp.models.Model; the folder where the command is run is searched too; model "
+        "= 'module:name' is short for both",
     )
     widths: list[Annotated[int, Field(ge=1)]] = Field(
         [768, 768],
@@ -68,6 +76,18 @@ class ModelConfig(Section):
     output_W_std: float = Field(1.0, gt=0, description="W_std of the output layer")
     parameterization: Literal["ntk", "standard"] = Field("ntk", description="ntk or standard")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"kind": "function", "function": value}
+        if not isinstance(value, dict | cls):
+            raise ValueError(
+                "model must be a section, or the name of a function, such as "
+                "'my_models:transformer'"
+            )
+        return value
+
     @model_validator(mode="after")
     def _a_function_makes_all(self) -> "ModelConfig":
         if (self.kind == "function") != (self.function is not None):
@@ -82,6 +102,7 @@ class ModelConfig(Section):
                     "model.function must name a module and a function, such as "
                     f"'my_models:transformer', got {self.function!r}"
                 )
+        if self.is_own:
             fields = type(self).model_fields
             # Defaults may be written, as they are in the settings that a worker gets.
             others = {
@@ -91,10 +112,15 @@ class ModelConfig(Section):
             }
             if others:
                 raise ValueError(
-                    f"model.{min(others)} must be left out with model.kind = 'function', which "
+                    f"model.{min(others)} must be left out with model.kind = {self.kind!r}, which "
                     "makes the whole network"
                 )
         return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a model that somebody else has made."""
+        return self.kind in ("function", "given")
 
     @property
     def is_linear(self) -> bool:
@@ -106,6 +132,8 @@ class ModelConfig(Section):
         """The network in a few words."""
         if self.function is not None:
             return f"the network of {self.function}"
+        if self.kind == "given":
+            return "the network given"
         if self.is_linear:
             return "a linear head"
         return f"{self.kind} of widths {self.widths}, {self.activation}"

@@ -36,7 +36,14 @@ from ntkdp.experiment._predictions import (
     strategy_for,
     weight_noise,
 )
-from ntkdp.experiment._problem import Problem, problem_of, require_infinite_width, rules_of
+from ntkdp.experiment._problem import (
+    ModelLike,
+    Problem,
+    problem_of,
+    require_infinite_width,
+    rules_of,
+    with_model,
+)
 from ntkdp.experiment._recorded import as_recorded, require_one_rule
 from ntkdp.trajectory import Trajectory, recorded_steps, times_of_steps
 
@@ -135,6 +142,7 @@ def run(
     report: Report | None = None,
     *,
     observed: Trajectory | None = None,
+    model: ModelLike | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -154,6 +162,11 @@ def run(
         the training of the runs: its learning rate and steps, and more where ``observed`` knows
         what it is of, are checked. Initial weights are drawn by its seed, so the runs should start
         from the same ones, or the network be so wide that they do not matter.
+    model : Model, callable or str, optional
+        The network in place of ``config.model``, which must be left out: an
+        :class:`ntkdp.models.Model`, a function of the number of outputs that returns one, or the
+        name of such a function, ``"module:name"``, as in a file. A folder does not know which model
+        was given, so resume with the same one.
     folder : path, optional
         Where each case is written as it finishes. Without a folder, nothing is written.
     resume : bool
@@ -196,12 +209,14 @@ def run(
             "config must be a Config, e.g. ntkdp.experiment.load_config(path), got "
             f"{type(config).__name__}"
         )
+    if model is not None:
+        config = with_model(config, model)
     if observed is not None:
         _check_observed(config, observed, folder, resume or overwrite)
     rules = rules_of(config)
     cells = open_cells(folder, config, "run", resume=resume, overwrite=overwrite)
     _begin(report, "loading data")
-    problem = problem_of(config)
+    problem = problem_of(config, model if config.model.kind == "given" else None)
     for number, rule in enumerate(rules):
         n_groups = groups.resolve(problem.params).size if rule.scope == "layerwise" else 1
         try:

@@ -1,5 +1,6 @@
 """The main job end to end, small: predictions hold, files are whole, folders are safe."""
 
+import importlib
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import ntkdp
 from ntkdp import cli, experiment, privacy
 from ntkdp._backend.config_files import describe
-from ntkdp.experiment import _predictions, _report, _run
+from ntkdp.experiment import _predictions, _problem, _report, _run
 
 SMALL: dict[str, Any] = {
     "predictions": ["exact", "frozen", "infinite", "recursion"],
@@ -582,6 +583,9 @@ def affine(n_outputs):
 
 def no_model(n_outputs):
     return n_outputs
+
+finished = normalised(10)
+number = 7
 """
 
 
@@ -626,8 +630,74 @@ def test_models_that_cannot_be_had_are_named(own_models: str) -> None:
         problem(f"{own_models}:absent")
     with pytest.raises(experiment.ConfigError, match=r"must return an ntkdp.models.Model, got int"):
         problem(f"{own_models}:no_model")
+    with pytest.raises(experiment.ConfigError, match=r"Model, or such a model, got 7 of type int"):
+        problem(f"{own_models}:number")
     with pytest.raises(experiment.ConfigError, match="'predictions': must not ask for 'infinite'"):
         problem(f"{own_models}:normalised", predictions=["infinite"])
+
+
+def test_a_name_is_short_for_the_section_of_a_function(own_models: str, tmp_path: Path) -> None:
+    name = f"{own_models}:normalised"
+    path = tmp_path / "short.toml"
+    path.write_text(f'model = "{name}"\n[data]\nn_train = 16\n')
+    short = experiment.load_config(path)
+    long = experiment.config(data={"n_train": 16}, model={"kind": "function", "function": name})
+    assert short == long
+    assert experiment.config(**short.model_dump()) == long
+    assert short.predictions == ["frozen", "recursion"]
+    assert ntkdp.sweep.config(model=name).model == long.model
+    with pytest.raises(experiment.ConfigError, match="must name a module and a function, such as"):
+        experiment.config(model="normalised")
+    with pytest.raises(experiment.ConfigError, match=r"field 'model'.* got 7"):
+        experiment.config(model=7)
+
+
+def test_a_model_is_given_in_python(own_models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model, as a function and by its name it is the same network."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    module = importlib.import_module(own_models)
+    fields = {name: value for name, value in SMALL.items() if name not in ("model", "predictions")}
+    fields |= {"clipping": [{"clip_norm": 0.2}], "training": {"steps": 4, "record_every": 2}}
+    config = experiment.config(**fields)
+    named = experiment.config(**fields, model=f"{own_models}:normalised")
+    expected = experiment.run(named).cases[0]
+    for model in (module.finished, module.normalised, f"{own_models}:normalised"):
+        results = experiment.run(config, model=model)
+        (case,) = results.cases
+        assert list(case.predictions) == ["frozen", "recursion"]
+        np.testing.assert_array_equal(case.run.loss, expected.run.loss)
+        problem = experiment.problem_of(config, model)
+        assert float(case.run.loss[0]) == pytest.approx(
+            float(jnp.mean(problem.loss(problem.outputs, problem.targets))), rel=1e-12
+        )
+    given = experiment.run(config, model=module.finished).config
+    assert given.model.kind == "given"
+    assert given.model.words == "the network given"
+    assert experiment.config(**given.model_dump()) == given
+    with pytest.raises(experiment.ConfigError, match="'given' stands for the argument model"):
+        experiment.run(given)
+    (forecast,) = experiment.forecast(config, method="frozen", model=module.finished)
+    assert float(forecast.trajectory.loss[0]) == pytest.approx(float(expected.run.loss[0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda n_outputs: n_outputs, "model must return an ntkdp.models.Model, got int"),
+        (ntkdp.models.linear(3), "field 'model': must have 10 outputs for the classification"),
+        ("nowhere:make", "'nowhere:make' cannot be imported: .* modules are looked for in /"),
+        ("nowhere", "model.function must name a module and a function"),
+    ],
+)
+def test_a_model_that_cannot_be_given_is_named(model: Any, words: str) -> None:
+    with pytest.raises(experiment.ConfigError, match=r"model must be a function of .* got 7 of"):
+        _problem._made_by(7, 10, "model")
+    fields = {name: value for name, value in SMALL.items() if name != "model"}
+    config = experiment.config(**fields | {"predictions": ["recursion"]})
+    with pytest.raises(experiment.ConfigError, match=words):
+        experiment.run(config, model=model)
+    with pytest.raises(experiment.ConfigError, match="'model': must be left out where the argume"):
+        experiment.run(experiment.config(**SMALL), model=model)
 
 
 SUMS = {"kind": "shuffled", "n_batches": 4}, {"kind": "optimal_for_sums", "n_bands": 4}

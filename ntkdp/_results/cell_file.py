@@ -47,7 +47,7 @@ def decode(data: bytes, label: Mapping[str, object]) -> Content:
     ValueError
         If the label is another one, or the bytes claim to hold more than there is of them.
     """
-    _check_sizes(data)
+    check_sizes(io.BytesIO(data), len(data))
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         members = {name: file[name] for name in file.files}
     whole = json.loads(members.pop(_TEXT).item())
@@ -63,13 +63,13 @@ def decode(data: bytes, label: Mapping[str, object]) -> Content:
     return content
 
 
-def _check_sizes(data: bytes) -> None:
-    """Raise before memory is taken for members that are larger than the file."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
+def check_sizes(archive: io.BytesIO | io.BufferedReader, size: int) -> None:
+    """Raise before memory is taken for members that are larger than an archive of this size."""
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
                 raise ValueError(f"{member.filename} is compressed, or larger than the file")
-            with archive.open(member) as stream:
+            with opened.open(member) as stream:
                 version = np.lib.format.read_magic(stream)
                 read = (
                     np.lib.format.read_array_header_1_0

@@ -20,6 +20,7 @@ from ntkdp.ntk._infinite import infinite_ntk, layerwise_infinite_ntk
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
 from ntkdp.ntk._matrices import as_matrices as as_matrices
 from ntkdp.ntk._norms import gradient_structure, per_sample_gradient_norms
+from ntkdp.ntk._storage import load_kernel, save_kernel
 from ntkdp.ntk._two_time import TwoTimeKernel, between_times, check_two_time, two_time_kernel
 from ntkdp.ntk._two_time import under_laws as under_laws
 
@@ -37,7 +38,9 @@ __all__ = [
     "layerwise_infinite_ntk",
     "layerwise_ntk",
     "linear_ntk",
+    "load_kernel",
     "per_sample_gradient_norms",
     "preconditioned_ntk",
+    "save_kernel",
     "two_time_kernel",
 ]

@@ -1,5 +1,7 @@
 """The kernel of a model that is linear in fixed features, as a product that is not written out."""
 
+import os
+
 import equinox as eqx
 import jax.numpy as jnp
 
@@ -73,6 +75,19 @@ class FeatureKernel(eqx.Module):
             n1, n2 = self.shape
             memory.require(n1 * n2 * self.dtype.itemsize, f"a kernel of {n1} x {n2}", _WAYS_OUT)
         return self.rows @ self.columns.T
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a ``.npz`` file, as :func:`ntkdp.ntk.save_kernel` does."""
+        from ntkdp.ntk import _storage
+
+        _storage.save_kernel(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FeatureKernel":
+        """Read what :meth:`save` wrote, as :func:`ntkdp.ntk.load_kernel` does."""
+        from ntkdp.ntk import _storage
+
+        return _storage.load_as(cls, path)
 
 
 def linear_ntk(model: Model, x1: ArrayLike, x2: ArrayLike | None = None) -> FeatureKernel:

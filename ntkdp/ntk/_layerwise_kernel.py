@@ -1,5 +1,6 @@
 """A kernel as a sum of terms, one for each parameter group."""
 
+import os
 from collections.abc import Iterable
 
 import equinox as eqx
@@ -73,3 +74,16 @@ class LayerwiseKernel(eqx.Module):
         if len(kept) == len(self.names):
             return self
         return LayerwiseKernel(tuple(self.names[i] for i in kept), self.values[np.array(kept)])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a ``.npz`` file, as :func:`ntkdp.ntk.save_kernel` does."""
+        from ntkdp.ntk import _storage
+
+        _storage.save_kernel(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LayerwiseKernel":
+        """Read what :meth:`save` wrote, as :func:`ntkdp.ntk.load_kernel` does."""
+        from ntkdp.ntk import _storage
+
+        return _storage.load_as(cls, path)

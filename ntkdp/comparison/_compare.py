@@ -19,6 +19,8 @@ _TIME_ROUNDINGS = 8
 #: Prediction and run by quantity, each with time as its first axis.
 Pairs: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
 
+#: Parts of a trajectory that have no axis of time.
+_WITHOUT_TIME = ("outcome", "start", "setup", "sensitivities", "params")
 _OUTPUTS = ("outputs", "test_outputs")
 _LOSSES = ("loss", "test_loss")
 
@@ -290,7 +292,7 @@ def _at(trajectory: Trajectory, index: np.ndarray) -> Trajectory:
     time_axis = trajectory.loss.ndim - 1
     fields: dict[str, Any] = {}
     for name, value in vars(trajectory).items():
-        if value is not None and name not in ("outcome", "start", "setup"):
+        if value is not None and name not in _WITHOUT_TIME:
             axis = 0 if name in ("times", "steps") else time_axis
             # NumPy: JAX would compile a program for every number of shared times.
             fields[name] = jnp.asarray(np.asarray(value).take(index, axis=axis))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import UInt32
@@ -70,11 +71,13 @@ def run(
     sharpness_aware: SharpnessAware | None = None,
     optimizer: OptimizerLike | None = None,
     groups: PyTree = None,
+    trainable: Iterable[str] | None = None,
     reduction: Reduction = "mean",
     test_x: ArrayLike | None = None,
     test_targets: ArrayLike | None = None,
     record_every: int = 1,
     outputs: bool = False,
+    keep_params: bool = False,
     gradients: Literal["structured", "vmap"] = "structured",
     noise_per_group: bool = False,
     individual: bool = False,
@@ -136,6 +139,9 @@ def run(
         losses and outputs are those of the average, and the clip fraction is of the weights.
     groups : pytree prefix of labels, or callable from key path to label, optional
         Groups of layerwise clipping; by default the layers.
+    trainable : sequence of str, optional
+        Names of the groups that train, as in ``LayerwiseKernel.names``; by default all. The others
+        have no part in norms, noise and sensitivity.
     reduction : {"mean", "sum"}
         The noisy sum is divided by q n (mean) or by q (sum); the recorded loss likewise.
     test_x, test_targets : array, optional
@@ -144,6 +150,9 @@ def run(
         Record every ``record_every`` steps, and the last.
     outputs : bool
         Record the outputs too.
+    keep_params : bool
+        Keep the parameters at the end, as ``params`` of the trajectory: the average if the
+        optimizer keeps one, at which losses are measured.
     gradients : {"structured", "vmap"}
         Per-sample norms and clipped sums from layer inputs and cotangents, or from plain
         per-sample gradients, which is slower and shares nothing with the predictions.
@@ -221,6 +230,7 @@ def run(
         clipping,
         learning_rate,
         sigma,
+        trainable,
         adaptive=adaptive,
         clip_norm=clip_norm,
         steps=stepping.steps,
@@ -228,7 +238,9 @@ def run(
     algorithm = algorithm_of(problem, method, mechanism)
     if validate.flag(individual=individual):
         check_individual(algorithm)
-    return _recorded([(algorithm, stepping)], params, keys, outputs, progress, individual)
+    kept = validate.flag(keep_params=keep_params)
+    path, end = _recorded([(algorithm, stepping)], params, keys, outputs, progress, individual)
+    return replace(path, params=end) if kept else path
 
 
 def run_phases(
@@ -332,7 +344,7 @@ def run_phases(
         for phase in phases
     ]
     parts = list(zip(algorithms, steppings(phases, record_every), strict=True))
-    return _recorded(parts, params, keys, outputs, progress)
+    return _recorded(parts, params, keys, outputs, progress)[0]
 
 
 def _recorded(
@@ -342,8 +354,11 @@ def _recorded(
     outputs: bool,
     progress: Progress,
     individual: bool = False,
-) -> Trajectory:
-    """Train phase by phase, each from where the one before ended, and record it."""
+) -> tuple[Trajectory, Params]:
+    """Train phase by phase, each from where the one before ended, and record it.
+
+    The parameters are those at the end, at which the last losses are measured.
+    """
     keys = devices.everywhere(phases[0][0].mesh, keys)
     # All phases are checked before the first begins.
     params, *_ = [algorithm.init(params).params for algorithm, _ in phases]
@@ -358,4 +373,8 @@ def _recorded(
             recorded, setup = jnp.asarray(stepping.recorded), algorithm.setup(stepping)
             path = from_measurements(stepping.times, measured, steps=recorded, setup=setup)
             paths.append(replace(path, sensitivities=record))
-        return joined(paths, (algorithm.clipping for algorithm, _ in phases))
+        path = joined(paths, (algorithm.clipping for algorithm, _ in phases))
+    end, average = start
+    if average is not None:
+        end = jax.tree.map(lambda mean, w: mean.astype(w.dtype), average, end)
+    return path, end

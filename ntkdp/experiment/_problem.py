@@ -167,7 +167,11 @@ def problem_of(config: ProblemConfig, model: ModelLike | None = None) -> Problem
     loss = losses.from_name(config.loss, **options)
     # One output tells two classes apart for the logistic loss.
     n_outputs = 1 if config.loss == "logistic" else data.n_outputs
-    x, test_x = (jnp.asarray(part, config.dtype) for part in (data.x_train, data.x_test))
+    # Numbers of tokens are looked up, by a network that must be one's own.
+    tokens = config.model.is_own and jnp.issubdtype(data.x_train.dtype, jnp.integer)
+    x, test_x = (
+        jnp.asarray(part, None if tokens else config.dtype) for part in (data.x_train, data.x_test)
+    )
     try:
         model = _model_of(config, n_outputs, given)
         params = model.init(jax.random.key(config.seed), x)

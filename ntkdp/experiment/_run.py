@@ -468,7 +468,9 @@ def _case(config: Config, case: ClippingConfig, measured: Measured) -> Case:
 
 def _fields(path: Trajectory) -> Fields:
     # Outputs take much room, and have served for margins and subgroups.
-    path = dataclasses.replace(path, outputs=None, test_outputs=None, sensitivities=None)
+    path = dataclasses.replace(
+        path, outputs=None, test_outputs=None, sensitivities=None, params=None
+    )
     recorded = {name: value for name, value in vars(path).items() if name != "setup"}
     fields: dict[str, np.ndarray | str | None] = {"setup": setups.to_json(path.setup)}
     for name, value in recorded.items():

@@ -1,5 +1,7 @@
 """Kernels of a network at its parameters, whole, by layer and preconditioned."""
 
+from collections.abc import Iterable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from ntkdp._gradients import per_sample
 from ntkdp._gradients.check_model import check_inputs, check_model, check_preconditioner
 from ntkdp.ntk import _blocks
 from ntkdp.ntk._layerwise_kernel import LayerwiseKernel
+from ntkdp.trajectory import as_trainable
 
 _WAYS_OUT = (
     "use fewer samples, float32, one output, a mesh of devices, the infinite-width kernel (n, n), "
@@ -26,6 +29,7 @@ def empirical_ntk(
     x1: Real[Array, "n1 ..."],
     x2: Real[Array, "n2 ..."] | None = None,
     *,
+    trainable: Iterable[str] | None = None,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "n1 n2 K K"]:
@@ -39,6 +43,9 @@ def empirical_ntk(
         Parameters: floating-point arrays.
     x1, x2 : array
         Inputs ``(n1, ...)`` and ``(n2, ...)``; without ``x2``, x1 against itself.
+    trainable : sequence of str, optional
+        Names of the layers that train, as in the ``names`` of :func:`layerwise_ntk`; by default
+        all. The others are constants: nothing is computed for them.
     batch_size : int, optional
         Rows and columns of a block. By default a block takes about 100 MiB; peak memory is at most
         twice the result and two blocks.
@@ -72,6 +79,8 @@ def empirical_ntk(
     >>> ntkdp.empirical_ntk(linear, jnp.ones((2, 1)), x)[:, :, 0, 0].tolist()
     [[5.0, 11.0], [11.0, 25.0]]
     """
+    if trainable is not None:
+        apply_fn, params, _ = _with_frozen(apply_fn, params, _groups.resolve(params), trainable)
     everything = _groups.Groups(("all",), (0,) * len(jax.tree.leaves(params)))
     return _kernel(apply_fn, params, x1, x2, everything, batch_size, mesh, whole=True)
 
@@ -83,6 +92,7 @@ def layerwise_ntk(
     x2: Real[Array, "n2 ..."] | None = None,
     *,
     groups: _groups.GroupSpec = None,
+    trainable: Iterable[str] | None = None,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> LayerwiseKernel:
@@ -94,6 +104,8 @@ def layerwise_ntk(
         As for :func:`empirical_ntk`.
     groups : pytree prefix of labels, or callable from key path to label, optional
         The groups; by default the layers.
+    trainable : sequence of str, optional
+        Names of the groups that train; by default all.
 
     Returns
     -------
@@ -119,6 +131,8 @@ def layerwise_ntk(
     (('b', 'w'), [1.0, 5.0])
     """
     resolved = _groups.resolve(params, groups)
+    if trainable is not None:
+        apply_fn, params, resolved = _with_frozen(apply_fn, params, resolved, trainable)
     terms = _kernel(apply_fn, params, x1, x2, resolved, batch_size, mesh)
     return LayerwiseKernel(resolved.names, terms)
 
@@ -172,6 +186,21 @@ def preconditioned_ntk(
     rescaled = jax.tree_util.Partial(_apply_rescaled, apply_fn, roots)
     coordinates = jax.tree.map(jnp.multiply, params, roots)
     return empirical_ntk(rescaled, coordinates, x1, x2, batch_size=batch_size, mesh=mesh)
+
+
+def _with_frozen(
+    apply_fn: ApplyFn, params: Params, groups: _groups.Groups, trainable: Iterable[str]
+) -> tuple[ApplyFn, Params, _groups.Groups]:
+    """The network as a function of the groups that train, which are the only ones left."""
+    names = as_trainable(trainable)
+    kept = jax.tree.unflatten(jax.tree.structure(params), groups.leaves_of(names))
+    trained, frozen = eqx.partition(params, kept)
+    beside = jax.tree_util.Partial(_apply_beside, apply_fn, frozen)
+    return beside, trained, groups.select(names)
+
+
+def _apply_beside(apply_fn: ApplyFn, frozen: Params, trained: Params, x: Array) -> Array:
+    return apply_fn(eqx.combine(trained, frozen), x)
 
 
 def _apply_rescaled(apply_fn: ApplyFn, roots: Params, coordinates: Params, x: Array) -> Array:

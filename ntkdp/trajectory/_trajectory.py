@@ -14,7 +14,7 @@ import numpy as np
 from ntkdp._backend import devices, validate
 from ntkdp._backend.files import replacing
 from ntkdp._backend.precision import at_least_single
-from ntkdp._backend.types import Array, LearningRate, is_traced
+from ntkdp._backend.types import Array, LearningRate, Params, is_traced
 from ntkdp._results import setup as setups
 from ntkdp._results.setup import Setup
 from ntkdp.privacy import Sensitivities
@@ -65,6 +65,9 @@ class Trajectory(eqx.Module):
     sensitivities : privacy.Sensitivities, optional
         What each sample has added to all steps together, if a run was asked to record it; without
         an axis of time. Phases that follow one another have none.
+    params : pytree, optional
+        Parameters at the end, if a run was asked to keep them. Files of trajectories do not hold
+        them.
 
     Examples
     --------
@@ -88,6 +91,7 @@ class Trajectory(eqx.Module):
     setup: tuple[Setup, ...] = eqx.field(default=(), static=True)
     clip_norm: Array | None = None
     sensitivities: Sensitivities | None = None
+    params: Params | None = None
 
     def __str__(self) -> str:
         """What was recorded, in a table in plain text."""
@@ -158,6 +162,7 @@ class Trajectory(eqx.Module):
             outcome=jnp.where(ended == Outcome.SUCCESS, other.outcome, ended),
             start=self.start,
             setup=self.setup + other.setup if self.setup and other.setup else (),
+            params=other.params,
             **fields,
         )
 

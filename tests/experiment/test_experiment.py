@@ -700,6 +700,37 @@ def test_a_model_that_cannot_be_given_is_named(model: Any, words: str) -> None:
         experiment.run(experiment.config(**SMALL), model=model)
 
 
+def test_tokens_stay_whole_for_a_model_that_looks_them_up(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 24)
+    tokens = rng.integers(0, 10, (24, 5)) + 10 * y[:, None]
+    path = tmp_path / "tokens.npz"
+    np.savez(path, x=tokens, y=y)
+
+    def bag_of_words(n_outputs: int) -> ntkdp.models.Model:
+        def init(key: Any, x: Any) -> Any:
+            keys = jax.random.split(key)
+            return {
+                "table": jax.random.normal(keys[0], (20, 16)),
+                "out": jax.random.normal(keys[1], (16, n_outputs)) / 4,
+            }
+
+        def apply(params: Any, x: Any) -> Any:
+            assert jnp.issubdtype(x.dtype, jnp.integer)
+            return jnp.mean(params["table"][x], axis=1) @ params["out"]
+
+        return ntkdp.models.Model(init, apply)
+
+    config = experiment.config(
+        data={"name": str(path), "n_train": 16, "n_test": 8, "standardise": "none"},
+        training={"steps": 6, "learning_rate": 0.1, "record_every": 3},
+        clipping=[{"clip_norm": 0.5}],
+    )
+    (case,) = experiment.run(config, model=bag_of_words).cases
+    assert case.predictions["recursion"].comparison.sup_relative_error < 0.02
+    assert float(case.run.loss[-1]) < float(case.run.loss[0])
+
+
 SUMS = {"kind": "shuffled", "n_batches": 4}, {"kind": "optimal_for_sums", "n_bands": 4}
 ROOTS = {"kind": "cyclic", "n_batches": 4}, {"kind": "square_root", "n_bands": 8}
 BANDS = {"kind": "cyclic", "n_batches": 2}, {"kind": "toeplitz", "coefficients": [1, 0.5]}

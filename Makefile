@@ -1,6 +1,6 @@
 # The same steps as .ci/run, one verb each. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free responses plans cost bench figures experiments sensitivity docs package pins clean
+.PHONY: help lint format types architecture test test-core test-slow coverage lowest faults verify accuracy notebooks kernel-free responses plans cost bench figures experiments sensitivity docs pages package pins clean
 
 help:  ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ experiments:  ## The sweeps and figures of docs/choosing.md (two hours); DATA is
 
 docs:  ## Build the documentation into docs/_build/html, warnings being errors (two minutes)
 	uv run --group docs sphinx-build -W -E -q --keep-going -b html docs docs/_build/html
+
+pages: docs  ## Check in a browser that code and tables stay inside their columns, on every page, at two widths
+	uv run --group docs python docs/check_widths.py docs/_build/html
 
 package:  ## Build the wheel and the source archive into dist/
 	uv build

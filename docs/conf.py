@@ -60,7 +60,7 @@ html_theme_options = {
     "logo": {"text": "ntkdp"},
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
-    "show_prev_next": False,
+    "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -64,6 +64,13 @@ def save_png(figure: Figure | Axes, files: OwnFiles, name: str) -> None:
         draw_into(temporary, figure, "png", dpi=150)
 
 
+def save_pictures(figure: Figure | Axes, files: OwnFiles, name: str) -> None:
+    """Write a figure as PNG under this name, and as SVG, which stays sharp in print, next to it."""
+    save_png(figure, files, name)
+    with files.replacing(str(Path(name).with_suffix(".svg"))) as temporary:
+        draw_into(temporary, figure, "svg", dpi=150)
+
+
 def draw_into(path: Path, figure: Figure | Axes, form: str, dpi: float) -> None:
     """Write a figure, or that of any Axes, to a path in a format of this name."""
     whole = figure.get_figure(root=True) if isinstance(figure, Axes) else figure

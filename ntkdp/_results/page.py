@@ -1,12 +1,21 @@
-"""Self-contained HTML pages with one style, from templates that escape all text."""
+"""Self-contained HTML pages with one style, from templates that escape all text.
+
+A page shows everything without scripts. With them its charts answer the pointer and its tables
+sort; the scripts are part of the page, so that it needs no network.
+"""
 
 import base64
 from collections.abc import Sequence
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+#: What makes pages interactive: a library for charts, and what uses it.
+_STYLESHEETS = ("uPlot.min.css", "charts.css")
+_SCRIPTS = ("uPlot.iife.min.js", "charts.js")
 
 
 def render(template: str, *, title: str, heading: str, **values: object) -> str:
@@ -33,8 +42,17 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters["base64"] = _as_base64
+    templates.globals["stylesheet"] = lambda: _joined(_STYLESHEETS)
+    templates.globals["script"] = lambda: _joined(_SCRIPTS)
     return templates
 
 
 def _as_base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
+
+
+@cache
+def _joined(names: tuple[str, ...]) -> str:
+    """Files of ours, which pages take as they are."""
+    folder = resources.files("ntkdp._results.interactive")
+    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in names)

@@ -13,8 +13,8 @@ from ntkdp.trajectory import Trajectory, band, mean_over_seeds
 #: Label of the time axis.
 TIME = r"time $t$ = learning rate × step"
 #: Quantiles over seeds between which a band is shaded.
-_BAND_LEVELS = (0.05, 0.95)
-_BAND_TITLE = "{:g} to {:g}%".format(*(100 * level for level in _BAND_LEVELS))
+LEVELS = (0.05, 0.95)
+_BAND_TITLE = "{:g} to {:g}%".format(*(100 * level for level in LEVELS))
 
 
 def check_trajectory(name: str, value: object) -> None:
@@ -66,7 +66,7 @@ def _over_seeds(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.nd
     """Mean and quantiles over several seeds; one run as it is."""
     if values.ndim == 1:
         return values, None
-    spread = band(values, _BAND_LEVELS)
+    spread = band(values, LEVELS)
     low, high = spread.quantiles
     return spread.mean, (low, high)
 

@@ -22,8 +22,8 @@ from ._problem_config import DataConfig as DataConfig
 from ._problem_config import ModelConfig as ModelConfig
 from ._problem_config import ProblemConfig as ProblemConfig
 from ._recorded import read_recorded as read_recorded
-from ._report import print_table as print_table
-from ._report import write_report as write_report
+from ._reporting.report import write_report as write_report
+from ._reporting.tables import print_table as print_table
 from ._run import Case as Case
 from ._run import Prediction as Prediction
 from ._run import Results as Results

@@ -340,7 +340,7 @@ def _measured(
         observed = recorded
     run_seconds = time.perf_counter() - start
 
-    delta = _by_group.delta_of(training.delta, problem)
+    delta = _by_group.delta_of(training.delta, len(problem.x))
     predictions: dict[str, MeasuredPrediction] = {}
     groups_predicted: dict[str, OfGroups] = {}
     for name in config.predictions:

@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 
 import ntkdp
 from ntkdp import Trajectory, cli, dp_sgd, experiment
-from ntkdp.experiment import _report, _run
+from ntkdp.experiment import _run
+from ntkdp.experiment._reporting import metrics as _metrics
+from ntkdp.experiment._reporting import report as _report
+from ntkdp.experiment._reporting import tables as _tables
 
 FIELDS: dict[str, Any] = {
     "name": "log",
@@ -143,7 +146,7 @@ def test_what_a_log_does_not_say_is_left_out(
     assert "The runs were recorded elsewhere." in page
     assert ">nan" not in page
     monkeypatch.setenv("COLUMNS", "200")
-    _report.print_table(results)
+    _tables.print_table(results)
     assert "nan" not in capsys.readouterr().out
 
 
@@ -163,7 +166,7 @@ def test_a_log_that_begins_late_has_no_start(runs: Trajectory) -> None:
     # The fall is measured from the start that the prediction records.
     whole = experiment.run(config(), observed=runs).cases[0].predictions["frozen"].comparison
     assert compared.error_of_fall == pytest.approx(whole.error_of_fall)
-    assert _report.metrics(results)["results"][0]["initial_clip_fraction"] is None
+    assert _metrics.metrics(results)["results"][0]["initial_clip_fraction"] is None
 
 
 def others(**changes: Any) -> Callable[[Trajectory], Trajectory]:

@@ -8,7 +8,7 @@ import pytest
 
 from ntkdp import experiment, privacy
 from ntkdp.experiment._of_outputs import by_group as _by_group
-from ntkdp.experiment._report import write_report
+from ntkdp.experiment._reporting.report import write_report
 
 
 def config(**training: object) -> experiment.Config:

@@ -61,9 +61,9 @@ def is_known_one_by_one(mechanism: Mechanism, rule: ClippingRule) -> bool:
     return drawn and independent and plain and rule.bounds_each_sample
 
 
-def delta_of(given: float | None, problem: Problem) -> float:
+def delta_of(given: float | None, n_samples: int) -> float:
     """The delta at which epsilon is shown: that of the budget, or one over the samples."""
-    return 1 / len(problem.x) if given is None else given
+    return 1 / n_samples if given is None else given
 
 
 def of_run(problem: Problem, mechanism: Mechanism, delta: float, path: Trajectory) -> OfGroups:

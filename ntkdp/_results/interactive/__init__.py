@@ -1,0 +1,1 @@
+"""Charts that answer the pointer, in a page that needs no network."""

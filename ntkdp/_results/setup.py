@@ -214,7 +214,7 @@ def in_words(setup: Setup) -> str:
         parts.append(setup.batches)
     elif setup.sample_rate is not None:
         parts.append(f"sample rate {setup.sample_rate:g}")
-    parts.append(_optimizer_in_words(setup))
+    parts.append(optimizer_in_words(setup))
     parts += [setup.adaptive, setup.public, setup.zeroth_order, setup.sharpness_aware]
     return ", ".join(part for part in parts if part)
 

@@ -180,8 +180,7 @@ def _known(options: Mapping[str, object]) -> Description:
     return tuple((name, known(value)) for name, value in options.items())
 
 
-def optimizer_in_words(setup: Setup) -> str:
-    """The kind of an optimizer and its options."""
+def _optimizer_in_words(setup: Setup) -> str:
     shown = ", ".join(f"{name}={_value(value)}" for name, value in setup.optimizer_options)
     return f"{setup.optimizer}({shown})" if shown else setup.optimizer
 
@@ -214,7 +213,7 @@ def in_words(setup: Setup) -> str:
         parts.append(setup.batches)
     elif setup.sample_rate is not None:
         parts.append(f"sample rate {setup.sample_rate:g}")
-    parts.append(optimizer_in_words(setup))
+    parts.append(_optimizer_in_words(setup))
     parts += [setup.adaptive, setup.public, setup.zeroth_order, setup.sharpness_aware]
     return ", ".join(part for part in parts if part)
 
@@ -350,7 +349,7 @@ def _of_noise(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_optimizer(prediction: Setup, run: Setup) -> Iterator[tuple[str, str, str]]:
-    ours, theirs = optimizer_in_words(prediction), optimizer_in_words(run)
+    ours, theirs = _optimizer_in_words(prediction), _optimizer_in_words(run)
     rate = run.learning_rate[0] if len(run.learning_rate) == 1 else None
     scale = None
     if prediction.time_scale is not None and run.time_scale is not None:

@@ -32,10 +32,6 @@ def results(
     ready = {
         name: Prediction(one, comparison.compare(one, run), 0.1) for name, one in predicted.items()
     }
-    from ntkdp._results.setup import Setup
-
-    known = Setup(clipping=(), loss=(), reduction="mean")
-    object.__setattr__(run, "setup", (known,))
     sigma = training.get("noise_multiplier", 0.0)
     case = Case(config.clipping[0], sigma, 0.01, run, 1.0, ready, 0.5)
     return Results(config, [case], {}, jnp.ones(40), [])
@@ -95,6 +91,14 @@ def test_the_head_says_what_the_noise_spends(training: dict[str, Any], epsilon: 
     assert told["epsilon"] == f"{epsilon:.4g} at delta = 0.025"
     assert told["sigma"] == "2"
     assert told["steps"] == "4"
+
+
+def test_the_head_names_the_optimizer_and_the_batches() -> None:
+    training = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "sample_rate": 0.25}
+    told = dict(facts(results(path(FALL), {"recursion": path(FALL)}, **training)))
+    assert told["optimizer"] == "SGD, Nesterov momentum 0.9, weight decay 0.1"
+    assert told["batches"] == "Poisson sampling, q = 0.25"
+    assert told["runs"].startswith("1 trained, ")
 
 
 def test_a_run_without_noise_promises_nothing() -> None:

@@ -34,24 +34,40 @@ def facts(results: Results) -> list[tuple[str, str]]:
     """What was run, as names and values."""
     config, training = results.config, results.config.training
     steps = [case.clipping.steps or training.steps for case in results.cases]
-    noise = results.cases[0].run.setup[0].noise
     found = []
     if training.noisy:
         delta = delta_of(training.delta, config.data.n_train - config.public.rows)
         found.append(("epsilon", f"{_range(_epsilons(results, delta))} at delta = {delta:.3g}"))
         found.append(("sigma", _range([case.noise_multiplier for case in results.cases])))
-        found.append(("noise", noise or "independent"))
+        found.append(("noise", training.noise.kind.replace("_", " ")))
     else:
         found.append(("privacy", "none: the runs add no noise"))
     found.append(("batches", _batches(config)))
     found.append(("steps", _range(steps)))
     found.append(("learning rate", _range([case.learning_rate for case in results.cases])))
-    found.append(("optimizer", setups.optimizer_in_words(results.cases[0].run.setup[0])))
-    runs = f"{training.n_seeds}" + (f", seed {config.seed}" if training.n_seeds == 1 else "")
+    found.append(("optimizer", _optimizer(config)))
+    n_runs = results.cases[0].run.loss.size // results.cases[0].run.times.size
+    runs = f"{n_runs} {'recorded' if are_recorded(results) else 'trained'}"
     if training.is_random:
-        runs += f" observed, {training.n_predicted} predicted"
+        runs += f", {training.n_predicted} predicted"
     found.append(("runs", runs))
+    found.append(("seed", str(config.seed)))
     return found
+
+
+def _optimizer(config: Config) -> str:
+    training = config.training
+    words = ["Adam" if training.optimizer == "adam" else "SGD"]
+    if training.momentum:
+        kind = "Nesterov momentum" if training.nesterov else "momentum"
+        words.append(f"{kind} {training.momentum:g}")
+    if training.weight_decay:
+        words.append(f"weight decay {training.weight_decay:g}")
+    if training.average is not None:
+        words.append(f"average {training.average:g}")
+    if training.correct_noise:
+        words.append("noise corrected")
+    return ", ".join(words)
 
 
 def _batches(config: Config) -> str:

@@ -10,6 +10,7 @@ from ntkdp.cli import (
     _compare,
     _compilation_cache,
     _demo,
+    _explore,
     _plan,
     _predict,
     _privacy,
@@ -57,6 +58,7 @@ app.command("predict", epilog=_predict.epilog())(_predict.predict)
 app.command("advise", epilog=_advise.epilog())(_advise.advise)
 app.command("compare", epilog=_compare.epilog())(_compare.compare)
 app.command("sweep", epilog=_sweep.epilog())(_sweep.sweep)
+app.command("explore", epilog=_explore.epilog())(_explore.explore)
 app.command("plan", epilog=_plan.epilog())(_plan.plan)
 app.command("privacy")(_privacy.privacy)
 app.command("verify")(_verify.verify)

@@ -20,7 +20,9 @@ from ntkdp.comparison._cells import HIGHER_IS_BETTER as HIGHER_IS_BETTER
 from ntkdp.comparison._cells import CellMetrics as CellMetrics
 from ntkdp.comparison._cells import Number as Number
 from ntkdp.comparison._cells import check_cell as check_cell
+from ntkdp.comparison._cells import labels_of as labels_of
 from ntkdp.comparison._cells import measure as measure
+from ntkdp.comparison._cells import probabilities as probabilities
 from ntkdp.comparison._compare import compare
 from ntkdp.comparison._comparison import QUANTITIES, SHARES, Comparison, Errors
 from ntkdp.comparison._scores import Coverage, band_coverage, crps, standardised_error

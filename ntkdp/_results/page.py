@@ -13,10 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-#: What makes pages interactive: a library for charts, and what uses it.
-_STYLESHEETS = ("uPlot.min.css", "charts.css")
-_SCRIPTS = ("uPlot.iife.min.js", "charts.js")
-
 
 def render(template: str, *, title: str, heading: str, **values: object) -> str:
     """A page from the template at this path in ntkdp, which extends ``_results/page.html``."""
@@ -42,8 +38,7 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters["base64"] = _as_base64
-    templates.globals["stylesheet"] = lambda: _joined(_STYLESHEETS)
-    templates.globals["script"] = lambda: _joined(_SCRIPTS)
+    templates.globals["interactive"] = _interactive
     return templates
 
 
@@ -52,7 +47,6 @@ def _as_base64(path: Path) -> str:
 
 
 @cache
-def _joined(names: tuple[str, ...]) -> str:
-    """Files of ours, which pages take as they are."""
-    folder = resources.files("ntkdp._results.interactive")
-    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in names)
+def _interactive(name: str) -> str:
+    """A script or style sheet of ours, which pages take as it is."""
+    return resources.files("ntkdp._results.interactive").joinpath(name).read_text("utf-8")

@@ -195,11 +195,11 @@ def _with_frozen(
     names = as_trainable(trainable)
     kept = jax.tree.unflatten(jax.tree.structure(params), groups.leaves_of(names))
     trained, frozen = eqx.partition(params, kept)
-    beside = jax.tree_util.Partial(_apply_beside, apply_fn, frozen)
-    return beside, trained, groups.select(names)
+    with_frozen = jax.tree_util.Partial(_apply_with_frozen, apply_fn, frozen)
+    return with_frozen, trained, groups.select(names)
 
 
-def _apply_beside(apply_fn: ApplyFn, frozen: Params, trained: Params, x: Array) -> Array:
+def _apply_with_frozen(apply_fn: ApplyFn, frozen: Params, trained: Params, x: Array) -> Array:
     return apply_fn(eqx.combine(trained, frozen), x)
 
 

@@ -87,7 +87,9 @@ def test_only_pages_of_this_machine_get_an_answer(address: str) -> None:
 def driver() -> Iterator[Any]:
     """A browser without a window."""
     if BROWSER is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed")
+        pytest.skip(
+            "a browser moves the sliders: apt-get install chromium chromium-driver, as .ci/run does"
+        )
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
